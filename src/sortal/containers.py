@@ -1,0 +1,135 @@
+"""List, Dict and Sequential: NNX's containers, for code that names them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.tree_util as jtu
+
+from sortal._jax import register_pytree
+from sortal.module import Module
+
+
+class List(list):
+    """A list of modules, Variables or arrays; a plain list does just as well.
+
+    Args:
+      it: the elements.
+
+    Example:
+      >>> import sortal as nnx
+      >>> layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+      >>> len(layers)
+      1
+    """
+
+
+class Dict(dict):
+    """A dict of modules, Variables or arrays whose items are attributes too.
+
+    Args:
+      *args: as for ``dict``.
+      **kwargs: as for ``dict``.
+
+    Example:
+      >>> import sortal as nnx
+      >>> heads = nnx.Dict(policy=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> heads.policy is heads["policy"]
+      True
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"Dict has no item {name!r}; it has {sorted(map(str, self))}."
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self[name]
+
+    # Items are attributes, so the instance needs and keeps no attributes of its own.
+    def __reduce__(self) -> Any:
+        return (Dict, (dict(self),))
+
+
+def _flatten_list(x: List) -> tuple[list[Any], None]:
+    return list(x), None
+
+
+def _flatten_list_with_keys(x: List) -> tuple[list[Any], None]:
+    return [(jtu.SequenceKey(i), v) for i, v in enumerate(x)], None
+
+
+def _flatten_dict(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
+    keys = tuple(sorted(x))
+    return [x[k] for k in keys], keys
+
+
+def _flatten_dict_with_keys(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
+    keys = tuple(sorted(x))
+    return [(jtu.DictKey(k), x[k]) for k in keys], keys
+
+
+register_pytree(List, _flatten_list, _flatten_list_with_keys, lambda _, xs: List(xs))
+register_pytree(
+    Dict,
+    _flatten_dict,
+    _flatten_dict_with_keys,
+    lambda keys, xs: Dict(zip(keys, xs, strict=True)),
+)
+
+
+class Sequential(Module):
+    """Calls functions and modules one after another.
+
+    A tuple that one returns becomes the positional arguments of the next, a dict its
+    keyword arguments. ``rngs`` is handed to those that take it.
+
+    Args:
+      *fns: modules or functions.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=rngs), nnx.relu)
+      >>> model(jnp.ones((1, 2))).shape
+      (1, 4)
+    """
+
+    def __init__(self, *fns: Callable[..., Any]):
+        self.layers = list(fns)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        return iter(self.layers)
+
+    def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        output: Any = None
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                args, kwargs = _arguments(output)
+            if rngs is not None and _takes(layer, "rngs"):
+                kwargs = {**kwargs, "rngs": rngs}
+            output = layer(*args, **kwargs)
+        return output
+
+
+def _arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(output, tuple):
+        return output, {}
+    return ((), output) if isinstance(output, dict) else ((output,), {})
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

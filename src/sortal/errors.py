@@ -1,0 +1,98 @@
+"""The exceptions of Sortal: what was found, where, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_SHOWN = 200
+
+
+class SortalError(Exception):
+    """Base of every error that Sortal raises on purpose.
+
+    Example:
+      >>> import sortal as nnx
+      >>> try:
+      ...     nnx.At("")
+      ... except nnx.SortalError as e:
+      ...     print(type(e).__name__)
+      FilterError
+    """
+
+
+class ArgumentError(SortalError, ValueError):
+    """An argument has a value that the function cannot work with."""
+
+
+class VariableError(SortalError, TypeError):
+    """A Variable was built or used in a way that would lose its kind or value."""
+
+
+class VariableAttributeError(SortalError, AttributeError):
+    """A name that neither a Variable, its metadata nor its value has."""
+
+
+class TraceError(SortalError, ValueError):
+    """A live object was written to from inside a trace that does not own it."""
+
+
+class StructureError(SortalError, ValueError):
+    """An object cannot be described as a graph of nodes, leaves and statics."""
+
+
+class FilterError(SortalError, ValueError):
+    """A filter is malformed, takes nothing it should, or leaves something over."""
+
+
+class MergeError(SortalError, ValueError):
+    """The leaves given to ``merge`` are not exactly those of the GraphDef."""
+
+
+class UpdateError(SortalError, ValueError):
+    """The leaves given to ``update`` do not fit the model; nothing was changed."""
+
+
+class PathError(SortalError, KeyError):
+    """A path or key that a State does not have."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would escape line breaks.
+        return str(self.args[0]) if self.args else ""
+
+
+class PathAttributeError(PathError, AttributeError):
+    """A path reached by attribute access that a State does not have."""
+
+
+class GradientError(SortalError, TypeError):
+    """A leaf chosen for differentiation cannot be differentiated."""
+
+
+class OptimizerError(SortalError, ValueError):
+    """Parameters, gradients and optimizer groups do not fit one another."""
+
+
+class RngError(SortalError, ValueError):
+    """A random stream is missing, or was given something that is no key."""
+
+
+class RngAttributeError(RngError, AttributeError, KeyError):
+    """A random stream was asked for by a name that is not there."""
+
+    __str__ = SortalError.__str__
+
+
+def listing(rows: Iterable[str]) -> str:
+    """Indents ``rows`` one a line, cut with a count where they are very many.
+
+    Args:
+      rows: one line of text for each offender.
+
+    Returns:
+      The lines joined, each indented by two spaces.
+    """
+    lines = list(rows)
+    shown = [f"  {line}" for line in lines[:_SHOWN]]
+    if len(lines) > _SHOWN:
+        shown.append(f"  ... and {len(lines) - _SHOWN} more")
+    return "\n".join(shown)

@@ -1,0 +1,466 @@
+"""Filters: predicates over (path, leaf), written as literals, classes or operators."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union, get_args, get_origin
+
+import jax.numpy as jnp
+
+from sortal import paths
+from sortal.errors import FilterError
+from sortal.paths import Path
+from sortal.variable import Variable
+
+Kind = type | None
+
+
+class Filter:
+    """Base of all filters; combine with ``&``, ``|`` and ``~``.
+
+    Subclasses are frozen and hashable, and decide in ``test``. A filter whose
+    ``structural`` is True never looks at the leaf itself, so that its answer can be
+    kept with the structure.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.OfType(nnx.Param) & ~nnx.At("head.**")
+      All(Param, Not(At('head.**')))
+    """
+
+    structural: bool = True
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        """Whether this filter takes the leaf.
+
+        Args:
+          path: where the leaf is.
+          kind: its class, or None for a raw array.
+          metadata: its metadata.
+          leaf: the Variable or array itself; None may be given to structural filters.
+
+        Returns:
+          True where it takes the leaf.
+        """
+        raise NotImplementedError
+
+    def covers(self, other: Filter) -> bool:
+        """Whether every leaf that ``other`` can take is taken by this one too.
+
+        Args:
+          other: another filter.
+
+        Returns:
+          True where that follows from the filters alone.
+        """
+        if isinstance(other, Any_):
+            return all(self.covers(part) for part in other.filters)
+        if isinstance(other, All):
+            return any(self.covers(part) for part in other.filters)
+        return self == other
+
+    def __call__(self, path: Path, leaf: Any) -> bool:
+        if isinstance(leaf, Variable):
+            return self.test(path, type(leaf), leaf.get_metadata(), leaf)
+        return self.test(path, None, {}, leaf)
+
+    def __and__(self, other: Any) -> Filter:
+        return All(self, other)
+
+    def __rand__(self, other: Any) -> Filter:
+        return All(other, self)
+
+    def __or__(self, other: Any) -> Filter:
+        return Any_(self, other)
+
+    def __ror__(self, other: Any) -> Filter:
+        return Any_(other, self)
+
+    def __invert__(self) -> Filter:
+        return Not(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Everything(Filter):
+    """Takes every leaf; written ``...`` or ``True``."""
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return True
+
+    def covers(self, other: Filter) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+@dataclass(frozen=True, repr=False)
+class Nothing(Filter):
+    """Takes no leaf; written ``None`` or ``False``."""
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "Nothing()"
+
+
+@dataclass(frozen=True, repr=False)
+class OfType(Filter):
+    """Takes Variables of a kind and of its subclasses; written as the class itself.
+
+    Args:
+      type: the kind. Two classes of one name are two kinds.
+    """
+
+    type: type
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        if kind is None:
+            return isinstance(leaf, self.type)
+        return issubclass(kind, self.type)
+
+    def covers(self, other: Filter) -> bool:
+        if isinstance(other, OfType):
+            return issubclass(other.type, self.type)
+        return super().covers(other)
+
+    def __repr__(self) -> str:
+        return self.type.__name__
+
+
+@dataclass(frozen=True, repr=False)
+class WithTag(Filter):
+    """Takes Variables whose metadata ``tag`` is this string; written as the string.
+
+    Args:
+      tag: the tag, such as the name of a random stream. It is not a path: for that
+        use ``At`` or ``Under``.
+    """
+
+    tag: str
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return metadata.get("tag") == self.tag
+
+    def __repr__(self) -> str:
+        return repr(self.tag)
+
+
+@dataclass(frozen=True, repr=False)
+class PathContains(Filter):
+    """Takes leaves with this entry somewhere in their path.
+
+    Args:
+      key: an attribute name, dict key or index.
+      exact: False also takes string entries that merely contain ``key``.
+    """
+
+    key: Hashable
+    exact: bool = True
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        if self.exact:
+            return self.key in path
+        return any(str(self.key) in str(part) for part in path)
+
+    def __repr__(self) -> str:
+        return f"PathContains({self.key!r}{'' if self.exact else ', exact=False'})"
+
+
+class PathIn(Filter):
+    """Takes the leaves at exactly these paths.
+
+    Args:
+      *paths: tuples of entries from the root.
+    """
+
+    def __init__(self, *paths: Path):
+        self.paths = frozenset(paths)
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return path in self.paths
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PathIn) and other.paths == self.paths
+
+    def __hash__(self) -> int:
+        return hash((PathIn, self.paths))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(sorted(map(repr, self.paths)))
+        return f"PathIn({shown})"
+
+
+@dataclass(frozen=True, repr=False)
+class At(Filter):
+    """Takes leaves whose whole path fits a glob.
+
+    Args:
+      pattern: entries joined by dots; ``*`` is one entry or part of one, ``**`` any
+        number of entries.
+
+    Raises:
+      FilterError: the pattern is empty or has an empty entry.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.At("encoder.**.kernel")(("encoder", "layers", 0, "kernel"), 1.0)
+      True
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        _check_path_text(self, self.pattern)
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return paths.matches(self.pattern, path)
+
+    def __repr__(self) -> str:
+        return f"At({self.pattern!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class Under(Filter):
+    """Takes the leaf at a path and all leaves below it.
+
+    Args:
+      prefix: a path such as ``"encoder.layers.0"``.
+
+    Raises:
+      FilterError: the prefix is empty or has an empty entry.
+    """
+
+    prefix: str
+
+    def __post_init__(self) -> None:
+        _check_path_text(self, self.prefix)
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return paths.matches(self.prefix + ".**", path)
+
+    def covers(self, other: Filter) -> bool:
+        if isinstance(other, Under):
+            return f"{other.prefix}.".startswith(f"{self.prefix}.")
+        return super().covers(other)
+
+    def __repr__(self) -> str:
+        return f"Under({self.prefix!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class Shaped(Filter):
+    """Takes leaves by the shape of their value.
+
+    Args:
+      shape: the exact shape, or None for any.
+      ndim: the number of axes, or None for any.
+
+    Raises:
+      FilterError: neither is given.
+    """
+
+    shape: tuple[int, ...] | None = None
+    ndim: int | None = field(default=None, kw_only=True)
+    structural = False
+
+    def __post_init__(self) -> None:
+        if self.shape is None and self.ndim is None:
+            raise FilterError("Shaped() needs shape=(...) or ndim=...; found neither.")
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        shape = getattr(_value(leaf), "shape", None)
+        if shape is None:
+            return False
+        fits = self.shape is None or tuple(shape) == tuple(self.shape)
+        return fits and (self.ndim is None or len(shape) == self.ndim)
+
+    def __repr__(self) -> str:
+        shape = "" if self.shape is None else repr(self.shape)
+        ndim = "" if self.ndim is None else f"ndim={self.ndim}"
+        return f"Shaped({', '.join(filter(None, [shape, ndim]))})"
+
+
+@dataclass(frozen=True, repr=False)
+class Dtyped(Filter):
+    """Takes leaves by the dtype of their value.
+
+    Args:
+      dtype: a dtype, or an abstract one such as ``jnp.floating``.
+    """
+
+    dtype: Any
+    structural = False
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        dtype = getattr(_value(leaf), "dtype", None)
+        return dtype is not None and bool(jnp.issubdtype(dtype, self.dtype))
+
+    def __repr__(self) -> str:
+        return f"Dtyped({getattr(self.dtype, '__name__', self.dtype)})"
+
+
+class _Combined(Filter):
+    def __init__(self, *filters: Any):
+        self.filters = tuple(to_filter(f) for f in filters)
+        self.structural = all(f.structural for f in self.filters)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.filters == self.filters
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self.filters))
+
+    def __repr__(self) -> str:
+        name = type(self).__name__.rstrip("_")
+        return f"{name}({', '.join(map(repr, self.filters))})"
+
+
+class Any_(_Combined):
+    """Takes what at least one of its filters takes; written as a tuple or list.
+
+    Args:
+      *filters: filters or literals.
+    """
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return any(f.test(path, kind, metadata, leaf) for f in self.filters)
+
+    def covers(self, other: Filter) -> bool:
+        return any(f.covers(other) for f in self.filters) or super().covers(other)
+
+
+class All(_Combined):
+    """Takes what all of its filters take.
+
+    Args:
+      *filters: filters or literals.
+    """
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return all(f.test(path, kind, metadata, leaf) for f in self.filters)
+
+    def covers(self, other: Filter) -> bool:
+        return all(f.covers(other) for f in self.filters) or super().covers(other)
+
+
+class Not(_Combined):
+    """Takes what its filter does not take.
+
+    Args:
+      filter: a filter or literal.
+    """
+
+    def __init__(self, filter: Any, /):
+        super().__init__(filter)
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return not self.filters[0].test(path, kind, metadata, leaf)
+
+    def covers(self, other: Filter) -> bool:
+        if isinstance(other, Not):
+            return other.filters[0].covers(self.filters[0])
+        return super().covers(other)
+
+
+class Calls(Filter):
+    """Takes what a function of (path, leaf) says; written as the function itself.
+
+    Args:
+      function: returns a truth value for a path (tuple) and a Variable or array.
+    """
+
+    structural = False
+
+    def __init__(self, function: Callable[[Path, Any], Any]):
+        self.function = function
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return bool(self.function(path, leaf))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calls) and other.function == self.function
+
+    def __hash__(self) -> int:
+        return hash((Calls, self.function))
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__qualname__", repr(self.function))
+
+
+def to_filter(literal: Any) -> Filter:
+    """Reads a filter literal.
+
+    Args:
+      literal: a Filter; a class (its kind and subclasses); a string (a tag); ``...``
+        or True (everything); None or False (nothing); a tuple, list or union of
+        literals (any of them); or a function of (path, leaf).
+
+    Returns:
+      The Filter.
+
+    Raises:
+      FilterError: it is none of these.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.to_filter(nnx.Param | nnx.BatchStat)
+      Any(Param, BatchStat)
+    """
+    if isinstance(literal, list):
+        literal = tuple(literal)
+    try:
+        # The type is part of the key because Python takes True and 1 as equal.
+        return _read(type(literal), literal)
+    except TypeError:
+        return _read.__wrapped__(type(literal), literal)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(kind: type, literal: Any) -> Filter:
+    if isinstance(literal, Filter):
+        return literal
+    if literal is Ellipsis or literal is True:
+        return Everything()
+    if literal is None or literal is False:
+        return Nothing()
+    if isinstance(literal, type) and not get_origin(literal):
+        if issubclass(literal, Filter):
+            return literal()
+        return OfType(literal)
+    if isinstance(literal, str):
+        return WithTag(literal)
+    if isinstance(literal, types.UnionType) or get_origin(literal) is Union:
+        return Any_(*get_args(literal))
+    if isinstance(literal, (tuple, list)):
+        return Any_(*literal)
+    if isinstance(get_origin(literal), type):
+        return OfType(get_origin(literal))
+    if callable(literal):
+        return Calls(literal)
+    raise FilterError(
+        f"{literal!r} ({type(literal).__name__}) is not a filter. Write a kind such as "
+        "Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a function "
+        "of (path, leaf)."
+    )
+
+
+to_predicate = to_filter
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, Variable) else leaf
+
+
+def _check_path_text(filter: Filter, text: str) -> None:
+    if not text or not all(text.split(".")):
+        raise FilterError(
+            f"{type(filter).__name__}({text!r}): a path is entries joined by single "
+            "dots, such as 'encoder.layers.0.kernel'."
+        )
+
+

@@ -1,0 +1,397 @@
+"""The engine: walks live objects, and keeps plans that stay valid cheaply."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sortal import nodes as _nodes
+from sortal.errors import StructureError, listing
+from sortal.graphdef import (
+    LEAF,
+    NODE,
+    STATIC,
+    Entry,
+    GraphDef,
+    Record,
+    Schema,
+    Selection,
+    Static,
+    select,
+)
+from sortal.nodes import Handler, Node, ObjectHandler, get_dict, handler_of, leaf_types
+from sortal.paths import Path, show
+from sortal.statics import EMPTY
+from sortal.variable import Variable, write
+
+_get_version = operator.attrgetter("_version")
+_get_metadata = operator.attrgetter("_metadata")
+_get_value = operator.attrgetter("_value")
+_uids = itertools.count()
+_KEPT = 4
+
+
+class Slot:
+    """A raw array where it hangs, with the face of a Variable for the engine."""
+
+    __slots__ = ("holder", "key", "node")
+
+    def __init__(self, node: Any, handler: Handler, key: Any):
+        self.node = id(node)
+        self.key = key
+        # An object's dict rather than the object: a plan must not keep its root alive.
+        is_object = isinstance(handler, ObjectHandler)
+        self.holder = get_dict(node) if is_object else node
+
+    @property
+    def _value(self) -> Any:
+        holder = self.holder
+        if isinstance(holder, (dict, list)):
+            return holder[self.key]
+        if isinstance(holder, tuple) and isinstance(self.key, int):
+            return holder[self.key]
+        handler = handler_of(holder)
+        keys = handler.keys(holder)
+        return handler.children(holder, keys)[list(keys).index(self.key)]
+
+    def write(self, value: Any) -> bool:
+        """Puts ``value`` there; False where the holder cannot be written to."""
+        if isinstance(self.holder, (dict, list)):
+            self.holder[self.key] = value
+            return True
+        if handler_of(self.holder).tracked:
+            object.__setattr__(self.holder, self.key, value)
+            return True
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slot) and self._id == other._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    @property
+    def _id(self) -> tuple[int, Any]:
+        return (self.node, self.key)
+
+
+class Walk:
+    """One traversal: the GraphDef, and the live nodes and leaves in its order."""
+
+    def __init__(self, root: Any):
+        self.leaves: list[Any] = []
+        self.nodes: list[Any] = []
+        self.records: list[Any] = []
+        self.paths: list[Path] = []
+        self.aliases: list[tuple[Path, int]] = []
+        self._numbers: dict[int, int] = {}
+        self._bad: list[str] = []
+        root_entry = self._visit(root, (), None, None, "<root>")
+        if self._bad:
+            raise StructureError(
+                "static values must be hashable, because compiled functions are kept "
+                "by them; found:\n" + listing(self._bad) + "\nUse a tuple or frozenset, "
+                "hold arrays in Variables, or give the class __eq__ and __hash__."
+            )
+        variables = [x if isinstance(x, Variable) else None for x in self.leaves]
+        schema = Schema.of(
+            self.paths,
+            [None if v is None else type(v) for v in variables],
+            [EMPTY if v is None else v._metadata for v in variables],
+        )
+        self.graphdef = GraphDef.of(root_entry, self.records, schema, self.aliases)
+
+    def _visit(
+        self, obj: Any, path: Path, holder: Any, handler: Handler | None, key: Any
+    ) -> Entry:
+        found = handler_of(obj)
+        if found is _nodes.LEAF:
+            return Entry(key, LEAF, self._leaf(obj, path, holder, handler, key))
+        if found is _nodes.STATIC or _nodes.is_static_value(obj, found):
+            return Entry(key, STATIC, self._static(obj, path))
+        return Entry(key, NODE, self._node(obj, path, found))
+
+    def _leaf(
+        self, obj: Any, path: Path, holder: Any, handler: Handler | None, key: Any
+    ) -> int:
+        is_variable = isinstance(obj, Variable)
+        if is_variable and id(obj) in self._numbers:
+            number = self._numbers[id(obj)]
+            self.aliases.append((path, number))
+            return number
+        number = len(self.leaves)
+        self.paths.append(path)
+        if is_variable:
+            self._numbers[id(obj)] = number
+            self.leaves.append(obj)
+        else:
+            # Raw arrays are values: one met twice is two leaves, else the structure
+            # would depend on which equal arrays happen to be one object.
+            self.leaves.append(Slot(holder, handler, key) if handler else obj)
+        return number
+
+    def _static(self, obj: Any, path: Path) -> Static | None:
+        hidden = _hidden_state(obj)
+        if hidden:
+            self._bad.append(
+                f"{show(path)}: a {type(obj).__name__} that is no Module but holds "
+                f"{hidden}; derive it from sortal.Module"
+            )
+            return None
+        try:
+            return Static(obj)
+        except TypeError:
+            self._bad.append(f"{show(path)}: a {type(obj).__name__}, {obj!r:.60}")
+            return None
+
+    def _node(self, obj: Any, path: Path, handler: Handler) -> int:
+        if handler.tracked and id(obj) in self._numbers:
+            return self._numbers[id(obj)]
+        number = len(self.nodes)
+        if handler.tracked:
+            self._numbers[id(obj)] = number
+        self.nodes.append(obj)
+        self.records.append(None)
+        keys = handler.keys(obj)
+        roles = obj._roles if isinstance(obj, Node) else None
+        entries = []
+        for key, child in zip(keys, handler.children(obj, keys), strict=True):
+            below = path + key if handler.flat else (*path, key)
+            role = roles.get(key) if roles else None
+            if role == "static":
+                entries.append(Entry(key, STATIC, self._static(child, below)))
+            elif role == "data" and handler_of(child) is _nodes.STATIC:
+                leaf = self._leaf(child, below, obj, handler, key)
+                entries.append(Entry(key, LEAF, leaf))
+            else:
+                entries.append(self._visit(child, below, obj, handler, key))
+        spec = Static(handler.spec(obj))
+        self.records[number] = Record(type(obj), handler, spec, tuple(entries))
+        return number
+
+
+def _hidden_state(obj: Any) -> str:
+    """Names Variables and nodes directly inside a static object, where JAX is blind."""
+    if isinstance(obj, type) or callable(obj):
+        return ""
+    attributes = getattr(obj, "__dict__", None)
+    if type(attributes) is not dict:
+        return ""
+    found = [
+        f"{name} ({type(value).__name__})"
+        for name, value in attributes.items()
+        if isinstance(value, (Variable, Node))
+    ]
+    return ", ".join(found)
+
+
+class Plan:
+    """A GraphDef bound to the live objects of one root, with a cheap staleness check.
+
+    It never refers to the root itself, so that a root that is dropped is freed at
+    once, arrays and all, and not only when cycles are collected.
+    """
+
+    __slots__ = (
+        "_contents",
+        "_lengths",
+        "_metadata",
+        "_objects",
+        "_others",
+        "_picked",
+        "_root_contents",
+        "_root_version",
+        "_slotted",
+        "_versions",
+        "graphdef",
+        "leaves",
+        "nodes",
+        "uid",
+    )
+
+    def __init__(self, root: Node, walk: Walk):
+        self.uid = next(_uids)
+        self.graphdef: GraphDef = walk.graphdef
+        self.leaves: list[Any] = walk.leaves
+        self.nodes: list[Any] = [None, *walk.nodes[1:]]
+        self._slotted = any(type(x) is Slot for x in walk.leaves)
+        self._metadata = list(
+            map(_get_metadata, [x for x in walk.leaves if type(x) is not Slot])
+        )
+        self._objects = [x for x in self.nodes if isinstance(x, Node)]
+        self._versions = list(map(_get_version, self._objects))
+        self._lengths = list(map(len, map(get_dict, self._objects)))
+        self._contents = [_attributes(x) for x in self._objects]
+        self._root_version = root._version
+        self._root_contents = _attributes(root, skip=root)
+        # Untracked nodes are values: only JAX-registered objects among them could
+        # change under us, and those are compared like containers.
+        self._others = [
+            (x, h, h.contents(x))
+            for x, h in ((x, handler_of(x)) for x in self.nodes[1:])
+            if not isinstance(x, (Node, tuple))
+        ]
+        self._picked: dict[Any, Any] = {}
+
+    def valid(self, root: Node) -> bool:
+        """Whether the live objects still have the structure planned."""
+        objects = self._objects
+        if (
+            root._version != self._root_version
+            or list(map(_get_version, objects)) != self._versions
+            or list(map(len, map(get_dict, objects))) != self._lengths
+        ) and not self._same_attributes(root):
+            return False
+        variables: Any = self.leaves
+        if self._slotted:
+            variables = [x for x in self.leaves if type(x) is not Slot]
+        if list(map(_get_metadata, variables)) != self._metadata:
+            return False
+        return not self._others or self._same_others()
+
+    def _same_attributes(self, root: Node) -> bool:
+        """Compares attributes one by one where a counter moved; then moves along."""
+        if not _same(_attributes(root, skip=root), self._root_contents):
+            return False
+        for i, obj in enumerate(self._objects):
+            if obj._version != self._versions[i] or (
+                len(get_dict(obj)) != self._lengths[i]
+            ):
+                if not _same(_attributes(obj), self._contents[i]):
+                    return False
+        self._root_version = root._version
+        self._versions = list(map(_get_version, self._objects))
+        return True
+
+    def _same_others(self) -> bool:
+        for i, (obj, handler, old) in enumerate(self._others):
+            new = handler.contents(obj)
+            if len(new) != len(old) or not all(map(operator.is_, new, old)):
+                if not _same(new, old):
+                    return False
+                self._others[i] = (obj, handler, new)
+        return True
+
+    def values(self) -> list[Any]:
+        """The values of all leaves, in order."""
+        return list(map(_get_value, self.leaves))
+
+    def select(self, literals: tuple[Any, ...]) -> Selection:
+        """Divides the leaves among filters; see ``graphdef.select``."""
+        return select(self.graphdef.schema, literals, self.view)
+
+    def view(self) -> list[Any]:
+        """The leaves as filters see them: Variables, and raw arrays by value."""
+        return [x._value if type(x) is Slot else x for x in self.leaves]
+
+    def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[list[Any]]]:
+        """The selection, and for each filter the live leaves that it takes."""
+        try:
+            return self._picked[literals]
+        except (KeyError, TypeError):
+            pass
+        found = self.select(literals)
+        leaves = [[self.leaves[i] for i in part[1]] for part in found.parts]
+        # Only kinds and `...` are sure to be decided by structure and to be few.
+        if all(isinstance(x, type) or x is Ellipsis for x in literals):
+            self._picked[literals] = (found, leaves)
+        return found, leaves
+
+
+def _attributes(obj: Node, skip: Any = None) -> list[Any]:
+    attributes = get_dict(obj)
+    values = list(attributes.values())
+    if skip is not None:
+        values = [None if v is skip else v for v in values]
+    return [*attributes, *values, obj._roles]
+
+
+def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
+    return len(new) == len(old) and all(
+        a is b or (type(a) in leaf_types and type(b) in leaf_types)
+        for a, b in zip(new, old, strict=True)
+    )
+
+
+def plan_of(root: Node) -> Plan:
+    """The plan of a node, kept from earlier calls while it is valid.
+
+    Args:
+      root: a Node.
+
+    Returns:
+      A valid Plan.
+
+    Raises:
+      StructureError: a static value cannot be hashed.
+    """
+    plans = root._plans
+    for plan in plans:
+        if plan.valid(root):
+            if plan is not plans[0]:
+                _nodes.set_plans(root, (plan, *(p for p in plans if p is not plan)))
+            return plan
+    plan = Plan(root, Walk(root))
+    held = set(map(id, plan.leaves))
+    # An older plan may come back (train and eval); one that alone holds a removed
+    # Variable may not, or its memory would never be freed.
+    kept = [p for p in plans if all(type(x) is Slot or id(x) in held for x in p.leaves)]
+    _nodes.set_plans(root, (plan, *kept[: _KEPT - 1]))
+    return plan
+
+
+class Bound:
+    """The plan of any root for one call: a node's kept plan, or a walk made now."""
+
+    __slots__ = ("graphdef", "leaves", "pick", "values", "view")
+
+    def __init__(self, root: Any):
+        walk = Walk(root)
+        self.graphdef = walk.graphdef
+        self.leaves = walk.leaves
+
+        def view() -> list[Any]:
+            return [x._value if type(x) is Slot else x for x in walk.leaves]
+
+        def pick(literals: tuple[Any, ...]) -> tuple[Selection, list[list[Any]]]:
+            found = select(walk.graphdef.schema, literals, view)
+            return found, [[walk.leaves[i] for i in part[1]] for part in found.parts]
+
+        self.view, self.pick = view, pick
+        self.values = lambda: [
+            x._value if isinstance(x, (Slot, Variable)) else x for x in walk.leaves
+        ]
+
+
+def bind(root: Any) -> Any:
+    """The plan for any root object: kept for nodes, made anew for containers.
+
+    Args:
+      root: a Node, a container of nodes and Variables, a Variable, or an array.
+
+    Returns:
+      A Plan, or an object with the same ``graphdef``, ``leaves``, ``values``, ``view``
+      and ``pick``.
+    """
+    return plan_of(root) if isinstance(root, Node) else Bound(root)
+
+
+def store(leaf: Any, value: Any) -> bool:
+    """Writes a value into a live leaf; False where its holder is immutable."""
+    if isinstance(leaf, Variable):
+        write(leaf, value)
+        return True
+    return isinstance(leaf, Slot) and leaf.write(value)
+
+
+def own(values: list[Any]) -> list[Any]:
+    """Copies the NumPy arrays among ``values``, which others could write to."""
+    if np.ndarray in set(map(type, values)):
+        return [v.copy() if type(v) is np.ndarray else v for v in values]
+    return values
+
+

@@ -1,0 +1,334 @@
+"""Module and Pytree: the base classes of model objects, each one JAX pytree hop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from sortal._jax import register_pytree
+from sortal.errors import ArgumentError, VariableError
+from sortal.filters import to_filter
+from sortal.graph import plan_of
+from sortal.graphdef import GraphDef
+from sortal.nodes import Node, get_dict
+from sortal.paths import Path, PathKey
+from sortal.surgery import iter_nodes
+from sortal.variable import Perturbation, Variable, describe
+
+T = TypeVar("T", bound=type)
+
+
+class Pytree(Node):
+    """Base of stateful objects that are not layers, such as optimizers and metrics.
+
+    An instance is a JAX pytree whose leaves are the values of its Variables and raw
+    arrays, taken apart in one step.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> class Counter(nnx.Pytree):
+      ...     def __init__(self):
+      ...         self.n = nnx.Variable(jnp.array(3))
+      >>> jax.tree.map(lambda x: x + 1, Counter()).n
+      Variable(int32[])
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, pytree: bool = True, **options: Any):
+        super().__init_subclass__(**options)
+        if pytree:
+            register_pytree(cls, _flatten, _flatten_with_keys, _unflatten)
+
+    def __repr__(self) -> str:
+        return _show(self, 0, set())
+
+
+def _flatten(node: Any) -> tuple[list[Any], GraphDef]:
+    plan = plan_of(node)
+    return plan.values(), plan.graphdef
+
+
+def _flatten_with_keys(node: Any) -> tuple[list[Any], GraphDef]:
+    plan = plan_of(node)
+    keys = map(PathKey, plan.graphdef.schema.paths)
+    return list(zip(keys, plan.values(), strict=True)), plan.graphdef
+
+
+def _unflatten(graphdef: GraphDef, values: Any) -> Any:
+    return graphdef.build(graphdef.build_leaves(tuple(values)))[0]
+
+
+class Module(Pytree):
+    """Base of layers and models: plain Python objects with attributes.
+
+    Variables, arrays, other modules, and lists, tuples, dicts and dataclasses of these
+    are found in plain attributes, with no wrapper or annotation. Anything else is
+    static: part of the structure, and must be hashable.
+
+    Example:
+      >>> import sortal as nnx
+      >>> class MLP(nnx.Module):
+      ...     def __init__(self, sizes, *, rngs):
+      ...         pairs = zip(sizes, sizes[1:])
+      ...         self.layers = [nnx.Linear(a, b, rngs=rngs) for a, b in pairs]
+      ...     def __call__(self, x):
+      ...         for layer in self.layers:
+      ...             x = layer(x)
+      ...         return x
+      >>> model = MLP((2, 8, 1), rngs=nnx.Rngs(0))
+      >>> nnx.state(model).paths()[0]
+      ('layers', 0, 'bias')
+    """
+
+    __slots__ = ()
+
+    def sow(
+        self,
+        variable_type: type[Variable],
+        name: str,
+        value: Any,
+        reduce_fn: Callable[[Any, Any], Any] = lambda old, new: (*old, new),
+        init_fn: Callable[[], Any] = lambda: (),
+    ) -> bool:
+        """Records a value of a call under ``self.<name>``, to be ``pop``ped later.
+
+        Args:
+          variable_type: the kind to record it as, such as ``Intermediate``.
+          name: the attribute.
+          value: an array or pytree.
+          reduce_fn: joins what is recorded so far and the value; appends to a tuple
+            by default.
+          init_fn: what is recorded before the first call.
+
+        Returns:
+          True.
+
+        Raises:
+          VariableError: the attribute is there and is not of this kind.
+        """
+        found = get_dict(self).get(name)
+        if found is None:
+            recorded = reduce_fn(init_fn(), value)
+            setattr(self, name, variable_type(recorded))
+        else:
+            _check_kind(self, name, found, variable_type)
+            found.value = reduce_fn(found.value, value)
+        return True
+
+    def perturb(
+        self,
+        name: str,
+        value: Any,
+        variable_type: type[Variable] = Perturbation,
+    ) -> Any:
+        """Adds a Variable of zeros to a value, so that its gradient can be taken.
+
+        Args:
+          name: the attribute that holds the zeros; made at the first call.
+          value: an array or pytree.
+          variable_type: the kind of the zeros.
+
+        Returns:
+          The value plus what the attribute holds.
+
+        Raises:
+          VariableError: the attribute is there and is not of this kind.
+        """
+        found = get_dict(self).get(name)
+        if found is None:
+            found = variable_type(jax.tree.map(jnp.zeros_like, value))
+            setattr(self, name, found)
+        else:
+            _check_kind(self, name, found, variable_type)
+        return jax.tree.map(jnp.add, found.value, value)
+
+    def iter_modules(self) -> Iterator[tuple[Path, Module]]:
+        """This module and all below it once each, with paths, children first.
+
+        Yields:
+          Pairs of path and Module.
+        """
+        return iter_modules(self)
+
+    def iter_children(self) -> Iterator[tuple[str, Module]]:
+        """The modules that are attributes of this one.
+
+        Yields:
+          Pairs of attribute name and Module.
+        """
+        return iter_children(self)
+
+    def set_attributes(
+        self, *filters: Any, raise_if_not_found: bool = True, **attributes: Any
+    ) -> None:
+        """Sets attributes of this and all modules below that already have them.
+
+        Args:
+          *filters: which modules; a module class takes its instances. All if absent.
+          raise_if_not_found: whether a name that no module has is an error.
+          **attributes: names and new values.
+
+        Raises:
+          ArgumentError: no module chosen has one of the names; nothing is set.
+        """
+        chosen = to_filter(filters) if filters else to_filter(...)
+        modules = [m for path, m in self.iter_modules() if chosen(path, m)]
+        absent = [n for n in attributes if not any(hasattr(m, n) for m in modules)]
+        if absent and raise_if_not_found:
+            raise ArgumentError(
+                f"no module of {len(modules)} chosen has the attribute "
+                f"{', '.join(map(repr, absent))}; nothing was set. Check the spelling "
+                "and the filters, or pass raise_if_not_found=False."
+            )
+        for module in modules:
+            for name, value in attributes.items():
+                # A write counts as a possible edit of structure; an equal one is none.
+                if hasattr(module, name) and getattr(module, name) is not value:
+                    setattr(module, name, value)
+
+    def train(self, **attributes: Any) -> None:
+        """Puts Dropout, BatchNorm and their like into training mode.
+
+        Args:
+          **attributes: more attributes to set where a module has them.
+        """
+        self.set_attributes(
+            deterministic=False,
+            use_running_average=False,
+            raise_if_not_found=False,
+            **attributes,
+        )
+
+    def eval(self, **attributes: Any) -> None:
+        """Puts Dropout, BatchNorm and their like into evaluation mode.
+
+        Args:
+          **attributes: more attributes to set where a module has them.
+        """
+        self.set_attributes(
+            deterministic=True,
+            use_running_average=True,
+            raise_if_not_found=False,
+            **attributes,
+        )
+
+
+register_pytree(Pytree, _flatten, _flatten_with_keys, _unflatten)
+
+
+def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> None:
+    if type(found) is not kind:
+        raise VariableError(
+            f"{type(module).__name__}.{name} is a {type(found).__name__}, not the "
+            f"{kind.__name__} to be recorded there. Choose another name."
+        )
+
+
+def iter_modules(node: Any, /) -> Iterator[tuple[Path, Module]]:
+    """Every Module once with its first path, children before their holder.
+
+    Args:
+      node: a Module or a container of modules.
+
+    Yields:
+      Pairs of path and Module.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> [path for path, _ in nnx.iter_modules(model)]
+      [('layers', 0), ()]
+    """
+    return iter_nodes(node, lambda x: isinstance(x, Module))
+
+
+def iter_children(node: Module, /) -> Iterator[tuple[str, Module]]:
+    """The modules that are attributes of a module, sorted by name.
+
+    Args:
+      node: a Module.
+
+    Yields:
+      Pairs of attribute name and Module.
+
+    Example:
+      >>> import sortal as nnx
+      >>> class Pair(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.b = nnx.Linear(2, 2, rngs=rngs)
+      ...         self.a = nnx.Linear(2, 2, rngs=rngs)
+      >>> [name for name, _ in nnx.iter_children(Pair(nnx.Rngs(0)))]
+      ['a', 'b']
+    """
+    attributes = sorted(get_dict(node).items())
+    return ((name, x) for name, x in attributes if isinstance(x, Module))
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+def dataclass(cls: T | None = None, /, **options: Any) -> Any:
+    """``dataclasses.dataclass`` for modules; fields may be ``data()`` or ``static()``.
+
+    Args:
+      cls: a Pytree or Module subclass.
+      **options: options of ``dataclasses.dataclass``.
+
+    Returns:
+      The class.
+
+    Example:
+      >>> import sortal as nnx
+      >>> @nnx.dataclass
+      ... class Scale(nnx.Module):
+      ...     factor: float = nnx.data(default=2.0)
+      >>> nnx.state(Scale()).to_pure_dict()
+      {'factor': 2.0}
+    """
+
+    def decorate(cls: Any) -> Any:
+        # Comparing by value would make modules unhashable and compare arrays.
+        made = dataclasses.dataclass(**{"eq": False, "repr": False, **options})(cls)
+        roles = {
+            f.name: f.metadata["role"]
+            for f in dataclasses.fields(made)
+            if "role" in f.metadata
+        }
+        made._field_roles = {**(cls._field_roles or {}), **roles} or None
+        return made
+
+    return decorate if cls is None else decorate(cls)
+
+
+def _show(obj: Any, depth: int, seen: set[int]) -> str:
+    """An object as nested lines, each node once."""
+    pad = "  " * (depth + 1)
+    if isinstance(obj, Variable):
+        return repr(obj)
+    if isinstance(obj, Node):
+        opening, closing = f"{type(obj).__name__}(", ")"
+        items = [(f"{name}=", value) for name, value in get_dict(obj).items()]
+    elif isinstance(obj, dict):
+        opening, closing = "{", "}"
+        items = [(f"{key!r}: ", value) for key, value in obj.items()]
+    elif type(obj) in (list, tuple):
+        opening, closing = ("[", "]") if type(obj) is list else ("(", ")")
+        items = [("", value) for value in obj]
+    else:
+        return describe(obj)
+    if id(obj) in seen:
+        return f"{opening}...{closing}"
+    seen.add(id(obj))
+    shown = [(label, _show(value, depth + 1, seen)) for label, value in items]
+    if not any("\n" in text or "[" in text and "(" in text for _, text in shown):
+        line = opening + ", ".join(label + text for label, text in shown) + closing
+        if len(line) <= 80:
+            return line
+    body = "".join(f"{pad}{label}{text},\n" for label, text in shown)
+    return f"{opening}\n{body}{pad[2:]}{closing}"
+

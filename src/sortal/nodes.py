@@ -1,0 +1,428 @@
+"""How each type of node is taken apart and put together; Node, the base of objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from sortal import paths
+from sortal._jax import one_level
+from sortal.statics import static_key
+from sortal.variable import Variable
+
+Keys = Sequence[Hashable]
+
+
+class Node:
+    """Base of objects with attributes; counts attribute writes and keeps plans.
+
+    The counter tells the engine, in one comparison of integers, that an object still
+    has the structure it was planned with. A write that goes round ``__setattr__``
+    (``vars(obj)[name] = x``) is noticed only when it changes the number of
+    attributes.
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_plans", "_roles", "_version")
+
+    _field_roles: ClassVar[dict[str, str] | None] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        node = object.__new__(cls)
+        _set_version(node, 0)
+        _set_plans(node, ())
+        _set_roles(node, cls._field_roles)
+        return node
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) is Marked:
+            _set_roles(self, {**(self._roles or {}), name: value.role})
+            value = value.value
+        old = self.__dict__.get(name, _ABSENT)
+        object.__setattr__(self, name, value)
+        if type(old) in leaf_types and type(value) in leaf_types:
+            return
+        _set_version(self, self._version + 1)
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+        _set_version(self, self._version + 1)
+
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, str] | None]:
+        return (dict(self.__dict__), self._roles)
+
+    def __setstate__(self, state: Any) -> None:
+        attributes, roles = state if isinstance(state, tuple) else (state, None)
+        self.__dict__.update(attributes or {})
+        _set_roles(self, roles)
+        _set_version(self, self._version + 1)
+
+
+_ABSENT: Any = object()
+_set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
+_set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
+_set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
+set_plans = _set_plans
+get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
+
+leaf_types: set[type] = {np.ndarray}
+"""Exact types of raw arrays met so far: replacing one by another keeps structure."""
+
+
+class Marked:
+    """What ``data`` and ``static`` hand to an attribute assignment."""
+
+    __slots__ = ("role", "value")
+
+    def __init__(self, role: str, value: Any):
+        self.role = role
+        self.value = value
+
+
+class Handler:
+    """How nodes of one type are taken apart and put together.
+
+    ``tracked`` nodes have an identity: met twice they are one object, they may be
+    part of a cycle, and they can be refilled in place. Others are values, rebuilt
+    from their children.
+    """
+
+    tracked = True
+    flat = False
+
+    def keys(self, obj: Any) -> Keys:
+        """The keys of the children, in the order in which leaves are numbered."""
+        raise NotImplementedError
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        """The children at ``keys``."""
+        raise NotImplementedError
+
+    def spec(self, obj: Any) -> Hashable:
+        """What is needed besides keys and children to build it again; hashable."""
+        return None
+
+    def contents(self, obj: Any) -> list[Any]:
+        """What must stay identical for the structure to be the same."""
+        return self.children(obj, self.keys(obj))
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        """An empty object of the type; for tracked nodes."""
+        return object.__new__(cls)
+
+    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
+        """Makes ``children`` at ``keys`` the whole content of ``obj``."""
+        raise NotImplementedError
+
+    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
+        """Puts a value together from its children; for untracked nodes."""
+        raise NotImplementedError
+
+
+class ObjectHandler(Handler):
+    """Node subclasses: children are the attributes, sorted by name."""
+
+    def keys(self, obj: Any) -> Keys:
+        return sorted(get_dict(obj))
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return list(map(get_dict(obj).__getitem__, keys))
+
+    def spec(self, obj: Any) -> Hashable:
+        return tuple(sorted(obj._roles.items())) if obj._roles else None
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        node = Node.__new__(cls)
+        if spec:
+            _set_roles(node, dict(spec))
+        return node
+
+    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
+        attributes = get_dict(obj)
+        if attributes:
+            attributes.clear()
+        attributes.update(zip(keys, children, strict=True))
+        _set_version(obj, obj._version + 1)
+
+
+class ListHandler(Handler):
+    """Lists: children at their indices."""
+
+    def keys(self, obj: Any) -> Keys:
+        return range(len(obj))
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return list(obj)
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        return cls()
+
+    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
+        obj[:] = children
+
+
+class DictHandler(Handler):
+    """Dicts: children sorted by key; the order of insertion is kept in the spec.
+
+    Code that loops over a dict of layers must meet them in the same order inside a
+    transform, so two dicts that differ in order differ in structure.
+    """
+
+    def keys(self, obj: Any) -> Keys:
+        return sorted(obj, key=paths.order)
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [obj[key] for key in keys]
+
+    def spec(self, obj: Any) -> Hashable:
+        factory = getattr(obj, "default_factory", None)
+        return (tuple(obj), factory)
+
+    def contents(self, obj: Any) -> list[Any]:
+        return [*obj.keys(), *obj.values()]
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        return cls(spec[1]) if spec[1] is not None else cls()
+
+    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
+        found = dict(zip(keys, children, strict=True))
+        obj.clear()
+        for key in spec[0]:
+            obj[key] = found[key]
+
+
+class TupleHandler(Handler):
+    """Tuples and named tuples: values, rebuilt from their children."""
+
+    tracked = False
+
+    def keys(self, obj: Any) -> Keys:
+        return sorted(obj._fields) if hasattr(obj, "_fields") else range(len(obj))
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        if hasattr(obj, "_fields"):
+            return [getattr(obj, str(key)) for key in keys]
+        return list(obj)
+
+    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
+        if hasattr(cls, "_fields"):
+            return cls(**dict(zip(map(str, keys), children, strict=True)))
+        return cls(children)
+
+
+class DataclassHandler(Handler):
+    """Instances of plain dataclasses: children are all attributes set on them."""
+
+    def keys(self, obj: Any) -> Keys:
+        names = [f.name for f in dataclasses.fields(obj) if hasattr(obj, f.name)]
+        extra = [n for n in getattr(obj, "__dict__", ()) if n not in names]
+        return sorted([*names, *extra])
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [getattr(obj, str(key)) for key in keys]
+
+    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
+        for name in set(map(str, self.keys(obj))) - set(map(str, keys)):
+            object.__delattr__(obj, name)
+        for name, child in zip(keys, children, strict=True):
+            object.__setattr__(obj, str(name), child)
+
+
+class MethodHandler(Handler):
+    """Bound methods of nodes: the object is the child, so that copies bind to copies."""
+
+    tracked = False
+
+    def keys(self, obj: Any) -> Keys:
+        return ("__self__",)
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [obj.__self__]
+
+    def spec(self, obj: Any) -> Hashable:
+        return obj.__func__
+
+    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
+        return types.MethodType(spec, children[0])
+
+
+class PytreeHandler(Handler):
+    """Types registered with JAX: taken apart by JAX, one level at a time."""
+
+    tracked = False
+
+    def keys(self, obj: Any) -> Keys:
+        return [key for key, _ in self._level(obj)[0]]
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [child for _, child in self._level(obj)[0]]
+
+    def spec(self, obj: Any) -> Hashable:
+        return self._level(obj)[1]
+
+    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
+        return jax.tree_util.tree_unflatten(spec, children)
+
+    def _level(self, obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        level = one_level(obj)
+        assert level is not None
+        return level
+
+
+_OBJECT, _DATACLASS, _PYTREE = ObjectHandler(), DataclassHandler(), PytreeHandler()
+_METHOD = MethodHandler()
+_registry: dict[type, Handler] = {}
+_found: dict[type, Any] = {}
+LEAF, STATIC = "leaf", "static"
+
+
+def register_node(cls: type, handler: Handler) -> None:
+    """Teaches the engine how to take apart and build objects of ``cls``.
+
+    Args:
+      cls: the type; subclasses that have no handler of their own use it too.
+      handler: the Handler.
+    """
+    _registry[cls] = handler
+    _found.clear()
+
+
+def handler_of(obj: Any) -> Any:
+    """The Handler for an object, or ``LEAF`` or ``STATIC``.
+
+    Args:
+      obj: any object.
+
+    Returns:
+      ``LEAF`` for Variables and raw arrays, a Handler for nodes, else ``STATIC``.
+    """
+    cls = type(obj)
+    try:
+        return _found[cls]
+    except KeyError:
+        found = _found[cls] = _classify(cls, obj)
+        return found
+
+
+def _classify(cls: type, obj: Any) -> Any:
+    if issubclass(cls, Variable):
+        return LEAF
+    if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        leaf_types.add(cls)
+        return LEAF
+    for base in cls.__mro__:
+        if base in _registry:
+            return _registry[base]
+    if issubclass(cls, Node):
+        return _OBJECT
+    if issubclass(cls, types.MethodType):
+        return _METHOD
+    if obj is None or issubclass(cls, type):
+        return STATIC
+    if one_level(obj) is not None:
+        return _PYTREE
+    if dataclasses.is_dataclass(cls):
+        return _DATACLASS
+    return STATIC
+
+
+_tuple = TupleHandler()
+register_node(list, ListHandler())
+register_node(dict, DictHandler())
+register_node(tuple, _tuple)
+
+
+def is_static_value(obj: Any, handler: Any) -> bool:
+    """Whether a value-like container holds statics only, and so is one static itself.
+
+    Args:
+      obj: an object whose handler is a Handler.
+      handler: that handler.
+
+    Returns:
+      True for tuples, methods and frozen dataclasses with no leaf or mutable inside.
+    """
+    if isinstance(handler, MethodHandler):
+        return handler_of(obj.__self__) is STATIC
+    frozen = handler is _DATACLASS and type(obj).__dataclass_params__.frozen
+    if not (handler is _tuple or frozen):
+        return False
+    if handler is _tuple and _registry_only_tuple(obj):
+        return True
+    for child in handler.children(obj, handler.keys(obj)):
+        inner = handler_of(child)
+        if inner is LEAF:
+            return False
+        if inner is not STATIC and not is_static_value(child, inner):
+            return False
+    try:
+        static_key(obj)
+    except TypeError:
+        return False  # as a node, so that what cannot be hashed has its own path
+    return True
+
+
+def _registry_only_tuple(obj: Any) -> bool:
+    """Tuple subclasses that are no named tuples are leaves to JAX: statics to us."""
+    return type(obj) is not tuple and not hasattr(obj, "_fields")
+
+
+def data(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> Any:
+    """Marks an attribute as data, so that even a Python number in it is a leaf.
+
+    Sortal finds arrays, Variables and modules in plain attributes, lists and dicts by
+    itself; this is needed only for numbers, and for NNX code that has it.
+
+    Args:
+      value: what is assigned; without it a dataclass field is made.
+      default: the dataclass field's default.
+      **options: more options of ``dataclasses.field``.
+
+    Returns:
+      What to assign to the attribute, or the dataclass field.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> class Schedule(nnx.Module):
+      ...     def __init__(self):
+      ...         self.rate = nnx.data(0.1)
+      >>> jax.tree.leaves(Schedule())
+      [0.1]
+    """
+    return _mark("data", value, default, options)
+
+
+def static(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> Any:
+    """Marks an attribute as static: part of the structure, never a leaf.
+
+    Args:
+      value: what is assigned, hashable; without it a dataclass field is made.
+      default: the dataclass field's default.
+      **options: more options of ``dataclasses.field``.
+
+    Returns:
+      What to assign to the attribute, or the dataclass field.
+
+    Example:
+      >>> import sortal as nnx
+      >>> class Scale(nnx.Module):
+      ...     def __init__(self):
+      ...         self.size = nnx.static((2, 3))
+      >>> Scale().size
+      (2, 3)
+    """
+    return _mark("static", value, default, options)
+
+
+def _mark(role: str, value: Any, default: Any, options: dict[str, Any]) -> Any:
+    if value is not _ABSENT:
+        return Marked(role, value)
+    if default is not _ABSENT:
+        options["default"] = default
+    metadata = {**options.pop("metadata", {}), "role": role}
+    return dataclasses.field(**options, metadata=metadata)

@@ -1,0 +1,194 @@
+"""Paths: tuples of attribute names, dict keys and list indices from a root."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import gc
+import types
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+Path = tuple[Hashable, ...]
+
+
+def order(key: Any) -> tuple[int, Any]:
+    """A sort key for the entries of a path: integers, then strings, then the rest."""
+    if isinstance(key, int):
+        return (0, key)
+    if isinstance(key, str):
+        return (1, key)
+    return (2, f"{type(key).__name__}:{key!r}")
+
+
+def show(path: Iterable[Any]) -> str:
+    """Prints a path as ``layers.0.kernel``; odd keys as ``['a b']``.
+
+    Args:
+      path: entries from the root.
+
+    Returns:
+      The text; ``<root>`` for the empty path.
+
+    Example:
+      >>> show(("layers", 0, "kernel"))
+      'layers.0.kernel'
+      >>> show(("table", "a.b", (1, 2)))
+      "table['a.b'][(1, 2)]"
+    """
+    text = ""
+    for key in path:
+        if _is_plain(key):
+            text += f".{key}" if text else str(key)
+        else:
+            text += f"[{key!r}]"
+    return text or "<root>"
+
+
+def _is_plain(key: Any) -> bool:
+    if type(key) is int:
+        return True
+    return isinstance(key, str) and key != "" and not set(key) & set(".[]* '\"")
+
+
+def parse(text: str) -> Path:
+    """Reads ``layers.0.kernel`` as a path; parts made of digits become integers.
+
+    Args:
+      text: entries joined by dots.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: an entry is empty.
+
+    Example:
+      >>> parse("layers.0.kernel")
+      ('layers', 0, 'kernel')
+    """
+    parts = text.split(".")
+    if not all(parts):
+        raise ValueError(f"a path is names joined by single dots, found {text!r}")
+    return tuple(int(p) if p.isascii() and p.isdigit() else p for p in parts)
+
+
+def matches(pattern: str, path: Path) -> bool:
+    """Whether ``path`` fits a glob such as ``encoder.**.kernel``.
+
+    ``*`` stands for one entry (or part of one), ``**`` for any number, none included.
+
+    Args:
+      pattern: entries joined by dots.
+      path: the path to test, from its root.
+
+    Returns:
+      True where the whole path fits the whole pattern.
+
+    Example:
+      >>> matches("layers.*.kernel", ("layers", 0, "kernel"))
+      True
+      >>> matches("**.bias", ("layers", 0, "kernel"))
+      False
+    """
+    return _matches(tuple(pattern.split(".")), tuple(map(str, path)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not path
+    head, rest = pattern[0], pattern[1:]
+    if head == "**":
+        return _matches(rest, path) or (bool(path) and _matches(pattern, path[1:]))
+    return (
+        bool(path) and fnmatch.fnmatchcase(path[0], head) and _matches(rest, path[1:])
+    )
+
+
+class PathKey:
+    """A JAX key-path entry that stands for a whole path: ``['layers'][0]``.
+
+    Args:
+      path: entries from the root.
+
+    Example:
+      >>> str(PathKey(("layers", 0)))
+      "['layers'][0]"
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self, path: Path):
+        self.key = path
+
+    def __str__(self) -> str:
+        return "".join(f"[{k!r}]" for k in self.key)
+
+    def __repr__(self) -> str:
+        return f"PathKey({self.key!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PathKey) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def locate(target: Any) -> Path | None:
+    """Finds where a live object hangs, by asking the garbage collector.
+
+    Slow: for error messages only, so that no live object need carry its path.
+
+    Args:
+      target: the object looked for.
+
+    Returns:
+      A path that leads to it from the outermost object found, or None where no
+      object holds it under a name.
+    """
+    return _climb(target, (id(target),))
+
+
+def _climb(target: Any, below: tuple[int, ...]) -> Path | None:
+    if len(below) > 24:
+        return None
+    held_by_container = None
+    for holder in gc.get_referrers(target):
+        if id(holder) in below or isinstance(holder, _NOT_OWNERS):
+            continue
+        owner = _owner_of(holder) if isinstance(holder, dict) else holder
+        if owner is None:
+            continue
+        key = _key_in(owner, target)
+        if key is None:
+            continue
+        above = _climb(owner, (*below, id(holder), id(owner)))
+        if hasattr(owner, "__dict__"):
+            return (*(above or ()), key)
+        if above is not None:
+            held_by_container = (*above, key)
+    return held_by_container
+
+
+_NOT_OWNERS = (type, types.ModuleType, types.FrameType, types.CellType)
+
+
+def _owner_of(namespace: dict[Any, Any]) -> Any:
+    """The object whose attributes ``namespace`` holds, or the dict where it is data."""
+    if "__name__" in namespace and "__builtins__" in namespace:
+        return None
+    for obj in gc.get_referrers(namespace):
+        if getattr(obj, "__dict__", None) is namespace:
+            return None if isinstance(obj, _NOT_OWNERS) else obj
+    return namespace
+
+
+def _key_in(owner: Any, target: Any) -> Hashable | None:
+    if isinstance(owner, dict):
+        items: Iterable[tuple[Any, Any]] = owner.items()
+    elif isinstance(owner, (list, tuple)):
+        items = enumerate(owner)
+    else:
+        items = getattr(owner, "__dict__", {}).items()
+    return next((key for key, value in items if value is target), None)

@@ -1,0 +1,572 @@
+"""State: a flat mapping path -> value with kinds and metadata, read as if nested."""
+
+from __future__ import annotations
+
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+
+from sortal import paths
+from sortal._jax import register_pytree
+from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
+from sortal.graph import own
+from sortal.graphdef import Schema, check_exhaustive, kind_name, select
+from sortal.nodes import Handler, register_node
+from sortal.paths import Path, PathKey, show
+from sortal.statics import EMPTY
+from sortal.variable import Variable, describe, make
+
+
+_SLOTS = ("_schema", "_cells", "_boxed", "_parent", "_prefix")
+
+
+class State(MutableMapping[Any, Any]):
+    """The leaves of a model, apart from it: a snapshot that is safe to edit.
+
+    Stored flat, read nested: ``s["layers"][0]["kernel"]`` and
+    ``s.layers[0].kernel`` are a Variable of the leaf's kind that belongs to this
+    State alone; ``s["layers"]`` is a view, so that writing through it edits ``s``. A
+    State is a JAX pytree one hop deep whose children are Variables.
+
+    Args:
+      mapping: a nested mapping, or pairs of a key and a leaf or mapping.
+
+    Example:
+      >>> import sortal as nnx
+      >>> s = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> s.paths()
+      (('bias',), ('kernel',))
+      >>> s["kernel"]
+      Param(float32[2,3])
+    """
+
+    __slots__ = ("__weakref__", "_boxed", "_cells", "_schema")
+
+    def __init__(self, mapping: Any = (), /):
+        pairs = dict(mapping) if not isinstance(mapping, Mapping) else mapping
+        _fill_from(self, list(_walk_mapping(pairs, ())))
+
+    @classmethod
+    def from_flat_path(cls, flat: Any, /) -> State:
+        """Builds a State from paths and leaves.
+
+        Args:
+          flat: a mapping, or pairs, of path (tuple) and leaf: a Variable or a value.
+
+        Returns:
+          The State.
+        """
+        state = object.__new__(State)
+        items = flat.items() if isinstance(flat, Mapping) else flat
+        _fill_from(state, [(tuple(path), leaf) for path, leaf in items])
+        return state
+
+    # --------------------------------------- what views see otherwise
+    @property
+    def schema(self) -> Schema:
+        """Paths, kinds and metadata of the leaves, in order."""
+        if self._boxed:
+            _refresh(self)
+        return self._schema
+
+    def values_list(self) -> list[Any]:
+        """The bare values, in order."""
+        if not self._boxed:
+            return list(self._cells)
+        return [c._value if isinstance(c, Variable) else c for c in self._cells]
+
+    def _leaf(self, i: int) -> Any:
+        cell, kind = self._cells[i], self._schema.kinds[i]
+        if kind is None or isinstance(cell, Variable):
+            return cell
+        box = self._cells[i] = make(kind, cell, self._schema.metadata[i])
+        self._boxed = True
+        return box
+
+    def _assign(self, path: Path, leaf: Any) -> None:
+        at = self._schema.index.get(path)
+        if at is None:
+            _fill_from(self, [*_items(self), (path, leaf)])
+        elif isinstance(leaf, Variable) and type(leaf) is self._schema.kinds[at]:
+            self._cells[at] = leaf
+            self._boxed = True
+        elif isinstance(leaf, Variable) or self._schema.kinds[at] is None:
+            rest = [(p, x) for p, x in _items(self) if p != path]
+            _fill_from(self, [*rest, (path, leaf)])
+        else:
+            self._leaf(at).value = leaf
+
+    def _remove(self, gone: set[Path]) -> None:
+        _fill_from(self, [(p, x) for p, x in _items(self) if p not in gone])
+
+    # ------------------------------------------------- nested mapping
+    def __getitem__(self, key: Any) -> Any:
+        path = (key,)
+        at = self.schema.index.get(path)
+        if at is not None:
+            return self._leaf(at)
+        if key in self.schema.children(()):
+            return _View(self, path)
+        raise PathError(
+            f"no {key!r} in this State; it has "
+            f"{', '.join(map(repr, self.schema.children(()))) or 'nothing'}."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # A slot that is not set yet must not be looked for in the schema, itself a slot.
+        if name in _SLOTS or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except PathError as e:
+            raise PathAttributeError(str(e)) from None
+
+    def __setitem__(self, key: Any, leaf: Any) -> None:
+        if isinstance(leaf, Mapping):
+            below = [p for p in self.schema.paths if p[0] == key]
+            self._remove(set(below))
+            for path, inner in _walk_mapping(leaf, (key,)):
+                self._assign(path, inner)
+        else:
+            self._assign((key,), leaf)
+
+    def __setattr__(self, name: str, leaf: Any) -> None:
+        if name in _SLOTS:
+            object.__setattr__(self, name, leaf)
+        else:
+            self[name] = leaf
+
+    def __delitem__(self, key: Any) -> None:
+        gone = {p for p in self.schema.paths if p[0] == key}
+        if not gone:
+            self[key]
+        self._remove(gone)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.schema.children(()))
+
+    def __len__(self) -> int:
+        return len(self.schema.children(()))
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.schema.children(())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, State):
+            return NotImplemented
+        if self.schema is not other.schema:
+            return False
+        pairs = zip(self.values_list(), other.values_list(), strict=True)
+        return all(a is b or _equal(a, b) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: State) -> State:
+        return State.merge(self, other)
+
+    def __sub__(self, other: State) -> State:
+        gone = set(other.schema.paths)
+        return State.from_flat_path([(p, x) for p, x in _items(self) if p not in gone])
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{show(path)}: "
+            + (describe(v) if kind is None else f"{kind_name(kind)}({describe(v)})")
+            for path, kind, v in zip(
+                self.schema.paths, self.schema.kinds, self.values_list(), strict=True
+            )
+        ]
+        return f"State(\n{listing(rows)}\n)" if rows else "State()"
+
+    def __getstate__(self) -> Any:
+        return (self.schema, self.values_list())
+
+    def __setstate__(self, saved: Any) -> None:
+        self._schema, self._cells, self._boxed = saved[0], list(saved[1]), False
+
+    def __copy__(self) -> State:
+        return snapshot(self.schema, self.values_list())
+
+    def __deepcopy__(self, memo: Any) -> State:
+        values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
+        return snapshot(self.schema, values)
+
+    # ------------------------------------------------------------ flat
+    def paths(self) -> tuple[Path, ...]:
+        """The paths of all leaves, in order."""
+        return self.schema.paths
+
+    def leaves(self) -> list[Any]:
+        """All leaves in order: Variables of this State, and raw arrays."""
+        return [self._leaf(i) for i in range(len(self.schema))]
+
+    def flat_state(self) -> FlatState:
+        """The pairs of path and leaf, in order."""
+        return FlatState(zip(self.paths(), self.leaves(), strict=True))
+
+    def map(self, f: Callable[[Path, Any], Any]) -> State:
+        """A State of what ``f`` makes of each path and leaf.
+
+        Args:
+          f: takes a path and a Variable or array; returns the new leaf.
+
+        Returns:
+          The new State.
+        """
+        return State.from_flat_path([(p, f(p, x)) for p, x in _items(self)])
+
+    # --------------------------------------------------- by filter
+    def filter(self, *filters: Any) -> Any:
+        """The leaves that filters take, as ``sortal.state`` does for a model.
+
+        Args:
+          *filters: one or more filters.
+
+        Returns:
+          A State, or a tuple with one State for each filter.
+
+        Raises:
+          FilterError: a filter is malformed, or swallowed by an earlier one.
+        """
+        parts, _ = self._divide(filters)
+        return parts[0] if len(filters) == 1 else tuple(parts)
+
+    def split(self, *filters: Any) -> Any:
+        """Divides all leaves among filters.
+
+        Args:
+          *filters: one or more filters.
+
+        Returns:
+          A State, or a tuple with one State for each filter.
+
+        Raises:
+          FilterError: as ``filter``; or leaves are left over.
+        """
+        parts, rest = self._divide(filters)
+        check_exhaustive(self.schema, filters, rest)
+        return parts[0] if len(filters) == 1 else tuple(parts)
+
+    def _divide(self, filters: tuple[Any, ...]) -> tuple[list[State], Sequence[int]]:
+        found = select(self.schema, filters, self.leaves)
+        values = self.values_list()
+        parts = [snapshot(s, [values[i] for i in at]) for s, at in found.parts]
+        return parts, found.rest
+
+    @staticmethod
+    def merge(state: Any, /, *states: Any) -> State:
+        """One State of all leaves; where two have the same path the later wins.
+
+        Args:
+          state: a State or nested mapping.
+          *states: more of them.
+
+        Returns:
+          The new State.
+        """
+        merged: dict[Path, Any] = {}
+        for s in (state, *states):
+            merged.update(_items(as_state(s)))
+        return State.from_flat_path(merged)
+
+    # --------------------------------------------------- nested dicts
+    def to_pure_dict(self, extract_fn: Callable[[Any], Any] | None = None) -> dict:
+        """Nested dicts of bare values.
+
+        Args:
+          extract_fn: takes a leaf, returns what to put; its value if absent.
+
+        Returns:
+          The dict, with integer keys where the paths have them.
+        """
+        leaves = self.values_list() if extract_fn is None else self.leaves()
+        nested: dict[Any, Any] = {}
+        for path, leaf in zip(self.paths(), leaves, strict=True):
+            at = nested
+            for key in path[:-1]:
+                at = at.setdefault(key, {})
+            at[path[-1]] = leaf if extract_fn is None else extract_fn(leaf)
+        return nested
+
+    def replace_by_pure_dict(
+        self, pure: Mapping, replace_fn: Callable[[Any, Any], Any] | None = None
+    ) -> None:
+        """Replaces values in place from nested dicts; keys ``"0"`` may stand for 0.
+
+        Args:
+          pure: nested dicts of values.
+          replace_fn: takes the old leaf and the new value, returns the new leaf.
+
+        Raises:
+          PathError: paths that this State does not have; all listed, none replaced.
+        """
+        schema = self.schema
+        by_text = {tuple(map(str, p)): i for p, i in schema.index.items()}
+        found, unknown = [], []
+        for path, value in _walk_mapping(pure, ()):
+            at = schema.index.get(path, by_text.get(tuple(map(str, path))))
+            if at is None:
+                unknown.append(show(path))
+            else:
+                found.append((at, value))
+        if unknown:
+            raise PathError(
+                "replace_by_pure_dict was given paths that this State does not have:\n"
+                + listing(unknown)
+                + "\nIt has:\n"
+                + listing(map(show, schema.paths))
+            )
+        for at, value in found:
+            old = self._leaf(at)
+            new = value if replace_fn is None else replace_fn(old, value)
+            self._assign(schema.paths[at], new)
+
+
+class _View(State):
+    """The part of a State below a prefix; writing to it writes to the State."""
+
+    __slots__ = ("_parent", "_prefix")
+
+    def __init__(self, parent: State, prefix: Path):
+        self._parent, self._prefix = parent, prefix
+
+    @property
+    def schema(self) -> Schema:
+        return self._parent.schema.below(self._prefix)[0]
+
+    @property
+    def _positions(self) -> tuple[int, ...]:
+        return self._parent.schema.below(self._prefix)[1]
+
+    def values_list(self) -> list[Any]:
+        values = self._parent.values_list()
+        return [values[i] for i in self._positions]
+
+    def _leaf(self, i: int) -> Any:
+        return self._parent._leaf(self._positions[i])
+
+    def _assign(self, path: Path, leaf: Any) -> None:
+        self._parent._assign((*self._prefix, *path), leaf)
+
+    def _remove(self, gone: set[Path]) -> None:
+        self._parent._remove({(*self._prefix, *p) for p in gone})
+
+    def __reduce__(self) -> Any:
+        return (snapshot, (self.schema, self.values_list()))
+
+
+class FlatState(tuple):
+    """Pairs of path and leaf, in order; ``dict(flat)`` gives a mapping by path.
+
+    Args:
+      pairs: an iterable of (path, leaf).
+    """
+
+    __slots__ = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths."""
+        return tuple(path for path, _ in self)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves."""
+        return [leaf for _, leaf in self]
+
+    def to_nested_state(self) -> State:
+        """The State of these pairs."""
+        return State.from_flat_path(self)
+
+
+def snapshot(schema: Schema, values: list[Any]) -> State:
+    """A State over ``values``, which it keeps as they are; for the engine.
+
+    Args:
+      schema: paths, kinds and metadata.
+      values: the bare values in the same order.
+
+    Returns:
+      The State.
+    """
+    state = object.__new__(State)
+    _set_schema(state, schema)
+    _set_cells(state, values)
+    _set_boxed(state, False)
+    return state
+
+
+_set_schema = State.__dict__["_schema"].__set__
+_set_cells = State.__dict__["_cells"].__set__
+_set_boxed = State.__dict__["_boxed"].__set__
+
+
+def as_state(x: Any) -> State:
+    """Reads a State, a FlatState, or a nested mapping of leaves, as a State.
+
+    Args:
+      x: one of these.
+
+    Returns:
+      The State.
+
+    Raises:
+      ArgumentError: it is none of them.
+    """
+    if isinstance(x, State):
+        return x
+    if isinstance(x, FlatState):
+        return x.to_nested_state()
+    if isinstance(x, Mapping):
+        return State(x)
+    raise ArgumentError(
+        f"expected a State or a nested dict of leaves, found a {type(x).__name__}."
+    )
+
+
+def _items(state: State) -> list[tuple[Path, Any]]:
+    return list(zip(state.paths(), state.leaves(), strict=True))
+
+
+def _walk_mapping(mapping: Mapping, prefix: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(mapping, State):
+        yield from (((*prefix, *p), x) for p, x in _items(mapping))
+        return
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _walk_mapping(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _fill_from(state: State, items: list[tuple[Path, Any]]) -> None:
+    items = sorted(items, key=lambda item: tuple(map(paths.order, item[0])))
+    known = {path for path, _ in items}
+    clash = [p for p in known if any(p[:n] in known for n in range(1, len(p)))]
+    if clash:
+        raise PathError(
+            "a path of a State cannot run through a leaf; found:\n"
+            + listing(map(show, sorted(clash, key=show)))
+        )
+    _set_leaves(state, [path for path, _ in items], [leaf for _, leaf in items])
+
+
+def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
+    is_variable = [isinstance(x, Variable) for x in leaves]
+    _set_schema(
+        state,
+        Schema.of(
+            at,
+            [type(x) if v else None for x, v in zip(leaves, is_variable, strict=True)],
+            [
+                x._metadata if v else EMPTY
+                for x, v in zip(leaves, is_variable, strict=True)
+            ],
+        ),
+    )
+    _set_cells(state, leaves)
+    _set_boxed(state, any(is_variable))
+
+
+def _refresh(state: State) -> None:
+    """Takes over metadata that was edited on a Variable read from the State."""
+    schema = state._schema
+    for cell, metadata in zip(state._cells, schema.metadata, strict=True):
+        if isinstance(cell, Variable) and cell._metadata is not metadata:
+            _set_schema(
+                state,
+                Schema.of(
+                    schema.paths,
+                    schema.kinds,
+                    [
+                        c._metadata if isinstance(c, Variable) else m
+                        for c, m in zip(state._cells, schema.metadata, strict=True)
+                    ],
+                ),
+            )
+            return
+
+
+def _equal(a: Any, b: Any) -> bool:
+    xs, ys = jax.tree.leaves(a), jax.tree.leaves(b)
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(_equal_arrays(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def _equal_arrays(x: Any, y: Any) -> bool:
+    if x is y:
+        return True
+    if getattr(x, "shape", ()) != getattr(y, "shape", ()):
+        return False
+    if getattr(x, "dtype", None) != getattr(y, "dtype", None):
+        return False
+    return bool((x == y).all()) if hasattr(x, "dtype") else bool(x == y)
+
+
+def _flatten(state: State) -> tuple[list[Any], Schema]:
+    return state.leaves(), state.schema
+
+
+def _flatten_with_keys(state: State) -> tuple[list[Any], Schema]:
+    leaves = state.leaves()
+    keys = map(PathKey, state.paths())
+    return list(zip(keys, leaves, strict=True)), state.schema
+
+
+def _unflatten(schema: Schema, children: Any) -> State:
+    cells = list(children)
+    kinds, metadata = schema.kinds, schema.metadata
+    for cell, kind, meta in zip(cells, kinds, metadata, strict=True):
+        if isinstance(cell, Variable):
+            if type(cell) is kind and cell._metadata is meta:
+                continue
+        elif kind is None:
+            continue
+        # A map over whole Variables gave other kinds, or no Variables at all.
+        state = object.__new__(State)
+        _set_leaves(state, schema.paths, cells)
+        return state
+    state = snapshot(schema, cells)
+    _set_boxed(state, True)
+    return state
+
+
+class _StateHandler(Handler):
+    """A State held by an object is one node whose children lie at whole paths."""
+
+    flat = True
+
+    def keys(self, obj: State) -> Sequence[Hashable]:
+        return obj.schema.paths
+
+    def children(self, obj: State, keys: Any) -> list[Any]:
+        return obj.leaves()
+
+    def contents(self, obj: State) -> list[Any]:
+        return [obj.schema, *obj.leaves()]
+
+    def shell(self, cls: type, spec: Any) -> State:
+        return State()
+
+    def fill(self, obj: State, spec: Any, keys: Any, children: list[Any]) -> None:
+        _set_leaves(obj, tuple(keys), children)
+
+
+register_node(State, _StateHandler())
+for _cls in (State, _View):
+    register_pytree(_cls, _flatten, _flatten_with_keys, _unflatten)
+jtu.register_pytree_node(
+    FlatState,
+    lambda flat: (flat.leaves, flat.paths),
+    lambda at, leaves: FlatState(zip(at, leaves, strict=True)),
+)

@@ -1,0 +1,137 @@
+"""The State verbs of NNX as functions; each is the method of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sortal.paths import Path
+from sortal.state import FlatState, State, as_state
+
+
+def to_flat_state(state: Any) -> FlatState:
+    """The pairs of path and leaf of a State, in order.
+
+    Args:
+      state: a State or nested mapping.
+
+    Returns:
+      A FlatState.
+    """
+    return as_state(state).flat_state()
+
+
+def from_flat_state(flat: Any) -> State:
+    """The State of pairs of path and leaf.
+
+    Args:
+      flat: a FlatState, a mapping by path, or pairs.
+
+    Returns:
+      The State.
+    """
+    return State.from_flat_path(flat)
+
+
+def to_pure_dict(state: Any, extract_fn: Callable[[Any], Any] | None = None) -> dict:
+    """Nested dicts of the bare values of a State.
+
+    Args:
+      state: a State or nested mapping.
+      extract_fn: takes a leaf, returns what to put; its value if absent.
+
+    Returns:
+      The dict.
+    """
+    return as_state(state).to_pure_dict(extract_fn)
+
+
+def replace_by_pure_dict(
+    state: State,
+    pure_dict: Mapping,
+    replace_fn: Callable[[Any, Any], Any] | None = None,
+) -> None:
+    """Replaces values of a State in place; see ``State.replace_by_pure_dict``.
+
+    Args:
+      state: the State to change.
+      pure_dict: nested dicts of values.
+      replace_fn: takes the old leaf and the new value, returns the new leaf.
+
+    Raises:
+      PathError: paths that the State does not have; all listed, none replaced.
+    """
+    state.replace_by_pure_dict(pure_dict, replace_fn)
+
+
+def restore_int_paths(pure_dict: Mapping) -> dict:
+    """Turns keys made of digits back into integers, at every level.
+
+    Args:
+      pure_dict: nested dicts, such as a file format gives that has string keys only.
+
+    Returns:
+      New nested dicts.
+    """
+
+    def key(k: Any) -> Any:
+        return int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k
+
+    return {
+        key(k): restore_int_paths(v) if isinstance(v, Mapping) else v
+        for k, v in pure_dict.items()
+    }
+
+
+def filter_state(state: Any, *filters: Any) -> Any:
+    """The leaves of a State that filters take; see ``State.filter``.
+
+    Args:
+      state: a State or nested mapping.
+      *filters: one or more filters.
+
+    Returns:
+      A State, or a tuple with one State for each filter.
+    """
+    return as_state(state).filter(*filters)
+
+
+def split_state(state: Any, *filters: Any) -> Any:
+    """Divides all leaves of a State among filters; see ``State.split``.
+
+    Args:
+      state: a State or nested mapping.
+      *filters: one or more filters.
+
+    Returns:
+      A State, or a tuple with one State for each filter.
+    """
+    return as_state(state).split(*filters)
+
+
+def merge_state(state: Any, /, *states: Any) -> State:
+    """One State of all leaves; where two have the same path the later wins.
+
+    Args:
+      state: a State or nested mapping.
+      *states: more of them.
+
+    Returns:
+      The new State.
+    """
+    return State.merge(state, *states)
+
+
+def map_state(f: Callable[[Path, Any], Any], state: Any) -> State:
+    """A State of what ``f`` makes of each path and leaf.
+
+    Args:
+      f: takes a path and a Variable or array; returns the new leaf.
+      state: a State or nested mapping.
+
+    Returns:
+      The new State.
+    """
+    return as_state(state).map(f)
+
+

@@ -1,0 +1,1 @@
+"""JAX transforms over modules: thin layers over one adapter."""

@@ -1,0 +1,550 @@
+"""Variables: mutable boxes whose class, the kind, says what the value is."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal import paths
+from sortal._jax import current_trace, register_pytree
+from sortal.errors import TraceError, VariableAttributeError, VariableError
+from sortal.statics import EMPTY, Metadata, static_key
+
+A = TypeVar("A")
+_MISSING: Any = object()
+_OPTIONS = frozenset(
+    {
+        "axis",
+        "checkpoint",
+        "donate",
+        "dtype",
+        "optimizer",
+        "reduce",
+        "role",
+        "spec",
+        "trainable",
+    }
+)
+
+
+class Variable(Generic[A]):
+    """A mutable box for one value, whose class is the value's kind.
+
+    A kind of one's own is one line, ``class BatchStat(Variable): pass``; class
+    keywords give the kind's defaults in the pipelines, as in
+    ``class BatchStat(Variable, axis=0): pass``.
+
+    Args:
+      value: an array of any shape and dtype, or a small pytree of arrays. Kept as it
+        is: nothing is converted or copied.
+      **metadata: hashable values kept beside it, part of the structure.
+
+    Raises:
+      VariableError: the value is itself a Variable, or metadata cannot be hashed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> class Count(nnx.Variable): pass
+      >>> count = Count(jnp.array(0), unit="steps")
+      >>> count[...] = count + 1
+      >>> int(count.value), count.get_metadata("unit")
+      (1, 'steps')
+    """
+
+    __slots__ = ("__weakref__", "_metadata", "_trace", "_value")
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, value: A, **metadata: Any):
+        if isinstance(value, Variable):
+            raise VariableError(
+                f"{type(self).__name__}(...) was given a {type(value).__name__}; a "
+                "Variable holds a plain value. Write "
+                f"{type(self).__name__}(variable.value), or share the Variable itself."
+            )
+        _init_value(self, value)
+        _init_metadata(self, _frozen(type(self), metadata) if metadata else EMPTY)
+        _init_trace(self, current_trace())
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__()
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise VariableError(
+                f"class {cls.__name__}: unknown kind option {', '.join(unknown)}. "
+                f"The options are {', '.join(sorted(_OPTIONS))}."
+            )
+        cls.options = {**cls.options, **options}
+        _register(cls)
+
+    # ------------------------------------------------------------- value
+    @property
+    def value(self) -> A:
+        """The value held."""
+        return self._value
+
+    @value.setter
+    def value(self, value: A) -> None:
+        self.set_value(value)
+
+    def get_value(self, *, index: Any = _MISSING) -> Any:
+        """Returns the value, or a part of it.
+
+        Args:
+          index: what to pick, as in ``value[index]``; the whole if absent.
+
+        Returns:
+          The value or the part.
+        """
+        return self._value if index is _MISSING else self[index]
+
+    def set_value(self, value: Any, *, index: Any = _MISSING) -> None:
+        """Replaces the value, or a part of it.
+
+        Args:
+          value: the new value; for a part, anything that ``.at[index].set`` takes.
+          index: the part to replace; the whole if absent.
+
+        Raises:
+          TraceError: this Variable belongs to another trace than the current one.
+          VariableError: the new value is a Variable where a whole value is due.
+        """
+        if index is not _MISSING:
+            self[index] = value
+            return
+        if isinstance(value, Variable):
+            raise VariableError(
+                f"the value of a {type(self).__name__} cannot be a "
+                f"{type(value).__name__}. Write variable.value = other.value."
+            )
+        self._check_writable()
+        _init_value(self, value)
+
+    def _check_writable(self) -> None:
+        if self._trace is not current_trace():
+            raise TraceError(_foreign_write([self]))
+
+    def __getitem__(self, index: Any) -> Any:
+        value: Any = self._value
+        if index is Ellipsis and not isinstance(value, np.ndarray):
+            return value
+        return value[index]
+
+    def __setitem__(self, index: Any, new: Any) -> None:
+        self._check_writable()
+        _init_value(self, _with_item(self._value, index, new))
+
+    def replace(self, value: Any = _MISSING, **metadata: Any) -> Variable[Any]:
+        """A new Variable of the same kind with another value or more metadata.
+
+        Args:
+          value: the new value; the same one if absent.
+          **metadata: entries to add or override.
+
+        Returns:
+          The new Variable; this one is left alone.
+        """
+        merged = {**self._metadata, **metadata} if metadata else self._metadata
+        if isinstance(value, Variable):
+            value = value.value
+        new = _MISSING if value is _MISSING else value
+        return make(
+            type(self),
+            self._value if new is _MISSING else new,
+            _frozen(type(self), merged),
+        )
+
+    copy = replace
+
+    # ---------------------------------------------------------- metadata
+    def get_metadata(self, name: str | None = None, default: Any = _MISSING) -> Any:
+        """Returns one entry of the metadata, or all of it as a new dict.
+
+        Args:
+          name: the entry; all if absent.
+          default: what to return where the entry is not there.
+
+        Returns:
+          The entry's value, or the dict.
+
+        Raises:
+          VariableAttributeError: no such entry, and no default.
+        """
+        if name is None:
+            return dict(self._metadata)
+        if name in self._metadata:
+            return self._metadata[name]
+        if default is _MISSING:
+            raise VariableAttributeError(
+                f"{type(self).__name__} has no metadata {name!r}; it has "
+                f"{sorted(self._metadata)}. Pass default= to allow for that."
+            )
+        return default
+
+    def set_metadata(self, *args: Any, **metadata: Any) -> None:
+        """Adds or overrides metadata: ``set_metadata(name, value)`` or by keyword.
+
+        One positional argument, a dict, replaces the metadata whole.
+
+        Args:
+          *args: a dict, or a name and a value.
+          **metadata: entries by keyword.
+
+        Raises:
+          TraceError: this Variable belongs to another trace than the current one.
+          VariableError: the arguments have another form, or cannot be hashed.
+        """
+        self._check_writable()
+        match args:
+            case ():
+                merged = {**self._metadata, **metadata}
+            case (dict() as whole,) if not metadata:
+                merged = whole
+            case (str() as name, value) if not metadata:
+                merged = {**self._metadata, name: value}
+            case _:
+                raise VariableError(
+                    "set_metadata takes a dict, or a name and a value, or keywords; "
+                    f"found {len(args)} positional and {len(metadata)} keyword ones."
+                )
+        _init_metadata(self, _frozen(type(self), merged))
+
+    def has_metadata(self, name: str) -> bool:
+        """Whether the metadata has an entry ``name``.
+
+        Args:
+          name: the entry.
+
+        Returns:
+          True where it has.
+        """
+        return name in self._metadata
+
+    def del_metadata(self, name: str) -> None:
+        """Removes one entry of the metadata.
+
+        Args:
+          name: the entry.
+
+        Raises:
+          VariableAttributeError: no such entry.
+        """
+        self.get_metadata(name)
+        self.set_metadata({k: v for k, v in self._metadata.items() if k != name})
+
+    # -------------------------------------------------------- attributes
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        value = object.__getattribute__(self, "_value")
+        metadata = object.__getattribute__(self, "_metadata")
+        # The value comes first: metadata named `T` must not shadow transposition.
+        found = getattr(value, name, _MISSING)
+        if found is not _MISSING:
+            return found
+        if name in metadata:
+            return metadata[name]
+        raise VariableAttributeError(
+            f"{type(self).__name__} has no attribute {name!r}: neither the Variable, "
+            f"nor its metadata {sorted(metadata)}, nor its value {describe(value)}."
+        )
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        if name == "value":
+            self.set_value(new)
+        elif isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, new)
+        else:
+            raise VariableAttributeError(
+                f"cannot set {name!r} on a {type(self).__name__}. For the value write "
+                "variable.value = x or variable[...] = x; for metadata write "
+                f"variable.set_metadata({name}=x)."
+            )
+
+    def __repr__(self) -> str:
+        extra = "".join(f", {k}={v!r}" for k, v in self._metadata.items())
+        return f"{type(self).__name__}({describe(self._value)}{extra})"
+
+    def __getstate__(self) -> tuple[Any, Metadata]:
+        return (self._value, self._metadata)
+
+    def __setstate__(self, state: tuple[Any, Metadata]) -> None:
+        _init_value(self, state[0])
+        _init_metadata(self, state[1])
+        _init_trace(self, current_trace())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variable[A]:
+        # JAX arrays never change, so a copy may hold the same one.
+        value = jax.tree.map(lambda x: _own(x), self._value)
+        return make(type(self), value, self._metadata)
+
+    # ------------------------------------------------- value as an array
+    def __jax_array__(self) -> Any:
+        return jnp.asarray(self._value)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._value, dtype=dtype, copy=copy)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._value(*args, **kwargs)  # type: ignore[operator]
+
+    def __len__(self) -> int:
+        return len(self._value)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._value)  # type: ignore[call-overload]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._value  # type: ignore[operator]
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __round__(self, digits: int = 0) -> Any:
+        return round(self._value, digits)  # type: ignore[call-overload]
+
+    # `==` compares values, as arrays do; identity is what sets and dicts need.
+    __hash__ = object.__hash__
+
+
+_init_value: Callable[[Variable, Any], None] = Variable.__dict__["_value"].__set__
+_init_metadata: Callable[[Variable, Metadata], None]
+_init_metadata = Variable.__dict__["_metadata"].__set__
+_init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set__
+write = _init_value
+"""Sets a Variable's value without asking which trace owns it; for the engine."""
+
+
+def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
+    """Builds a Variable of ``kind`` without running the kind's own ``__init__``.
+
+    Args:
+      kind: a subclass of Variable.
+      value: the value, kept as it is.
+      metadata: interned metadata.
+      trace: the trace that owns it; the current one if absent.
+
+    Returns:
+      The Variable.
+    """
+    variable = object.__new__(kind)
+    _init_value(variable, value)
+    _init_metadata(variable, metadata)
+    _init_trace(variable, current_trace() if trace is None else trace)
+    return variable
+
+
+def check_writable(variables: list[Any]) -> None:
+    """Refuses a write to Variables that another trace owns.
+
+    Args:
+      variables: those about to be written.
+
+    Raises:
+      TraceError: some belong to another trace; all are listed, none is written.
+    """
+    now = current_trace()
+    foreign = [v for v in variables if v._trace is not now]
+    if foreign:
+        raise TraceError(_foreign_write(foreign))
+
+
+def describe(value: Any) -> str:
+    """A short text for a value: ``float32[3,4]`` for an array, else its repr.
+
+    Args:
+      value: anything.
+
+    Returns:
+      The text.
+    """
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and isinstance(shape, tuple):
+        return f"{dtype}[{','.join(map(str, shape))}]"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{type(value).__name__}(...)"
+
+
+def _frozen(kind: type, metadata: Any) -> Metadata:
+    if isinstance(metadata, Metadata):
+        return metadata
+    try:
+        return Metadata.of(metadata)
+    except TypeError:
+        bad = [f"{k}={v!r}" for k, v in metadata.items() if not _hashable(v)]
+        raise VariableError(
+            f"{kind.__name__}: metadata must be hashable, found {', '.join(bad)}. "
+            "Use a tuple for a list, and keep arrays in Variables of their own."
+        ) from None
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        static_key(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _foreign_write(variables: list[Variable]) -> str:
+    rows = []
+    for variable in variables:
+        path = paths.locate(variable)
+        rows.append(
+            f"{paths.show(path) if path else 'a Variable in no object'} "
+            f"({type(variable).__name__})"
+        )
+    return (
+        f"cannot write to {', '.join(rows)} from inside a transform that it was not "
+        "passed to: the write would be lost or leak a tracer. Pass the object that "
+        "holds it as an argument of the transformed function."
+    )
+
+
+def _own(value: Any) -> Any:
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _with_item(value: Any, index: Any, new: Any) -> Any:
+    """``value`` with ``value[index]`` replaced; the old value is left as it was."""
+    if isinstance(new, Variable):
+        new = new.value
+    if not isinstance(value, jax.Array):
+        if isinstance(new, jax.Array) and isinstance(value, np.ndarray):
+            return jnp.asarray(value).at[index].set(new)
+        changed = copy.copy(value)
+        changed[index] = new
+        return changed
+    whole = index is Ellipsis and isinstance(new, jax.Array)
+    if whole and new.shape == value.shape and new.dtype == value.dtype:
+        return new
+    return value.at[index].set(new)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def forward(self: Variable, other: Any) -> Any:
+        return function(self._value, _plain(other))
+
+    return forward
+
+
+def _reflected(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def reflected(self: Variable, other: Any) -> Any:
+        return function(_plain(other), self._value)
+
+    return reflected
+
+
+def _unary(function: Callable[[Any], Any]) -> Callable[[Variable], Any]:
+    def unary(self: Variable) -> Any:
+        return function(self._value)
+
+    return unary
+
+
+def _in_place(symbol: str) -> Callable[..., Any]:
+    def in_place(self: Variable, other: Any) -> Any:
+        raise VariableError(
+            f"variable {symbol} x would put a plain array in the place of a "
+            f"{type(self).__name__}. Write variable[...] {symbol} x."
+        )
+
+    return in_place
+
+
+def _plain(x: Any) -> Any:
+    return x._value if isinstance(x, Variable) else x
+
+
+_BINARY = {
+    "add": "+=", "sub": "-=", "mul": "*=", "matmul": "@=", "truediv": "/=",
+    "floordiv": "//=", "mod": "%=", "pow": "**=", "lshift": "<<=",
+    "rshift": ">>=", "and": "&=", "xor": "^=", "or": "|=",
+}  # fmt: skip
+for _name, _symbol in _BINARY.items():
+    setattr(Variable, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(Variable, f"__r{_name}__", _reflected(f"__{_name}__"))
+    setattr(Variable, f"__i{_name}__", _in_place(_symbol))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Variable, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("neg", "pos", "abs", "invert", "index"):
+    setattr(Variable, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
+for _cast in (int, float, complex):
+    setattr(Variable, f"__{_cast.__name__}__", _unary(_cast))
+
+
+def _flatten(variable: Variable) -> tuple[tuple[Any], Metadata]:
+    return (variable._value,), variable._metadata
+
+
+def _register(kind: type) -> None:
+    key = jax.tree_util.GetAttrKey("value")
+
+    def flatten_with_keys(variable: Variable) -> tuple[Any, Metadata]:
+        return ((key, variable._value),), variable._metadata
+
+    def unflatten(metadata: Metadata, children: Any) -> Any:
+        return make(kind, children[0], metadata)
+
+    register_pytree(kind, _flatten, flatten_with_keys, unflatten)
+
+
+_register(Variable)
+
+
+class Param(Variable[A]):
+    """A trainable parameter: what optimizers and gradients touch by default."""
+
+
+class BatchStat(Variable[A]):
+    """Running statistics, such as those of BatchNorm: set by the forward pass."""
+
+
+class Cache(Variable[A]):
+    """Values kept from one call for the next, such as attention keys and values."""
+
+
+class Intermediate(Variable[A]):
+    """A value recorded during a call by ``Module.sow``."""
+
+
+class Perturbation(Variable[A]):
+    """A zero added to an intermediate value, to read that value's gradient."""
+
+
+class OptState(Variable[A]):
+    """A value that an optimizer keeps from one step to the next."""
+
+
+class OptVariable(OptState[A]):
+    """Optimizer state that belongs to one parameter, at that parameter's path."""
+
+
+class OptArray(OptState[A]):
+    """Optimizer state that belongs to no one parameter, such as a step count."""
+
+
+class RngState(Variable[A]):
+    """State of a random stream."""
+
+
+class RngCount(RngState[A]):
+    """How many keys a random stream has given."""
+
+
+class RngKey(RngState[A]):
+    """The key that a random stream derives its keys from."""
+
+
+VariableState = Variable
