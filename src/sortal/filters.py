@@ -438,8 +438,9 @@ def _read(kind: type, literal: Any) -> Filter:
         return Any_(*get_args(literal))
     if isinstance(literal, (tuple, list)):
         return Any_(*literal)
-    if isinstance(get_origin(literal), type):
-        return OfType(get_origin(literal))
+    origin = get_origin(literal)
+    if isinstance(origin, type):
+        return OfType(origin)
     if callable(literal):
         return Calls(literal)
     raise FilterError(
@@ -462,5 +463,3 @@ def _check_path_text(filter: Filter, text: str) -> None:
             f"{type(filter).__name__}({text!r}): a path is entries joined by single "
             "dots, such as 'encoder.layers.0.kernel'."
         )
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +26,9 @@ from sortal.graphdef import (
 )
 from sortal.nodes import Handler, Node, ObjectHandler, get_dict, handler_of, leaf_types
 from sortal.paths import Path, show
-from sortal.statics import EMPTY
-from sortal.variable import Variable, write
+from sortal.statics import EMPTY, edits
+from sortal.variable import Variable, check_writable, write
 
-_get_version = operator.attrgetter("_version")
-_get_metadata = operator.attrgetter("_metadata")
-_get_value = operator.attrgetter("_value")
 _uids = itertools.count()
 _KEPT = 4
 
@@ -40,7 +38,7 @@ class Slot:
 
     __slots__ = ("holder", "key", "node")
 
-    def __init__(self, node: Any, handler: Handler, key: Any):
+    def __init__(self, node: Any, handler: Handler | None, key: Any):
         self.node = id(node)
         self.key = key
         # An object's dict rather than the object: a plan must not keep its root alive.
@@ -58,15 +56,17 @@ class Slot:
         keys = handler.keys(holder)
         return handler.children(holder, keys)[list(keys).index(self.key)]
 
-    def write(self, value: Any) -> bool:
-        """Puts ``value`` there; False where the holder cannot be written to."""
+    @property
+    def writable(self) -> bool:
+        """Whether the holder can be written to; tuples and other values cannot."""
+        return isinstance(self.holder, dict) or handler_of(self.holder).tracked
+
+    def write(self, value: Any) -> None:
+        """Puts ``value`` there; the holder must be writable."""
         if isinstance(self.holder, (dict, list)):
             self.holder[self.key] = value
-            return True
-        if handler_of(self.holder).tracked:
+        else:
             object.__setattr__(self.holder, self.key, value)
-            return True
-        return False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Slot) and self._id == other._id
@@ -94,7 +94,9 @@ class Walk:
         if self._bad:
             raise StructureError(
                 "static values must be hashable, because compiled functions are kept "
-                "by them; found:\n" + listing(self._bad) + "\nUse a tuple or frozenset, "
+                "by them; found:\n"
+                + listing(self._bad)
+                + "\nUse a tuple or frozenset, "
                 "hold arrays in Variables, or give the class __eq__ and __hash__."
             )
         variables = [x if isinstance(x, Variable) else None for x in self.leaves]
@@ -131,7 +133,8 @@ class Walk:
         else:
             # Raw arrays are values: one met twice is two leaves, else the structure
             # would depend on which equal arrays happen to be one object.
-            self.leaves.append(Slot(holder, handler, key) if handler else obj)
+            slot = Slot(holder, handler, key) if handler else Slot([obj], None, 0)
+            self.leaves.append(slot)
         return number
 
     def _static(self, obj: Any, path: Path) -> Static | None:
@@ -197,15 +200,16 @@ class Plan:
     """
 
     __slots__ = (
+        "_checked",
+        "_containers",
         "_contents",
+        "_dicts",
         "_lengths",
         "_metadata",
         "_objects",
-        "_others",
         "_picked",
-        "_root_contents",
-        "_root_version",
         "_slotted",
+        "_states",
         "_versions",
         "graphdef",
         "leaves",
@@ -215,70 +219,66 @@ class Plan:
 
     def __init__(self, root: Node, walk: Walk):
         self.uid = next(_uids)
+        self._checked = edits.last
         self.graphdef: GraphDef = walk.graphdef
         self.leaves: list[Any] = walk.leaves
         self.nodes: list[Any] = [None, *walk.nodes[1:]]
         self._slotted = any(type(x) is Slot for x in walk.leaves)
-        self._metadata = list(
-            map(_get_metadata, [x for x in walk.leaves if type(x) is not Slot])
-        )
+        self._metadata = [x._metadata for x in self._variables()]
         self._objects = [x for x in self.nodes if isinstance(x, Node)]
-        self._versions = list(map(_get_version, self._objects))
-        self._lengths = list(map(len, map(get_dict, self._objects)))
-        self._contents = [_attributes(x) for x in self._objects]
-        self._root_version = root._version
-        self._root_contents = _attributes(root, skip=root)
-        # Untracked nodes are values: only JAX-registered objects among them could
-        # change under us, and those are compared like containers.
-        self._others = [
-            (x, h, h.contents(x))
-            for x, h in ((x, handler_of(x)) for x in self.nodes[1:])
-            if not isinstance(x, (Node, tuple))
+        every = [root, *self._objects]
+        self._versions = [x._version for x in every]
+        self._dicts = [get_dict(x) for x in every]
+        self._lengths = list(map(len, self._dicts))
+        self._contents = [_attributes(x, root) for x in every]
+        handled = [(x, handler_of(x)) for x in self.nodes[1:]]
+        others = [(x, h) for x, h in handled if not isinstance(x, (Node, tuple))]
+        self._containers = [
+            [x, h, h.contents(x)] for x, h in others if not h.notes_edits
         ]
+        self._states = [[x, h, h.contents(x)] for x, h in others if h.notes_edits]
         self._picked: dict[Any, Any] = {}
 
+    def _variables(self) -> list[Any]:
+        if not self._slotted:
+            return self.leaves
+        return [x for x in self.leaves if type(x) is not Slot]
+
     def valid(self, root: Node) -> bool:
-        """Whether the live objects still have the structure planned."""
-        objects = self._objects
-        if (
-            root._version != self._root_version
-            or list(map(_get_version, objects)) != self._versions
-            or list(map(len, map(get_dict, objects))) != self._lengths
-        ) and not self._same_attributes(root):
-            return False
-        variables: Any = self.leaves
-        if self._slotted:
-            variables = [x for x in self.leaves if type(x) is not Slot]
-        if list(map(_get_metadata, variables)) != self._metadata:
-            return False
-        return not self._others or self._same_others()
+        """Whether the live objects still have the structure planned.
 
-    def _same_attributes(self, root: Node) -> bool:
-        """Compares attributes one by one where a counter moved; then moves along."""
-        if not _same(_attributes(root, skip=root), self._root_contents):
+        Where no edit was noted anywhere since the last check, only what can change
+        without a note is compared: plain containers, and the number of attributes.
+        """
+        if list(map(len, self._dicts)) != self._lengths:
             return False
-        for i, obj in enumerate(self._objects):
-            if obj._version != self._versions[i] or (
-                len(get_dict(obj)) != self._lengths[i]
-            ):
-                if not _same(_attributes(obj), self._contents[i]):
-                    return False
-        self._root_version = root._version
-        self._versions = list(map(_get_version, self._objects))
-        return True
+        if self._checked != edits.last:
+            now = edits.last
+            if not self._same_objects(root) or not _same_contents(self._states):
+                return False
+            self._checked = now
+        return not self._containers or _same_contents(self._containers)
 
-    def _same_others(self) -> bool:
-        for i, (obj, handler, old) in enumerate(self._others):
-            new = handler.contents(obj)
-            if len(new) != len(old) or not all(map(operator.is_, new, old)):
-                if not _same(new, old):
+    def _same_objects(self, root: Node) -> bool:
+        if [x._metadata for x in self._variables()] != self._metadata:
+            return False
+        every = [root, *self._objects]
+        versions = [x._version for x in every]
+        if versions == self._versions:
+            return True
+        for i, obj in enumerate(every):
+            if versions[i] != self._versions[i]:
+                # The counter moved, but perhaps only there and back: train and eval.
+                if get_dict(obj) is not self._dicts[i]:
                     return False
-                self._others[i] = (obj, handler, new)
+                if not _same(_attributes(obj, root), self._contents[i]):
+                    return False
+        self._versions = versions
         return True
 
     def values(self) -> list[Any]:
         """The values of all leaves, in order."""
-        return list(map(_get_value, self.leaves))
+        return [x._value for x in self.leaves]
 
     def select(self, literals: tuple[Any, ...]) -> Selection:
         """Divides the leaves among filters; see ``graphdef.select``."""
@@ -302,12 +302,21 @@ class Plan:
         return found, leaves
 
 
-def _attributes(obj: Node, skip: Any = None) -> list[Any]:
+def _attributes(obj: Node, root: Node) -> list[Any]:
     attributes = get_dict(obj)
-    values = list(attributes.values())
-    if skip is not None:
-        values = [None if v is skip else v for v in values]
+    values = [None if v is root else v for v in attributes.values()]
     return [*attributes, *values, obj._roles]
+
+
+def _same_contents(snapshots: list[list[Any]]) -> bool:
+    for snapshot in snapshots:
+        obj, handler, old = snapshot
+        new = obj if type(obj) is list else handler.contents(obj)
+        if len(new) != len(old) or not all(map(operator.is_, new, old)):
+            if not _same(new, old):
+                return False
+            snapshot[2] = handler.contents(obj)
+    return True
 
 
 def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
@@ -362,9 +371,7 @@ class Bound:
             return found, [[walk.leaves[i] for i in part[1]] for part in found.parts]
 
         self.view, self.pick = view, pick
-        self.values = lambda: [
-            x._value if isinstance(x, (Slot, Variable)) else x for x in walk.leaves
-        ]
+        self.values = lambda: [x._value for x in walk.leaves]
 
 
 def bind(root: Any) -> Any:
@@ -380,12 +387,26 @@ def bind(root: Any) -> Any:
     return plan_of(root) if isinstance(root, Node) else Bound(root)
 
 
-def store(leaf: Any, value: Any) -> bool:
-    """Writes a value into a live leaf; False where its holder is immutable."""
-    if isinstance(leaf, Variable):
-        write(leaf, value)
-        return True
-    return isinstance(leaf, Slot) and leaf.write(value)
+def store_all(leaves: Sequence[Any], values: Sequence[Any]) -> None:
+    """Writes values into live leaves: all of them, or none.
+
+    Args:
+      leaves: Variables, and Slots that are writable.
+      values: a value for each.
+
+    Raises:
+      TraceError: some Variables belong to another trace; nothing is written.
+    """
+    variables = [x for x in leaves if type(x) is not Slot]
+    check_writable(variables)
+    if len(variables) == len(leaves):
+        deque(map(write, leaves, values), maxlen=0)
+        return
+    for leaf, value in zip(leaves, values, strict=True):
+        if type(leaf) is Slot:
+            leaf.write(value)
+        else:
+            write(leaf, value)
 
 
 def own(values: list[Any]) -> list[Any]:
@@ -393,5 +414,3 @@ def own(values: list[Any]) -> list[Any]:
     if np.ndarray in set(map(type, values)):
         return [v.copy() if type(v) is np.ndarray else v for v in values]
     return values
-
-

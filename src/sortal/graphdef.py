@@ -13,7 +13,7 @@ from sortal.filters import Everything, Filter, to_filter
 from sortal.nodes import Handler
 from sortal.paths import Path, show
 from sortal.statics import EMPTY, Metadata, static_key
-from sortal.variable import make
+from sortal.variable import make_all
 
 Kind = type | None
 NODE, LEAF, STATIC = 0, 1, 2
@@ -155,7 +155,8 @@ class Schema(_Interned):
         """The next entries that paths below ``prefix`` have, in order."""
         below, _ = self.below(prefix)
         return self.memo(
-            ("children", prefix), lambda: tuple(dict.fromkeys(p[0] for p in below.paths))
+            ("children", prefix),
+            lambda: tuple(dict.fromkeys(p[0] for p in below.paths)),
         )
 
     def of_kind(self, kind: Kind, metadata: Metadata | None = None) -> Schema:
@@ -282,10 +283,12 @@ def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> No
     if not rest:
         return
     filters = [to_filter(x) for x in literals]
-    hints = []
-    for text in (x for x in literals if isinstance(x, str)):
-        if any(".".join(map(str, p)).startswith(text) for p in schema.paths):
-            hints.append(f"\n{text!r} is read as a tag; for the path write At({text!r}).")
+    texts = [".".join(map(str, path)) for path in schema.paths]
+    hints = [
+        f"\n{literal!r} is read as a tag; for the path write At({literal!r})."
+        for literal in literals
+        if isinstance(literal, str) and any(t.startswith(literal) for t in texts)
+    ]
     raise FilterError(
         f"the filters {', '.join(map(repr, filters))} leave {len(rest)} "
         f"{'leaf' if len(rest) == 1 else 'leaves'} over:\n"
@@ -309,7 +312,7 @@ class GraphDef(_Interned):
       True
     """
 
-    __slots__ = ("_memo", "aliases", "records", "root", "schema")
+    __slots__ = ("_memo", "_steps", "aliases", "records", "root", "schema")
 
     root: Entry
     records: tuple[Record, ...]
@@ -325,6 +328,7 @@ class GraphDef(_Interned):
         self.root, self.records, self.schema = root, records, schema
         self.aliases = aliases
         self._memo: dict[Any, Any] = {}
+        self._steps: list[Step] | None = None
 
     memo = Schema.memo
 
@@ -347,11 +351,7 @@ class GraphDef(_Interned):
     def build_leaves(self, values: Sequence[Any], metadata: Any = None) -> list[Any]:
         """Wraps values, given in order, in new Variables of their kinds."""
         schema = self.schema
-        meta = schema.metadata if metadata is None else metadata
-        return [
-            value if kind is None else make(kind, value, m)
-            for kind, value, m in zip(schema.kinds, values, meta, strict=True)
-        ]
+        return make_all(schema.kinds, values, metadata or schema.metadata)
 
     def build(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Builds the objects around ``leaves``.
@@ -362,11 +362,11 @@ class GraphDef(_Interned):
         Returns:
           The root, and all nodes in order.
         """
-        nodes = [
-            r.handler.shell(r.cls, r.spec.value) if r.handler.tracked else None
-            for r in self.records
-        ]
-        fill(self.records, nodes, leaves, range(len(nodes)))
+        steps = self._steps
+        if steps is None:
+            steps = self._steps = list(map(Step, self.records))
+        nodes = [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
+        fill(steps, nodes, leaves, range(len(nodes)))
         return resolve(self.root, nodes, leaves), nodes
 
     def __repr__(self) -> str:
@@ -377,8 +377,27 @@ class GraphDef(_Interned):
         )
 
 
+class Step:
+    """What building one node takes, laid out for speed."""
+
+    __slots__ = ("cls", "handler", "leaves", "nodes", "spec", "template", "tracked")
+
+    def __init__(self, record: Record):
+        self.cls, self.handler, self.spec = (
+            record.cls,
+            record.handler,
+            record.spec.value,
+        )
+        self.tracked = record.handler.tracked
+        self.template = {
+            e.key: e.ref.value if e.what == STATIC else None for e in record.entries
+        }
+        self.nodes = [(e.key, e.ref) for e in record.entries if e.what == NODE]
+        self.leaves = [(e.key, e.ref) for e in record.entries if e.what == LEAF]
+
+
 def fill(
-    records: Sequence[Record], nodes: list[Any], leaves: Any, which: Sequence[int]
+    steps: Sequence[Step], nodes: list[Any], leaves: Any, which: Sequence[int]
 ) -> None:
     """Gives the nodes numbered ``which`` their children; values are built on the way.
 
@@ -386,16 +405,16 @@ def fill(
     backwards every value is complete before its holder asks for it.
     """
     for n in reversed(which):
-        cls, handler, spec, entries = records[n]
-        children = [
-            ref.value if what == STATIC else (nodes if what == NODE else leaves)[ref]
-            for _, what, ref in entries
-        ]
-        keys = [entry[0] for entry in entries]
-        if handler.tracked:
-            handler.fill(nodes[n], spec.value, keys, children)
+        step = steps[n]
+        items = step.template.copy()
+        for key, ref in step.leaves:
+            items[key] = leaves[ref]
+        for key, ref in step.nodes:
+            items[key] = nodes[ref]
+        if step.tracked:
+            step.handler.fill(nodes[n], step.spec, items)
         else:
-            nodes[n] = handler.build(cls, spec.value, keys, children)
+            nodes[n] = step.handler.build(step.cls, step.spec, items)
 
 
 def resolve(entry: Entry, nodes: Sequence[Any], leaves: Sequence[Any]) -> Any:
@@ -463,8 +482,6 @@ def kind_name(kind: Kind) -> str:
 def plain_leaf_schema(paths: Sequence[Path]) -> Schema:
     """A schema of raw arrays at ``paths``."""
     return Schema.of(paths, [None] * len(paths), [EMPTY] * len(paths))
-
-
 
 
 jax.tree_util.register_static(GraphDef)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from sortal.nodes import Node, get_dict
 from sortal.paths import Path, PathKey
 from sortal.surgery import iter_nodes
 from sortal.variable import Perturbation, Variable, describe
-
-T = TypeVar("T", bound=type)
 
 
 class Pytree(Node):
@@ -272,7 +270,7 @@ def iter_children(node: Module, /) -> Iterator[tuple[str, Module]]:
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
-def dataclass(cls: T | None = None, /, **options: Any) -> Any:
+def dataclass(cls: type | None = None, /, **options: Any) -> Any:
     """``dataclasses.dataclass`` for modules; fields may be ``data()`` or ``static()``.
 
     Args:
@@ -325,10 +323,9 @@ def _show(obj: Any, depth: int, seen: set[int]) -> str:
         return f"{opening}...{closing}"
     seen.add(id(obj))
     shown = [(label, _show(value, depth + 1, seen)) for label, value in items]
-    if not any("\n" in text or "[" in text and "(" in text for _, text in shown):
+    if not any("\n" in text or ("[" in text and "(" in text) for _, text in shown):
         line = opening + ", ".join(label + text for label, text in shown) + closing
         if len(line) <= 80:
             return line
     body = "".join(f"{pad}{label}{text},\n" for label, text in shown)
     return f"{opening}\n{body}{pad[2:]}{closing}"
-

@@ -12,19 +12,19 @@ import numpy as np
 
 from sortal import paths
 from sortal._jax import one_level
-from sortal.statics import static_key
+from sortal.statics import edits, static_key
 from sortal.variable import Variable
 
-Keys = Sequence[Hashable]
+Keys = Sequence[Any]
 
 
 class Node:
     """Base of objects with attributes; counts attribute writes and keeps plans.
 
     The counter tells the engine, in one comparison of integers, that an object still
-    has the structure it was planned with. A write that goes round ``__setattr__``
-    (``vars(obj)[name] = x``) is noticed only when it changes the number of
-    attributes.
+    has the structure it was planned with; ``statics.edits`` that no object has
+    changed at all. A write that goes round ``__setattr__`` (``vars(obj)[name] = x``)
+    is noticed only when it changes the number of attributes.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_plans", "_roles", "_version")
@@ -47,10 +47,12 @@ class Node:
         if type(old) in leaf_types and type(value) in leaf_types:
             return
         _set_version(self, self._version + 1)
+        edits.note()
 
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)
         _set_version(self, self._version + 1)
+        edits.note()
 
     def __getstate__(self) -> tuple[dict[str, Any], dict[str, str] | None]:
         return (dict(self.__dict__), self._roles)
@@ -60,12 +62,14 @@ class Node:
         self.__dict__.update(attributes or {})
         _set_roles(self, roles)
         _set_version(self, self._version + 1)
+        edits.note()
 
 
 _ABSENT: Any = object()
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
 _set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
+_set_dict: Callable[[Node, Any], None] = Node.__dict__["__dict__"].__set__
 set_plans = _set_plans
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
@@ -88,11 +92,13 @@ class Handler:
 
     ``tracked`` nodes have an identity: met twice they are one object, they may be
     part of a cycle, and they can be refilled in place. Others are values, rebuilt
-    from their children.
+    from their children. ``flat`` nodes have keys that are paths. Nodes of a handler
+    that ``notes_edits`` call ``statics.edits.note`` when their structure changes.
     """
 
     tracked = True
     flat = False
+    notes_edits = False
 
     def keys(self, obj: Any) -> Keys:
         """The keys of the children, in the order in which leaves are numbered."""
@@ -114,17 +120,19 @@ class Handler:
         """An empty object of the type; for tracked nodes."""
         return object.__new__(cls)
 
-    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
-        """Makes ``children`` at ``keys`` the whole content of ``obj``."""
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        """Makes ``items``, children by key, the whole content of ``obj``."""
         raise NotImplementedError
 
-    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         """Puts a value together from its children; for untracked nodes."""
         raise NotImplementedError
 
 
 class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
+
+    notes_edits = True
 
     def keys(self, obj: Any) -> Keys:
         return sorted(get_dict(obj))
@@ -141,12 +149,15 @@ class ObjectHandler(Handler):
             _set_roles(node, dict(spec))
         return node
 
-    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         attributes = get_dict(obj)
         if attributes:
             attributes.clear()
-        attributes.update(zip(keys, children, strict=True))
-        _set_version(obj, obj._version + 1)
+            attributes.update(items)
+            _set_version(obj, obj._version + 1)
+            edits.note()
+        else:
+            _set_dict(obj, items)
 
 
 class ListHandler(Handler):
@@ -161,8 +172,8 @@ class ListHandler(Handler):
     def shell(self, cls: type, spec: Any) -> Any:
         return cls()
 
-    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
-        obj[:] = children
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        obj[:] = items.values()
 
 
 class DictHandler(Handler):
@@ -188,11 +199,10 @@ class DictHandler(Handler):
     def shell(self, cls: type, spec: Any) -> Any:
         return cls(spec[1]) if spec[1] is not None else cls()
 
-    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
-        found = dict(zip(keys, children, strict=True))
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj.clear()
         for key in spec[0]:
-            obj[key] = found[key]
+            obj[key] = items[key]
 
 
 class TupleHandler(Handler):
@@ -208,10 +218,8 @@ class TupleHandler(Handler):
             return [getattr(obj, str(key)) for key in keys]
         return list(obj)
 
-    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
-        if hasattr(cls, "_fields"):
-            return cls(**dict(zip(map(str, keys), children, strict=True)))
-        return cls(children)
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
 
 
 class DataclassHandler(Handler):
@@ -225,15 +233,15 @@ class DataclassHandler(Handler):
     def children(self, obj: Any, keys: Keys) -> list[Any]:
         return [getattr(obj, str(key)) for key in keys]
 
-    def fill(self, obj: Any, spec: Any, keys: Keys, children: list[Any]) -> None:
-        for name in set(map(str, self.keys(obj))) - set(map(str, keys)):
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        for name in set(map(str, self.keys(obj))) - items.keys():
             object.__delattr__(obj, name)
-        for name, child in zip(keys, children, strict=True):
-            object.__setattr__(obj, str(name), child)
+        for name, child in items.items():
+            object.__setattr__(obj, name, child)
 
 
 class MethodHandler(Handler):
-    """Bound methods of nodes: the object is the child, so that copies bind to copies."""
+    """Bound methods: the object is the child, so that copies bind to copies."""
 
     tracked = False
 
@@ -246,8 +254,8 @@ class MethodHandler(Handler):
     def spec(self, obj: Any) -> Hashable:
         return obj.__func__
 
-    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
-        return types.MethodType(spec, children[0])
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        return types.MethodType(spec, items["__self__"])
 
 
 class PytreeHandler(Handler):
@@ -264,13 +272,11 @@ class PytreeHandler(Handler):
     def spec(self, obj: Any) -> Hashable:
         return self._level(obj)[1]
 
-    def build(self, cls: type, spec: Any, keys: Keys, children: list[Any]) -> Any:
-        return jax.tree_util.tree_unflatten(spec, children)
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        return jax.tree_util.tree_unflatten(spec, items.values())
 
     def _level(self, obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        level = one_level(obj)
-        assert level is not None
-        return level
+        return one_level(obj) or ([], None)
 
 
 _OBJECT, _DATACLASS, _PYTREE = ObjectHandler(), DataclassHandler(), PytreeHandler()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -278,7 +278,7 @@ class RngBackups:
     def __iter__(self) -> Iterator[tuple[RngStream, jax.Array, jax.Array]]:
         return iter(self.backups)
 
-    def __enter__(self) -> RngBackups:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

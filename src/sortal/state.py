@@ -22,11 +22,12 @@ from sortal.graph import own
 from sortal.graphdef import Schema, check_exhaustive, kind_name, select
 from sortal.nodes import Handler, register_node
 from sortal.paths import Path, PathKey, show
-from sortal.statics import EMPTY
-from sortal.variable import Variable, describe, make
+from sortal.statics import EMPTY, edits
+from sortal.variable import Variable, describe, make, make_all
 
-
-_SLOTS = ("_schema", "_cells", "_boxed", "_parent", "_prefix")
+_SLOTS = ("_schema", "_cells", "_boxed", "_checked", "_parent", "_prefix")
+# How many of a State's cells hold the Variable that was read from there, not its value.
+NONE, SOME, ALL = 0, 1, 2
 
 
 class State(MutableMapping[Any, Any]):
@@ -49,7 +50,7 @@ class State(MutableMapping[Any, Any]):
       Param(float32[2,3])
     """
 
-    __slots__ = ("__weakref__", "_boxed", "_cells", "_schema")
+    __slots__ = ("__weakref__", "_boxed", "_cells", "_checked", "_schema")
 
     def __init__(self, mapping: Any = (), /):
         pairs = dict(mapping) if not isinstance(mapping, Mapping) else mapping
@@ -74,7 +75,7 @@ class State(MutableMapping[Any, Any]):
     @property
     def schema(self) -> Schema:
         """Paths, kinds and metadata of the leaves, in order."""
-        if self._boxed:
+        if self._boxed and self._checked != edits.last:
             _refresh(self)
         return self._schema
 
@@ -89,7 +90,7 @@ class State(MutableMapping[Any, Any]):
         if kind is None or isinstance(cell, Variable):
             return cell
         box = self._cells[i] = make(kind, cell, self._schema.metadata[i])
-        self._boxed = True
+        _set_boxed(self, self._boxed or SOME)
         return box
 
     def _assign(self, path: Path, leaf: Any) -> None:
@@ -98,7 +99,8 @@ class State(MutableMapping[Any, Any]):
             _fill_from(self, [*_items(self), (path, leaf)])
         elif isinstance(leaf, Variable) and type(leaf) is self._schema.kinds[at]:
             self._cells[at] = leaf
-            self._boxed = True
+            _set_boxed(self, self._boxed or SOME)
+            edits.note()
         elif isinstance(leaf, Variable) or self._schema.kinds[at] is None:
             rest = [(p, x) for p, x in _items(self) if p != path]
             _fill_from(self, [*rest, (path, leaf)])
@@ -122,7 +124,7 @@ class State(MutableMapping[Any, Any]):
         )
 
     def __getattr__(self, name: str) -> Any:
-        # A slot that is not set yet must not be looked for in the schema, itself a slot.
+        # A slot not set yet must not be looked for in the schema, itself a slot.
         if name in _SLOTS or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         try:
@@ -191,7 +193,10 @@ class State(MutableMapping[Any, Any]):
         return (self.schema, self.values_list())
 
     def __setstate__(self, saved: Any) -> None:
-        self._schema, self._cells, self._boxed = saved[0], list(saved[1]), False
+        _set_schema(self, saved[0])
+        _set_cells(self, list(saved[1]))
+        _set_boxed(self, NONE)
+        _set_checked(self, -1)
 
     def __copy__(self) -> State:
         return snapshot(self.schema, self.values_list())
@@ -207,7 +212,15 @@ class State(MutableMapping[Any, Any]):
 
     def leaves(self) -> list[Any]:
         """All leaves in order: Variables of this State, and raw arrays."""
-        return [self._leaf(i) for i in range(len(self.schema))]
+        if self._boxed != ALL:
+            schema = self.schema
+            kinds = [
+                None if isinstance(c, Variable) else kind
+                for c, kind in zip(self._cells, schema.kinds, strict=True)
+            ]
+            _set_cells(self, make_all(kinds, self._cells, schema.metadata))
+            _set_boxed(self, ALL)
+        return list(self._cells)
 
     def flat_state(self) -> FlatState:
         """The pairs of path and leaf, in order."""
@@ -343,6 +356,9 @@ class _View(State):
     def schema(self) -> Schema:
         return self._parent.schema.below(self._prefix)[0]
 
+    def leaves(self) -> list[Any]:
+        return [self._parent._leaf(i) for i in self._positions]
+
     @property
     def _positions(self) -> tuple[int, ...]:
         return self._parent.schema.below(self._prefix)[1]
@@ -401,13 +417,15 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
     state = object.__new__(State)
     _set_schema(state, schema)
     _set_cells(state, values)
-    _set_boxed(state, False)
+    _set_boxed(state, NONE)
+    _set_checked(state, -1)
     return state
 
 
 _set_schema = State.__dict__["_schema"].__set__
 _set_cells = State.__dict__["_cells"].__set__
 _set_boxed = State.__dict__["_boxed"].__set__
+_set_checked = State.__dict__["_checked"].__set__
 
 
 def as_state(x: Any) -> State:
@@ -474,26 +492,21 @@ def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
         ),
     )
     _set_cells(state, leaves)
-    _set_boxed(state, any(is_variable))
+    _set_boxed(state, ALL if any(is_variable) else NONE)
+    _set_checked(state, -1)
+    edits.note()
 
 
 def _refresh(state: State) -> None:
     """Takes over metadata that was edited on a Variable read from the State."""
-    schema = state._schema
-    for cell, metadata in zip(state._cells, schema.metadata, strict=True):
-        if isinstance(cell, Variable) and cell._metadata is not metadata:
-            _set_schema(
-                state,
-                Schema.of(
-                    schema.paths,
-                    schema.kinds,
-                    [
-                        c._metadata if isinstance(c, Variable) else m
-                        for c, m in zip(state._cells, schema.metadata, strict=True)
-                    ],
-                ),
-            )
-            return
+    schema, now = state._schema, edits.last
+    metadata = [
+        c._metadata if isinstance(c, Variable) else m
+        for c, m in zip(state._cells, schema.metadata, strict=True)
+    ]
+    if any(a is not b for a, b in zip(metadata, schema.metadata, strict=True)):
+        _set_schema(state, Schema.of(schema.paths, schema.kinds, metadata))
+    _set_checked(state, now)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -537,7 +550,8 @@ def _unflatten(schema: Schema, children: Any) -> State:
         _set_leaves(state, schema.paths, cells)
         return state
     state = snapshot(schema, cells)
-    _set_boxed(state, True)
+    _set_boxed(state, ALL)
+    _set_checked(state, -1)
     return state
 
 
@@ -545,6 +559,7 @@ class _StateHandler(Handler):
     """A State held by an object is one node whose children lie at whole paths."""
 
     flat = True
+    notes_edits = True
 
     def keys(self, obj: State) -> Sequence[Hashable]:
         return obj.schema.paths
@@ -558,8 +573,8 @@ class _StateHandler(Handler):
     def shell(self, cls: type, spec: Any) -> State:
         return State()
 
-    def fill(self, obj: State, spec: Any, keys: Any, children: list[Any]) -> None:
-        _set_leaves(obj, tuple(keys), children)
+    def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
+        _set_leaves(obj, tuple(items), list(items.values()))
 
 
 register_node(State, _StateHandler())

@@ -133,5 +133,3 @@ def map_state(f: Callable[[Path, Any], Any], state: Any) -> State:
       The new State.
     """
     return as_state(state).map(f)
-
-

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,6 +47,28 @@ def static_key(value: Any) -> Hashable:
     return (kind, value)
 
 
+class Edits:
+    """Notes that some structure, anywhere, was edited.
+
+    While ``last`` is the number that a plan was checked at, no attribute, metadata or
+    State of any object has been edited since, and the plan need not look at each.
+    Numbers never repeat, so that threads cannot restore one that was seen before.
+    """
+
+    __slots__ = ("_numbers", "last")
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self.last = 0
+
+    def note(self) -> None:
+        """Call after an edit."""
+        self.last = next(self._numbers)
+
+
+edits = Edits()
+
+
 class Metadata(Mapping[str, Any]):
     """The immutable metadata of a Variable; equal metadata is one object.
 
@@ -55,7 +78,7 @@ class Metadata(Mapping[str, Any]):
 
     __slots__ = ("__weakref__", "_items")
 
-    _interned: weakref.WeakValueDictionary[Any, Metadata] = (
+    _interned: ClassVar[weakref.WeakValueDictionary[Any, Metadata]] = (
         weakref.WeakValueDictionary()
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sortal.errors import MergeError, StructureError, UpdateError, listing
-from sortal.graph import Slot, Walk, bind, own, store
+from sortal.graph import Slot, Walk, bind, own, store_all
 from sortal.graphdef import (
     LEAF,
     NODE,
@@ -63,7 +63,7 @@ def state(node: Any, /, *filters: Any) -> Any:
 
 
 def _values(leaves: Sequence[Any]) -> list[Any]:
-    return [x._value if isinstance(x, (Variable, Slot)) else x for x in leaves]
+    return [x._value for x in leaves]
 
 
 def graphdef(node: Any, /) -> GraphDef:
@@ -125,6 +125,7 @@ class _Match(NamedTuple):
     places: list[int]
     metadata: list[Metadata]
     missing: list[int]
+    found: list[int]
     problems: list[str]
 
 
@@ -152,7 +153,8 @@ def _match(schema: Schema, given: tuple[Schema, ...]) -> _Match:
                     metadata[at] = part.metadata[i]
         offset += len(part)
     missing = [i for i, place in enumerate(places) if place == -1]
-    return _Match(places, metadata, missing, problems)
+    found = [i for i, place in enumerate(places) if place != -1]
+    return _Match(places, metadata, missing, found, problems)
 
 
 def merge(
@@ -203,9 +205,7 @@ def merge(
     return graphdef.build(graphdef.build_leaves(own(ordered), match.metadata))[0]
 
 
-def _fill_missing(
-    schema: Schema, missing: list[int], source: Any
-) -> dict[int, Any]:
+def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:
     if callable(source) and not isinstance(source, State):
         return {i: source(schema.paths[i], schema.kinds[i]) for i in missing}
     other = as_state(source)
@@ -255,35 +255,41 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     schemas = tuple(s.schema for s in given)
     match = plan.graphdef.memo(("update", schemas), lambda: _match(schema, schemas))
     values = [v for s in given for v in s.values_list()]
-    targets = [(i, p) for i, p in enumerate(match.places) if p >= 0]
-    leaves = [plan.leaves[i] for i, _ in targets]
-    new = own([values[p] for _, p in targets])
+    leaves = [plan.leaves[i] for i in match.found]
+    new = own([values[match.places[i]] for i in match.found])
+    slots = [x for x in leaves if type(x) is Slot]
     problems = list(match.problems)
     if strict:
-        problems += _misfits(schema, targets, leaves, new)
-    problems += [
-        f"cannot be written: {schema.describe(i)} is in a tuple or other value"
-        for (i, _), leaf in zip(targets, leaves, strict=True)
-        if not isinstance(leaf, (Variable, Slot))
-    ]
+        problems += _misfits(schema, match.found, leaves, new)
+    if slots:
+        problems += [
+            f"cannot be written: {schema.describe(i)} is in a tuple or other value"
+            for i, leaf in zip(match.found, leaves, strict=True)
+            if type(leaf) is Slot and not leaf.writable
+        ]
     if problems:
         raise UpdateError(
             f"the model was left as it was, because {len(problems)} of the given "
             f"leaves do not fit it:\n{listing(problems)}\n"
-            "Give leaves with the model's paths, kinds, shapes and dtypes; strict=False "
-            "allows other shapes and dtypes."
+            "Give leaves with the model's paths, kinds, shapes and dtypes; "
+            "strict=False allows other shapes and dtypes."
         )
-    check_writable([x for x in leaves if isinstance(x, Variable)])
-    for leaf, value in zip(leaves, new, strict=True):
-        store(leaf, value)
+    store_all(leaves, new)
 
 
 def _misfits(
-    schema: Schema, targets: list[tuple[int, int]], leaves: list[Any], new: list[Any]
+    schema: Schema, at: list[int], leaves: list[Any], new: list[Any]
 ) -> list[str]:
+    try:
+        if [(x._value.shape, x._value.dtype) for x in leaves] == [
+            (x.shape, x.dtype) for x in new
+        ]:
+            return []
+    except AttributeError:
+        pass  # values that are no arrays are compared one by one
     rows = []
-    for (i, _), leaf, value in zip(targets, leaves, new, strict=True):
-        old = leaf._value if isinstance(leaf, (Variable, Slot)) else leaf
+    for i, leaf, value in zip(at, leaves, new, strict=True):
+        old = leaf._value
         what = _misfit(old, value)
         if what:
             rows.append(
@@ -357,7 +363,9 @@ def pop(node: Any, /, *filters: Any) -> Any:
                 if isinstance(holder, (Node, dict, State)):
                     removals.append((holder, entry.key))
                 else:
-                    stuck.append(f"{schema.describe(entry.ref)}, in a {record.cls.__name__}")
+                    stuck.append(
+                        f"{schema.describe(entry.ref)}, in a {record.cls.__name__}"
+                    )
     if stuck:
         raise StructureError(
             "pop cannot take leaves out of lists and tuples, because the indices of "

@@ -14,7 +14,7 @@ import numpy as np
 from sortal import paths
 from sortal._jax import current_trace, register_pytree
 from sortal.errors import TraceError, VariableAttributeError, VariableError
-from sortal.statics import EMPTY, Metadata, static_key
+from sortal.statics import EMPTY, Metadata, edits, static_key
 
 A = TypeVar("A")
 _MISSING: Any = object()
@@ -215,6 +215,7 @@ class Variable(Generic[A]):
                     f"found {len(args)} positional and {len(metadata)} keyword ones."
                 )
         _init_metadata(self, _frozen(type(self), merged))
+        edits.note()
 
     def has_metadata(self, name: str) -> bool:
         """Whether the metadata has an entry ``name``.
@@ -282,7 +283,7 @@ class Variable(Generic[A]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable[A]:
         # JAX arrays never change, so a copy may hold the same one.
-        value = jax.tree.map(lambda x: _own(x), self._value)
+        value = jax.tree.map(_own, self._value)
         return make(type(self), value, self._metadata)
 
     # ------------------------------------------------- value as an array
@@ -339,6 +340,31 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
     _init_metadata(variable, metadata)
     _init_trace(variable, current_trace() if trace is None else trace)
     return variable
+
+
+def make_all(kinds: Any, values: Any, metadata: Any) -> list[Any]:
+    """Builds many Variables as ``make`` does; a kind of None leaves the bare value.
+
+    Args:
+      kinds: a kind or None for each.
+      values: the values.
+      metadata: interned metadata for each.
+
+    Returns:
+      The Variables and bare values.
+    """
+    trace, new = current_trace(), object.__new__
+    made = []
+    for kind, value, meta in zip(kinds, values, metadata, strict=True):
+        if kind is None:
+            made.append(value)
+            continue
+        variable = new(kind)
+        _init_value(variable, value)
+        _init_metadata(variable, meta)
+        _init_trace(variable, trace)
+        made.append(variable)
+    return made
 
 
 def check_writable(variables: list[Any]) -> None:

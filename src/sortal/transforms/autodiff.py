@@ -13,15 +13,8 @@ import jax.tree_util as jtu
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.state import snapshot
-from sortal.transforms.lift import (
-    Carrier,
-    Entered,
-    carrier,
-    identity,
-    leave,
-    run,
-    unbind,
-)
+from sortal.transforms.lift import Entered, identity, leave, unbind
+from sortal.transforms.traced import Carrier, carrier, run
 from sortal.variable import Param, describe
 
 _NO_FUNCTION: Any = object()
@@ -209,14 +202,14 @@ class _Call:
         return [x for x in leaves if isinstance(x, Carrier)]
 
     def _target(self, number: int, diff: DiffState) -> _Target:
-        plan, joint = self.entered.plans[number], self.entered.joint
+        plan = self.entered.plans[number]
         selection, _ = plan.pick((diff.filter,))
         schema, mine = selection.parts[0]
         if not mine:
             every = plan.graphdef.schema
             raise FilterError(
-                f"wrt={diff.filter!r} takes none of the {len(every)} leaves of argument "
-                f"{diff.argnum}, so there is nothing to differentiate by; it has:\n"
+                f"wrt={diff.filter!r} takes none of the {len(every)} leaves "
+                f"of argument {diff.argnum}, so there is nothing to differentiate by; it has:\n"
                 + listing(every.describe(i) for i in range(len(every)))
             )
         values = plan.values()

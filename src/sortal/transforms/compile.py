@@ -9,17 +9,15 @@ from typing import Any
 import jax
 
 from sortal.errors import ArgumentError
-from sortal.graph import store
-from sortal.surgery import clone
+from sortal.surgery import merge, split
 from sortal.transforms.lift import (
     Entered,
     distinct_buffers,
     leave,
     named_positions,
-    replace_roots,
-    run,
     unbind,
 )
+from sortal.transforms.traced import replace_roots, run
 
 _NO_FUNCTION: Any = object()
 
@@ -43,7 +41,7 @@ class Jitted:
 
         if hasattr(inner, "__name__"):
             functools.update_wrapper(traced, inner)
-        self._jit = jax.jit(traced, **options)
+        self._jit: Any = jax.jit(traced, **options)
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,14 +228,14 @@ def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     fn, first = unbind(f)
     live = Entered((*first, *args), kwargs)
     roots = tuple(live.roots)
-    copies = iter(clone(roots)) if roots else iter(())
+    copies = iter(_abstract(roots) if roots else ())
     args, kwargs = replace_roots(((*first, *args), kwargs), lambda _: next(copies))
     entered = Entered(args, kwargs)
-    result = jax.eval_shape(
-        lambda a, k: run(fn, a, k), entered.args, entered.kwargs
-    )
-    for leaf in (x for plan in entered.plans for x in plan.leaves):
-        store(leaf, jax.eval_shape(lambda x: x, leaf._value))
+    result = jax.eval_shape(lambda a, k: run(fn, a, k), entered.args, entered.kwargs)
     return leave(entered, result)
 
 
+def _abstract(roots: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of live objects with shapes and dtypes in the place of arrays."""
+    graphdef, state = split(roots)
+    return merge(graphdef, jax.eval_shape(lambda s: s, state))

@@ -1,0 +1,363 @@
+"""The laws of the source tree: who may import whom, how long things may grow.
+
+Each law is a function from a folder to a list of offences. It is run on the real tree,
+where it must find nothing, and on small trees written by the tests, where it must find
+what was planted there.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
+
+# A file imports only files of earlier rows. `x.*` is every file of the package x, which
+# may import one another as long as no circle arises; a package's own contents table (its
+# `__init__`) has the package's name.
+ORDER = (
+    "sortal.errors",
+    "sortal._jax",
+    "sortal.paths",
+    "sortal.statics",
+    "sortal.variable",
+    "sortal.filters",
+    "sortal.nodes",
+    "sortal.graphdef",
+    "sortal.graph",
+    "sortal.state",
+    "sortal.statelib",
+    "sortal.surgery",
+    "sortal.module",
+    "sortal.containers",
+    "sortal.rngs",
+    "sortal.policy",
+    "sortal.transforms.lift",
+    "sortal.transforms.compile",
+    "sortal.transforms.autodiff",
+    "sortal.transforms.mapping",
+    "sortal.transforms.control",
+    "sortal.transforms",
+    "sortal.optimizer",
+    "sortal.ema",
+    "sortal.metrics",
+    "sortal.sharding",
+    "sortal.checkpoint.manifest",
+    "sortal.checkpoint.store",
+    "sortal.checkpoint.manager",
+    "sortal.checkpoint",
+    "sortal.inspect.rows",
+    "sortal.inspect.text",
+    "sortal.inspect.html",
+    "sortal.inspect.cli",
+    "sortal.inspect",
+    "sortal.nn.*",
+    "sortal.nn",
+    "sortal.interop.*",
+    "sortal.interop",
+    "sortal",
+)
+# A command is an entry point: what it runs is above it only for as long as it runs.
+MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}
+MAY_USE_PRIVATE_JAX = {"sortal._jax"}
+# `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
+# second to a second, and is imported by the function that needs it.
+HEAVY = frozenset(
+    "equinox flax hypothesis matplotlib optax orbax pytest rich safetensors scipy "
+    "sklearn tensorstore".split()
+)
+FILE_LINES = 600
+FUNCTION_LINES = 60
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Dotted name -> file, for every file of the package."""
+    found = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = (package.name, *file.relative_to(package).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+def row_of(name: str, order: tuple[str, ...]) -> int | None:
+    """Which row of the order a module is in; a row with its own name comes first."""
+    if name in order:
+        return order.index(name)
+    rows = (i for i, row in enumerate(order) if row == name.rpartition(".")[0] + ".*")
+    return next(rows, None)
+
+
+def imports(name: str, file: Path) -> Iterator[tuple[list[str], int, bool]]:
+    """Each import: its possible dotted targets, longest first, its line, if it is late.
+
+    `from a import b` may mean the module `a.b` or a name in the module `a`.
+    """
+    tree = ast.parse(file.read_text())
+    late = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for inner in ast.walk(outer)
+    }
+    parts = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield [alias.name], node.lineno, id(node) in late
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                targets = [f"{source}.{alias.name}", source]
+                yield targets, node.lineno, id(node) in late
+        elif isinstance(node, ast.Call) and _imports_by_name(node):
+            target = node.args[0]
+            if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                yield [target.value], node.lineno, id(node) in late
+
+
+def _imports_by_name(call: ast.Call) -> bool:
+    called = ast.unparse(call.func).rpartition(".")[2]
+    return called in {"import_module", "__import__"} and bool(call.args)
+
+
+def edges(package: Path) -> Iterator[tuple[str, str, int, bool]]:
+    """Each import between files of the package: from, to, line, whether it is late."""
+    known = modules(package)
+    for name, file in known.items():
+        for targets, line, late in imports(name, file):
+            target = next((t for t in targets if t in known), None)
+            if target is not None and target != name:
+                yield name, target, line, late
+
+
+def upward_imports(package: Path, order: tuple[str, ...] = ORDER) -> list[str]:
+    """Law: a file imports only files above it."""
+    offences = []
+    inside: dict[str, set[str]] = {}
+    for name, target, line, late in edges(package):
+        if late and name in MAY_IMPORT_ANYTHING_LATE:
+            continue
+        mine, other = row_of(name, order), row_of(target, order)
+        if mine is None or other is None:
+            continue
+        if mine == other:
+            inside.setdefault(name, set()).add(target)
+        elif other > mine:
+            offences.append(f"{name}:{line} imports {target}, which is below it")
+    try:
+        graphlib.TopologicalSorter(inside).prepare()
+    except graphlib.CycleError as error:
+        offences.append("a circle of imports: " + " -> ".join(error.args[1]))
+    return offences
+
+
+def files_without_a_row(package: Path, order: tuple[str, ...] = ORDER) -> list[str]:
+    """Law: every file has its place in the order."""
+    return [n for n in modules(package) if row_of(n, order) is None]
+
+
+def rows_without_a_file(package: Path, order: tuple[str, ...] = ORDER) -> list[str]:
+    """Law: the order lists no file that does not exist."""
+    used = {row_of(name, order) for name in modules(package)}
+    return [row for i, row in enumerate(order) if i not in used]
+
+
+def folders_without_contents(package: Path) -> list[str]:
+    """Law: every folder of the package has a contents table."""
+    folders = {file.parent for file in package.rglob("*.py")}
+    return [str(f) for f in sorted(folders) if not (f / "__init__.py").exists()]
+
+
+def private_jax(package: Path) -> list[str]:
+    """Law: one file knows JAX's private names."""
+    return [
+        f"{name}:{line} mentions jax._src"
+        for name, file in modules(package).items()
+        if name not in MAY_USE_PRIVATE_JAX
+        for line, text in enumerate(file.read_text().splitlines(), 1)
+        if "jax._src" in text
+    ]
+
+
+def long_files(package: Path) -> list[str]:
+    """Law: a file is read in one sitting."""
+    lengths = {
+        name: len(file.read_text().splitlines())
+        for name, file in modules(package).items()
+    }
+    return [f"{n} has {k} lines" for n, k in lengths.items() if k > FILE_LINES]
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, from `def` to its end, without its docstring."""
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function, clean=False) is not None:
+        lines -= (first.end_lineno or first.lineno) - first.lineno + 1
+    return lines
+
+
+def long_functions(package: Path) -> list[str]:
+    """Law: a function fits on a screen."""
+    return [
+        f"{name}:{node.lineno} {node.name} has {length(node)} lines"
+        for name, file in modules(package).items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and length(node) > FUNCTION_LINES
+    ]
+
+
+LAWS: tuple[Callable[[Path], list[str]], ...] = (
+    upward_imports,
+    files_without_a_row,
+    rows_without_a_file,
+    folders_without_contents,
+    private_jax,
+    long_files,
+    long_functions,
+)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_the_source_tree_obeys_every_law(law: Callable[[Path], list[str]]) -> None:
+    offences = law(PACKAGE)
+    assert not offences, f"{law.__doc__}\n  " + "\n  ".join(offences)
+
+
+def newly_imported(statement: str) -> set[str]:
+    """Top-level packages that a fresh interpreter loads for it, and JAX alone does not."""
+    program = (
+        "import sys, jax, jax.numpy; before = set(sys.modules)\n"
+        f"{statement}\n"
+        "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
+    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_sortal_loads_no_heavy_package_and_warns_of_nothing() -> None:
+    loaded = newly_imported("import sortal")
+    assert "sortal" in loaded
+    assert not loaded & HEAVY
+
+
+def test_a_heavy_package_would_be_seen() -> None:
+    assert "rich" in newly_imported("import rich") & HEAVY
+
+
+# Trees with something planted in them. -------------------------------------------------
+
+SMALL_ORDER = ("p.low", "p.mid.*", "p.mid", "p.high", "p")
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Callable[[Mapping[str, str]], Path]:
+    """Writes a package `p` in good order, plus the given files."""
+
+    def write(files: Mapping[str, str]) -> Path:
+        lawful = {
+            "__init__.py": "from p.high import h",
+            "low.py": "import os",
+            "mid/__init__.py": "from p.mid.a import f",
+            "mid/a.py": "from p import low",
+            "mid/b.py": "from p.mid.a import f",
+            "high.py": "import p.mid.b",
+        }
+        for name, text in {**lawful, **files}.items():
+            file = tmp_path / "p" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        return tmp_path / "p"
+
+    return write
+
+
+Plant = Callable[[Mapping[str, str]], Path]
+
+
+def test_a_tree_in_good_order_has_no_offence(plant: Plant) -> None:
+    tree = plant({})
+    assert upward_imports(tree, SMALL_ORDER) == []
+    assert files_without_a_row(tree, SMALL_ORDER) == []
+    assert rows_without_a_file(tree, SMALL_ORDER) == []
+    assert folders_without_contents(tree) == []
+    assert private_jax(tree) == []
+    assert long_files(tree) == []
+    assert long_functions(tree) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import p.high",
+        "from p.high import h",
+        "from p import high",
+        "from . import high",
+        "from .high import h",
+        "from .mid.a import f",
+        "import p",
+        "def f():\n    from p.high import h",
+        "if TYPE_CHECKING:\n    from p.high import h",
+        "try:\n    import p.high\nexcept ImportError:\n    pass",
+        "import importlib\nhigh = importlib.import_module('p.high')",
+    ],
+)
+def test_an_upward_import_is_caught_in_every_spelling(plant: Plant, text: str) -> None:
+    (offence,) = upward_imports(plant({"low.py": text}), SMALL_ORDER)
+    assert offence.startswith("p.low:")
+    assert offence.endswith("which is below it")
+
+
+def test_a_circle_inside_one_row_is_caught(plant: Plant) -> None:
+    tree = plant({"mid/a.py": "from . import b"})
+    (offence,) = upward_imports(tree, SMALL_ORDER)
+    assert "p.mid.a -> p.mid.b" in offence or "p.mid.b -> p.mid.a" in offence
+
+
+def test_only_a_late_import_of_a_command_is_free(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.MAY_IMPORT_ANYTHING_LATE", {"p.low"})
+    late = plant({"low.py": "def main():\n    import p.high"})
+    assert upward_imports(late, SMALL_ORDER) == []
+    early = plant({"low.py": "import p.high"})
+    assert len(upward_imports(early, SMALL_ORDER)) == 1
+
+
+def test_files_rows_and_folders_out_of_place_are_caught(plant: Plant) -> None:
+    tree = plant({"stray.py": "", "bare/c.py": ""})
+    assert files_without_a_row(tree, SMALL_ORDER) == ["p.bare.c", "p.stray"]
+    assert rows_without_a_file(tree, (*SMALL_ORDER, "p.gone")) == ["p.gone"]
+    assert folders_without_contents(tree) == [str(tree / "bare")]
+
+
+def test_private_jax_is_caught_even_in_a_string(plant: Plant) -> None:
+    tree = plant({"low.py": "x = 1\nname = 'jax._src.core'"})
+    assert private_jax(tree) == ["p.low:2 mentions jax._src"]
+
+
+def test_a_file_is_too_long_one_line_beyond_the_limit(plant: Plant) -> None:
+    tree = plant({"low.py": "x = 1\n" * (FILE_LINES - 1) + "x = 1"})
+    assert long_files(tree) == []
+    tree = plant({"low.py": "x = 1\n" * FILE_LINES + "x = 1"})
+    assert long_files(tree) == [f"p.low has {FILE_LINES + 1} lines"]
+
+
+def test_a_function_is_too_long_one_line_beyond_the_limit_less_its_docstring(
+    plant: Plant,
+) -> None:
+    head = 'class C:\n    def f(self):\n        """One.\n\n        Two.\n        """\n'
+    fits = head + "        x = 1\n" * (FUNCTION_LINES - 1)
+    assert long_functions(plant({"low.py": fits})) == []
+    beyond = plant({"low.py": fits + "        x = 1"})
+    assert long_functions(beyond) == [f"p.low:2 f has {FUNCTION_LINES + 1} lines"]
