@@ -36,6 +36,10 @@ class TraceError(SortalError, ValueError):
     """A live object was written to from inside a trace that does not own it."""
 
 
+class StaleBufferError(SortalError, RuntimeError):
+    """A leaf holds a buffer that was donated to an earlier call and is gone."""
+
+
 class StructureError(SortalError, ValueError):
     """An object cannot be described as a graph of nodes, leaves and statics."""
 

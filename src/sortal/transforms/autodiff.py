@@ -209,7 +209,7 @@ class _Call:
             every = plan.graphdef.schema
             raise FilterError(
                 f"wrt={diff.filter!r} takes none of the {len(every)} leaves "
-                f"of argument {diff.argnum}, so there is nothing to differentiate by; it has:\n"
+                f"of argument {diff.argnum}, so there is no gradient; it has:\n"
                 + listing(every.describe(i) for i in range(len(every)))
             )
         values = plan.values()

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.surgery import merge, split
 from sortal.transforms.lift import (
     Entered,
     distinct_buffers,
     leave,
     named_positions,
+    stale_buffers,
     unbind,
 )
 from sortal.transforms.traced import replace_roots, run
@@ -46,7 +47,18 @@ class Jitted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         entered = self._enter(args, kwargs)
-        return leave(entered, self._jit(*entered.args, **entered.kwargs))
+        try:
+            result = self._jit(*entered.args, **entered.kwargs)
+        except (RuntimeError, ValueError) as e:
+            stale = stale_buffers(entered.carriers)
+            if not stale:
+                raise
+            raise StaleBufferError(
+                f"{len(stale)} leaves hold buffers that were donated to an earlier "
+                f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
+                "the copy that must survive with clone(model, arrays=True)."
+            ) from e
+        return leave(entered, result)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
         entered = Entered((*self._first, *args), kwargs, self._static)

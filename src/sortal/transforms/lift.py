@@ -19,9 +19,18 @@ import jax.numpy as jnp
 from sortal.graph import Slot, Walk, bind, plan_of, store_all
 from sortal.graphdef import NODE, Entry, GraphDef, Step, fill
 from sortal.nodes import Node
+from sortal.paths import show
 from sortal.state import State
-from sortal.transforms.traced import Carrier, Edits, Exit, Ref, Result, replace_roots
-from sortal.variable import Variable, make
+from sortal.transforms.traced import (
+    Carrier,
+    Edits,
+    Exit,
+    Ref,
+    Result,
+    Ticket,
+    replace_roots,
+)
+from sortal.variable import Variable, describe, make
 
 
 class Joint(NamedTuple):
@@ -33,7 +42,7 @@ class Joint(NamedTuple):
     """
 
     graphdef: GraphDef
-    tickets: tuple[tuple[GraphDef, int], ...]
+    tickets: tuple[Ticket, ...]
     picks: tuple[Any, ...]
     leaf_at: tuple[tuple[int, int], ...]
     node_at: dict[int, tuple[int, int]]
@@ -59,7 +68,7 @@ def _joint(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
 def _single(graphdef: GraphDef) -> Joint:
     leaves = tuple((0, i) for i in range(len(graphdef.schema)))
     nodes = {i: (0, i) for i in range(len(graphdef.records))}
-    return Joint(graphdef, ((graphdef, 0),), (None,), leaves, nodes)
+    return Joint(graphdef, (Ticket(graphdef, 0, 1),), (None,), leaves, nodes)
 
 
 def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
@@ -80,7 +89,7 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     node_at = {
         n: where[id(node)] for n, node in enumerate(walk.nodes) if id(node) in where
     }
-    tickets = tuple((graphdef, i) for i in range(len(roots)))
+    tickets = tuple(Ticket(graphdef, i, len(roots)) for i in range(len(roots)))
     return Joint(graphdef, tickets, tuple(picks), leaf_at, node_at)
 
 
@@ -265,6 +274,25 @@ def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
     found |= {i for i, name in enumerate(positional) if name in found}
     found |= {positional[i] for i in list(found) if isinstance(i, int) and i < n}
     return found, n
+
+
+def stale_buffers(carriers: Sequence[Carrier]) -> list[str]:
+    """Paths and kinds of leaves whose buffers were donated to an earlier call.
+
+    Args:
+      carriers: the roots of a call that failed.
+
+    Returns:
+      A row for each such leaf.
+    """
+    return [
+        f"{show(key.key)}: {describe(value)}"
+        for c in carriers
+        for key, value in zip(c.keys, c.values, strict=True)
+        if isinstance(value, jax.Array)
+        and not isinstance(value, jax.core.Tracer)
+        and value.is_deleted()
+    ]
 
 
 def distinct_buffers(carriers: Sequence[Carrier]) -> None:

@@ -28,15 +28,27 @@ class Carrier:
     __slots__ = ("ticket", "values")
 
     values: Sequence[Any]
-    ticket: tuple[GraphDef, int]
+    ticket: Ticket
 
     @property
-    def paths(self) -> list[PathKey]:
-        """Key paths of the values, for JAX's own messages."""
-        return [PathKey((i,)) for i in range(len(self.values))]
+    def keys(self) -> list[PathKey]:
+        """Key paths of the values, for messages."""
+        graphdef, number, of = self.ticket
+        paths = graphdef.schema.paths
+        if of > 1:
+            paths = [path[1:] for path in paths if path[0] == number]
+        return list(map(PathKey, paths))
 
 
-def carrier(values: Sequence[Any], ticket: tuple[GraphDef, int]) -> Carrier:
+class Ticket(NamedTuple):
+    """The joint GraphDef of a call, and which of how many roots of it this is."""
+
+    graphdef: GraphDef
+    number: int
+    of: int
+
+
+def carrier(values: Sequence[Any], ticket: Ticket) -> Carrier:
     """Makes a Carrier."""
     made = Carrier()
     made.values, made.ticket = values, ticket
@@ -46,7 +58,7 @@ def carrier(values: Sequence[Any], ticket: tuple[GraphDef, int]) -> Carrier:
 register_pytree(
     Carrier,
     lambda c: (c.values, c.ticket),
-    lambda c: (list(zip(c.paths, c.values, strict=True)), c.ticket),
+    lambda c: (list(zip(c.keys, c.values, strict=True)), c.ticket),
     lambda ticket, values: carrier(values, ticket),
 )
 
@@ -61,7 +73,7 @@ def _mode(x: Any) -> str:
     if found is None:
         if isinstance(x, (Node, Variable)):
             found = ROOT
-        elif isinstance(x, _ATOMS) or callable(x):
+        elif isinstance(x, _ATOMS) or jtu.all_leaves([x]):
             found = PASS
         else:
             found = SCAN
@@ -172,8 +184,8 @@ class Copies:
     """The copies that live in one trace, with the values that they began with."""
 
     def __init__(self, carriers: list[Carrier]):
-        carriers = sorted(carriers, key=lambda c: c.ticket[1])
-        self.graphdef = carriers[0].ticket[0]
+        carriers = sorted(carriers, key=lambda c: c.ticket.number)
+        self.graphdef = carriers[0].ticket.graphdef
         self.values = [v for c in carriers for v in c.values]
         self.leaves = self.graphdef.build_leaves(self.values)
         root, self.nodes = self.graphdef.build(self.leaves)
@@ -182,7 +194,7 @@ class Copies:
         for c in carriers:
             starts.append(starts[-1] + len(c.values))
         self.spans = {
-            c.ticket[1]: range(a, b)
+            c.ticket.number: range(a, b)
             for c, a, b in zip(carriers, starts, starts[1:], strict=False)
         }
 
@@ -225,7 +237,7 @@ def run(
         if not find_carriers(tree):
             return tree
         return jax.tree.map(
-            lambda x: copies.roots[x.ticket[1]] if isinstance(x, Carrier) else x,
+            lambda x: copies.roots[x.ticket.number] if isinstance(x, Carrier) else x,
             tree,
             is_leaf=lambda x: isinstance(x, (Carrier, State)),
         )
@@ -235,7 +247,7 @@ def run(
         for name, tree in [*enumerate(args), *kwargs.items()]
         if name in keep
         for c in find_carriers(tree)
-        for k in copies.spans[c.ticket[1]]
+        for k in copies.spans[c.ticket.number]
     ]
     out = fn(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
     return _leave_trace(out, copies, kept)

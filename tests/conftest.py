@@ -1,0 +1,23 @@
+"""What every test shares: the device, and how examples are generated."""
+
+import os
+
+# Read once, when JAX is imported; an accelerator is asked for by naming it outside.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+
+# Meshes and replicas need several devices, also where there is one.
+jax.config.update("jax_num_cpu_devices", 4)
+
+# The first call of anything compiles, so no example has a typical duration. A failure
+# in continuous integration must come back on the next run; at home, new examples.
+_SLOW = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+hypothesis.settings.register_profile(
+    "ci", deadline=None, derandomize=True, suppress_health_check=_SLOW
+)
+hypothesis.settings.register_profile(
+    "home", deadline=None, max_examples=50, suppress_health_check=_SLOW
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
