@@ -18,7 +18,14 @@ import pytest
 TABLES = ("sortal", "sortal.nn")
 # Names that need no example of their own, and why. An entry that has one, or that no
 # contents table lists any more, is an error.
-NO_EXAMPLE: dict[str, str] = {}
+KINDS = (
+    "BatchStat Cache Intermediate OptArray OptState OptVariable Param Perturbation "
+    "RngCount RngKey RngState"
+)
+NO_EXAMPLE: dict[str, str] = {
+    f"sortal.{kind}": "a kind is used as Variable's example uses it"
+    for kind in KINDS.split()
+}
 SECTION = re.compile(r"^(Args|Arguments):[ \t]*\n", re.MULTILINE)
 ENTRY = re.compile(r"^(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: \([^)]*\))?:")
 

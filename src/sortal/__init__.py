@@ -1,10 +1,12 @@
 """Sortal: say what each array is, once; everything else follows from its kind."""
 
 from sortal import errors as errors
+from sortal import metrics as metrics
 from sortal import statelib as statelib
 from sortal.containers import Dict as Dict
 from sortal.containers import List as List
 from sortal.containers import Sequential as Sequential
+from sortal.ema import EMA as EMA
 from sortal.errors import SortalError as SortalError
 from sortal.errors import TraceError as TraceContextError
 from sortal.errors import TraceError as TraceError
@@ -24,6 +26,9 @@ from sortal.filters import Under as Under
 from sortal.filters import WithTag as WithTag
 from sortal.filters import to_filter as to_filter
 from sortal.graphdef import GraphDef as GraphDef
+from sortal.metrics import Metric as Metric
+from sortal.metrics import MetricState as MetricState
+from sortal.metrics import MultiMetric as MultiMetric
 from sortal.module import Module as Module
 from sortal.module import Pytree as Pytree
 from sortal.module import dataclass as dataclass
@@ -32,6 +37,8 @@ from sortal.module import iter_modules as iter_modules
 from sortal.nodes import data as data
 from sortal.nodes import register_node as register_node
 from sortal.nodes import static as static
+from sortal.optimizer import ModelAndOptimizer as ModelAndOptimizer
+from sortal.optimizer import Optimizer as Optimizer
 from sortal.rngs import Rngs as Rngs
 from sortal.rngs import RngStream as RngStream
 from sortal.rngs import fork_rngs as fork_rngs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.tree_util as jtu
 
 # `jax.extend.core.get_opaque_trace_state` is the public way to ask "which trace is
@@ -42,11 +41,6 @@ def plain_key(key: Any) -> Any:
         if hasattr(key, attribute):
             return getattr(key, attribute)
     return str(key)
-
-
-def is_array(x: Any) -> bool:
-    """Whether ``x`` is a JAX array or tracer, typed PRNG keys included."""
-    return isinstance(x, jax.Array)
 
 
 def register_pytree(

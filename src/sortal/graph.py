@@ -233,10 +233,8 @@ class Plan:
         self._contents = [_attributes(x, root) for x in every]
         handled = [(x, handler_of(x)) for x in self.nodes[1:]]
         others = [(x, h) for x, h in handled if not isinstance(x, (Node, tuple))]
-        self._containers = [
-            [x, h, h.contents(x)] for x, h in others if not h.notes_edits
-        ]
-        self._states = [[x, h, h.contents(x)] for x, h in others if h.notes_edits]
+        self._containers = [Content(x, h) for x, h in others if not h.notes_edits]
+        self._states = [Content(x, h) for x, h in others if h.notes_edits]
         self._picked: dict[Any, Any] = {}
 
     def _variables(self) -> list[Any]:
@@ -254,10 +252,10 @@ class Plan:
             return False
         if self._checked != edits.last:
             now = edits.last
-            if not self._same_objects(root) or not _same_contents(self._states):
+            if not self._same_objects(root) or not _all_same(self._states):
                 return False
             self._checked = now
-        return not self._containers or _same_contents(self._containers)
+        return not self._containers or _all_same(self._containers)
 
     def _same_objects(self, root: Node) -> bool:
         if [x._metadata for x in self._variables()] != self._metadata:
@@ -308,15 +306,38 @@ def _attributes(obj: Node, root: Node) -> list[Any]:
     return [*attributes, *values, obj._roles]
 
 
-def _same_contents(snapshots: list[list[Any]]) -> bool:
-    for snapshot in snapshots:
-        obj, handler, old = snapshot
-        new = obj if type(obj) is list else handler.contents(obj)
-        if len(new) != len(old) or not all(map(operator.is_, new, old)):
-            if not _same(new, old):
+class Content:
+    """What a container held when it was planned."""
+
+    __slots__ = ("by_identity", "handler", "obj", "old")
+
+    def __init__(self, obj: Any, handler: Handler):
+        self.obj, self.handler = obj, handler
+        self.old = list(handler.contents(obj))
+        # Lists of such objects may be compared by list's own `==`, several times
+        # faster. Variables and arrays in them would compare by value.
+        self.by_identity = isinstance(obj, list) and all(
+            type(x).__eq__ is object.__eq__ for x in self.old
+        )
+
+    def same(self) -> bool:
+        """Whether it still holds the same, raw arrays in the same places apart."""
+        if self.by_identity:
+            try:
+                if self.obj == self.old:
+                    return True
+            except Exception:  # noqa: BLE001 - an array or Variable came in
                 return False
-            snapshot[2] = handler.contents(obj)
-    return True
+        new = self.handler.contents(self.obj)
+        if len(new) != len(self.old) or not all(map(operator.is_, new, self.old)):
+            if not _same(new, self.old):
+                return False
+            self.old = list(new)
+        return True
+
+
+def _all_same(contents: list[Content]) -> bool:
+    return all(content.same() for content in contents)
 
 
 def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:

@@ -1,0 +1,617 @@
+"""Facts about a model as rows of plain data: leaves, kinds, filters, changes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal import variable as _kinds
+from sortal.filters import At, Filter, OfType, WithTag, to_filter
+from sortal.graph import bind
+from sortal.graphdef import LEAF, NODE, Entry, GraphDef, join
+from sortal.paths import Path, show
+from sortal.state import State
+from sortal.surgery import state as state_of
+from sortal.variable import Param, Variable, describe
+
+Kind = type | None
+UNLABELLED = "unlabelled array"
+
+_BUILT_IN: dict[str, type] = {
+    name: kind
+    for name, kind in vars(_kinds).items()
+    if isinstance(kind, type) and issubclass(kind, Variable) and kind.__name__ == name
+}
+# Words in a kind's name that speak of a value which is recorded, not learned.
+_RECORDED = re.compile(
+    r"stat(istic)?s?$|stats?[A-Z_]|running|moving|average|ema$|cache|buffer|count|"
+    r"step$|rng",
+    re.IGNORECASE,
+)
+
+
+class Leaf(NamedTuple):
+    """One leaf of a model: where it is, what it is, and how large."""
+
+    path: Path
+    kind: Kind
+    label: str
+    """The kind's name, qualified where another kind here has the same one."""
+    value: str
+    """Dtype and shape, such as ``float32[3,4]``."""
+    elements: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    aliases: tuple[Path, ...]
+    """Other paths that lead to the same Variable."""
+
+
+class KindRow(NamedTuple):
+    """All leaves of one kind together."""
+
+    kind: Kind
+    label: str
+    leaves: int
+    elements: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    largest: Path
+
+
+class Taken(NamedTuple):
+    """Which filter takes a leaf, by number from 1."""
+
+    leaf: Leaf
+    by: int | None
+    """The first filter that matches; None where none does."""
+    also: tuple[int, ...]
+    """Later filters that would match too."""
+
+
+class FilterRow(NamedTuple):
+    """What one filter does to the leaves."""
+
+    number: int
+    label: str
+    takes: int
+    elements: int
+    matches: int
+    """How many it would take if it came first."""
+
+
+class Facts(NamedTuple):
+    """What ``explain`` found."""
+
+    taken: tuple[Taken, ...]
+    filters: tuple[FilterRow, ...]
+    notes: tuple[str, ...]
+
+
+class KindChange(NamedTuple):
+    """How many leaves of a kind differ, bit for bit, between two states."""
+
+    kind: Kind
+    label: str
+    leaves: int
+    changed: int
+    paths: tuple[Path, ...]
+    """The paths that changed, appeared or went."""
+    added: int
+    removed: int
+
+
+# ------------------------------------------------------------------- leaves
+def leaves(model: Any) -> tuple[Leaf, ...]:
+    """Every leaf of a model once, in order, with the other paths to it.
+
+    Args:
+      model: a Module, a State, or a container of Modules, Variables and arrays.
+
+    Returns:
+      One Leaf for each.
+
+    Raises:
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> leaves({"w": nnx.Param(jnp.ones((2, 3)))})[0].value
+      'float32[2,3]'
+    """
+    plan = bind(model)
+    schema = plan.graphdef.schema
+    names = labels(schema.kinds)
+    aliases = _other_paths(plan.graphdef)
+    return tuple(
+        _leaf(path, kind, names[kind], value, aliases.get(path, ()))
+        for path, kind, value in zip(
+            schema.paths, schema.kinds, plan.values(), strict=True
+        )
+    )
+
+
+def _leaf(
+    path: Path, kind: Kind, label: str, value: Any, aliases: tuple[Path, ...]
+) -> Leaf:
+    parts = jax.tree.leaves(value, is_leaf=_is_abstract)
+    sizes = [_size(x) for x in parts]
+    return Leaf(
+        path,
+        kind,
+        label,
+        show_value(value),
+        sum(n for n, _, _ in sizes),
+        sum(b for _, b, _ in sizes),
+        tuple(sorted({d for _, _, d in sizes})),
+        aliases,
+    )
+
+
+def show_value(value: Any) -> str:
+    """A short text for any value that a Variable may hold.
+
+    Args:
+      value: an array, an abstract one, a number, a pytree of these, or None.
+
+    Returns:
+      The text.
+
+    Example:
+      >>> import jax
+      >>> show_value(jax.ShapeDtypeStruct((2,), "float32"))
+      'float32[2], abstract'
+      >>> show_value({"k": jax.numpy.zeros(2), "n": 3})
+      'dict of float32[2], int'
+    """
+    if _is_abstract(value):
+        return f"{describe(value)}, abstract"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return describe(value)
+    if value is None:
+        return "None"
+    parts = jax.tree.leaves(value, is_leaf=_is_abstract)
+    if len(parts) == 1 and parts[0] is value:
+        return type(value).__name__
+    shown = [show_value(x) for x in parts[:3]]
+    if len(parts) > 3:
+        shown.append(f"and {len(parts) - 3} more")
+    return f"{type(value).__name__} of {', '.join(shown) or 'nothing'}"
+
+
+def _is_abstract(value: Any) -> bool:
+    return isinstance(value, jax.ShapeDtypeStruct)
+
+
+def _size(x: Any) -> tuple[int, int, str]:
+    """Elements, bytes and dtype; an object that is no array counts as one element."""
+    dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", None)
+    if dtype is not None and shape is not None:
+        count = math.prod(shape)
+        return count, count * dtype.itemsize, str(dtype)
+    if isinstance(x, (bool, int, float, complex)):
+        return 1, jnp.result_type(x).itemsize, type(x).__name__
+    return 1, 0, type(x).__name__
+
+
+def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
+    """First path of each leaf to the later ones, by shared Variables and modules."""
+    schema = graphdef.schema
+    found: dict[Path, list[Path]] = {}
+    first: dict[int, Path] = {}
+    shared: list[tuple[Path, Path]] = []
+
+    def visit(entry: Entry, path: Path) -> None:
+        if entry.what == LEAF:
+            owner = schema.paths[entry.ref]
+            if owner != path:
+                found.setdefault(owner, []).append(path)
+        elif entry.what == NODE and entry.ref in first:
+            shared.append((first[entry.ref], path))
+        elif entry.what == NODE:
+            first[entry.ref] = path
+            record = graphdef.records[entry.ref]
+            for child in record.entries:
+                visit(child, join(record, path, child.key))
+
+    visit(graphdef.root, ())
+    for old, new in shared:
+        n = len(old)
+        if new[:n] == old:
+            continue  # a way back up, not a second way down
+        for path in schema.paths:
+            if path[:n] == old:
+                found.setdefault(path, []).append((*new, *path[n:]))
+    return {path: tuple(others) for path, others in found.items()}
+
+
+def labels(kinds: Iterable[Kind]) -> dict[Kind, str]:
+    """A name for each kind that tells it from the others.
+
+    Args:
+      kinds: classes, or None for unlabelled arrays.
+
+    Returns:
+      Kind to name: bare where it is unique, else with its module.
+
+    Example:
+      >>> import sortal as nnx
+      >>> class BatchStat(nnx.Variable): pass
+      >>> sorted(labels([nnx.BatchStat, BatchStat, nnx.Param, None]).values())[1:]
+      ['rows.BatchStat', 'sortal.BatchStat', 'unlabelled array']
+    """
+    kinds = list(dict.fromkeys(kinds))
+    found: dict[Kind, str] = {}
+    for kind in kinds:
+        if kind is None:
+            found[kind] = UNLABELLED
+            continue
+        same = [k for k in kinds if k is not None and k.__name__ == kind.__name__]
+        found[kind] = kind.__name__ if len(same) == 1 else _qualified(kind, same)
+    return found
+
+
+def _qualified(kind: type, same: Sequence[type]) -> str:
+    for name in (_short_name, full_name):
+        if [name(k) for k in same].count(name(kind)) == 1:
+            return name(kind)
+    return f"{full_name(kind)} #{same.index(kind) + 1}"
+
+
+def _short_name(kind: type) -> str:
+    if kind is _BUILT_IN.get(kind.__name__):
+        return f"sortal.{kind.__name__}"
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def full_name(kind: type) -> str:
+    """A kind with the module that defines it; built-in ones as users write them.
+
+    Args:
+      kind: a class.
+
+    Returns:
+      The name.
+
+    Example:
+      >>> import sortal as nnx
+      >>> full_name(nnx.BatchStat)
+      'sortal.BatchStat'
+    """
+    if kind is _BUILT_IN.get(kind.__name__):
+        return f"sortal.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# -------------------------------------------------------------------- kinds
+def kinds(model: Any) -> tuple[KindRow, ...]:
+    """The leaves of a model counted by kind: parameters first, unlabelled last.
+
+    Args:
+      model: a Module, a State or a container; or the rows that ``leaves`` gave.
+
+    Returns:
+      One KindRow for each kind.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> row, = kinds([nnx.Param(jnp.ones((2, 3))), nnx.Param(jnp.ones(3))])
+      >>> row.label, row.leaves, row.elements, row.bytes
+      ('Param', 2, 9, 36)
+    """
+    given = isinstance(model, tuple) and all(isinstance(x, Leaf) for x in model)
+    rows: Sequence[Leaf] = model if given else leaves(model)
+    return tuple(_kind_row(group) for group in _by_kind(rows).values())
+
+
+def _by_kind(rows: Sequence[Leaf]) -> dict[Kind, list[Leaf]]:
+    groups: dict[Kind, list[Leaf]] = {}
+    for row in sorted(rows, key=lambda r: _rank(r.kind, r.label)):
+        groups.setdefault(row.kind, []).append(row)
+    return groups
+
+
+def _rank(kind: Kind, label: str) -> tuple[int, str]:
+    if kind is None:
+        return (2, label)
+    return (0 if issubclass(kind, Param) else 1, label)
+
+
+def _kind_row(group: Sequence[Leaf]) -> KindRow:
+    return KindRow(
+        group[0].kind,
+        group[0].label,
+        len(group),
+        sum(row.elements for row in group),
+        sum(row.bytes for row in group),
+        tuple(sorted({d for row in group for d in row.dtypes})),
+        max(group, key=lambda row: row.bytes).path,
+    )
+
+
+# ------------------------------------------------------------------ filters
+def facts(model: Any, *filters: Any) -> Facts:
+    """What filters make of a model, without refusing any of it.
+
+    Args:
+      model: a Module, a State, or a container of Modules, Variables and arrays.
+      *filters: kinds, tags, ``...``, Filter objects, in the order of ``split``.
+
+    Returns:
+      The Facts.
+
+    Raises:
+      FilterError: a literal is no filter at all.
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> model = {"w": nnx.Param(jnp.ones(2)), "n": nnx.Variable(jnp.array(0))}
+      >>> [(row.leaf.label, row.by) for row in facts(model, nnx.Param).taken]
+      [('Variable', None), ('Param', 1)]
+    """
+    read = tuple(map(to_filter, filters))
+    plan = bind(model)
+    schema = plan.graphdef.schema
+    named = list(_types_in(read))
+    names = labels([*schema.kinds, *named])
+    rows = [leaf._replace(label=names[leaf.kind]) for leaf in leaves(model)]
+    taken = []
+    for leaf, row in zip(rows, schema.rows(plan.view()), strict=True):
+        hits = [n for n, f in enumerate(read, 1) if f.test(*row)]
+        taken.append(Taken(leaf, hits[0] if hits else None, tuple(hits[1:])))
+    table = tuple(
+        _filter_row(n, names.get(f.type, "") if isinstance(f, OfType) else "", f, taken)
+        for n, f in enumerate(read, 1)
+    )
+    tags = [m["tag"] for m in schema.metadata if "tag" in m]
+    notes = [
+        *_idle_filters(table, read, taken),
+        *_tag_hints(read, schema.paths, tags, rows),
+        *_wide_filters(read, taken),
+        *_namesakes(rows, named),
+        *_trained_statistics(rows),
+    ]
+    return Facts(tuple(taken), table, tuple(dict.fromkeys(notes)))
+
+
+def _filter_row(
+    number: int, label: str, read: Filter, taken: Sequence[Taken]
+) -> FilterRow:
+    mine = [t.leaf for t in taken if t.by == number]
+    return FilterRow(
+        number,
+        label or repr(read),
+        len(mine),
+        sum(leaf.elements for leaf in mine),
+        sum(number in (t.by, *t.also) for t in taken),
+    )
+
+
+def _parts(filters: Iterable[Filter]) -> Iterator[Filter]:
+    """The filters and all that they are combined from."""
+    for f in filters:
+        yield f
+        yield from _parts(getattr(f, "filters", ()))
+
+
+def _types_in(filters: Iterable[Filter]) -> Iterator[type]:
+    for f in _parts(filters):
+        if isinstance(f, OfType):
+            yield f.type
+
+
+def _idle_filters(
+    table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Taken]
+) -> Iterator[str]:
+    for row in table:
+        if row.takes:
+            continue
+        if not row.matches:
+            yield f"Filter {row.number}, {row.label}, matches no leaf."
+            continue
+        by = sorted({t.by for t in taken if row.number in t.also})
+        first = " and ".join(f"filter {n}, {table[n - 1].label}," for n in by if n)
+        yield (
+            f"Filter {row.number}, {row.label}, takes nothing: all {row.matches} of "
+            f"its leaves go to {first} which comes first. Write the narrower filter "
+            "first."
+        )
+
+
+def _tag_hints(
+    read: Sequence[Filter],
+    paths: Sequence[Path],
+    tags: Sequence[str],
+    rows: Sequence[Leaf],
+) -> Iterator[str]:
+    texts = [f.tag for f in _parts(read) if isinstance(f, WithTag)]
+    for text in texts:
+        if text in tags:
+            continue
+        start = f"The string {text!r} is read as a tag, and no leaf has it"
+        prefix = tuple(text.split("."))
+        at = [tuple(map(str, p)) for p in paths]
+        below = [p for p in at if p[: len(prefix)] == prefix and len(p) > len(prefix)]
+        if prefix in at:
+            yield f"{start}. For the path write {At(text)!r}."
+        elif below:
+            yield f"{start}. For the {len(below)} leaves below write {At(text + '.**')!r}."
+        elif text in {row.label for row in rows}:
+            yield f"{start}. For the kind write the class {text}, without quotes."
+        elif tags:
+            yield f"{start}. The tags here are {_and(sorted(map(repr, set(tags))))}."
+        else:
+            yield f"{start}."
+
+
+def _wide_filters(read: Sequence[Filter], taken: Sequence[Taken]) -> Iterator[str]:
+    for number, f in enumerate(read, 1):
+        if not isinstance(f, OfType):
+            continue
+        found = {t.leaf.label for t in taken if t.by == number} - {f.type.__name__}
+        if f.type is Variable and found:
+            yield (
+                f"Filter {number}, Variable, is the base of every kind, so that it "
+                f"also takes {_and(sorted(found))}."
+            )
+
+
+def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
+    """Kinds of one name that are different classes, built-in ones included."""
+    present = [row.kind for row in rows if row.kind is not None]
+    seen = list(dict.fromkeys([*present, *named]))
+    groups: dict[str, list[type]] = {}
+    for kind in seen:
+        groups.setdefault(kind.__name__, []).append(kind)
+    for name, group in groups.items():
+        built_in = _BUILT_IN.get(name)
+        if built_in is not None and built_in not in group:
+            group.insert(0, built_in)
+        if len(group) > 1:
+            yield _namesake_note(name, group, rows)
+
+
+def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> str:
+    told = []
+    for kind in group:
+        at = [show(row.path) for row in rows if row.kind is kind]
+        told.append(f"{full_name(kind)} ({_some(at)})")
+    text = f"{len(group)} different kinds are called {name}: {_and(told)}."
+    below = [
+        (a, b) for a in group for b in group if a is not b and issubclass(a, b)
+    ]
+    for child, parent in below:
+        text += (
+            f" {full_name(child)} is a subclass of {full_name(parent)}, so that a "
+            f"filter by {full_name(parent)} takes both."
+        )
+    return text if below else f"{text} A filter by one does not take the other."
+
+
+def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
+    groups: dict[Kind, list[Leaf]] = {}
+    for row in rows:
+        groups.setdefault(row.kind, []).append(row)
+    for kind, group in groups.items():
+        if kind is None or kind is Param or not issubclass(kind, Param):
+            continue
+        built_in = _BUILT_IN.get(kind.__name__)
+        if built_in is not None or _RECORDED.search(kind.__name__):
+            at = [show(row.path) for row in group]
+            yield (
+                f"{group[0].label} is a subclass of Param, so that wrt=Param trains "
+                f"it: {_some(at)}. Derive it from Variable if it is recorded rather "
+                "than learned."
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to four names."""
+    if not names:
+        return "none here"
+    more = [f"{len(names) - 3} more"] if len(names) > 4 else []
+    return _and([*names[: 3 if more else 4], *more])
+
+
+def _and(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# ------------------------------------------------------------------ changes
+def differences(before: Any, after: Any) -> tuple[KindChange, ...]:
+    """How many leaves of each kind differ, bit for bit, between two states.
+
+    Args:
+      before: a State, or anything that ``sortal.state`` takes.
+      after: the same, later.
+
+    Returns:
+      One KindChange for each kind of either.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> model = {"a": nnx.Param(jnp.zeros(2)), "b": nnx.Param(jnp.zeros(2))}
+      >>> before = nnx.state(model)
+      >>> model["b"][...] += 1
+      >>> row, = differences(before, model)
+      >>> row.changed, row.leaves, row.paths
+      (1, 2, (('b',),))
+    """
+    old, new = _by_path(before), _by_path(after)
+    names = labels([kind for kind, _ in [*old.values(), *new.values()]])
+    groups: dict[Kind, list[Path]] = {}
+    for path in dict.fromkeys([*old, *new]):
+        kind = (new if path in new else old)[path][0]
+        groups.setdefault(kind, []).append(path)
+    order = sorted(groups.items(), key=lambda item: _rank(item[0], names[item[0]]))
+    return tuple(_kind_change(k, names[k], at, old, new) for k, at in order)
+
+
+def _by_path(x: Any) -> dict[Path, tuple[Kind, Any]]:
+    state = x if isinstance(x, State) else state_of(x)
+    schema = state.schema
+    pairs = zip(schema.kinds, state.values_list(), strict=True)
+    return dict(zip(schema.paths, pairs, strict=True))
+
+
+def _kind_change(
+    kind: Kind, label: str, at: Sequence[Path], old: Any, new: Any
+) -> KindChange:
+    both = [p for p in at if p in old and p in new]
+    changed = [p for p in both if not _identical(old[p], new[p])]
+    added = [p for p in at if p not in old]
+    removed = [p for p in at if p not in new]
+    return KindChange(
+        kind,
+        label,
+        len(at),
+        len(changed),
+        tuple(p for p in at if p in {*changed, *added, *removed}),
+        len(added),
+        len(removed),
+    )
+
+
+def _identical(old: tuple[Kind, Any], new: tuple[Kind, Any]) -> bool:
+    if old[0] is not new[0]:
+        return False
+    if old[1] is new[1]:
+        return True
+    a, b = (jax.tree.flatten(x, is_leaf=_is_abstract) for x in (old[1], new[1]))
+    pairs = zip(a[0], b[0], strict=False)
+    return a[1] == b[1] and all(_same_bits(x, y) for x, y in pairs)
+
+
+def _same_bits(x: Any, y: Any) -> bool:
+    if x is y or _is_abstract(x) or _is_abstract(y):
+        return x is y or bool(x == y)
+    if type(x) is not type(y) and not (_is_array(x) and _is_array(y)):
+        return False
+    if not _is_array(x):
+        return x == y or repr(x) == repr(y)
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    a, b = _bits(x), _bits(y)
+    return a.tobytes() == b.tobytes()
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _bits(x: Any) -> np.ndarray:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)

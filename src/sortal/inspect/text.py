@@ -1,0 +1,394 @@
+"""Facts as tables: in a terminal, a pipe or a notebook; rich draws them when asked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sortal.inspect import rows as _rows
+from sortal.inspect.rows import FilterRow, KindChange, KindRow, Leaf, Taken
+from sortal.paths import show
+
+_WIDTH = 80
+
+
+class Table(NamedTuple):
+    """Cells as text, to be drawn: a title, headings, rows of cells, and notes.
+
+    A heading that ends in ``>`` is that of a column of numbers, set to the right.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+class Report:
+    """Base of what inspection returns: ``rows`` of data that print as tables.
+
+    ``str`` and ``repr`` give text 80 columns wide without colour; rich and notebooks
+    get coloured tables.
+    """
+
+    rows: tuple[Any, ...]
+
+    def tables(self) -> tuple[Table, ...]:
+        """The tables to draw.
+
+        Returns:
+          Tables of text.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return plain(*self.tables())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        return drawn(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return html(*self.tables())
+
+
+class Explanation(Report):
+    """What filters take of a model; made by ``explain``.
+
+    Args:
+      facts: the rows it shows.
+
+    Attributes:
+      rows: one Taken for each leaf.
+      filters: one FilterRow for each filter.
+      left_over: the leaves that no filter takes.
+      notes: sentences about what may not be meant.
+    """
+
+    def __init__(self, facts: _rows.Facts):
+        self.rows: tuple[Taken, ...] = facts.taken
+        self.filters: tuple[FilterRow, ...] = facts.filters
+        self.notes = facts.notes
+        self.left_over: tuple[Leaf, ...] = tuple(
+            row.leaf for row in facts.taken if row.by is None and facts.filters
+        )
+
+    def tables(self) -> tuple[Table, ...]:
+        if not self.filters:
+            return (_leaf_table([row.leaf for row in self.rows], self.notes),)
+        every = sum(row.leaf.elements for row in self.rows)
+        summary = [
+            (str(f.number), f.label, _share(f.takes, f.matches), f"{f.elements:,}")
+            for f in self.filters
+        ]
+        rest = sum(leaf.elements for leaf in self.left_over)
+        summary.append(("", "left over", str(len(self.left_over)), f"{rest:,}"))
+        summary.append(("", "all leaves", str(len(self.rows)), f"{every:,}"))
+        named = {f.number: f.label for f in self.filters}
+        cells = [
+            (
+                _where(row.leaf),
+                row.leaf.label,
+                row.leaf.value,
+                "left over" if row.by is None else f"{row.by} {named[row.by]}",
+                ", ".join(map(str, row.also)),
+            )
+            for row in self.rows
+        ]
+        heads = ("path", "kind", "value", "taken by", "also")
+        return (
+            Table("Filters", ("#>", "filter", "takes>", "elements>"), tuple(summary)),
+            Table("Leaves", heads, tuple(cells), self.notes),
+        )
+
+
+class Summary(Report):
+    """A model counted by kind and by leaf; made by ``tabulate``.
+
+    Args:
+      leaves: the leaves.
+
+    Attributes:
+      rows: one KindRow for each kind.
+      leaves: one Leaf for each leaf.
+    """
+
+    def __init__(self, leaves: tuple[Leaf, ...]):
+        self.leaves = leaves
+        self.rows: tuple[KindRow, ...] = _rows.kinds(leaves)
+
+    def tables(self) -> tuple[Table, ...]:
+        cells = [
+            (
+                row.label,
+                str(row.leaves),
+                f"{row.elements:,}",
+                size(row.bytes),
+                ", ".join(row.dtypes),
+                show(row.largest),
+            )
+            for row in self.rows
+        ]
+        total = (
+            "all",
+            str(len(self.leaves)),
+            f"{sum(row.elements for row in self.rows):,}",
+            size(sum(row.bytes for row in self.rows)),
+            "",
+            "",
+        )
+        heads = ("kind", "leaves>", "elements>", "bytes>", "dtypes", "largest")
+        return (
+            Table("Kinds", heads, (*cells, total)),
+            _leaf_table(self.leaves),
+        )
+
+
+class Changes(Report):
+    """What differs between two states; made by ``changes``.
+
+    Args:
+      rows: the rows it shows.
+
+    Attributes:
+      rows: one KindChange for each kind.
+    """
+
+    def __init__(self, rows: tuple[KindChange, ...]):
+        self.rows = rows
+
+    def tables(self) -> tuple[Table, ...]:
+        cells = [
+            (
+                row.label,
+                str(row.leaves),
+                str(row.changed),
+                str(row.added),
+                str(row.removed),
+                _some([show(p) for p in row.paths]),
+            )
+            for row in self.rows
+        ]
+        heads = ("kind", "leaves>", "changed>", "added>", "removed>", "where")
+        return (Table("Changes", heads, tuple(cells)),)
+
+
+def explain(model: Any, /, *filters: Any) -> Explanation:
+    """Says which filter takes which leaf, and what in that may not be meant.
+
+    Nothing is refused: a filter that matches nothing or is swallowed by an earlier
+    one, leaves left over, two kinds of one name, a statistic that is a Param, a string
+    that was meant as a path: all are told. Print the result, or read its ``rows``.
+
+    Args:
+      model: a Module, a State, or a container of Modules, Variables and arrays.
+      *filters: kinds, tags, ``...``, Filter objects, in the order of ``split``.
+
+    Returns:
+      An Explanation.
+
+    Raises:
+      FilterError: a literal is no filter at all.
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> class BatchStat(nnx.Variable): pass
+      >>> model = {"w": nnx.Param(jnp.ones(2)), "mean": BatchStat(jnp.zeros(2))}
+      >>> found = nnx.explain(model, nnx.Param, nnx.BatchStat)
+      >>> [leaf.path for leaf in found.left_over]
+      [('mean',)]
+      >>> found.notes[0]
+      'Filter 2, sortal.BatchStat, matches no leaf.'
+    """
+    return Explanation(_rows.facts(model, *filters))
+
+
+def tabulate(model: Any, /) -> Summary:
+    """Counts a model by kind and by leaf: elements, bytes, dtypes, shared Variables.
+
+    Args:
+      model: a Module, a State, or a container of Modules, Variables and arrays.
+
+    Returns:
+      A Summary; print it, or read its ``rows`` and ``leaves``.
+
+    Raises:
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> shared = nnx.Param(jnp.ones((2, 3)))
+      >>> table = nnx.tabulate({"a": shared, "b": shared})
+      >>> table.rows[0].elements, table.leaves[0].aliases
+      (6, (('b',),))
+    """
+    return Summary(_rows.leaves(model))
+
+
+def changes(before: Any, after: Any, /) -> Changes:
+    """Counts the leaves of each kind that differ, bit for bit, between two states.
+
+    Args:
+      before: a State, or anything that ``sortal.state`` takes.
+      after: the same, later.
+
+    Returns:
+      A Changes; print it, or read its ``rows``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> model = {"w": nnx.Param(jnp.zeros(2))}
+      >>> before = nnx.state(model)
+      >>> model["w"][...] += 1
+      >>> changes(before, nnx.state(model)).rows[0].changed
+      1
+    """
+    return Changes(_rows.differences(before, after))
+
+
+# -------------------------------------------------------------------- cells
+def _leaf_table(leaves: Sequence[Leaf], notes: tuple[str, ...] = ()) -> Table:
+    cells = [(_where(x), x.label, x.value, size(x.bytes)) for x in leaves]
+    return Table("Leaves", ("path", "kind", "value", "bytes>"), tuple(cells), notes)
+
+
+def _where(leaf: Leaf) -> str:
+    return "\n= ".join(map(show, (leaf.path, *leaf.aliases)))
+
+
+def _share(takes: int, matches: int) -> str:
+    return str(takes) if takes == matches else f"{takes} of {matches}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def size(count: int) -> str:
+    """A number of bytes as people read it.
+
+    Args:
+      count: bytes.
+
+    Returns:
+      The text.
+
+    Example:
+      >>> size(512), size(20_480), size(3 * 10**9)
+      ('512 B', '20.5 kB', '3.0 GB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    scaled, units = float(count), iter("kMGTPE")
+    for unit in units:
+        scaled /= 1000
+        if scaled < 999.95 or unit == "E":
+            break
+    return f"{scaled:.1f} {unit}B"
+
+
+# ------------------------------------------------------------------ drawing
+def drawn(*tables: Table) -> Any:
+    """Tables as one thing for rich to print.
+
+    Args:
+      *tables: what to draw.
+
+    Returns:
+      A rich Group.
+    """
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for table in tables:
+        parts.append(_draw(table))
+        # The sign hangs to the left of its sentence, however often that wraps.
+        parts += [Padding(Text(f"! {note}", "yellow"), (0, 1)) for note in table.notes]
+    return Group(*parts)
+
+
+def _draw(table: Table) -> Any:
+    from rich.box import Box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Only characters that any terminal, pipe or log file can show.
+    rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    made = RichTable(
+        box=rule,
+        title=Text(table.title, "bold"),
+        title_justify="left",
+        header_style="dim",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in table.headings:
+        number = heading.endswith(">")
+        made.add_column(
+            heading.rstrip(">"),
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number,
+        )
+    for cells in table.cells:
+        # Text, not str: a path such as table['a'] would be read as markup.
+        made.add_row(*map(Text, cells))
+    return made
+
+
+def plain(*tables: Table) -> str:
+    """Tables as text of 80 columns, without colour.
+
+    Args:
+      *tables: what to draw.
+
+    Returns:
+      Lines without spaces at their ends.
+
+    Example:
+      >>> print(plain(Table("Ages", ("who", "years>"), (("Ada", "36"),))))
+      Ages
+      who years
+      ---------
+      Ada    36
+    """
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(
+        file=file, width=_WIDTH, color_system=None, force_terminal=False, _environ={}
+    )
+    console.print(drawn(*tables))
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    return "\n".join(lines).strip("\n")
+
+
+def html(*tables: Table) -> str:
+    """Tables as HTML for a notebook.
+
+    Args:
+      *tables: what to draw.
+
+    Returns:
+      One ``pre`` element with its own colours.
+    """
+    from rich.console import Console
+
+    console = Console(
+        file=io.StringIO(), width=100, record=True, force_jupyter=False, _environ={}
+    )
+    console.print(drawn(*tables))
+    # The page's own colours for text and background, so that dark themes stay dark.
+    return console.export_html(
+        inline_styles=True,
+        code_format="<pre style='line-height:1.3;white-space:pre'>{code}</pre>",
+    )

@@ -1,0 +1,129 @@
+"""Embed: a table of vectors, looked up by index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sortal.errors import ArgumentError
+from sortal.module import Module
+from sortal.nn import dtypes
+from sortal.nn.initializers import (
+    NO_METADATA,
+    Initializer,
+    Metadata,
+    check_sizes,
+    default_embed_init,
+    new_param,
+)
+from sortal.rngs import Rngs
+from sortal.variable import describe
+
+
+class Embed(Module):
+    """Maps integers to learned vectors, and by ``attend`` vectors to logits.
+
+    An index from ``num_embeddings`` on gives NaN; negative ones count from the end. A
+    table of one vector gives that vector for every index.
+
+    Args:
+      num_embeddings: how many vectors there are.
+      features: the size of each.
+      dtype: dtype of the result; ``param_dtype`` if absent.
+      param_dtype: dtype of the table.
+      embedding_init: initialiser of ``embedding``, (num_embeddings, features).
+      promote_dtype: what casts (embedding,), or (query, embedding) in ``attend``.
+      rngs: gives the key of stream ``params``.
+      embedding_metadata: metadata of the table.
+
+    Raises:
+      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
+        input has no integer dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> table = nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+      >>> table(jnp.array([[0, 1], [4, 4]])).shape
+      (2, 2, 3)
+      >>> table.attend(jnp.ones((2, 3))).shape
+      (2, 5)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        embedding_init: Initializer = default_embed_init,
+        promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+        rngs: Rngs,
+        embedding_metadata: Metadata = NO_METADATA,
+    ):
+        check_sizes(self, num_embeddings=num_embeddings, features=features)
+        shape = (num_embeddings, features)
+        self.embedding = new_param(
+            self, "embedding", embedding_init, rngs, shape, param_dtype,
+            embedding_metadata,
+        )  # fmt: skip
+        self.num_embeddings = num_embeddings
+        self.features = features
+        self.dtype = self.embedding.dtype if dtype is None else dtype
+        self.param_dtype = param_dtype
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+        """Looks vectors up.
+
+        Args:
+          inputs: integer array of any shape.
+          out_sharding: sharding of the output, under explicit sharding.
+
+        Returns:
+          Array (*inputs.shape, features).
+
+        Raises:
+          ArgumentError: the input's dtype is no integer one.
+        """
+        inputs = dtypes.as_array(self, inputs)
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ArgumentError(
+                f"Embed looks up by integers; found {describe(inputs)}. Write "
+                "inputs.astype(jnp.int32) if these are indices."
+            )
+        (table,) = self.promote_dtype(
+            (self.embedding[...],), dtype=self.dtype, inexact=False
+        )
+        if self.num_embeddings == 1:
+            return jnp.broadcast_to(table, (*inputs.shape, table.shape[1]))
+        if out_sharding is None:
+            return jnp.take(table, inputs, axis=0)
+        # `take` has no such argument, so the compiler is left to place what is inside.
+        take = jax.sharding.auto_axes(_take, out_sharding=out_sharding)
+        return take(table, inputs)
+
+    def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:
+        """Inner products of vectors with the whole table, as for tied output weights.
+
+        Args:
+          query: array (..., features).
+          out_sharding: sharding of the output, under explicit sharding.
+
+        Returns:
+          Array (..., num_embeddings).
+
+        Raises:
+          ArgumentError: the last axis has another size.
+        """
+        x, table = dtypes.promote(self, query, self.embedding)
+        dtypes.check_axis(self, x, table.shape[1])
+        return jnp.dot(x, table.T, out_sharding=out_sharding)
+
+
+def _take(table: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take(table, indices, axis=0)

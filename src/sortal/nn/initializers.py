@@ -1,0 +1,157 @@
+"""Initialisers, those of JAX and two more, and how a layer makes a Param of one."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import constant as constant
+from jax.nn.initializers import delta_orthogonal as delta_orthogonal
+from jax.nn.initializers import glorot_normal as glorot_normal
+from jax.nn.initializers import glorot_uniform as glorot_uniform
+from jax.nn.initializers import he_normal as he_normal
+from jax.nn.initializers import he_uniform as he_uniform
+from jax.nn.initializers import kaiming_normal as kaiming_normal
+from jax.nn.initializers import kaiming_uniform as kaiming_uniform
+from jax.nn.initializers import lecun_normal as lecun_normal
+from jax.nn.initializers import lecun_uniform as lecun_uniform
+from jax.nn.initializers import normal as normal
+from jax.nn.initializers import ones as ones
+from jax.nn.initializers import orthogonal as orthogonal
+from jax.nn.initializers import truncated_normal as truncated_normal
+from jax.nn.initializers import uniform as uniform
+from jax.nn.initializers import variance_scaling as variance_scaling
+from jax.nn.initializers import xavier_normal as xavier_normal
+from jax.nn.initializers import xavier_uniform as xavier_uniform
+from jax.nn.initializers import zeros as zeros
+from jax.typing import DTypeLike
+
+from sortal.errors import ArgumentError
+from sortal.nn.dtypes import name_of
+from sortal.rngs import Rngs
+from sortal.variable import Param, describe
+
+Initializer = jax.nn.initializers.Initializer | Callable[..., Any]
+"""Takes a key, a shape and a dtype; returns an array."""
+
+Metadata = Mapping[str, Any]
+NO_METADATA: Metadata = MappingProxyType({})
+
+
+def zeros_init() -> Initializer:
+    """An initialiser that fills with zeros.
+
+    Returns:
+      The initialiser.
+
+    Example:
+      >>> import jax
+      >>> zeros_init()(jax.random.key(0), (3,))
+      Array([0., 0., 0.], dtype=float32)
+    """
+    return zeros
+
+
+def ones_init() -> Initializer:
+    """An initialiser that fills with ones.
+
+    Returns:
+      The initialiser.
+
+    Example:
+      >>> import jax
+      >>> ones_init()(jax.random.key(0), (3,))
+      Array([1., 1., 1.], dtype=float32)
+    """
+    return ones
+
+
+default_kernel_init: Initializer = lecun_normal()
+default_bias_init: Initializer = zeros
+default_embed_init: Initializer = variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+
+def check_sizes(layer: Any, **sizes: Any) -> None:
+    """Refuses sizes that are not whole numbers from zero on.
+
+    Args:
+      layer: the layer under construction, for the message.
+      **sizes: its arguments by name, each an int or a tuple of ints.
+
+    Raises:
+      ArgumentError: one is not.
+    """
+    for name, size in sizes.items():
+        for number in size if isinstance(size, tuple) else (size,):
+            if not _is_size(number):
+                raise ArgumentError(
+                    f"{name_of(layer)}: {name} must be made of whole numbers, zero or "
+                    f"more; found {name}={size!r}."
+                )
+
+
+def _is_size(number: Any) -> bool:
+    try:
+        return not isinstance(number, bool) and operator.index(number) >= 0
+    except TypeError:
+        return False
+
+
+def new_param(
+    layer: Any,
+    name: str,
+    init: Initializer,
+    rngs: Rngs,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    metadata: Metadata = NO_METADATA,
+    *,
+    init_shape: tuple[int, ...] | None = None,
+) -> Param[jax.Array]:
+    """A parameter of a layer, initialised with the next key of the stream ``params``.
+
+    Args:
+      layer: the layer under construction, for the messages.
+      name: the parameter's name, for the messages.
+      init: its initialiser.
+      rngs: the streams.
+      shape: the parameter's shape.
+      dtype: the parameter's dtype.
+      metadata: the Param's metadata.
+      init_shape: the shape that the initialiser sees where its notion of fan-in and
+        fan-out needs another one.
+
+    Returns:
+      The Param.
+
+    Raises:
+      ArgumentError: ``rngs`` is no Rngs, or ``init`` is no initialiser.
+    """
+    owner = name_of(layer)
+    if not isinstance(rngs, Rngs):
+        raise ArgumentError(
+            f"{owner} needs an Rngs to initialise its {name}; found rngs="
+            f"{describe(rngs)}. Write {owner}(..., rngs=nnx.Rngs(0))."
+        )
+    if not callable(init):
+        raise ArgumentError(
+            f"{owner}: {name}_init must be a function of (key, shape, dtype); found "
+            f"{describe(init)}. For a fixed value write "
+            f"{name}_init=nnx.initializers.constant(value)."
+        )
+    value = init(rngs.params(), init_shape or shape, dtype)
+    if inspect.isfunction(value):
+        raise ArgumentError(
+            f"{owner}: {name}_init returned a function instead of an array: it makes "
+            f"initialisers and is none itself. Call it first, as in "
+            f"{name}_init=nnx.initializers.lecun_normal()."
+        )
+    param = Param(value, **metadata)
+    if init_shape is not None:
+        param.value = jnp.reshape(param.value, shape)
+    return param

@@ -1,0 +1,197 @@
+"""Pooling: reductions over a sliding window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sortal.errors import ArgumentError
+from sortal.nn.dtypes import as_array
+from sortal.variable import describe
+
+Padding = str | Sequence[Any]
+
+
+def pool(
+    inputs: Any,
+    init: Any,
+    reduce_fn: Callable[[Any, Any], Any],
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None,
+    padding: Padding,
+) -> jax.Array:
+    """Reduces each window of the spatial axes to one element.
+
+    Args:
+      inputs: array (*batch, *spatial, features), with any number of batch axes.
+      init: what ``reduce_fn`` starts from.
+      reduce_fn: joins two elements; associative.
+      window_shape: size of the window along each spatial axis.
+      strides: steps of the window along each spatial axis; 1 if absent.
+      padding: ``"SAME"``, ``"VALID"`` or a pair (low, high) for each spatial axis.
+
+    Returns:
+      Array (*batch, *fewer spatial, features).
+
+    Raises:
+      ArgumentError: the arguments do not fit the input's axes or one another.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> x = jnp.arange(6.0).reshape(1, 6, 1)
+      >>> nnx.pool(x, 1.0, jax.lax.mul, (2,), (2,), "VALID").ravel()
+      Array([ 0.,  6., 20.], dtype=float32)
+    """
+    x = as_array("pooling", inputs)
+    window = _per_axis("window_shape", window_shape)
+    steps = _per_axis("strides", strides or (1,) * len(window), len(window))
+    n_batch = x.ndim - len(window) - 1
+    if n_batch < 0:
+        raise ArgumentError(
+            f"pooling with window_shape={window} needs an input of at least "
+            f"{len(window) + 1} axes, the last being features; found {describe(x)}."
+        )
+    # Without a batch axis `reduce_window` has no derivative.
+    lead = (1,) * max(n_batch, 1)
+    if not isinstance(padding, str):
+        pairs = _pairs(padding, len(window))
+        padding = (*((0, 0) for _ in lead), *pairs, (0, 0))
+    y = lax.reduce_window(
+        x if n_batch else x[None],
+        init,
+        reduce_fn,
+        (*lead, *window, 1),
+        (*lead, *steps, 1),
+        padding,
+    )
+    return y if n_batch else jnp.squeeze(y, axis=0)
+
+
+def _per_axis(name: str, sizes: Any, n: int | None = None) -> tuple[int, ...]:
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise ArgumentError(
+            f"pooling: {name} has one entry for each spatial axis, such as (2, 2); "
+            f"found {sizes!r}."
+        )
+    if n not in (None, len(sizes)):
+        raise ArgumentError(
+            f"pooling: {name} must have {n} entries, as window_shape has; found "
+            f"{tuple(sizes)}."
+        )
+    return tuple(sizes)
+
+
+def _pairs(padding: Any, n: int) -> list[tuple[int, int]]:
+    try:
+        pairs = [(low, high) for low, high in padding]
+    except TypeError:
+        pairs = []
+    if len(pairs) != n:
+        raise ArgumentError(
+            f"pooling: padding must be 'SAME', 'VALID' or {n} pairs (low, high), one "
+            f"for each spatial axis; found {padding!r}."
+        )
+    return pairs
+
+
+def avg_pool(
+    inputs: Any,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    count_include_pad: bool = True,
+) -> jax.Array:
+    """The mean of each window.
+
+    Args:
+      inputs: array (*batch, *spatial, features).
+      window_shape: size of the window along each spatial axis.
+      strides: steps of the window along each spatial axis; 1 if absent.
+      padding: ``"SAME"``, ``"VALID"`` or a pair (low, high) for each spatial axis.
+      count_include_pad: whether padding counts as zeros; else each mean is over the
+        elements that are there, and is at least float32.
+
+    Returns:
+      Array (*batch, *fewer spatial, features).
+
+    Raises:
+      ArgumentError: the arguments do not fit the input's axes or one another.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.avg_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).ravel()
+      Array([0.5, 2.5], dtype=float32)
+    """
+    x = as_array("pooling", inputs)
+    total = pool(x, 0.0, lax.add, window_shape, strides, padding)
+    if count_include_pad:
+        return total / math.prod(window_shape)
+    spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
+    there = jnp.ones((1, *spatial, 1))
+    return total / pool(there, 0.0, lax.add, window_shape, strides, padding)[0]
+
+
+def max_pool(
+    inputs: Any,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+) -> jax.Array:
+    """The greatest element of each window.
+
+    Args:
+      inputs: array (*batch, *spatial, features).
+      window_shape: size of the window along each spatial axis.
+      strides: steps of the window along each spatial axis; 1 if absent.
+      padding: ``"SAME"``, ``"VALID"`` or a pair (low, high) for each spatial axis.
+
+    Returns:
+      Array (*batch, *fewer spatial, features).
+
+    Raises:
+      ArgumentError: the arguments do not fit the input's axes or one another.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.max_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).ravel()
+      Array([1., 3.], dtype=float32)
+    """
+    return pool(inputs, -jnp.inf, lax.max, window_shape, strides, padding)
+
+
+def min_pool(
+    inputs: Any,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+) -> jax.Array:
+    """The least element of each window.
+
+    Args:
+      inputs: array (*batch, *spatial, features).
+      window_shape: size of the window along each spatial axis.
+      strides: steps of the window along each spatial axis; 1 if absent.
+      padding: ``"SAME"``, ``"VALID"`` or a pair (low, high) for each spatial axis.
+
+    Returns:
+      Array (*batch, *fewer spatial, features).
+
+    Raises:
+      ArgumentError: the arguments do not fit the input's axes or one another.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.min_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).ravel()
+      Array([0., 2.], dtype=float32)
+    """
+    return pool(inputs, jnp.inf, lax.min, window_shape, strides, padding)
