@@ -19,8 +19,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 
 # A file imports only files of earlier rows. `x.*` is every file of the package x, which
-# may import one another as long as no circle arises; a package's own contents table (its
-# `__init__`) has the package's name.
+# may import one another as long as no circle arises; a package's own contents table
+# (its `__init__`) has the package's name.
 ORDER = (
     "sortal.errors",
     "sortal._jax",
@@ -68,10 +68,10 @@ MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}
 MAY_USE_PRIVATE_JAX = {"sortal._jax"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
-HEAVY = frozenset(
-    "equinox flax hypothesis matplotlib optax orbax pytest rich safetensors scipy "
-    "sklearn tensorstore".split()
-)
+HEAVY = {
+    *("equinox", "flax", "hypothesis", "matplotlib", "optax", "orbax", "pytest"),
+    *("rich", "safetensors", "scipy", "sklearn", "tensorstore"),
+}
 FILE_LINES = 600
 FUNCTION_LINES = 60
 
@@ -233,7 +233,7 @@ def test_the_source_tree_obeys_every_law(law: Callable[[Path], list[str]]) -> No
 
 
 def newly_imported(statement: str) -> set[str]:
-    """Top-level packages that a fresh interpreter loads for it, and JAX alone does not."""
+    """Top-level packages that a statement loads and JAX alone does not."""
     program = (
         "import sys, jax, jax.numpy; before = set(sys.modules)\n"
         f"{statement}\n"
@@ -255,7 +255,7 @@ def test_a_heavy_package_would_be_seen() -> None:
     assert "rich" in newly_imported("import rich") & HEAVY
 
 
-# Trees with something planted in them. -------------------------------------------------
+# Trees with something planted in them. ------------------------------------------------
 
 SMALL_ORDER = ("p.low", "p.mid.*", "p.mid", "p.high", "p")
 

@@ -149,9 +149,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_public_method_says_what_it_does_and_takes(name: str) -> None:
     cls = CLASSES[name]
-    silent = [
-        m for m, f in methods(cls) if not f.__doc__ and not inherits_doc(cls, m)
-    ]
+    silent = [m for m, f in methods(cls) if not f.__doc__ and not inherits_doc(cls, m)]
     wrong = {
         m: d
         for m, f in methods(cls)
@@ -171,7 +169,7 @@ def test_contents_tables_are_read() -> None:
     assert "sortal.annotations" not in PUBLIC
 
 
-# The checks, on things made to fail them. -----------------------------------------------
+# The checks, on things made to fail them. ---------------------------------------------
 
 
 def _sample(a: int, *rest: int, flag: bool = False, _hidden: int = 0, **more: int):

@@ -90,7 +90,11 @@ class Walk:
         self.aliases: list[tuple[Path, int]] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
+        # Taken apart with a stack of its own, so that no depth is too deep.
+        self._open: list[tuple[Any, ...]] = []
         root_entry = self._visit(root, (), None, None, "<root>")
+        while self._open:
+            self._take_apart(*self._open[-1])
         if self._bad:
             raise StructureError(
                 "static values must be hashable, because compiled functions are kept "
@@ -160,9 +164,23 @@ class Walk:
         self.nodes.append(obj)
         self.records.append(None)
         keys = handler.keys(obj)
+        children = zip(keys, handler.children(obj, keys), strict=True)
+        self._open.append((number, obj, path, handler, children, []))
+        return number
+
+    def _take_apart(
+        self,
+        number: int,
+        obj: Any,
+        path: Path,
+        handler: Handler,
+        children: Any,
+        entries: list[Entry],
+    ) -> None:
+        """Visits the children left of the innermost open node, up to a new node."""
+        depth = len(self._open)
         roles = obj._roles if isinstance(obj, Node) else None
-        entries = []
-        for key, child in zip(keys, handler.children(obj, keys), strict=True):
+        for key, child in children:
             below = path + key if handler.flat else (*path, key)
             role = roles.get(key) if roles else None
             if role == "static":
@@ -172,9 +190,11 @@ class Walk:
                 entries.append(Entry(key, LEAF, leaf))
             else:
                 entries.append(self._visit(child, below, obj, handler, key))
+                if len(self._open) > depth:
+                    return
+        self._open.pop()
         spec = Static(handler.spec(obj))
         self.records[number] = Record(type(obj), handler, spec, tuple(entries))
-        return number
 
 
 def _hidden_state(obj: Any) -> str:

@@ -128,6 +128,13 @@ class Handler:
         """Puts a value together from its children; for untracked nodes."""
         raise NotImplementedError
 
+    # By what they do, so that a pickled GraphDef finds the one that is equal.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
 
 class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""

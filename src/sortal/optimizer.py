@@ -270,7 +270,7 @@ def _check_transformations(tx: Any, groups: Any) -> None:
         raise OptimizerError("the dict of groups is empty; write {filter: tx, ...}.")
     named = [("tx", tx)] if groups is None else groups
     bad = [
-        f"{name if groups is None else to_filter(name)!r}: {t!r:.60}"
+        f"{name if groups is None else repr(to_filter(name))}: {t!r:.60}"
         for name, t in named
         if not (hasattr(t, "init") and hasattr(t, "update"))
     ]
@@ -402,12 +402,12 @@ def _check_paths(what: str, found: Schema, due: Schema, advice: str) -> None:
     if found.paths == due.paths or found.index.keys() == due.index.keys():
         return
     rows = [
-        f"missing: {_label(due, found, i)}"
+        f"missing: {due.describe(i)}"
         for i, path in enumerate(due.paths)
         if path not in found.index
     ]
     rows += [
-        f"unknown: {_label(found, due, i)}"
+        f"unknown: {found.describe(i)}"
         for i, path in enumerate(found.paths)
         if path not in due.index
     ]
@@ -415,10 +415,6 @@ def _check_paths(what: str, found: Schema, due: Schema, advice: str) -> None:
         f"{what} are not those that the optimizer trains; found:\n{listing(rows)}\n"
         f"{advice}"
     )
-
-
-def _label(schema: Schema, other: Schema, i: int) -> str:
-    return schema.describe(i)
 
 
 def _conform(state: State, schema: Schema) -> State | None:

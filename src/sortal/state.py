@@ -479,20 +479,12 @@ def _fill_from(state: State, items: list[tuple[Path, Any]]) -> None:
 
 
 def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
-    is_variable = [isinstance(x, Variable) for x in leaves]
-    _set_schema(
-        state,
-        Schema.of(
-            at,
-            [type(x) if v else None for x, v in zip(leaves, is_variable, strict=True)],
-            [
-                x._metadata if v else EMPTY
-                for x, v in zip(leaves, is_variable, strict=True)
-            ],
-        ),
-    )
+    boxes = [x if isinstance(x, Variable) else None for x in leaves]
+    kinds = [None if box is None else type(box) for box in boxes]
+    metadata = [EMPTY if box is None else box._metadata for box in boxes]
+    _set_schema(state, Schema.of(at, kinds, metadata))
     _set_cells(state, leaves)
-    _set_boxed(state, ALL if any(is_variable) else NONE)
+    _set_boxed(state, ALL if any(kinds) else NONE)
     _set_checked(state, -1)
     edits.note()
 
@@ -526,17 +518,38 @@ def _equal_arrays(x: Any, y: Any) -> bool:
     return bool((x == y).all()) if hasattr(x, "dtype") else bool(x == y)
 
 
-def _flatten(state: State) -> tuple[list[Any], Schema]:
-    return state.leaves(), state.schema
+class _Layout:
+    """What a State's treedef says beside its children, which say kinds and metadata.
+
+    Equal for equal paths: a State of bare values, such as a mask or labels, is thus a
+    prefix of the State of Variables that it is about.
+    """
+
+    def __init__(self, schema: Schema):
+        self.schema, self.paths = schema, schema.paths
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Layout) and self.paths == other.paths
+
+    def __hash__(self) -> int:
+        return hash(self.paths)
+
+    def __repr__(self) -> str:
+        return ", ".join(map(show, self.paths))
 
 
-def _flatten_with_keys(state: State) -> tuple[list[Any], Schema]:
-    leaves = state.leaves()
-    keys = map(PathKey, state.paths())
-    return list(zip(keys, leaves, strict=True)), state.schema
+def _flatten(state: State) -> tuple[list[Any], _Layout]:
+    schema = state.schema
+    return state.leaves(), schema.memo("layout", lambda: _Layout(schema))
 
 
-def _unflatten(schema: Schema, children: Any) -> State:
+def _flatten_with_keys(state: State) -> tuple[list[Any], _Layout]:
+    leaves, layout = _flatten(state)
+    return list(zip(map(PathKey, layout.paths), leaves, strict=True)), layout
+
+
+def _unflatten(layout: _Layout, children: Any) -> State:
+    schema = layout.schema
     cells = list(children)
     kinds, metadata = schema.kinds, schema.metadata
     for cell, kind, meta in zip(cells, kinds, metadata, strict=True):
@@ -551,7 +564,6 @@ def _unflatten(schema: Schema, children: Any) -> State:
         return state
     state = snapshot(schema, cells)
     _set_boxed(state, ALL)
-    _set_checked(state, -1)
     return state
 
 

@@ -13,6 +13,7 @@ from sortal.graph import Slot, Walk, bind, own, store_all
 from sortal.graphdef import (
     LEAF,
     NODE,
+    STATIC,
     Entry,
     GraphDef,
     Schema,
@@ -454,22 +455,27 @@ def iter_graph(node: Any, /) -> Iterator[tuple[Path, Any]]:
     """
     walk = Walk(node)
     seen: set[tuple[int, int]] = set()
-
-    def visit(entry: Entry, path: Path) -> Iterator[tuple[Path, Any]]:
-        if (entry.what, entry.ref) in seen:
-            return
-        if entry.what == LEAF:
+    # A stack of (entry, path, whether its children were met), so that no depth is too
+    # deep.
+    todo: list[tuple[Entry, Path, bool]] = [(walk.graphdef.root, (), False)]
+    while todo:
+        entry, path, left = todo.pop()
+        if left:
+            yield path, walk.nodes[entry.ref]
+        elif entry.what == STATIC or (entry.what, entry.ref) in seen:
+            continue
+        elif entry.what == LEAF:
             seen.add((LEAF, entry.ref))
             leaf = walk.leaves[entry.ref]
             yield path, leaf._value if isinstance(leaf, Slot) else leaf
-        elif entry.what == NODE:
+        else:
             seen.add((NODE, entry.ref))
             record = walk.graphdef.records[entry.ref]
-            for child in record.entries:
-                yield from visit(child, join(record, path, child.key))
-            yield path, walk.nodes[entry.ref]
-
-    yield from visit(walk.graphdef.root, ())
+            todo.append((entry, path, True))
+            todo += [
+                (child, join(record, path, child.key), False)
+                for child in reversed(record.entries)
+            ]
 
 
 def iter_nodes(node: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:

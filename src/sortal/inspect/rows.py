@@ -413,8 +413,8 @@ def _idle_filters(
     table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Taken]
 ) -> Iterator[str]:
     for row in table:
-        if row.takes:
-            continue
+        if row.takes or (isinstance(read[row.number - 1], WithTag) and not row.matches):
+            continue  # _tag_hints has more to say about strings
         if not row.matches:
             yield f"Filter {row.number}, {row.label}, matches no leaf."
             continue

@@ -86,18 +86,17 @@ class Explanation(Report):
         rest = sum(leaf.elements for leaf in self.left_over)
         summary.append(("", "left over", str(len(self.left_over)), f"{rest:,}"))
         summary.append(("", "all leaves", str(len(self.rows)), f"{every:,}"))
-        named = {f.number: f.label for f in self.filters}
         cells = [
             (
                 _where(row.leaf),
                 row.leaf.label,
                 row.leaf.value,
-                "left over" if row.by is None else f"{row.by} {named[row.by]}",
+                "left over" if row.by is None else str(row.by),
                 ", ".join(map(str, row.also)),
             )
             for row in self.rows
         ]
-        heads = ("path", "kind", "value", "taken by", "also")
+        heads = ("path", "kind", "value", "filter", "also")
         return (
             Table("Filters", ("#>", "filter", "takes>", "elements>"), tuple(summary)),
             Table("Leaves", heads, tuple(cells), self.notes),
@@ -305,14 +304,17 @@ def drawn(*tables: Table) -> Any:
       A rich Group.
     """
     from rich.console import Group
-    from rich.padding import Padding
+    from rich.table import Table as RichTable
     from rich.text import Text
 
     parts: list[Any] = []
     for table in tables:
         parts.append(_draw(table))
-        # The sign hangs to the left of its sentence, however often that wraps.
-        parts += [Padding(Text(f"! {note}", "yellow"), (0, 1)) for note in table.notes]
+        # A grid, so that the sign hangs to the left however often a sentence wraps.
+        notes = RichTable.grid(padding=(0, 1))
+        for note in table.notes:
+            notes.add_row(Text(" !", "yellow"), Text(note, "yellow"))
+        parts += [notes] if table.notes else []
     return Group(*parts)
 
 

@@ -1,0 +1,61 @@
+"""What importing a library costs once JAX is imported, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.report import Row, Table
+from benchmarks.sections import progress
+
+MODULES = ("sortal", "flax.nnx", "equinox", "optax")
+_SCRIPT = """
+import json, sys, time
+import jax, jax.numpy
+cpu, wall = time.process_time(), time.perf_counter()
+__import__(sys.argv[1])
+cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+print(json.dumps([cpu * 1e3, wall * 1e3]))
+"""
+
+
+def imports(repeats: int = 7) -> Table:
+    """Import times over ``jax`` and ``jax.numpy``; the first round is thrown away."""
+    table = Table(
+        "Import time over jax", "milliseconds, medians over processes", notes=[
+            "each in a new process that has imported jax and jax.numpy; bytecode and "
+            "file caches warm.",
+        ],
+    )  # fmt: skip
+    samples: dict[str, list[Any]] = {name: [] for name in MODULES}
+    for turn in range(repeats + 1):
+        progress(f"imports, round {turn}")
+        for name in list(samples):
+            found = _import(name)
+            if found is None:
+                del samples[name]
+                table.notes.append(f"{name} left out: it cannot be imported.")
+            elif turn:
+                samples[name].append(found)
+    for name, found in samples.items():
+        cpu, wall = (
+            statistics.median(s) if (s := [x[i] for x in found]) else None
+            for i in (0, 1)
+        )
+        table.rows.append(Row(name, {"CPU": cpu, "wall": wall}, {"samples": found}))
+    return table
+
+
+def _import(name: str) -> list[float] | None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return None
+    return json.loads(done.stdout.splitlines()[-1])

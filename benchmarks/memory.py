@@ -1,0 +1,130 @@
+"""Peak memory of a compiled call, each measurement in a process of its own.
+
+Run as a module it is that process: ``python -m benchmarks.memory flax train 1 200``
+measures one contender and prints JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.report import Row, Table
+from benchmarks.sections import progress
+
+CONTENDERS = ("sortal", "flax", "raw")
+TASKS = (("train", False), ("train", True), ("forward", False))
+WIDTH = 2048
+MB = 1_000_000
+
+
+def memory(megabytes: int) -> Table:
+    """Peak memory of a training step and of a forward pass."""
+    table = Table(
+        f"Memory of a compiled call on {megabytes} MB of Params",
+        "MB",
+        notes=[
+            "resting: resident memory between calls, over what it was before the "
+            "model was made. Peak: the highest during three more calls, over resting; "
+            "on Linux, from VmHWM after a reset.",
+            "output, temp, alias: what XLA's memory_analysis says of the compiled "
+            "program (alias: outputs in donated buffers); a dash where the library "
+            "gives no way to it.",
+            "training keeps Params and two moments of Adam; forward only reads "
+            "the Params and returns one number.",
+        ],
+    )
+    for task, donate in TASKS:
+        for name in CONTENDERS:
+            label = f"{name}, {task}{', donated' if donate else ''}"
+            progress(f"memory: {label}")
+            found = _child(name, task, donate, megabytes)
+            if found is None:
+                table.notes.append(f"{label} left out: it does not run here.")
+            else:
+                table.rows.append(Row(label, found))
+    return table
+
+
+def _child(
+    name: str, task: str, donate: bool, megabytes: int
+) -> dict[str, float | None] | None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", name, task, str(int(donate)),
+         str(megabytes)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(name: str, task: str, donate: bool, megabytes: int) -> dict[str, Any]:
+    """Measures in this process; to be called once in a new one.
+
+    Args:
+      name: a contender.
+      task: ``train`` or ``forward``.
+      donate: whether the model and optimizer state are donated.
+      megabytes: the size of all Params together.
+
+    Returns:
+      Megabytes by column name.
+    """
+    depth = max(1, round(megabytes * MB / (4 * WIDTH * WIDTH)))
+    contender = importlib.import_module(f"benchmarks.stacks.{name}_stack")
+    empty = _resident("VmRSS")
+    call, analysis = contender.prepare(task, depth, WIDTH, donate)
+    call()
+    call()
+    resting = _resident("VmRSS")
+    _reset_peak()
+    for _ in range(3):
+        call()
+    peak = _resident("VmHWM")
+    return {
+        "resting": resting - empty,
+        "peak over resting": peak - resting,
+        **_analysed(analysis),
+    }
+
+
+def _analysed(analysis: Callable[[], Any]) -> dict[str, float | None]:
+    try:
+        found = analysis()
+    except Exception:  # noqa: BLE001 - not every library and version offers it
+        found = None
+    names = {
+        "output": "output_size_in_bytes",
+        "temp": "temp_size_in_bytes",
+        "alias": "alias_size_in_bytes",
+    }
+    return {
+        short: None if found is None else getattr(found, long) / MB
+        for short, long in names.items()
+    }
+
+
+def _resident(field: str) -> float:
+    with open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024 / MB
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
+        refs.write("5")
+
+
+if __name__ == "__main__":
+    _name, _task, _donate, _size = sys.argv[1:]
+    print(json.dumps(measure(_name, _task, bool(int(_donate)), int(_size))))

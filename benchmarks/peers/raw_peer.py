@@ -1,0 +1,89 @@
+"""Plain JAX on a flat list of the same arrays: the floor for compiled calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import workload as w
+
+LABEL = "raw jax"
+
+
+def parts(shape: w.Blocks) -> tuple[list[Any], list[Any]]:
+    """Flat lists of the model's Params and of its statistics, block by block."""
+    params, statistics = [], []
+    for i in range(shape.depth):
+        width = shape.width
+        params += [w.kernel(i, width), w.full(width, 0.0)]
+        params += [w.full(width, 1.0), w.full(width, 0.0)]
+        statistics += [w.full(width, 0.0), w.full(width, 1.0)]
+    return params, statistics
+
+
+def build(shape: w.Shape) -> tuple[Any, ...]:
+    """One flat list of all arrays."""
+    if isinstance(shape, w.Cells):
+        return ([w.full(2, 0.0) for _ in range(shape.leaves)],)
+    params, statistics = parts(shape)
+    moments = jax.tree.leaves(optax.adam(1e-3).init(params))
+    return ([*params, *statistics, jnp.array(0, jnp.uint32), *moments],)
+
+
+def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
+    """Calls for the compiled rows; the others have no counterpart."""
+    live = list(build(shape))
+    noop = jax.jit(lambda leaves: None)
+    plus = jax.jit(lambda leaves: [x + 1 for x in leaves])
+
+    def step() -> Any:
+        live[0] = plus(live[0])
+        return live[0][-1].block_until_ready()
+
+    calls: dict[str, Callable[[], Any]] = {
+        w.NOOP: lambda: noop(live[0]),
+        w.STEP: step,
+    }
+    return {row: {LABEL: calls[row]} for row in wanted if row in calls}
+
+
+def forward(params: list[Any], statistics: list[Any], x: Any) -> tuple[Any, list[Any]]:
+    """The model's output and its new statistics."""
+    new = []
+    for i in range(len(statistics) // 2):
+        kernel, bias, scale, shift = params[4 * i : 4 * i + 4]
+        mean, var = statistics[2 * i : 2 * i + 2]
+        y, mean, var = w.normalize(w.linear(x, kernel, bias), scale, shift, mean, var)
+        new += [mean, var]
+        x = w.residual(x, y)
+    return x, new
+
+
+def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
+    """A whole training step; the call returns the loss."""
+    params, statistics = parts(shape)
+    tx = optax.adam(1e-3)
+    x, y = w.batch(shape.width)
+
+    @jax.jit
+    def step(params: Any, statistics: Any, count: Any, moments: Any, x: Any, y: Any):
+        def loss_of(params: Any) -> Any:
+            out, new = forward(params, statistics, x)
+            return ((out - y) ** 2).mean(), new
+
+        (loss, new), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, moments = tx.update(grads, moments, params)
+        return loss, optax.apply_updates(params, updates), new, count + 1, moments
+
+    live = [(params, statistics, jnp.array(0, jnp.uint32), tx.init(params))]
+
+    def call() -> Any:
+        loss, *new = step(*live[0], x, y)
+        live[0] = tuple(new)
+        return loss.block_until_ready()
+
+    return {LABEL: call}

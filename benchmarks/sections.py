@@ -1,0 +1,136 @@
+"""The measured sections that run in this process: verbs, scaling, training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from benchmarks import workload as w
+from benchmarks.report import Row, Table, timed_row
+from benchmarks.timing import Effort, compare
+
+SCALED = (w.STATE, w.PARAMS, w.SPLIT, w.MERGE, w.UPDATE, w.NOOP, w.STEP)
+SIZES = (10, 100, 1_000, 10_000, 100_000)
+PEERS_UP_TO = 10_000
+STEP_UP_TO = 10_000
+PEERS_STEP_UP_TO = 1_000
+
+Peers = Mapping[str, ModuleType]
+
+
+def progress(text: str) -> None:
+    """Says on stderr what is being measured."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def verbs(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
+    """Every operation on one model with Adam state."""
+    table = Table(
+        f"Operations on a model of {3 * shape.depth + 2} modules and "
+        f"{6 * shape.depth} Variables, {shape.leaves} leaves with Adam state",
+        "microseconds per call, medians",
+        notes=[
+            "`state` is a snapshot everywhere; `eqx.filter`, `eqx.partition` and "
+            "`eqx.combine` stand in for it, `split` and `merge`, with the filter tree "
+            "made beforehand. Equinox has no counterpart to `update`.",
+            "The compiled rows take the model and its optimizer state; raw JAX takes "
+            "one flat list of the same arrays. The step adds 1 to every leaf.",
+            "Compiled calls end when one of their outputs is ready, which is when all "
+            "are.",
+        ],
+    )
+    for row in w.ROWS:
+        progress(row)
+        calls = collect(peers, lambda p, row=row: p.operations(shape, (row,)).get(row))
+        table.rows.append(timed_row(row, compare(calls, effort)))
+    return table
+
+
+def collect(
+    peers: Peers, calls_of: Callable[[Any], dict[str, Callable[[], Any]] | None]
+) -> dict[str, Callable[[], Any]]:
+    """The calls of all contenders that have some."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for peer in peers.values():
+        calls.update(calls_of(peer) or {})
+    return calls
+
+
+def scaling(
+    peers: Peers, effort: Effort, sizes: tuple[int, ...] = SIZES
+) -> list[Table]:
+    """The cost per leaf at growing numbers of leaves: one table for each operation."""
+    tables = []
+    for row in SCALED:
+        table = Table(f"Scaling of {row}", "nanoseconds per leaf, medians")
+        for leaves in sizes:
+            if row == w.STEP and leaves > STEP_UP_TO:
+                table.notes.append(
+                    f"{leaves:,} leaves left out: XLA's own compile time grows with "
+                    "the square of their number, in raw JAX as well."
+                )
+                continue
+            progress(f"{row}, {leaves:,} leaves")
+            table.rows.append(
+                _scaled_row(_taking_part(peers, row, leaves), effort, row, leaves)
+            )
+        table.notes.append(flatness(table))
+        tables.append(table)
+    return tables
+
+
+def _taking_part(peers: Peers, row: str, leaves: int) -> Peers:
+    limit = PEERS_STEP_UP_TO if row == w.STEP else PEERS_UP_TO
+    always = ("sortal", "raw")
+    return {k: p for k, p in peers.items() if k in always or leaves <= limit}
+
+
+def _scaled_row(peers: Peers, effort: Effort, row: str, leaves: int) -> Row:
+    shape = w.Cells(leaves)
+    calls = collect(peers, lambda p: p.operations(shape, (row,)).get(row))
+    if leaves >= 10_000:
+        effort = replace(effort, repeats=min(effort.repeats, 3), warmup=2)
+    return timed_row(f"{leaves:,}", compare(calls, effort), leaves / 1000)
+
+
+def flatness(table: Table) -> str:
+    """Whether Sortal's cost per leaf stays within twice its minimum from 1,000 on."""
+    costs = [
+        cost
+        for row in table.rows
+        if int(row.name.replace(",", "")) >= 1_000
+        and (cost := row.values.get("sortal")) is not None
+    ]
+    if len(costs) < 2:
+        return "too few sizes of 1,000 leaves and more to judge scaling."
+    ratio = max(costs) / min(costs)
+    verdict = "within" if ratio <= 2 else "NOT within"
+    return (
+        f"largest over smallest cost per leaf from 1,000 leaves on: {ratio:.2f}, "
+        f"{verdict} 2."
+    )
+
+
+def training(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
+    """A whole training step; the contenders must agree on the losses."""
+    table = Table(
+        f"Training step: {shape.depth} blocks of width {shape.width} with running "
+        "statistics, batch 32, Adam",
+        "microseconds per step, medians",
+    )
+    progress("training step")
+    calls = collect(peers, lambda p: p.training(shape))
+    losses = {name: [float(call()) for _ in range(3)] for name, call in calls.items()}
+    first = next(iter(losses.values()))
+    for name, found in losses.items():
+        if any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(found, first, strict=True)):
+            raise AssertionError(f"{name} computes something else: {losses}")
+    table.rows.append(timed_row("training step", compare(calls, effort)))
+    table.notes.append(
+        "all contenders start from the same values, run the same arithmetic, and were "
+        f"checked to have the same first losses: {[round(x, 3) for x in first]}."
+    )
+    return table

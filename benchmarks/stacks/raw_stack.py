@@ -1,0 +1,43 @@
+"""Plain JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from benchmarks.stacks import RATE, apply, example, matrices
+
+
+def prepare(
+    task: str, depth: int, width: int, donate: bool
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """See the package."""
+    params, x, tx = matrices(depth, width), example(width), optax.adam(RATE)
+    if task == "forward":
+        forward = jax.jit(apply)
+        lowered = forward.lower(params, x)
+        return lambda: forward(params, x).block_until_ready(), _analysis(lowered)
+
+    def step(params: Any, moments: Any, x: Any) -> Any:
+        loss, grads = jax.value_and_grad(apply)(params, x)
+        updates, moments = tx.update(grads, moments, params)
+        return loss, optax.apply_updates(params, updates), moments
+
+    jitted = jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    live = [(params, tx.init(params))]
+    del params
+    lowered = jitted.lower(*live[0], x)
+
+    def call() -> Any:
+        loss, *new = jitted(*live[0], x)
+        live[0] = tuple(new)
+        return jax.block_until_ready((loss, live))
+
+    return call, _analysis(lowered)
+
+
+def _analysis(lowered: Any) -> Callable[[], Any]:
+    return lambda: lowered.compile().memory_analysis()

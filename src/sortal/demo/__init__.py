@@ -1,0 +1,1 @@
+"""The program behind ``sortal demo``; a clone shows it as ``examples/digits.py``."""

@@ -1,0 +1,464 @@
+"""Conv and ConvTranspose: convolutions over channels-last inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from sortal.errors import ArgumentError
+from sortal.module import Module
+from sortal.nn import dtypes
+from sortal.nn.initializers import (
+    NO_METADATA,
+    Initializer,
+    Metadata,
+    check_sizes,
+    default_bias_init,
+    default_kernel_init,
+    new_param,
+)
+from sortal.rngs import Rngs
+from sortal.variable import Param, describe
+
+Sizes = int | Sequence[int] | None
+Padding = str | int | Sequence[int | tuple[int, int]]
+Pairs = list[tuple[int, int]]
+
+_WRAPPED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+def canonicalize_padding(padding: Padding, rank: int) -> str | Pairs:
+    """Padding as JAX takes it.
+
+    Args:
+      padding: a name; a number for both sides of every axis; or, for each axis, a
+        number for both sides or a pair (low, high).
+      rank: the number of spatial axes.
+
+    Returns:
+      The name, or a list of pairs.
+
+    Raises:
+      ArgumentError: it is none of these.
+
+    Example:
+      >>> canonicalize_padding((1, (0, 2)), 2)
+      [(1, 1), (0, 2)]
+    """
+    if isinstance(padding, str):
+        return padding
+    entries = [padding] * rank if isinstance(padding, int) else padding
+    if isinstance(entries, Sequence) and len(entries) == rank:
+        pairs = [(p, p) if isinstance(p, int) else p for p in entries]
+        if all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+            return pairs
+    raise ArgumentError(
+        f"padding must be a name, a number, or a sequence of {rank} numbers or pairs "
+        f"(low, high), one for each spatial axis; found {padding!r}."
+    )
+
+
+class _Conv(Module):
+    """What both convolutions are made of."""
+
+    paddings: tuple[str, ...]
+
+    kernel: Param[jax.Array]
+    bias: Param[jax.Array] | None
+
+    def _init(
+        self,
+        kernel_size: int | Sequence[int],
+        features: tuple[int, int],
+        mask: Any,
+        kernel_init: Initializer,
+        bias_init: Initializer | None,
+        metadata: tuple[Metadata, Metadata],
+        param_dtype: DTypeLike,
+        rngs: Rngs,
+    ) -> None:
+        """Makes kernel, bias and mask; ``features`` are the kernel's last axes."""
+        sizes = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,)
+        self.kernel_size = tuple(sizes)
+        check_sizes(self, kernel_size=self.kernel_size)
+        self.kernel_shape = (*self.kernel_size, *features)
+        self.kernel = new_param(
+            self, "kernel", kernel_init, rngs, self.kernel_shape, param_dtype,
+            metadata[0],
+        )  # fmt: skip
+        self.bias = None
+        if bias_init is not None:
+            self.bias = new_param(
+                self, "bias", bias_init, rngs, (self.out_features,), param_dtype,
+                metadata[1],
+            )  # fmt: skip
+        self.mask = None if mask is None else dtypes.as_array(self, mask)
+        if self.mask is not None and self.mask.shape != self.kernel_shape:
+            raise ArgumentError(
+                f"{dtypes.name_of(self)}: the mask must have the kernel's shape "
+                f"{self.kernel_shape}; found {describe(self.mask)}."
+            )
+
+    def _check_padding(self, padding: Padding) -> None:
+        named = canonicalize_padding(padding, len(self.kernel_size))
+        if isinstance(named, str) and named not in self.paddings:
+            raise ArgumentError(
+                f"{dtypes.name_of(self)}: padding {named!r} is unknown; the names are "
+                f"{', '.join(self.paddings)}."
+            )
+
+    def _operands(self, inputs: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
+        """The input with one batch axis, kernel, bias, and the batch axes it had."""
+        kernel: Any = self.kernel[...]
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        x, kernel, bias = dtypes.promote(self, inputs, kernel, self.bias)
+        n_batch = x.ndim - len(self.kernel_size) - 1
+        if n_batch < 0:
+            raise ArgumentError(
+                f"{dtypes.name_of(self)} with kernel_size={self.kernel_size} needs an "
+                f"input of at least {len(self.kernel_size) + 1} axes, the last being "
+                f"features; found {describe(x)}."
+            )
+        batch = x.shape[:n_batch]
+        if n_batch != 1:
+            x = jnp.reshape(x, (math.prod(batch), *x.shape[n_batch:]))
+        return x, kernel, bias, batch
+
+    def _sizes(self, name: str) -> tuple[int, ...]:
+        """An attribute given as None, one number, or one for each spatial axis."""
+        given, n = getattr(self, name), len(self.kernel_size)
+        sizes = given if isinstance(given, Sequence) else (given,) * n
+        sizes = tuple(1 if given is None else size for size in sizes)
+        check_sizes(self, **{name: sizes})
+        if len(sizes) != n:
+            raise ArgumentError(
+                f"{dtypes.name_of(self)}: {name} must be one number or one for each of "
+                f"{n} spatial axes; found {given!r}."
+            )
+        return sizes
+
+
+def _finish(y: Any, bias: Any, batch: tuple[int, ...]) -> jax.Array:
+    """Adds the bias and gives back the batch axes that the input had."""
+    if bias is not None:
+        y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+    return y if len(batch) == 1 else jnp.reshape(y, (*batch, *y.shape[1:]))
+
+
+class Conv(_Conv):
+    """Convolution over the spatial axes of a channels-last input.
+
+    Args:
+      in_features: size of the input's last axis.
+      out_features: size of the output's last axis.
+      kernel_size: size of the kernel along each spatial axis; a number for one axis.
+      strides: steps of the kernel; a number for all axes, or one for each.
+      padding: ``"SAME"`` (the output is as large as the input, divided by the
+        strides), ``"SAME_LOWER"`` (an odd element goes to the front), ``"VALID"``
+        (none), ``"CIRCULAR"`` (periodic), ``"REFLECT"`` (mirrored), ``"CAUSAL"`` (one
+        axis, padded in front only); a number; or numbers or pairs (low, high) for
+        each spatial axis.
+      input_dilation: spacing of the input's elements; 2 puts a zero between any two.
+      kernel_dilation: spacing of the kernel's elements.
+      feature_group_count: how many groups the features are divided into; each group
+        of outputs sees only its group of inputs.
+      use_bias: whether there is a bias.
+      mask: array of the kernel's shape that the kernel is multiplied by.
+      dtype: dtype of the computation; that which input and parameters promote to if
+        absent.
+      param_dtype: dtype of the parameters.
+      precision: as for ``jax.lax.conv_general_dilated``.
+      kernel_init: initialiser of ``kernel``, of shape
+        (*kernel_size, in_features // feature_group_count, out_features).
+      bias_init: initialiser of ``bias``, of shape (out_features,).
+      conv_general_dilated: what convolves, in place of
+        ``jax.lax.conv_general_dilated``.
+      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
+      preferred_element_type: dtype in which products are summed and returned.
+      rngs: gives the keys of stream ``params``.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      ArgumentError: sizes, groups, mask or padding do not fit one another; at a call,
+        the input does not fit them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> layer = nnx.Conv(3, 8, (5, 5), strides=2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((4, 28, 28, 3))).shape
+      (4, 14, 14, 8)
+    """
+
+    paddings = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: Sizes = 1,
+        *,
+        padding: Padding = "SAME",
+        input_dilation: Sizes = 1,
+        kernel_dilation: Sizes = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
+        promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+        preferred_element_type: DTypeLike | None = None,
+        rngs: Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.feature_group_count = feature_group_count
+        self._check_groups()
+        self._init(
+            kernel_size, (in_features // feature_group_count, out_features), mask,
+            kernel_init, bias_init if use_bias else None,
+            (kernel_metadata, bias_metadata), param_dtype, rngs,
+        )  # fmt: skip
+        self._check_padding(padding)
+        self.strides = strides
+        self.padding = padding
+        self.input_dilation = input_dilation
+        self.kernel_dilation = kernel_dilation
+        for name in ("strides", "input_dilation", "kernel_dilation"):
+            self._sizes(name)
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.conv_general_dilated = conv_general_dilated
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+
+    def _check_groups(self) -> None:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        check_sizes(self, **sizes, feature_group_count=self.feature_group_count)
+        groups = self.feature_group_count
+        if groups == 0 or any(size % groups for size in sizes.values()):
+            raise ArgumentError(
+                f"Conv: feature_group_count={groups} must divide in_features="
+                f"{self.in_features} and out_features={self.out_features}."
+            )
+
+    def _check_padding(self, padding: Padding) -> None:
+        super()._check_padding(padding)
+        if padding == "CAUSAL" and len(self.kernel_size) != 1:
+            raise ArgumentError(
+                f"Conv: padding 'CAUSAL' is for one spatial axis; found kernel_size="
+                f"{self.kernel_size}. Give pairs (low, high) instead."
+            )
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: array (*batch, *spatial, in_features), with any number of batch axes.
+          out_sharding: sharding of the output, under explicit sharding.
+
+        Returns:
+          Array (*batch, *spatial, out_features), the spatial sizes as padding and
+          strides make them.
+
+        Raises:
+          ArgumentError: the input has too few axes, or another number of features.
+        """
+        x, kernel, bias, batch = self._operands(inputs)
+        dtypes.check_axis(self, x, kernel.shape[-2] * self.feature_group_count)
+        x, padding = self._padded(x)
+        # Batch, features and spatial axes: of the input, and output before input
+        # features of the kernel.
+        n = x.ndim
+        data = (0, n - 1, *range(1, n - 1))
+        weights = (n - 1, n - 2, *range(n - 2))
+        y = self.conv_general_dilated(
+            x,
+            kernel,
+            self._sizes("strides"),
+            padding,
+            lhs_dilation=self._sizes("input_dilation"),
+            rhs_dilation=self._sizes("kernel_dilation"),
+            dimension_numbers=lax.ConvDimensionNumbers(data, weights, data),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            **dtypes.given(
+                out_sharding=out_sharding,
+                preferred_element_type=self.preferred_element_type,
+            ),
+        )
+        return _finish(y, bias, batch)
+
+    def _padded(self, x: Any) -> tuple[Any, str | Pairs]:
+        """Does the padding that JAX's convolutions do not know."""
+        padding = canonicalize_padding(self.padding, len(self.kernel_size))
+        dilation = self._sizes("kernel_dilation")
+        reach = [(k - 1) * d for k, d in zip(self.kernel_size, dilation, strict=True)]
+        if padding == "CAUSAL":
+            return jnp.pad(x, [(0, 0), (reach[0], 0), (0, 0)]), "VALID"
+        if isinstance(padding, str) and padding in _WRAPPED:
+            sides = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
+            return jnp.pad(x, sides, mode=_WRAPPED[padding]), "VALID"
+        return x, padding
+
+
+class ConvTranspose(_Conv):
+    """Transposed convolution over the spatial axes of a channels-last input.
+
+    Padding is that of the underlying convolution over the dilated input, as in
+    ``jax.lax.conv_transpose`` and unlike PyTorch: to undo the shape change of a Conv
+    padded by p, pass ``kernel_dilation * (kernel_size - 1) - p``.
+
+    Args:
+      in_features: size of the input's last axis.
+      out_features: size of the output's last axis.
+      kernel_size: size of the kernel along each spatial axis; a number for one axis.
+      strides: by how much each spatial axis grows; a number for all, or one for each.
+      padding: ``"SAME"`` (the output is as large as the input times the strides),
+        ``"VALID"`` (as large as to contain every product), ``"CIRCULAR"`` (periodic);
+        a number; or numbers or pairs (low, high) for each spatial axis.
+      kernel_dilation: spacing of the kernel's elements.
+      use_bias: whether there is a bias.
+      mask: array of the kernel's shape that the kernel is multiplied by.
+      dtype: dtype of the computation; that which input and parameters promote to if
+        absent.
+      param_dtype: dtype of the parameters.
+      precision: as for ``jax.lax.conv_transpose``.
+      kernel_init: initialiser of ``kernel``, of shape
+        (*kernel_size, in_features, out_features).
+      bias_init: initialiser of ``bias``, of shape (out_features,).
+      transpose_kernel: whether the kernel is that of the convolution which this layer
+        transposes: mirrored, of shape (*kernel_size, out_features, in_features).
+      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
+      preferred_element_type: dtype in which products are summed and returned.
+      rngs: gives the keys of stream ``params``.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      ArgumentError: sizes, mask or padding do not fit one another; at a call, the
+        input does not fit them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> layer = nnx.ConvTranspose(3, 8, (4, 4), strides=2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 7, 7, 3))).shape
+      (2, 14, 14, 8)
+    """
+
+    paddings = ("SAME", "VALID", "CIRCULAR")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: Sizes = None,
+        *,
+        padding: Padding = "SAME",
+        kernel_dilation: Sizes = None,
+        use_bias: bool = True,
+        mask: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        transpose_kernel: bool = False,
+        promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+        preferred_element_type: DTypeLike | None = None,
+        rngs: Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+    ):
+        check_sizes(self, in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        features = (in_features, out_features)
+        self._init(
+            kernel_size, features[::-1] if transpose_kernel else features, mask,
+            kernel_init, bias_init if use_bias else None,
+            (kernel_metadata, bias_metadata), param_dtype, rngs,
+        )  # fmt: skip
+        self._check_padding(padding)
+        self.strides = strides
+        self.padding = padding
+        self.kernel_dilation = kernel_dilation
+        for name in ("strides", "kernel_dilation"):
+            self._sizes(name)
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.transpose_kernel = transpose_kernel
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: array (*batch, *spatial, in_features), with any number of batch axes.
+
+        Returns:
+          Array (*batch, *spatial, out_features), the spatial sizes as padding and
+          strides make them.
+
+        Raises:
+          ArgumentError: the input has too few axes, or another number of features.
+        """
+        x, kernel, bias, batch = self._operands(inputs)
+        dtypes.check_axis(self, x, kernel.shape[-1 if self.transpose_kernel else -2])
+        padding = canonicalize_padding(self.padding, len(self.kernel_size))
+        strides = self._sizes("strides")
+        circular = padding == "CIRCULAR"
+        y = lax.conv_transpose(
+            x,
+            kernel,
+            strides,
+            "VALID" if circular else padding,
+            rhs_dilation=self._sizes("kernel_dilation"),
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        if circular:
+            periods = [n * s for n, s in zip(x.shape[1:-1], strides, strict=True)]
+            y = _folded(y, periods, self.transpose_kernel)
+        return _finish(y, bias, batch)
+
+
+def _folded(y: Any, periods: list[int], odd_last: bool) -> jax.Array:
+    """Adds up what lies whole periods apart, along each spatial axis.
+
+    The array is first padded on both sides to whole periods, such that its middle
+    stays where it was; ``odd_last`` says which side gets an odd element.
+    """
+    sides = []
+    for size, period in zip(y.shape[1:-1], periods, strict=True):
+        missing = (period - size) % (2 * period)
+        less, more = missing // 2, (missing + 1) // 2
+        sides.append((less, more) if odd_last else (more, less))
+    y = jnp.pad(y, [(0, 0), *sides, (0, 0)])
+    for axis, period in enumerate(periods, 1):
+        shape = (*y.shape[:axis], -1, period, *y.shape[axis + 1 :])
+        y = y.reshape(shape).sum(axis=axis)
+    return y
