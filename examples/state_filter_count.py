@@ -35,7 +35,7 @@ class Affine(nnx.Module):
     """A dense layer that also carries a running mean and a step count."""
 
     def __init__(self, in_features, hidden, *, rngs):
-        weights = rngs.params.normal((in_features, hidden))
+        weights = jax.random.normal(rngs.params(), (in_features, hidden))
         self.kernel = nnx.Param(weights / jnp.sqrt(in_features))
         self.bias = nnx.Param(jnp.zeros((hidden,)))
         self.running_mean = BatchStat(jnp.zeros((hidden,)))

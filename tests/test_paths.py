@@ -26,12 +26,20 @@ def test_a_printed_path_of_names_and_indices_parses_back(path):
     assert paths.show(path) == ".".join(map(str, path))
 
 
-@given(
-    st.lists(keys, max_size=3).map(tuple),
-    st.lists(keys, max_size=3).map(tuple),
-)
-def test_two_paths_print_alike_only_if_they_are_equal(a, b):
+@st.composite
+def look_alikes(draw):
+    """Two paths, of which one may have strings in the place of other keys."""
+    a = draw(st.lists(keys, min_size=1, max_size=3))
+    b = [draw(st.sampled_from([k, str(k)])) for k in a]
+    if draw(st.booleans()):
+        b = [".".join(map(str, b))]
+    return tuple(a), tuple(b)
+
+
+@given(look_alikes())
+def test_two_paths_print_alike_only_if_they_are_equal(pair):
     """An index and a string of digits are the classic pair that looks alike."""
+    a, b = pair
     assert (paths.show(a) == paths.show(b)) == (a == b)
 
 

@@ -9,7 +9,6 @@ import jax
 import optax
 from flax import nnx
 
-
 from benchmarks.stacks import RATE, apply, example, matrices
 
 

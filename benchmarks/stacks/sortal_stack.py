@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import optax
 
-
 import sortal
 from benchmarks.stacks import RATE, apply, example, matrices
 

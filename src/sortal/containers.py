@@ -9,14 +9,16 @@ from typing import Any
 import jax.tree_util as jtu
 
 from sortal._jax import register_pytree
+from sortal.errors import PathAttributeError
 from sortal.module import Module
+from sortal.paths import order
 
 
 class List(list):
     """A list of modules, Variables or arrays; a plain list does just as well.
 
     Args:
-      it: the elements.
+      iterable: the elements; none if absent.
 
     Example:
       >>> import sortal as nnx
@@ -29,9 +31,7 @@ class List(list):
 class Dict(dict):
     """A dict of modules, Variables or arrays whose items are attributes too.
 
-    Args:
-      *args: as for ``dict``.
-      **kwargs: as for ``dict``.
+    Built as ``dict`` is: from a mapping, pairs, or keywords.
 
     Example:
       >>> import sortal as nnx
@@ -44,19 +44,23 @@ class Dict(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(
-                f"Dict has no item {name!r}; it has {sorted(map(str, self))}."
-            ) from None
+            raise PathAttributeError(_no_item(self, name)) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
     def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise PathAttributeError(_no_item(self, name))
         del self[name]
 
     # Items are attributes, so the instance needs and keeps no attributes of its own.
     def __reduce__(self) -> Any:
-        return (Dict, (dict(self),))
+        return (type(self), (dict(self),))
+
+
+def _no_item(items: Dict, name: str) -> str:
+    return f"Dict has no item {name!r}; it has {sorted(map(str, items))}."
 
 
 def _flatten_list(x: List) -> tuple[list[Any], None]:
@@ -68,12 +72,12 @@ def _flatten_list_with_keys(x: List) -> tuple[list[Any], None]:
 
 
 def _flatten_dict(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
-    keys = tuple(sorted(x))
+    keys = tuple(sorted(x, key=order))
     return [x[k] for k in keys], keys
 
 
 def _flatten_dict_with_keys(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
-    keys = tuple(sorted(x))
+    keys = tuple(sorted(x, key=order))
     return [(jtu.DictKey(k), x[k]) for k in keys], keys
 
 

@@ -85,7 +85,13 @@ class Filter:
 
 @dataclass(frozen=True, repr=False)
 class Everything(Filter):
-    """Takes every leaf; written ``...`` or ``True``."""
+    """Takes every leaf; written ``...`` or ``True``.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.Everything()(("kernel",), 1.0)
+      True
+    """
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         return True
@@ -99,7 +105,13 @@ class Everything(Filter):
 
 @dataclass(frozen=True, repr=False)
 class Nothing(Filter):
-    """Takes no leaf; written ``None`` or ``False``."""
+    """Takes no leaf; written ``None`` or ``False``.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.Nothing()(("kernel",), 1.0)
+      False
+    """
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         return False
@@ -114,6 +126,12 @@ class OfType(Filter):
 
     Args:
       type: the kind. Two classes of one name are two kinds.
+
+    Example:
+      >>> import sortal as nnx
+      >>> class LoRAParam(nnx.Param): pass
+      >>> nnx.OfType(nnx.Param)(("w",), LoRAParam(1.0))
+      True
     """
 
     type: type
@@ -139,6 +157,12 @@ class WithTag(Filter):
     Args:
       tag: the tag, such as the name of a random stream. It is not a path: for that
         use ``At`` or ``Under``.
+
+    Example:
+      >>> import sortal as nnx
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> nnx.state(rngs, nnx.WithTag("dropout")).paths()
+      (('dropout', 'count'), ('dropout', 'key'))
     """
 
     tag: str
@@ -157,6 +181,11 @@ class PathContains(Filter):
     Args:
       key: an attribute name, dict key or index.
       exact: False also takes string entries that merely contain ``key``.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.PathContains("bias")(("layers", 0, "bias"), 1.0)
+      True
     """
 
     key: Hashable
@@ -176,6 +205,11 @@ class PathIn(Filter):
 
     Args:
       *paths: tuples of entries from the root.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.PathIn(("head", "bias"), ("head", "kernel"))(("head", "bias"), 1.0)
+      True
     """
 
     def __init__(self, *paths: Path):
@@ -233,6 +267,11 @@ class Under(Filter):
 
     Raises:
       FilterError: the prefix is empty or has an empty entry.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.Under("encoder.0")(("encoder", 0, "kernel"), 1.0)
+      True
     """
 
     prefix: str
@@ -262,6 +301,12 @@ class Shaped(Filter):
 
     Raises:
       FilterError: neither is given.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.Shaped(ndim=2)(("kernel",), nnx.Param(jnp.ones((2, 3))))
+      True
     """
 
     shape: tuple[int, ...] | None = None
@@ -291,6 +336,12 @@ class Dtyped(Filter):
 
     Args:
       dtype: a dtype, or an abstract one such as ``jnp.floating``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.Dtyped(jnp.floating)(("step",), nnx.Variable(jnp.array(0)))
+      False
     """
 
     dtype: Any
@@ -325,6 +376,11 @@ class Any_(_Combined):
 
     Args:
       *filters: filters or literals.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.Any(nnx.Param, "dropout")
+      Any(Param, 'dropout')
     """
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
@@ -339,6 +395,11 @@ class All(_Combined):
 
     Args:
       *filters: filters or literals.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.All(nnx.Param, nnx.At("**.kernel"))
+      All(Param, At('**.kernel'))
     """
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
@@ -353,6 +414,11 @@ class Not(_Combined):
 
     Args:
       filter: a filter or literal.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.Not(nnx.RngState)(("kernel",), nnx.Param(1.0))
+      True
     """
 
     def __init__(self, filter: Any, /):

@@ -270,11 +270,11 @@ def iter_children(node: Module, /) -> Iterator[tuple[str, Module]]:
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
-def dataclass(cls: type | None = None, /, **options: Any) -> Any:
+def dataclass(module: type | None = None, /, **options: Any) -> Any:
     """``dataclasses.dataclass`` for modules; fields may be ``data()`` or ``static()``.
 
     Args:
-      cls: a Pytree or Module subclass.
+      module: a Pytree or Module subclass.
       **options: options of ``dataclasses.dataclass``.
 
     Returns:
@@ -300,7 +300,7 @@ def dataclass(cls: type | None = None, /, **options: Any) -> Any:
         made._field_roles = {**(cls._field_roles or {}), **roles} or None
         return made
 
-    return decorate if cls is None else decorate(cls)
+    return decorate if module is None else decorate(module)
 
 
 def _show(obj: Any, depth: int, seen: set[int]) -> str:

@@ -9,6 +9,8 @@ import types
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from sortal.errors import ArgumentError
+
 Path = tuple[Hashable, ...]
 
 
@@ -47,8 +49,16 @@ def show(path: Iterable[Any]) -> str:
 
 def _is_plain(key: Any) -> bool:
     if type(key) is int:
-        return True
-    return isinstance(key, str) and key != "" and not set(key) & set(".[]* '\"")
+        return key >= 0
+    # Digits in a string are set apart from an index, for which `parse` takes them.
+    return isinstance(key, str) and not _digits(key) and not set(key) & _ODD
+
+
+def _digits(key: str) -> bool:
+    return key == "" or (key.isascii() and key.isdigit())
+
+
+_ODD = frozenset(".[]* '\"")
 
 
 def parse(text: str) -> Path:
@@ -61,7 +71,7 @@ def parse(text: str) -> Path:
       The path.
 
     Raises:
-      ValueError: an entry is empty.
+      ArgumentError: an entry is empty.
 
     Example:
       >>> parse("layers.0.kernel")
@@ -69,8 +79,11 @@ def parse(text: str) -> Path:
     """
     parts = text.split(".")
     if not all(parts):
-        raise ValueError(f"a path is names joined by single dots, found {text!r}")
-    return tuple(int(p) if p.isascii() and p.isdigit() else p for p in parts)
+        raise ArgumentError(
+            f"a path is names joined by single dots, found {text!r}. "
+            "Write for example 'layers.0.kernel'."
+        )
+    return tuple(int(p) if _digits(p) else p for p in parts)
 
 
 def matches(pattern: str, path: Path) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import (
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from sortal import paths
@@ -384,7 +385,12 @@ class FlatState(tuple):
     """Pairs of path and leaf, in order; ``dict(flat)`` gives a mapping by path.
 
     Args:
-      pairs: an iterable of (path, leaf).
+      iterable: pairs of path (tuple) and leaf.
+
+    Example:
+      >>> import sortal as nnx
+      >>> dict(nnx.State({"a": {"b": 1}}).flat_state())
+      {('a', 'b'): 1}
     """
 
     __slots__ = ()
@@ -502,20 +508,14 @@ def _refresh(state: State) -> None:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    xs, ys = jax.tree.leaves(a), jax.tree.leaves(b)
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
-    return all(_equal_arrays(x, y) for x, y in zip(xs, ys, strict=True))
-
-
-def _equal_arrays(x: Any, y: Any) -> bool:
-    if x is y:
-        return True
-    if getattr(x, "shape", ()) != getattr(y, "shape", ()):
-        return False
-    if getattr(x, "dtype", None) != getattr(y, "dtype", None):
-        return False
-    return bool((x == y).all()) if hasattr(x, "dtype") else bool(x == y)
+    return all(
+        jnp.shape(x) == jnp.shape(y)
+        and getattr(x, "dtype", type(x)) == getattr(y, "dtype", type(y))
+        and bool(jnp.all(x == y))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 class _Layout:

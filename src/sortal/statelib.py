@@ -17,6 +17,11 @@ def to_flat_state(state: Any) -> FlatState:
 
     Returns:
       A FlatState.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.to_flat_state({"a": {"b": 1}})
+      ((('a', 'b'), 1),)
     """
     return as_state(state).flat_state()
 
@@ -29,6 +34,11 @@ def from_flat_state(flat: Any) -> State:
 
     Returns:
       The State.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.from_flat_state({("a", 0): 1})["a"][0]
+      1
     """
     return State.from_flat_path(flat)
 
@@ -42,6 +52,11 @@ def to_pure_dict(state: Any, extract_fn: Callable[[Any], Any] | None = None) -> 
 
     Returns:
       The dict.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.to_pure_dict(nnx.State({"a": {"b": nnx.Param(1)}}))
+      {'a': {'b': 1}}
     """
     return as_state(state).to_pure_dict(extract_fn)
 
@@ -60,6 +75,13 @@ def replace_by_pure_dict(
 
     Raises:
       PathError: paths that the State does not have; all listed, none replaced.
+
+    Example:
+      >>> import sortal as nnx
+      >>> state = nnx.State({"w": nnx.Param(1)})
+      >>> nnx.replace_by_pure_dict(state, {"w": 2})
+      >>> state["w"].value
+      2
     """
     state.replace_by_pure_dict(pure_dict, replace_fn)
 
@@ -72,6 +94,11 @@ def restore_int_paths(pure_dict: Mapping) -> dict:
 
     Returns:
       New nested dicts.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.restore_int_paths({"layers": {"0": 1.0}})
+      {'layers': {0: 1.0}}
     """
 
     def key(k: Any) -> Any:
@@ -92,6 +119,12 @@ def filter_state(state: Any, *filters: Any) -> Any:
 
     Returns:
       A State, or a tuple with one State for each filter.
+
+    Example:
+      >>> import sortal as nnx
+      >>> state = nnx.State({"w": nnx.Param(1), "n": nnx.BatchStat(2)})
+      >>> nnx.filter_state(state, nnx.Param).paths()
+      (('w',),)
     """
     return as_state(state).filter(*filters)
 
@@ -105,6 +138,13 @@ def split_state(state: Any, *filters: Any) -> Any:
 
     Returns:
       A State, or a tuple with one State for each filter.
+
+    Example:
+      >>> import sortal as nnx
+      >>> state = nnx.State({"w": nnx.Param(1), "n": nnx.BatchStat(2)})
+      >>> params, rest = nnx.split_state(state, nnx.Param, ...)
+      >>> rest.paths()
+      (('n',),)
     """
     return as_state(state).split(*filters)
 
@@ -118,6 +158,11 @@ def merge_state(state: Any, /, *states: Any) -> State:
 
     Returns:
       The new State.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.merge_state({"a": 1, "b": 1}, {"b": 2}).to_pure_dict()
+      {'a': 1, 'b': 2}
     """
     return State.merge(state, *states)
 
@@ -131,5 +176,10 @@ def map_state(f: Callable[[Path, Any], Any], state: Any) -> State:
 
     Returns:
       The new State.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.map_state(lambda path, x: x + 1, {"a": 1}).to_pure_dict()
+      {'a': 2}
     """
     return as_state(state).map(f)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
@@ -44,7 +45,20 @@ def static_key(value: Any) -> Hashable:
     if isinstance(value, (np.generic, complex)):
         return (kind, repr(value))
     hash(value)
+    if dataclasses.is_dataclass(kind):
+        return (kind, _field_keys(value))
     return (kind, value)
+
+
+def _field_keys(value: Any) -> Hashable:
+    """Keys of the compared fields; the value where one of them cannot be hashed."""
+    fields = [f for f in dataclasses.fields(value) if f.compare]
+    if not fields or not value.__dataclass_params__.eq:
+        return value
+    try:
+        return tuple(static_key(getattr(value, f.name)) for f in fields)
+    except TypeError:  # the class has a hash of its own that leaves some out
+        return value
 
 
 class Edits:
@@ -122,6 +136,12 @@ class Metadata(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Metadata({self._items!r})"
+
+    def __copy__(self) -> Metadata:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Metadata:
+        return self
 
     def __reduce__(self) -> Any:
         return (Metadata.of, (self._items,))

@@ -294,7 +294,7 @@ def writers(
     optimizer.update(model, grads)
     note("optimizer")
     end_epoch(model)
-    note("your code")
+    note("you")
     return found
 
 
@@ -342,7 +342,7 @@ What you can try next
   On a model of your own:
     print(sortal.tabulate(model))               every leaf and kind
     print(sortal.explain(model, sortal.Param))  what a filter takes and leaves
-  In the file of this demo: derive BatchStat from nnx.Param and run it again. The
+  In the file of this demo: derive BatchStat from nnx.Param, run it again: the
   tables then show that the optimizer changes your statistics too.
 """
 
@@ -453,8 +453,7 @@ def _show(digits: Digits, objects: Any, options: argparse.Namespace) -> None:
         drawn(kind_table("After training", (model, optimizer), before, parts))
     )
     console.print(
-        "Changed: bits that differ from before. By: found by taking one step apart, "
-        "on a copy.\n"
+        "Changed: other bits than before. By: seen in one step taken apart on a copy.\n"
     )
     found = nnx.explain(model, nnx.Param, nnx.BatchStat)
     title = "What explain(model, nnx.Param, nnx.BatchStat) says"

@@ -309,7 +309,7 @@ def drawn(*tables: Table) -> Any:
 
     parts: list[Any] = []
     for table in tables:
-        parts.append(_draw(table))
+        parts += [Text(table.title, "bold"), _draw(table)]
         # A grid, so that the sign hangs to the left however often a sentence wraps.
         notes = RichTable.grid(padding=(0, 1))
         for note in table.notes:
@@ -327,8 +327,6 @@ def _draw(table: Table) -> Any:
     rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
     made = RichTable(
         box=rule,
-        title=Text(table.title, "bold"),
-        title_justify="left",
         header_style="dim",
         pad_edge=False,
         padding=(0, 1, 0, 0),

@@ -71,6 +71,7 @@ class _Conv(Module):
 
     kernel: Param[jax.Array]
     bias: Param[jax.Array] | None
+    out_features: int
 
     def _init(
         self,
@@ -394,7 +395,8 @@ class ConvTranspose(_Conv):
         self.out_features = out_features
         features = (in_features, out_features)
         self._init(
-            kernel_size, features[::-1] if transpose_kernel else features, mask,
+            kernel_size, (out_features, in_features) if transpose_kernel else features,
+            mask,
             kernel_init, bias_init if use_bias else None,
             (kernel_metadata, bias_metadata), param_dtype, rngs,
         )  # fmt: skip

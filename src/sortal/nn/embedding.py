@@ -104,7 +104,7 @@ class Embed(Module):
         if out_sharding is None:
             return jnp.take(table, inputs, axis=0)
         # `take` has no such argument, so the compiler is left to place what is inside.
-        take = jax.sharding.auto_axes(_take, out_sharding=out_sharding)
+        take = jax.sharding.auto_axes(out_sharding=out_sharding)(_take)
         return take(table, inputs)
 
     def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:

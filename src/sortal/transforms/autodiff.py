@@ -26,6 +26,11 @@ class DiffState(NamedTuple):
     Args:
       argnum: the argument's position.
       filter: which of its leaves.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.DiffState(0, nnx.Param).argnum
+      0
     """
 
     argnum: int
