@@ -37,12 +37,9 @@ class Table:
         """The columns that any row has, in order of first appearance."""
         return list(dict.fromkeys(c for row in self.rows for c in row.values))
 
-    def value(self, row: str, column: str) -> float | None:
-        """The number in one cell, or None."""
-        for found in self.rows:
-            if found.name == row:
-                return found.values.get(column)
-        return None
+    def row(self, name: str) -> Row | None:
+        """The row of a name, or None."""
+        return next((row for row in self.rows if row.name == name), None)
 
     def markdown(self) -> str:
         """The table as Markdown, with its notes below it."""
@@ -65,7 +62,7 @@ class Table:
 def number(x: float | None) -> str:
     """Three significant digits, with thousands separated; a dash for None."""
     if x is None:
-        return "–"
+        return "-"
     if abs(x) >= 100:
         return f"{x:,.0f}"
     return f"{x:.3g}"
@@ -80,20 +77,25 @@ def timed_row(name: str, timings: dict[str, Timing], scale: float = 1.0) -> Row:
       scale: what to divide by, such as a number of leaves.
 
     Returns:
-      The Row. Ratio columns are ``x flax`` and so on: how many times Sortal's time the
-      contender takes; and ``of raw``: Sortal's time over raw JAX's.
+      The Row. Ratio columns are ``flax/sortal`` and so on, ratios of medians; those
+      of the minimums, less shaken by other processes, are in the details.
     """
-    values: dict[str, float | None] = {k: t.median / scale for k, t in timings.items()}
-    ours = values.get("sortal")
-    if ours:
-        for peer in ("flax", "equinox"):
-            theirs = values.get(peer)
-            if theirs is not None:
-                values[f"{peer}/sortal"] = theirs / ours
-        raw = values.get("raw jax")
-        if raw is not None:
-            values["sortal/raw"] = ours / raw
-    return Row(name, values, {k: asdict(t) for k, t in timings.items()})
+    medians = {k: t.median for k, t in timings.items()}
+    values: dict[str, float | None] = {k: m / scale for k, m in medians.items()}
+    values.update(_ratios(medians))
+    details: dict[str, Any] = {k: asdict(t) for k, t in timings.items()}
+    details["least"] = _ratios({k: t.best for k, t in timings.items()})
+    return Row(name, values, details)
+
+
+def _ratios(times: dict[str, float]) -> dict[str, float]:
+    ours = times.get("sortal")
+    if not ours:
+        return {}
+    found = {f"{k}/sortal": times[k] / ours for k in ("flax", "equinox") if k in times}
+    if "raw jax" in times:
+        found["sortal/raw"] = ours / times["raw jax"]
+    return found
 
 
 def facts() -> dict[str, Any]:

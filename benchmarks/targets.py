@@ -23,13 +23,14 @@ def check(tables: Sequence[Table]) -> list[str]:
     lines = []
     for row, column, bound, least in RATIOS:
         for table in tables:
-            found = table.value(row, column)
-            if found is None:
+            held = table.row(row)
+            found = held.values.get(column) if held else None
+            if held is None or found is None:
                 continue
+            other = held.details.get("least", {}).get(column)
+            by_least = "" if other is None else f" ({other:.2f} by minimums)"
             met = found >= bound if least else found <= bound
-            words = "at least" if least else "at most"
-            lines.append(
-                f"{'met' if met else 'MISSED'}: {row}, {column}: {found:.2f}, "
-                f"{words} {bound:g}"
-            )
+            verdict = "met" if met else "MISSED"
+            wanted = f"{'at least' if least else 'at most'} {bound:g}"
+            lines.append(f"{verdict}: {row}, {column}: {found:.2f}{by_least}, {wanted}")
     return lines

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ ORDER = (
     "sortal.containers",
     "sortal.rngs",
     "sortal.policy",
+    "sortal.transforms.traced",
     "sortal.transforms.lift",
     "sortal.transforms.compile",
     "sortal.transforms.autodiff",
@@ -62,16 +65,33 @@ ORDER = (
     "sortal.interop.*",
     "sortal.interop",
     "sortal",
+    "sortal.demo.*",
+    "sortal.demo",
 )
+# Rows whose files the design names and nobody has written yet. Who writes one strikes
+# it out here.
+UNWRITTEN = {
+    "sortal.policy",
+    "sortal.transforms.mapping",
+    "sortal.transforms.control",
+    "sortal.sharding",
+    "sortal.checkpoint.manifest",
+    "sortal.checkpoint.store",
+    "sortal.checkpoint.manager",
+    "sortal.checkpoint",
+    "sortal.inspect.html",
+    "sortal.interop.*",
+    "sortal.interop",
+}
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}
 MAY_USE_PRIVATE_JAX = {"sortal._jax"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
-HEAVY = {
-    *("equinox", "flax", "hypothesis", "matplotlib", "optax", "orbax", "pytest"),
-    *("rich", "safetensors", "scipy", "sklearn", "tensorstore"),
-}
+HEAVY = frozenset(
+    "equinox flax hypothesis matplotlib optax orbax pytest rich safetensors scipy "
+    "sklearn tensorstore".split()
+)
 FILE_LINES = 600
 FUNCTION_LINES = 60
 
@@ -163,10 +183,14 @@ def files_without_a_row(package: Path, order: tuple[str, ...] = ORDER) -> list[s
     return [n for n in modules(package) if row_of(n, order) is None]
 
 
-def rows_without_a_file(package: Path, order: tuple[str, ...] = ORDER) -> list[str]:
-    """Law: the order lists no file that does not exist."""
+def stale_rows(
+    package: Path,
+    order: tuple[str, ...] = ORDER,
+    unwritten: AbstractSet[str] = frozenset(UNWRITTEN),
+) -> list[str]:
+    """Law: a row has files, or is among the unwritten, and never both."""
     used = {row_of(name, order) for name in modules(package)}
-    return [row for i, row in enumerate(order) if i not in used]
+    return [r for i, r in enumerate(order) if (i in used) == (r in unwritten)]
 
 
 def folders_without_contents(package: Path) -> list[str]:
@@ -218,7 +242,7 @@ def long_functions(package: Path) -> list[str]:
 LAWS: tuple[Callable[[Path], list[str]], ...] = (
     upward_imports,
     files_without_a_row,
-    rows_without_a_file,
+    stale_rows,
     folders_without_contents,
     private_jax,
     long_files,
@@ -240,7 +264,10 @@ def newly_imported(statement: str) -> set[str]:
         "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
     )
     command = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -289,7 +316,7 @@ def test_a_tree_in_good_order_has_no_offence(plant: Plant) -> None:
     tree = plant({})
     assert upward_imports(tree, SMALL_ORDER) == []
     assert files_without_a_row(tree, SMALL_ORDER) == []
-    assert rows_without_a_file(tree, SMALL_ORDER) == []
+    assert stale_rows(tree, SMALL_ORDER, set()) == []
     assert folders_without_contents(tree) == []
     assert private_jax(tree) == []
     assert long_files(tree) == []
@@ -337,7 +364,9 @@ def test_only_a_late_import_of_a_command_is_free(
 def test_files_rows_and_folders_out_of_place_are_caught(plant: Plant) -> None:
     tree = plant({"stray.py": "", "bare/c.py": ""})
     assert files_without_a_row(tree, SMALL_ORDER) == ["p.bare.c", "p.stray"]
-    assert rows_without_a_file(tree, (*SMALL_ORDER, "p.gone")) == ["p.gone"]
+    more = (*SMALL_ORDER, "p.gone", "p.planned", "p.stray")
+    planned = {"p.planned", "p.stray"}
+    assert stale_rows(tree, more, planned) == ["p.gone", "p.stray"]
     assert folders_without_contents(tree) == [str(tree / "bare")]
 
 

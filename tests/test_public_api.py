@@ -112,9 +112,9 @@ def methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
         if name.startswith("_"):
             continue
         if isinstance(member, (staticmethod, classmethod)):
-            member = member.__func__  # noqa: PLW2901 - the function is what is meant
+            member = member.__func__
         elif isinstance(member, property):
-            member = member.fget  # noqa: PLW2901
+            member = member.fget
         if inspect.isfunction(member) and member.__module__.startswith("sortal"):
             yield name, member
 

@@ -62,9 +62,10 @@ def test_statics_that_python_takes_as_equal_differ_where_a_trace_would(a, b):
 
 @given(statics)
 def test_a_static_has_the_key_of_its_copy_not_a_number_included(value):
-    key = static_key(value)
-    assert key == static_key(copy.deepcopy(value))
-    assert hash(key) == hash(static_key(copy.deepcopy(value)))
+    by_identity = {id(jax.nn.relu): jax.nn.relu}
+    other = copy.deepcopy(value, by_identity)
+    assert static_key(value) == static_key(other)
+    assert hash(static_key(value)) == hash(static_key(other))
 
 
 @given(st.lists(statics, max_size=4).map(tuple), st.lists(statics, max_size=4))

@@ -15,8 +15,9 @@ def prepare(
     task: str, depth: int, width: int, donate: bool
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """See the package."""
-    params, x, tx = matrices(depth, width), example(width), optax.adam(RATE)
+    x, tx = example(width), optax.adam(RATE)
     if task == "forward":
+        params = matrices(depth, width)
         forward = jax.jit(apply)
         lowered = forward.lower(params, x)
         return lambda: forward(params, x).block_until_ready(), _analysis(lowered)
@@ -27,8 +28,7 @@ def prepare(
         return loss, optax.apply_updates(params, updates), moments
 
     jitted = jax.jit(step, donate_argnums=(0, 1) if donate else ())
-    live = [(params, tx.init(params))]
-    del params
+    live = [_start(tx, depth, width)]
     lowered = jitted.lower(*live[0], x)
 
     def call() -> Any:
@@ -37,6 +37,11 @@ def prepare(
         return jax.block_until_ready((loss, live))
 
     return call, _analysis(lowered)
+
+
+def _start(tx: Any, depth: int, width: int) -> tuple[Any, ...]:
+    params = matrices(depth, width)
+    return params, tx.init(params)
 
 
 def _analysis(lowered: Any) -> Callable[[], Any]:

@@ -28,10 +28,10 @@ from sortal.filters import Under as Under
 from sortal.filters import WithTag as WithTag
 from sortal.filters import to_filter as to_filter
 from sortal.graphdef import GraphDef as GraphDef
-from sortal.metrics import Metric as Metric
-from sortal.metrics import MultiMetric as MultiMetric
 from sortal.inspect.text import explain as explain
 from sortal.inspect.text import tabulate as tabulate
+from sortal.metrics import Metric as Metric
+from sortal.metrics import MultiMetric as MultiMetric
 from sortal.module import Module as Module
 from sortal.module import Pytree as Pytree
 from sortal.module import dataclass as dataclass

@@ -58,8 +58,8 @@ class EMA(Pytree):
     ):
         if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
             raise ArgumentError(
-                f"decay={decay!r} is not a share from 0 to 1. Write decay=0.999 to keep "
-                "all but a thousandth of the old average at each step."
+                f"decay={decay!r} is not a share from 0 to 1. Write decay=0.999 to "
+                "keep all but a thousandth of the old average at each step."
             )
         only = tuple(only) if isinstance(only, list) else only
         found = _taken(model, only)

@@ -136,6 +136,11 @@ class OfType(Filter):
 
     type: type
 
+    @property
+    def structural(self) -> bool:  # type: ignore[override]
+        # Classes such as `jax.Array` take raw arrays, which are no part of structure.
+        return issubclass(self.type, Variable)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         if kind is None:
             return isinstance(leaf, self.type)
@@ -200,11 +205,15 @@ class PathContains(Filter):
         return f"PathContains({self.key!r}{'' if self.exact else ', exact=False'})"
 
 
+@dataclass(frozen=True, repr=False, init=False)
 class PathIn(Filter):
     """Takes the leaves at exactly these paths.
 
     Args:
       *paths: tuples of entries from the root.
+
+    Raises:
+      FilterError: one of them is no tuple.
 
     Example:
       >>> import sortal as nnx
@@ -212,17 +221,19 @@ class PathIn(Filter):
       True
     """
 
+    paths: frozenset[Path]
+
     def __init__(self, *paths: Path):
-        self.paths = frozenset(paths)
+        wrong = [p for p in paths if not isinstance(p, tuple)]
+        if wrong:
+            raise FilterError(
+                f"PathIn takes paths as tuples, found {wrong[0]!r}. Write "
+                "PathIn(('layers', 0, 'kernel')), or At('layers.0.kernel')."
+            )
+        object.__setattr__(self, "paths", frozenset(paths))
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         return path in self.paths
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PathIn) and other.paths == self.paths
-
-    def __hash__(self) -> int:
-        return hash((PathIn, self.paths))
 
     def __repr__(self) -> str:
         shown = ", ".join(sorted(map(repr, self.paths)))
@@ -316,12 +327,14 @@ class Shaped(Filter):
     def __post_init__(self) -> None:
         if self.shape is None and self.ndim is None:
             raise FilterError("Shaped() needs shape=(...) or ndim=...; found neither.")
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(self.shape))
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         shape = getattr(_value(leaf), "shape", None)
         if shape is None:
             return False
-        fits = self.shape is None or tuple(shape) == tuple(self.shape)
+        fits = self.shape is None or tuple(shape) == self.shape
         return fits and (self.ndim is None or len(shape) == self.ndim)
 
     def __repr__(self) -> str:
@@ -337,6 +350,9 @@ class Dtyped(Filter):
     Args:
       dtype: a dtype, or an abstract one such as ``jnp.floating``.
 
+    Raises:
+      FilterError: it is no dtype.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
@@ -347,6 +363,15 @@ class Dtyped(Filter):
     dtype: Any
     structural = False
 
+    def __post_init__(self) -> None:
+        try:
+            jnp.issubdtype(jnp.float32, self.dtype)
+        except TypeError:
+            raise FilterError(
+                f"Dtyped({self.dtype!r}): no such dtype. Write for example "
+                "Dtyped(jnp.float32) or Dtyped(jnp.floating)."
+            ) from None
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         dtype = getattr(_value(leaf), "dtype", None)
         return dtype is not None and bool(jnp.issubdtype(dtype, self.dtype))
@@ -355,16 +380,15 @@ class Dtyped(Filter):
         return f"Dtyped({getattr(self.dtype, '__name__', self.dtype)})"
 
 
+@dataclass(frozen=True, repr=False, init=False)
 class _Combined(Filter):
+    filters: tuple[Filter, ...]
+    structural: bool = field(compare=False)
+
     def __init__(self, *filters: Any):
-        self.filters = tuple(to_filter(f) for f in filters)
-        self.structural = all(f.structural for f in self.filters)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.filters == self.filters
-
-    def __hash__(self) -> int:
-        return hash((type(self).__name__, self.filters))
+        read = tuple(map(to_filter, filters))
+        object.__setattr__(self, "filters", read)
+        object.__setattr__(self, "structural", all(f.structural for f in read))
 
     def __repr__(self) -> str:
         name = type(self).__name__.rstrip("_")
@@ -433,6 +457,7 @@ class Not(_Combined):
         return super().covers(other)
 
 
+@dataclass(frozen=True, repr=False)
 class Calls(Filter):
     """Takes what a function of (path, leaf) says; written as the function itself.
 
@@ -440,19 +465,11 @@ class Calls(Filter):
       function: returns a truth value for a path (tuple) and a Variable or array.
     """
 
+    function: Callable[[Path, Any], Any]
     structural = False
-
-    def __init__(self, function: Callable[[Path, Any], Any]):
-        self.function = function
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         return bool(self.function(path, leaf))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Calls) and other.function == self.function
-
-    def __hash__(self) -> int:
-        return hash((Calls, self.function))
 
     def __repr__(self) -> str:
         return getattr(self.function, "__qualname__", repr(self.function))
@@ -477,13 +494,14 @@ def to_filter(literal: Any) -> Filter:
       >>> nnx.to_filter(nnx.Param | nnx.BatchStat)
       Any(Param, BatchStat)
     """
-    if isinstance(literal, list):
-        literal = tuple(literal)
+    if isinstance(literal, (tuple, list)):
+        return Any_(*literal)
     try:
-        # The type is part of the key because Python takes True and 1 as equal.
-        return _read(type(literal), literal)
+        hash(literal)
     except TypeError:
         return _read.__wrapped__(type(literal), literal)
+    # The type is part of the key because Python takes True and 1 as equal.
+    return _read(type(literal), literal)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -496,24 +514,37 @@ def _read(kind: type, literal: Any) -> Filter:
         return Nothing()
     if isinstance(literal, type) and not get_origin(literal):
         if issubclass(literal, Filter):
-            return literal()
+            return _with_no_arguments(literal)
         return OfType(literal)
     if isinstance(literal, str):
         return WithTag(literal)
     if isinstance(literal, types.UnionType) or get_origin(literal) is Union:
         return Any_(*get_args(literal))
-    if isinstance(literal, (tuple, list)):
-        return Any_(*literal)
     origin = get_origin(literal)
     if isinstance(origin, type):
         return OfType(origin)
-    if callable(literal):
+    # A Variable can be called where its value can, but a kind is what was meant.
+    if callable(literal) and not isinstance(literal, Variable):
         return Calls(literal)
-    raise FilterError(
-        f"{literal!r} ({type(literal).__name__}) is not a filter. Write a kind such as "
-        "Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a function "
-        "of (path, leaf)."
+    raise FilterError(_no_filter(literal))
+
+
+def _no_filter(literal: Any) -> str:
+    return (
+        f"{literal!r:.80} ({type(literal).__name__}) is not a filter. Write a kind such "
+        "as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "
+        "function of (path, leaf)."
     )
+
+
+def _with_no_arguments(cls: type[Filter]) -> Filter:
+    try:
+        return cls()
+    except TypeError:
+        raise FilterError(
+            f"{cls.__name__} is a class of filters that needs arguments. Write "
+            f"{cls.__name__}(...)."
+        ) from None
 
 
 to_predicate = to_filter

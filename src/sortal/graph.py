@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sortal import nodes as _nodes
+from sortal._jax import current_trace
 from sortal.errors import StructureError, listing
 from sortal.graphdef import (
     LEAF,
@@ -36,9 +37,10 @@ _KEPT = 4
 class Slot:
     """A raw array where it hangs, with the face of a Variable for the engine."""
 
-    __slots__ = ("holder", "key", "node")
+    __slots__ = ("_trace", "holder", "key", "node")
 
-    def __init__(self, node: Any, handler: Handler | None, key: Any):
+    def __init__(self, node: Any, handler: Handler | None, key: Any, trace: Any):
+        self._trace = trace
         self.node = id(node)
         self.key = key
         # An object's dict rather than the object: a plan must not keep its root alive.
@@ -67,6 +69,10 @@ class Slot:
             self.holder[self.key] = value
         else:
             object.__setattr__(self.holder, self.key, value)
+
+    @property
+    def _place(self) -> tuple[Any, Path, str]:
+        return self.holder, (self.key,), "unlabelled array"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Slot) and self._id == other._id
@@ -137,7 +143,11 @@ class Walk:
         else:
             # Raw arrays are values: one met twice is two leaves, else the structure
             # would depend on which equal arrays happen to be one object.
-            slot = Slot(holder, handler, key) if handler else Slot([obj], None, 0)
+            inside = (frame[1] for frame in reversed(self._open))
+            owner = next((x for x in inside if isinstance(x, Node)), None)
+            trace = current_trace() if owner is None else owner._trace
+            at = (holder, handler, key) if handler else ([obj], None, 0)
+            slot = Slot(*at, trace)
             self.leaves.append(slot)
         return number
 
@@ -315,9 +325,13 @@ class Plan:
         found = self.select(literals)
         leaves = [[self.leaves[i] for i in part[1]] for part in found.parts]
         # Only kinds and `...` are sure to be decided by structure and to be few.
-        if all(isinstance(x, type) or x is Ellipsis for x in literals):
+        if all(x is Ellipsis or _is_kind(x) for x in literals):
             self._picked[literals] = (found, leaves)
         return found, leaves
+
+
+def _is_kind(x: Any) -> bool:
+    return isinstance(x, type) and issubclass(x, Variable)
 
 
 def _attributes(obj: Node, root: Node) -> list[Any]:
@@ -436,11 +450,10 @@ def store_all(leaves: Sequence[Any], values: Sequence[Any]) -> None:
       values: a value for each.
 
     Raises:
-      TraceError: some Variables belong to another trace; nothing is written.
+      TraceError: some leaves belong to another trace; nothing is written.
     """
-    variables = [x for x in leaves if type(x) is not Slot]
-    check_writable(variables)
-    if len(variables) == len(leaves):
+    check_writable(leaves)
+    if Slot not in set(map(type, leaves)):
         deque(map(write, leaves, values), maxlen=0)
         return
     for leaf, value in zip(leaves, values, strict=True):

@@ -155,8 +155,8 @@ def _keyword(metric: Metric, name: str, kwargs: dict[str, Any]) -> Any:
     if name not in kwargs:
         found = ", ".join(map(repr, kwargs)) or "nothing"
         raise ArgumentError(
-            f"{type(metric).__name__}.update needs the keyword {name!r}; found {found}. "
-            f"Write update({name}=...)."
+            f"{type(metric).__name__}.update needs the keyword {name!r}; found {found}."
+            f" Write update({name}=...)."
         )
     value = kwargs[name]
     if isinstance(value, Variable):
@@ -288,8 +288,8 @@ class Accuracy(Average):
             threshold, (int, float, type(None))
         ):
             raise ArgumentError(
-                "the threshold must be a Python number, or None for many classes; found "
-                f"{describe(threshold)}."
+                "the threshold must be a Python number, or None for many classes; "
+                f"found {describe(threshold)}."
             )
         self.threshold = threshold
         super().__init__(*args, **kwargs)
@@ -316,8 +316,8 @@ class Accuracy(Average):
         if labels.shape != classes or (many and logits.ndim == 0):
             due = "one axis, the classes, more than" if many else "the shape of"
             raise ArgumentError(
-                f"logits must have {due} the labels; found logits {describe(logits)} and "
-                f"labels {describe(labels)}. "
+                f"logits must have {due} the labels; found logits {describe(logits)} "
+                f"and labels {describe(labels)}. "
                 + (
                     "Pass class numbers, not one-hot rows; for two classes write "
                     "Accuracy(threshold=...)."

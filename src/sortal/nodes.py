@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from sortal import paths
-from sortal._jax import one_level
+from sortal._jax import current_trace, one_level
 from sortal.statics import edits, static_key
-from sortal.variable import Variable
+from sortal.variable import Variable, foreign_write
 
 Keys = Sequence[Any]
 
@@ -23,26 +23,30 @@ class Node:
 
     The counter tells the engine, in one comparison of integers, that an object still
     has the structure it was planned with; ``statics.edits`` that no object has
-    changed at all. A write that goes round ``__setattr__`` (``vars(obj)[name] = x``)
+    changed at all. Like Variables, an object belongs to the trace that it was made in:
+    an attribute set from inside another would be a tracer leaked. A write that goes round ``__setattr__`` (``vars(obj)[name] = x``)
     is noticed only when it changes the number of attributes.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_plans", "_roles", "_version")
+    __slots__ = ("__dict__", "__weakref__", "_plans", "_roles", "_trace", "_version")
 
     _field_roles: ClassVar[dict[str, str] | None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         node = object.__new__(cls)
+        _set_trace(node, current_trace())
         _set_version(node, 0)
         _set_plans(node, ())
         _set_roles(node, cls._field_roles)
         return node
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if self._trace is not current_trace():
+            raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
+        old = self.__dict__.get(name, _ABSENT)
         if type(value) is Marked:
             _set_roles(self, {**(self._roles or {}), name: value.role})
-            value = value.value
-        old = self.__dict__.get(name, _ABSENT)
+            value, old = value.value, _ABSENT
         object.__setattr__(self, name, value)
         if type(old) in leaf_types and type(value) in leaf_types:
             return
@@ -50,9 +54,15 @@ class Node:
         edits.note()
 
     def __delattr__(self, name: str) -> None:
+        if self._trace is not current_trace():
+            raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
         object.__delattr__(self, name)
         _set_version(self, self._version + 1)
         edits.note()
+
+    @property
+    def _place(self) -> tuple[Any, paths.Path, str]:
+        return self, (), type(self).__name__
 
     def __getstate__(self) -> tuple[dict[str, Any], dict[str, str] | None]:
         return (dict(self.__dict__), self._roles)
@@ -66,6 +76,7 @@ class Node:
 
 
 _ABSENT: Any = object()
+_set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
 _set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__

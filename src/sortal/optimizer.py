@@ -1,4 +1,4 @@
-"""Optimizer: any optax transformation over the leaves of a model that a filter takes."""
+"""Optimizer: any optax transformation over the leaves that a filter takes."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Hyperparam(OptArray):
           TraceError: this Variable belongs to another trace than the current one.
         """
         old: Any = self._value
-        if isinstance(value, (int, float, complex, np.generic)) and not options:
-            if isinstance(old, jax.Array):
-                new = jnp.asarray(value)
-                fits = new.dtype == old.dtype and new.weak_type == old.weak_type
-                value = new if fits else new.astype(old.dtype)
+        number = isinstance(value, (int, float, complex, np.generic))
+        if number and isinstance(old, jax.Array) and not options:
+            new = jnp.asarray(value)
+            fits = new.dtype == old.dtype and new.weak_type == old.weak_type
+            value = new if fits else new.astype(old.dtype)
         super().set_value(value, **options)
 
 
 class Optimizer(Pytree):
-    """Updates the parameters of a model by an optax transformation, and keeps its state.
+    """Trains the parameters of a model by an optax transformation; keeps its state.
 
     The transformation sees parameters, gradients and its own moments as States of one
     and the same treedef, so that masks and labels may be made from
@@ -240,7 +240,9 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
     bad = [
         f"{schema.describe(i)}: {describe(value)}"
         for i, value in enumerate(params.values_list())
-        if not all(jnp.issubdtype(_dtype(x), jnp.inexact) for x in jax.tree.leaves(value))
+        if not all(
+            jnp.issubdtype(_dtype(x), jnp.inexact) for x in jax.tree.leaves(value)
+        )
     ]
     if bad:
         raise OptimizerError(
@@ -306,7 +308,8 @@ def _assign(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> list[tuple[int, ...]]:
     takers = [
-        [g for g, f in enumerate(filters) if f.test(*row)] for row in schema.rows(leaves)
+        [g for g, f in enumerate(filters) if f.test(*row)]
+        for row in schema.rows(leaves)
     ]
     last = len(filters) - 1
     if isinstance(filters[last], Everything):
@@ -321,8 +324,8 @@ def _assign(
         raise OptimizerError(
             "each trained leaf must be in exactly one of the groups "
             f"{', '.join(map(repr, filters))}; found:\n{listing(bad)}\n"
-            "Narrow the filters with & and ~, narrow wrt, or add a last group `...` for "
-            "the rest."
+            "Narrow the filters with & and ~, narrow wrt, or add a last group `...` "
+            "for the rest."
         )
     parts = [
         tuple(i for i, (g,) in enumerate(takers) if g == group)
@@ -331,7 +334,7 @@ def _assign(
     empty = [repr(f) for f, mine in zip(filters, parts, strict=True) if not mine]
     if empty:
         raise OptimizerError(
-            f"no trained leaf is in the group {', '.join(empty)}; the trained ones are:\n"
+            f"no trained leaf is in the group {', '.join(empty)}; there are:\n"
             + listing(map(schema.describe, range(len(schema))))
         )
     return parts
@@ -371,8 +374,7 @@ def _gradients(grads: Any, params: State) -> State:
             schema,
             "Give grad and Optimizer the same wrt, or pass grads.filter(wrt).",
         )
-        given = _conform(given, schema)
-    assert given is not None
+        given = _reordered(given, schema)
     bad = [
         f"{schema.describe(i)} is {describe(p)}, its gradient {describe(g)}"
         for i, (p, g) in enumerate(
@@ -382,7 +384,8 @@ def _gradients(grads: Any, params: State) -> State:
     ]
     if bad:
         raise OptimizerError(
-            f"gradients must have the shapes of their parameters; found:\n{listing(bad)}"
+            "gradients must have the shapes of their parameters; found:\n"
+            + listing(bad)
         )
     return given
 
@@ -417,13 +420,9 @@ def _check_paths(what: str, found: Schema, due: Schema, advice: str) -> None:
     )
 
 
-def _conform(state: State, schema: Schema) -> State | None:
-    """The values of ``state`` at the paths of ``schema``; None where it lacks some."""
-    if state.schema is schema:
-        return state
+def _reordered(state: State, schema: Schema) -> State:
+    """The values of ``state`` at the paths of ``schema``, all of which it has."""
     values, index = state.values_list(), state.schema.index
-    if any(path not in index for path in schema.paths):
-        return None
     return snapshot(schema, [values[index[path]] for path in schema.paths])
 
 
@@ -431,9 +430,8 @@ def _extra(x: Any, params: State) -> Any:
     """A keyword argument as optax sees it: trees of parameters have their treedef."""
     if isinstance(x, Variable):
         return x.value
-    if isinstance(x, State):
-        fitted = _conform(x, params.schema)
-        return x if fitted is None else fitted
+    if isinstance(x, State) and params.schema.index.keys() <= x.schema.index.keys():
+        return _reordered(x, params.schema)
     return x
 
 

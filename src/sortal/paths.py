@@ -160,41 +160,46 @@ def locate(target: Any) -> Path | None:
       A path that leads to it from the outermost object found, or None where no
       object holds it under a name.
     """
-    return _climb(target, (id(target),))
+    best: Path | None = None
+    seen = {id(target)}
+    level: list[tuple[Any, Path]] = [(target, ())]
+    for _ in range(_LEVELS):
+        objects = [obj for obj, _ in level[:_WIDTH]]
+        # One question for all of a level, because each visits every object there is.
+        holders = gc.get_referrers(*objects) if objects else []
+        above: list[tuple[Any, Path]] = []
+        for holder in holders:
+            if id(holder) in seen or isinstance(holder, _NOT_OWNERS):
+                continue
+            seen.add(id(holder))
+            path = _path_from(holder, level)
+            if path is not None:
+                above.append((holder, path))
+        del holders
+        owned = [path for obj, path in above if path and hasattr(obj, "__dict__")]
+        best = max(owned, key=len, default=best)
+        level = above
+    return best
 
 
-def _climb(target: Any, below: tuple[int, ...]) -> Path | None:
-    if len(below) > 24:
+_LEVELS, _WIDTH = 40, 32
+
+
+def _path_from(holder: Any, level: list[tuple[Any, Path]]) -> Path | None:
+    """The path from ``holder`` through one of the objects in ``level``."""
+    if isinstance(holder, dict) and "__builtins__" in holder:
         return None
-    held_by_container = None
-    for holder in gc.get_referrers(target):
-        if id(holder) in below or isinstance(holder, _NOT_OWNERS):
-            continue
-        owner = _owner_of(holder) if isinstance(holder, dict) else holder
-        if owner is None:
-            continue
-        key = _key_in(owner, target)
-        if key is None:
-            continue
-        above = _climb(owner, (*below, id(holder), id(owner)))
-        if hasattr(owner, "__dict__"):
-            return (*(above or ()), key)
-        if above is not None:
-            held_by_container = (*above, key)
-    return held_by_container
+    for obj, path in level:
+        # The dict of an object's attributes stands for the object itself.
+        if getattr(holder, "__dict__", None) is obj:
+            return path
+        key = _key_in(holder, obj)
+        if key is not None:
+            return (key, *path)
+    return None
 
 
 _NOT_OWNERS = (type, types.ModuleType, types.FrameType, types.CellType)
-
-
-def _owner_of(namespace: dict[Any, Any]) -> Any:
-    """The object whose attributes ``namespace`` holds, or the dict where it is data."""
-    if "__name__" in namespace and "__builtins__" in namespace:
-        return None
-    for obj in gc.get_referrers(namespace):
-        if getattr(obj, "__dict__", None) is namespace:
-            return None if isinstance(obj, _NOT_OWNERS) else obj
-    return namespace
 
 
 def _key_in(owner: Any, target: Any) -> Hashable | None:

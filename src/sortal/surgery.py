@@ -372,10 +372,8 @@ def pop(node: Any, /, *filters: Any) -> Any:
             "pop cannot take leaves out of lists and tuples, because the indices of "
             f"others would move; found:\n{listing(stuck)}\nNothing was removed."
         )
-    check_writable(
-        [x for x, p in zip(walk.leaves, schema.paths, strict=True)
-         if p in gone and isinstance(x, Variable)]
-    )  # fmt: skip
+    leaves = zip(walk.leaves, schema.paths, strict=True)
+    check_writable(x for x, path in leaves if path in gone)
     for holder, key in removals:
         if isinstance(holder, Node):
             delattr(holder, key)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -60,7 +61,10 @@ class Variable(Generic[A]):
 
     __slots__ = ("__weakref__", "_metadata", "_trace", "_value")
 
-    options: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
+    _own_options: ClassVar[Mapping[str, Any]] = options
+    # NumPy leaves its operators to what stands higher, as it does for JAX's arrays.
+    __array_priority__ = 100
 
     def __init__(self, value: A, **metadata: Any):
         if isinstance(value, Variable):
@@ -81,7 +85,11 @@ class Variable(Generic[A]):
                 f"class {cls.__name__}: unknown kind option {', '.join(unknown)}. "
                 f"The options are {', '.join(sorted(_OPTIONS))}."
             )
-        cls.options = {**cls.options, **options}
+        cls._own_options = options
+        merged: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            merged.update(vars(base).get("_own_options", {}))
+        cls.options = types.MappingProxyType(merged)
         _register(cls)
 
     # ------------------------------------------------------------- value
@@ -127,9 +135,13 @@ class Variable(Generic[A]):
         self._check_writable()
         _init_value(self, value)
 
+    @property
+    def _place(self) -> tuple[Any, paths.Path, str]:
+        return self, (), type(self).__name__
+
     def _check_writable(self) -> None:
         if self._trace is not current_trace():
-            raise TraceError(_foreign_write([self]))
+            raise foreign_write([self._place])
 
     def __getitem__(self, index: Any) -> Any:
         value: Any = self._value
@@ -152,14 +164,8 @@ class Variable(Generic[A]):
           The new Variable; this one is left alone.
         """
         merged = {**self._metadata, **metadata} if metadata else self._metadata
-        if isinstance(value, Variable):
-            value = value.value
-        new = _MISSING if value is _MISSING else value
-        return make(
-            type(self),
-            self._value if new is _MISSING else new,
-            _frozen(type(self), merged),
-        )
+        new = self._value if value is _MISSING else _plain(value)
+        return make(type(self), new, _frozen(type(self), merged))
 
     copy = replace
 
@@ -203,7 +209,7 @@ class Variable(Generic[A]):
         """
         self._check_writable()
         match args:
-            case ():
+            case () if metadata:
                 merged = {**self._metadata, **metadata}
             case (dict() as whole,) if not metadata:
                 merged = whole
@@ -268,6 +274,12 @@ class Variable(Generic[A]):
                 "variable.value = x or variable[...] = x; for metadata write "
                 f"variable.set_metadata({name}=x)."
             )
+
+    def __delattr__(self, name: str) -> None:
+        raise VariableAttributeError(
+            f"cannot delete {name!r} of a {type(self).__name__}. For metadata write "
+            f"variable.del_metadata({name!r})."
+        )
 
     def __repr__(self) -> str:
         extra = "".join(f", {k}={v!r}" for k, v in self._metadata.items())
@@ -367,19 +379,19 @@ def make_all(kinds: Any, values: Any, metadata: Any) -> list[Any]:
     return made
 
 
-def check_writable(variables: list[Any]) -> None:
-    """Refuses a write to Variables that another trace owns.
+def check_writable(objects: Iterable[Any]) -> None:
+    """Refuses a write to Variables and other live objects that another trace owns.
 
     Args:
-      variables: those about to be written.
+      objects: those about to be written; each has a ``_trace`` and a ``_place``.
 
     Raises:
       TraceError: some belong to another trace; all are listed, none is written.
     """
     now = current_trace()
-    foreign = [v for v in variables if v._trace is not now]
+    foreign = [x for x in objects if x._trace is not now]
     if foreign:
-        raise TraceError(_foreign_write(foreign))
+        raise foreign_write(x._place for x in foreign)
 
 
 def describe(value: Any) -> str:
@@ -419,15 +431,21 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def _foreign_write(variables: list[Variable]) -> str:
+def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:
+    """The error for a write from inside a trace to what another trace owns.
+
+    Args:
+      places: an object, the path from there to what was to be written, and what kind
+        of thing that is.
+
+    Returns:
+      The error.
+    """
     rows = []
-    for variable in variables:
-        path = paths.locate(variable)
-        rows.append(
-            f"{paths.show(path) if path else 'a Variable in no object'} "
-            f"({type(variable).__name__})"
-        )
-    return (
+    for obj, below, kind in places:
+        path = (*(paths.locate(obj) or ()), *below)
+        rows.append(f"{paths.show(path) if path else 'an object of its own'} ({kind})")
+    return TraceError(
         f"cannot write to {', '.join(rows)} from inside a transform that it was not "
         "passed to: the write would be lost or leak a tracer. Pass the object that "
         "holds it as an argument of the transformed function."
@@ -440,18 +458,26 @@ def _own(value: Any) -> Any:
 
 def _with_item(value: Any, index: Any, new: Any) -> Any:
     """``value`` with ``value[index]`` replaced; the old value is left as it was."""
-    if isinstance(new, Variable):
-        new = new.value
-    if not isinstance(value, jax.Array):
-        if isinstance(new, jax.Array) and isinstance(value, np.ndarray):
+    new = _plain(new)
+    if isinstance(value, jax.Array):
+        whole = index is Ellipsis and isinstance(new, jax.Array)
+        return new if whole and _same_type(value, new) else value.at[index].set(new)
+    if isinstance(value, np.ndarray):
+        if isinstance(new, jax.Array):
             return jnp.asarray(value).at[index].set(new)
-        changed = copy.copy(value)
-        changed[index] = new
-        return changed
-    whole = index is Ellipsis and isinstance(new, jax.Array)
-    if whole and new.shape == value.shape and new.dtype == value.dtype:
+    elif index is Ellipsis:
         return new
-    return value.at[index].set(new)
+    changed = copy.copy(value)
+    changed[index] = new
+    return changed
+
+
+def _same_type(a: jax.Array, b: jax.Array) -> bool:
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and getattr(a, "sharding", None) == getattr(b, "sharding", None)
+    )
 
 
 def _operator(name: str) -> Callable[..., Any]:

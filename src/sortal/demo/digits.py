@@ -202,7 +202,8 @@ def build(
       The three objects.
     """
     model = Network(nnx.Rngs(seed))
-    rate = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, max(steps // 10, 1), steps)
+    warm, steps = max(steps // 10, 1), max(steps, 2)
+    rate = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, warm, steps)
     # Param is the kind that is learned. A filter may narrow it down.
     wrt = nnx.Param if train == "all" else nnx.All(nnx.Param, nnx.PathContains("head"))
     optimizer = nnx.Optimizer(model, optax.adamw(rate, weight_decay=0.05), wrt=wrt)
@@ -342,8 +343,8 @@ What you can try next
   On a model of your own:
     print(sortal.tabulate(model))               every leaf and kind
     print(sortal.explain(model, sortal.Param))  what a filter takes and leaves
-  In the file of this demo: derive BatchStat from nnx.Param, run it again: the
-  tables then show that the optimizer changes your statistics too.
+  In the file of this demo: derive BatchStat from nnx.Param and run it again.
+  The tables show the optimizer at your statistics, the loss what comes of it.
 """
 
 
@@ -435,7 +436,7 @@ def _show(digits: Digits, objects: Any, options: argparse.Namespace) -> None:
         f"{len(digits.labels)} digits to learn from, {len(digits.held_out_labels)} "
         "held out. Model and optimizer, by kind:\n"
     )
-    console.print(drawn(kind_table("Before training", (model, optimizer))))
+    console.print(drawn(kind_table("Before training", (model, optimizer))), "")
     before = nnx.state((model, optimizer))
     parts = writers(model, optimizer, *_first_batch(digits, options))
     columns = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "accuracy")]
@@ -453,14 +454,15 @@ def _show(digits: Digits, objects: Any, options: argparse.Namespace) -> None:
         drawn(kind_table("After training", (model, optimizer), before, parts))
     )
     console.print(
-        "Changed: other bits than before. By: seen in one step taken apart on a copy.\n"
+        "\nChanged: other bits than before. By: seen in one step, taken apart on a "
+        "copy.\n"
     )
     found = nnx.explain(model, nnx.Param, nnx.BatchStat)
     title = "What explain(model, nnx.Param, nnx.BatchStat) says"
     console.print(drawn(found.tables()[0]._replace(title=title, notes=found.notes)))
     console.print()
     _say(result)
-    console.print(NEXT, highlight=False, markup=False, end="")
+    console.print(NEXT, highlight=False, markup=False)
 
 
 def _first_batch(digits: Digits, options: argparse.Namespace) -> Any:

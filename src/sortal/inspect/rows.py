@@ -444,7 +444,8 @@ def _tag_hints(
         if prefix in at:
             yield f"{start}. For the path write {At(text)!r}."
         elif below:
-            yield f"{start}. For the {len(below)} leaves below write {At(text + '.**')!r}."
+            glob = At(f"{text}.**")
+            yield f"{start}. For the {len(below)} leaves below write {glob!r}."
         elif text in {row.label for row in rows}:
             yield f"{start}. For the kind write the class {text}, without quotes."
         elif tags:
@@ -486,9 +487,7 @@ def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> st
         at = [show(row.path) for row in rows if row.kind is kind]
         told.append(f"{full_name(kind)} ({_some(at)})")
     text = f"{len(group)} different kinds are called {name}: {_and(told)}."
-    below = [
-        (a, b) for a in group for b in group if a is not b and issubclass(a, b)
-    ]
+    below = [(a, b) for a in group for b in group if a is not b and issubclass(a, b)]
     for child, parent in below:
         text += (
             f" {full_name(child)} is a subclass of {full_name(parent)}, so that a "

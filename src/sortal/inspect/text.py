@@ -309,12 +309,13 @@ def drawn(*tables: Table) -> Any:
 
     parts: list[Any] = []
     for table in tables:
-        parts += [Text(table.title, "bold"), _draw(table)]
+        gap = [Text("")] if parts else []
+        parts += [*gap, Text(table.title, "bold"), _draw(table)]
         # A grid, so that the sign hangs to the left however often a sentence wraps.
         notes = RichTable.grid(padding=(0, 1))
         for note in table.notes:
-            notes.add_row(Text(" !", "yellow"), Text(note, "yellow"))
-        parts += [notes] if table.notes else []
+            notes.add_row(Text("!", "yellow"), Text(note, "yellow"))
+        parts += [Text(""), notes] if table.notes else []
     return Group(*parts)
 
 
@@ -328,6 +329,7 @@ def _draw(table: Table) -> Any:
     made = RichTable(
         box=rule,
         header_style="dim",
+        show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
@@ -357,9 +359,9 @@ def plain(*tables: Table) -> str:
     Example:
       >>> print(plain(Table("Ages", ("who", "years>"), (("Ada", "36"),))))
       Ages
-      who years
-      ---------
-      Ada    36
+      who  years
+      ----------
+      Ada     36
     """
     from rich.console import Console
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def canonicalize_padding(padding: Padding, rank: int) -> str | Pairs:
 class _Conv(Module):
     """What both convolutions are made of."""
 
-    paddings: tuple[str, ...]
+    _paddings: ClassVar[tuple[str, ...]]
 
     kernel: Param[jax.Array]
     bias: Param[jax.Array] | None
@@ -108,18 +108,15 @@ class _Conv(Module):
 
     def _check_padding(self, padding: Padding) -> None:
         named = canonicalize_padding(padding, len(self.kernel_size))
-        if isinstance(named, str) and named not in self.paddings:
+        if isinstance(named, str) and named not in self._paddings:
             raise ArgumentError(
                 f"{dtypes.name_of(self)}: padding {named!r} is unknown; the names are "
-                f"{', '.join(self.paddings)}."
+                f"{', '.join(self._paddings)}."
             )
 
-    def _operands(self, inputs: Any) -> tuple[Any, Any, Any, tuple[int, ...]]:
-        """The input with one batch axis, kernel, bias, and the batch axes it had."""
-        kernel: Any = self.kernel[...]
-        if self.mask is not None:
-            kernel = kernel * self.mask
-        x, kernel, bias = dtypes.promote(self, inputs, kernel, self.bias)
+    def _flattened(self, inputs: Any) -> tuple[Any, tuple[int, ...]]:
+        """The input with its batch axes made into one, and those it had."""
+        x = dtypes.as_array(self, inputs)
         n_batch = x.ndim - len(self.kernel_size) - 1
         if n_batch < 0:
             raise ArgumentError(
@@ -130,7 +127,11 @@ class _Conv(Module):
         batch = x.shape[:n_batch]
         if n_batch != 1:
             x = jnp.reshape(x, (math.prod(batch), *x.shape[n_batch:]))
-        return x, kernel, bias, batch
+        return x, batch
+
+    def _masked(self) -> jax.Array:
+        kernel = self.kernel[...]
+        return kernel if self.mask is None else kernel * self.mask
 
     def _sizes(self, name: str) -> tuple[int, ...]:
         """An attribute given as None, one number, or one for each spatial axis."""
@@ -167,6 +168,7 @@ class Conv(_Conv):
         axis, padded in front only); a number; or numbers or pairs (low, high) for
         each spatial axis.
       input_dilation: spacing of the input's elements; 2 puts a zero between any two.
+        Other than 1, it needs padding in numbers.
       kernel_dilation: spacing of the kernel's elements.
       feature_group_count: how many groups the features are divided into; each group
         of outputs sees only its group of inputs.
@@ -199,7 +201,7 @@ class Conv(_Conv):
       (4, 14, 14, 8)
     """
 
-    paddings = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+    _paddings = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
     def __init__(
         self,
@@ -235,13 +237,13 @@ class Conv(_Conv):
             kernel_init, bias_init if use_bias else None,
             (kernel_metadata, bias_metadata), param_dtype, rngs,
         )  # fmt: skip
-        self._check_padding(padding)
         self.strides = strides
         self.padding = padding
         self.input_dilation = input_dilation
         self.kernel_dilation = kernel_dilation
         for name in ("strides", "input_dilation", "kernel_dilation"):
             self._sizes(name)
+        self._check_padding(padding)
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -267,6 +269,11 @@ class Conv(_Conv):
                 f"Conv: padding 'CAUSAL' is for one spatial axis; found kernel_size="
                 f"{self.kernel_size}. Give pairs (low, high) instead."
             )
+        if isinstance(padding, str) and set(self._sizes("input_dilation")) != {1}:
+            raise ArgumentError(
+                f"Conv: padding {padding!r} is not defined for a dilated input; found "
+                f"input_dilation={self.input_dilation}. Give pairs (low, high) instead."
+            )
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
@@ -282,9 +289,11 @@ class Conv(_Conv):
         Raises:
           ArgumentError: the input has too few axes, or another number of features.
         """
-        x, kernel, bias, batch = self._operands(inputs)
+        x, batch = self._flattened(inputs)
+        kernel = self._masked()
         dtypes.check_axis(self, x, kernel.shape[-2] * self.feature_group_count)
         x, padding = self._padded(x)
+        x, kernel, bias = dtypes.promote(self, x, kernel, self.bias)
         # Batch, features and spatial axes: of the input, and output before input
         # features of the kernel.
         n = x.ndim
@@ -365,7 +374,7 @@ class ConvTranspose(_Conv):
       (2, 14, 14, 8)
     """
 
-    paddings = ("SAME", "VALID", "CIRCULAR")
+    _paddings = ("SAME", "VALID", "CIRCULAR")
 
     def __init__(
         self,
@@ -427,8 +436,10 @@ class ConvTranspose(_Conv):
         Raises:
           ArgumentError: the input has too few axes, or another number of features.
         """
-        x, kernel, bias, batch = self._operands(inputs)
+        x, batch = self._flattened(inputs)
+        kernel = self._masked()
         dtypes.check_axis(self, x, kernel.shape[-1 if self.transpose_kernel else -2])
+        x, kernel, bias = dtypes.promote(self, x, kernel, self.bias)
         padding = canonicalize_padding(self.padding, len(self.kernel_size))
         strides = self._sizes("strides")
         circular = padding == "CIRCULAR"

@@ -32,7 +32,7 @@ Axes = int | Sequence[int]
 class _Norm(Module):
     """Statistics over some axes, and a scale and bias along others."""
 
-    affine: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    _affine: ClassVar[tuple[str, ...]] = ("scale", "bias")
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class _Norm(Module):
 
     def _promoted(self, inputs: Any, features: Axes, *statistics: Any) -> Any:
         """Input, statistics and affine parameters in one dtype, and feature axes."""
-        affine = [getattr(self, name) for name in self.affine]
+        affine = [getattr(self, name) for name in self._affine]
         x, *arrays = dtypes.promote(self, inputs, *statistics, *affine)
         axes = self._axes(x, features)
         found = math.prod(x.shape[a] for a in axes)
@@ -417,7 +417,7 @@ class RMSNorm(_Norm):
       Array([[0.2, 1.4]], dtype=float32)
     """
 
-    affine = ("scale",)
+    _affine = ("scale",)
 
     def __init__(
         self,

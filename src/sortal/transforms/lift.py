@@ -30,7 +30,7 @@ from sortal.transforms.traced import (
     Ticket,
     replace_roots,
 )
-from sortal.variable import Variable, describe, make
+from sortal.variable import Variable, check_writable, describe, make
 
 
 class Joint(NamedTuple):
@@ -166,6 +166,8 @@ def leave(entered: Entered, result: Result) -> Any:
         written.
     """
     exit = result.exit
+    if exit.edits is not None:
+        check_writable(_edited(entered, exit.edits))
     if exit.written:
         _write_back(entered, exit, result.values)
     if exit.edits is not None:
@@ -184,6 +186,15 @@ def leave(entered: Entered, result: Result) -> Any:
         result.out,
         is_leaf=lambda x: isinstance(x, (Ref, State)),
     )
+
+
+def _edited(entered: Entered, edits: Edits) -> list[Any]:
+    """What edits will write to: objects, those that hold containers, Variables."""
+    numbers = [edits.node_from[n] for n in edits.dirty]
+    nodes = [entered.live_node(n) for n in numbers if n is not None]
+    roots = [entered.roots[entered.joint.node_at[n][0]] for n in numbers if n is not None]
+    held = [x if isinstance(x, Node) else r for x, r in zip(nodes, roots, strict=True)]
+    return [*held, *(entered.live_leaf(k) for k, _ in edits.metadata)]
 
 
 def _write_back(entered: Entered, exit: Exit, values: Sequence[Any]) -> None:

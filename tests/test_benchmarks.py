@@ -1,0 +1,107 @@
+"""The benchmarks run, and each contender does the work that it is said to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optax")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import peers, sections
+from benchmarks import workload as w
+from benchmarks.__main__ import main
+from benchmarks.report import Row, Table, number, timed_row
+from benchmarks.targets import check
+from benchmarks.timing import Effort, Timing, compare
+
+TINY = Effort(repeats=1, seconds=0.0, warmup=1)
+FOUND, _ = peers.load()
+
+
+def test_the_model_has_the_size_that_the_table_names():
+    model, adam = FOUND["sortal"].build(w.Blocks())
+    import sortal
+
+    assert len(list(sortal.iter_modules(model))) == 152
+    assert len(sortal.state(model).paths()) == 300
+    assert len(sortal.state(model, sortal.Param).paths()) == 200
+    assert len(sortal.state(adam).paths()) == 402
+    attributes = sum(len(vars(m)) for _, m in sortal.iter_modules(model))
+    assert attributes == 1406
+
+
+def _summary(x):
+    return x.shape, float(x.sum())
+
+
+@pytest.mark.parametrize("name", [n for n in FOUND if n != "raw"])
+def test_contenders_hold_equal_leaves(name):
+    import jax
+
+    shape = w.Blocks(2)
+    ours = jax.tree.leaves(FOUND["sortal"].build(shape)[0])
+    theirs = jax.tree.leaves(FOUND[name].build(shape)[0])
+    assert len(ours) == len(theirs)
+    assert sorted(map(_summary, ours)) == sorted(map(_summary, theirs))
+
+
+@pytest.mark.parametrize("name", list(FOUND))
+def test_steps_change_leaves_each_time(name):
+    for step in FOUND[name].operations(w.Blocks(2), (w.STEP,))[w.STEP].values():
+        first, second = np.asarray(step()), np.asarray(step())
+        np.testing.assert_allclose(second - first, 1.0)
+
+
+def test_verbs_and_training_have_all_contenders():
+    table = sections.verbs(FOUND, TINY, w.Blocks(1))
+    assert [row.name for row in table.rows] == list(w.ROWS)
+    assert all(row.values["sortal"] for row in table.rows)
+    trained = sections.training(FOUND, TINY, w.Blocks(1))
+    assert set(trained.rows[0].values) >= {"sortal", "raw jax", "sortal/raw"}
+
+
+def test_the_command_writes_both_files(tmp_path: Path):
+    out = tmp_path / "deep" / "tiny"
+    line = ["--quick", "--only", "training", "--peers", "sortal,raw", "--out", str(out)]
+    assert main(line) == 0
+    assert "Training step" in out.with_suffix(".md").read_text()
+    data = json.loads(out.with_suffix(".json").read_text())
+    assert data["facts"]["python"]
+    assert data["tables"][0]["rows"][0]["details"]["sortal"]["calls"] > 0
+
+
+def test_unknown_section_is_refused():
+    with pytest.raises(SystemExit):
+        main(["--only", "nothing"])
+
+
+def test_compare_ranks_slow_below_fast():
+    found = compare({"fast": lambda: None, "slow": lambda: sum(range(5000))}, TINY)
+    assert found["slow"].best > found["fast"].best
+
+
+def test_ratios_and_targets():
+    def timing(x):
+        return Timing(x, x, 1)
+
+    row = timed_row(w.NOOP, {"sortal": timing(2.0), "raw jax": timing(1.0)})
+    assert row.values["sortal/raw"] == 2.0
+    lines = check([Table("t", "us", [row])])
+    assert lines == [
+        "MISSED: jitted no-op, sortal/raw: 2.00 (2.00 by minimums), at most 1.3"
+    ]
+
+
+def test_flatness_judges_from_a_thousand_leaves():
+    rows = [Row(n, {"sortal": v}) for n, v in (("10", 9), ("1,000", 1), ("10,000", 3))]
+    assert "NOT within" in sections.flatness(Table("t", "ns", rows))
+    assert "3.00" in sections.flatness(Table("t", "ns", rows))
+
+
+def test_numbers_are_short():
+    assert [number(x) for x in (None, 1234.6, 1.23456)] == ["-", "1,235", "1.23"]

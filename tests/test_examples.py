@@ -1,0 +1,279 @@
+"""The programs under examples/ do what they say, also with Flax NNX in their place."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sortal
+from sortal.demo import digits
+from sortal.inspect import cli
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+OURS, THEIRS = "import sortal as nnx\n", "from flax import nnx\n"
+LIBRARIES = ("sortal", "flax")
+
+
+def load(file: str, library: str, name: str) -> types.ModuleType:
+    """An example as a module, the one import line that names the library swapped."""
+    source = (EXAMPLES / file).read_text()
+    assert source.count(OURS) == 1
+    if library == "flax":
+        source = source.replace(OURS, THEIRS)
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    exec(compile(source, file, "exec"), vars(module))  # noqa: S102 - our own file
+    return module
+
+
+# ---------------------------------------------------------------- state_filter_count
+
+
+@pytest.fixture(scope="module")
+def counters():
+    return [
+        load("state_filter_count.py", library, f"count_{library}").state_filter_count
+        for library in LIBRARIES
+    ]
+
+
+@hypothesis.settings(max_examples=15)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    size=st.integers(1, 9),
+    hidden=st.integers(1, 9),
+)
+def test_four_leaves_two_params_one_statistic_for_any_seed_and_shape(
+    counters, seed, size, hidden
+):
+    for count in counters:
+        found = count(float(seed), jnp.linspace(-1, 1, size), float(hidden))
+        assert isinstance(found, jax.Array)
+        assert jnp.issubdtype(found.dtype, jnp.floating)
+        assert found.tolist() == [4.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_counts_follow_the_classes_and_are_not_assumed(library):
+    name = f"changed_{library}"
+    module = load("state_filter_count.py", library, name)
+    nnx = module.nnx
+
+    def count(base):
+        module.BatchStat = type("BatchStat", (base,), {})
+        return module.state_filter_count(0.0, jnp.ones(3), 2.0).tolist()
+
+    assert count(nnx.Variable) == [4, 2, 1]
+    assert count(nnx.Param) == [4, 3, 1]
+    module.BatchStat = nnx.Param
+    assert module.state_filter_count(0.0, jnp.ones(3), 2.0).tolist() == [4, 3, 3]
+    module.BatchStat = nnx.Variable
+    assert module.state_filter_count(0.0, jnp.ones(3), 2.0).tolist() == [4, 2, 4]
+
+
+def test_the_same_weights_as_in_flax_come_of_the_same_seed():
+    models = [
+        load("state_filter_count.py", library, f"weights_{library}").Affine
+        for library in LIBRARIES
+    ]
+    ours, theirs = (
+        model(5, 4, rngs=module.Rngs(3))
+        for model, module in zip(models, (sortal, load_nnx()), strict=True)
+    )
+    assert np.array_equal(ours.kernel[...], theirs.kernel[...])
+    assert np.array_equal(ours(jnp.ones(5)), theirs(jnp.ones(5)))
+
+
+def load_nnx():
+    from flax import nnx
+
+    return nnx
+
+
+def test_what_the_lesson_says_of_explain_is_so():
+    module = load("state_filter_count.py", "sortal", "lesson")
+    model = module.Affine(3, 2, rngs=sortal.Rngs(0))
+    found = sortal.explain(model, sortal.Param, sortal.BatchStat)
+    notes = " ".join(found.notes)
+    assert "lesson.BatchStat (running_mean)" in notes
+    assert "sortal.BatchStat (none here)" in notes
+    assert ("running_mean",) in [leaf.path for leaf in found.left_over]
+    module.BatchStat = type("BatchStat", (sortal.Param,), {})
+    trained = sortal.explain(module.Affine(3, 2, rngs=sortal.Rngs(0)))
+    assert any("wrt=Param trains it: running_mean" in note for note in trained.notes)
+
+
+def run(*command: str, text: str | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *command],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_pasted_into_a_fresh_interpreter_it_prints_4_2_and_1(library):
+    source = (EXAMPLES / "state_filter_count.py").read_text()
+    text = source if library == "sortal" else source.replace(OURS, THEIRS)
+    printed = run("-", text=text)
+    assert re.findall(r"^\d+", printed, re.MULTILINE) == ["4", "2", "1"]
+
+
+# ---------------------------------------------------------------------------- digits
+
+
+def test_there_is_one_copy_of_the_program():
+    shown = EXAMPLES / "digits.py"
+    assert shown.is_symlink()
+    assert shown.resolve() == Path(digits.__file__).resolve()
+
+
+def options(*words: str):
+    return digits.parse(list(words))
+
+
+def trained(*words: str) -> digits.Result:
+    chosen = options(*words)
+    data = digits.load_digits(chosen.seed)
+    steps = chosen.epochs * (len(data.labels) // chosen.batch)
+    objects = digits.build(chosen.seed, steps, chosen.train)
+    return digits.train(data, objects, chosen)
+
+
+@pytest.fixture(scope="module")
+def result() -> digits.Result:
+    # The processor's seconds: the clock's depend on what else the machine is doing.
+    started = time.process_time()
+    found = trained()
+    return found._replace(seconds=time.process_time() - started)
+
+
+def test_held_out_accuracy_is_at_least_97_percent_within_a_minute(result):
+    assert result.accuracy >= 0.97
+    assert result.seconds < 60
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_the_split_is_a_partition_drawn_by_the_seed():
+    data, again, other = (digits.load_digits(seed) for seed in (0, 0, 1))
+    assert len(data.images) + len(data.held_out_images) == 1797
+    assert len(data.held_out_labels) == 449
+    assert np.array_equal(data.images, again.images)
+    assert not np.array_equal(data.labels, other.labels)
+    pixels = np.concatenate([data.images, data.held_out_images])
+    others = np.concatenate([other.images, other.held_out_images])
+    assert sorted(map(np.ndarray.tobytes, pixels)) == sorted(
+        map(np.ndarray.tobytes, others)
+    )
+
+
+def test_an_epoch_meets_no_image_twice():
+    data = digits.load_digits(0)
+    numbered = data._replace(images=np.arange(1348), labels=np.arange(1348))
+    seen = [x for x, _ in digits.batches(numbered, 64, np.random.default_rng(0))]
+    assert {x.shape for x in seen} == {(64,)}
+    assert len(set(np.concatenate(seen))) == 64 * (1348 // 64)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
+    one, two, other = (trained("--epochs", "1", "--seed", s) for s in "001")
+    state, same = sortal.state(one.model), sortal.state(two.model)
+    assert not any(row.changed for row in sortal.inspect.differences(state, same))
+    assert one.losses == two.losses != other.losses
+    assert one.accuracy == two.accuracy
+
+
+def test_the_first_twenty_losses_are_those_of_flax_to_the_last_bit():
+    data = digits.load_digits(0)
+    losses = []
+    for library in LIBRARIES:
+        module = load("digits.py", library, f"digits_{library}")
+        objects = module.build(0, 20)
+        objects[0].train()
+        drawn = digits.batches(data, 64, np.random.default_rng(0))
+        steps = [module.train_step(*objects, *next(drawn)) for _ in range(20)]
+        objects[0].eval()
+        guesses = module.predict(objects[0], data.held_out_images)
+        losses.append([*map(float, steps), *np.asarray(guesses)])
+    assert losses[0] == losses[1]
+
+
+def test_each_kind_is_changed_by_whom_it_should_be(result):
+    data = digits.load_digits(0)
+    objects = digits.build(0, 100)[:2]
+    before = sortal.state(objects)
+    parts = digits.writers(*objects, data.images[:64], data.labels[:64])
+    assert parts == {
+        "forward pass": {
+            digits.BatchStat: 2,
+            sortal.BatchStat: 4,
+            sortal.RngCount: 1,
+            sortal.Variable: 1,
+        },
+        "optimizer": {
+            sortal.Param: 8,
+            sortal.OptArray: 2,
+            sortal.OptState: 1,
+            sortal.OptVariable: 16,
+        },
+        "you": {sortal.Variable: 1},
+    }
+    rows = sortal.inspect.differences(before, objects)
+    assert not any(row.changed for row in rows), "the step was taken on copies"
+    table = digits.kind_table("t", (result.model, result.optimizer), before, parts)
+    cells = {row[0]: row[1:] for row in table.cells}
+    assert cells["Param"] == ("8", "12,658", "50.6 kB", "8", "optimizer")
+    assert cells["RngKey"][-2:] == ("0", "")
+    assert cells["Variable"][-2:] == ("2", "forward pass 1, you 1")
+    assert cells["digits.BatchStat"] == ("2", "128", "512 B", "2", "forward pass")
+    assert cells["sortal.BatchStat"][-2:] == ("4", "forward pass")
+
+
+def test_learning_the_head_only_leaves_other_parameters_as_they_were():
+    model, optimizer, _ = digits.build(0, 21, "head")
+    first = sortal.state(model)
+    result = trained("--epochs", "1", "--train", "head")
+    (params, *_) = sortal.inspect.differences(first, result.model)
+    assert params.paths == (("head", "bias"), ("head", "kernel"))
+    assert len(sortal.state(optimizer, sortal.OptVariable)) == 1
+
+
+def test_a_quiet_run_prints_one_line(capsys):
+    words = ["demo", "--quiet", "--epochs", "1", "--batch", "100000"]
+    assert cli.main(words) == 0
+    line = r"held-out accuracy \d+\.\d\d% after 1 epochs, \d+\.\d s\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
+def test_the_whole_program_runs_as_a_script_and_prints_its_tables():
+    printed = run(str(EXAMPLES / "digits.py"), "--epochs", "1")
+    assert "\x1b" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    for part in (
+        "1348 digits to learn from, 449 held out",
+        "Before training",
+        "After training",
+        "__main__.BatchStat",
+        "forward pass 1, you 1",
+        "2 different kinds are called BatchStat",
+        "held-out accuracy",
+        "What you can try next",
+    ):
+        assert part in printed
