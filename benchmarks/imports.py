@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from benchmarks.report import Row, Table
@@ -31,16 +33,12 @@ def imports(repeats: int = 7) -> Table:
     table = Table(
         "Import time over jax", "milliseconds, medians over processes", notes=[note]
     )
-    samples: dict[str, list[Any]] = {name: [] for name in MODULES}
-    for turn in range(repeats + 1):
-        progress(f"imports, round {turn}")
-        for name in list(samples):
-            found = _import(name)
-            if found is None:
-                del samples[name]
-                table.notes.append(f"{name} left out: it cannot be imported.")
-            elif turn:
-                samples[name].append(found)
+    with tempfile.TemporaryDirectory() as folder:
+        # Bytecode of our own, so that no setting or read-only folder keeps one
+        # library from having it while another has it.
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        samples = _samples(repeats, environment, table)
     for name, found in samples.items():
         cpu, wall = zip(*found, strict=True)
         values = {
@@ -53,12 +51,30 @@ def imports(repeats: int = 7) -> Table:
     return table
 
 
-def _import(name: str) -> list[float] | None:
+def _samples(
+    repeats: int, environment: dict[str, str], table: Table
+) -> dict[str, list[Any]]:
+    """CPU and wall times by library; the first round only fills the caches."""
+    samples: dict[str, list[Any]] = {name: [] for name in MODULES}
+    for turn in range(repeats + 1):
+        progress(f"imports, round {turn}")
+        for name in list(samples):
+            found = _import(name, environment)
+            if found is None:
+                del samples[name]
+                table.notes.append(f"{name} left out: it cannot be imported.")
+            elif turn:
+                samples[name].append(found)
+    return samples
+
+
+def _import(name: str, environment: dict[str, str]) -> list[float] | None:
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, name],
         capture_output=True,
         text=True,
         check=False,
+        env=environment,
     )
     if done.returncode:
         return None

@@ -16,7 +16,7 @@ SCALED = (w.STATE, w.PARAMS, w.SPLIT, w.MERGE, w.UPDATE, w.NOOP, w.STEP)
 SIZES = (10, 100, 1_000, 10_000, 100_000)
 PEERS_UP_TO = 10_000
 STEP_UP_TO = 10_000
-PEERS_STEP_UP_TO = 1_000
+PEERS_COMPILED_UP_TO = 1_000
 
 Peers = Mapping[str, ModuleType]
 
@@ -69,37 +69,45 @@ def scaling(
     peers: Peers, effort: Effort, sizes: tuple[int, ...] = SIZES
 ) -> list[Table]:
     """The cost per leaf at growing numbers of leaves: one table for each operation."""
-    tables = []
-    for row in SCALED:
-        table = Table(f"Scaling of {row}", "nanoseconds per leaf, medians")
-        for leaves in sizes:
-            if row == w.STEP and leaves > STEP_UP_TO:
-                table.notes.append(
-                    f"{leaves:,} leaves left out: XLA's own compile time grows with "
-                    "the square of their number, in raw JAX as well."
-                )
-                continue
+    tables = {
+        row: Table(f"Scaling of {row}", "nanoseconds per leaf, medians")
+        for row in SCALED
+    }
+    for leaves in sizes:
+        large = leaves >= 10_000
+        limited = replace(effort, repeats=min(effort.repeats, 3), warmup=2)
+        for row, calls in _scaled_calls(peers, leaves).items():
             progress(f"{row}, {leaves:,} leaves")
-            table.rows.append(
-                _scaled_row(_taking_part(peers, row, leaves), effort, row, leaves)
-            )
+            timings = compare(calls, limited if large else effort)
+            table = tables[row]
+            table.rows.append(timed_row(f"{leaves:,}", timings, leaves / 1000))
+    for table in tables.values():
         table.notes.append(flatness(table))
-        tables.append(table)
-    return tables
+    tables[w.STEP].notes.append(
+        f"at most {STEP_UP_TO:,} leaves: XLA's own compile time grows faster than "
+        "their number, in raw JAX as well."
+    )
+    return list(tables.values())
 
 
-def _taking_part(peers: Peers, row: str, leaves: int) -> Peers:
-    limit = PEERS_STEP_UP_TO if row == w.STEP else PEERS_UP_TO
-    always = ("sortal", "raw")
-    return {k: p for k, p in peers.items() if k in always or leaves <= limit}
-
-
-def _scaled_row(peers: Peers, effort: Effort, row: str, leaves: int) -> Row:
-    shape = w.Cells(leaves)
-    calls = collect(peers, lambda p: p.operations(shape, (row,)).get(row))
-    if leaves >= 10_000:
-        effort = replace(effort, repeats=min(effort.repeats, 3), warmup=2)
-    return timed_row(f"{leaves:,}", compare(calls, effort), leaves / 1000)
+def _scaled_calls(peers: Peers, leaves: int) -> w.Operations:
+    """The calls at one size, with each contender's model built once for all rows."""
+    found: w.Operations = {}
+    for name, peer in peers.items():
+        limited = name not in ("sortal", "raw")
+        verbs_too = leaves <= PEERS_UP_TO or not limited
+        compiled = leaves <= PEERS_COMPILED_UP_TO or not limited
+        wanted = tuple(
+            row
+            for row in SCALED
+            if (compiled if row in (w.NOOP, w.STEP) else verbs_too)
+            and (row != w.STEP or leaves <= STEP_UP_TO)
+        )
+        if not wanted:
+            continue
+        for row, calls in peer.operations(w.Cells(leaves), wanted).items():
+            found.setdefault(row, {}).update(calls)
+    return found
 
 
 def flatness(table: Table) -> str:

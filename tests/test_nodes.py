@@ -90,7 +90,6 @@ def test_tracers_are_leaves():
         (Cell(1), False),
         ([1], False),
         ({"a": 1}, False),
-        ("text".upper, True),
     ],
 )
 def test_values_that_hold_statics_only_are_one_static(value, static):

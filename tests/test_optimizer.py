@@ -438,7 +438,7 @@ def test_a_hyperparameter_written_between_steps_takes_effect_uncompiled(write):
     step(model, optimizer)
     before = values(model)
     rate = optimizer.opt_state.hyperparams["learning_rate"]
-    assert isinstance(rate, Hyperparam)
+    assert type(rate).__name__ == "Hyperparam"
     assert isinstance(rate, nnx.OptArray)
     if write == "value":
         rate.value = 0.0

@@ -753,7 +753,7 @@ def test_the_path_in_the_message_goes_through_containers():
 
 def test_a_variable_in_no_object_is_named_as_such():
     loose = [Param(jnp.ones(2))]
-    with pytest.raises(TraceError, match=r"a Variable in no object \(Param\)"):
+    with pytest.raises(TraceError, match=r"an object of its own \(Param\)"):
         run_jit(lambda x: loose[0].set_value(x))
 
 

@@ -104,7 +104,7 @@ class Walk:
         if self._bad:
             raise StructureError(
                 "static values must be hashable, because compiled functions are kept "
-                "by them; found:\n"
+                "by them, and must hold no state; found:\n"
                 + listing(self._bad)
                 + "\nUse a tuple or frozenset, "
                 "hold arrays in Variables, or give the class __eq__ and __hash__."
@@ -169,6 +169,12 @@ class Walk:
         if handler.tracked and id(obj) in self._numbers:
             return self._numbers[id(obj)]
         number = len(self.nodes)
+        if isinstance(obj, (list, dict)) and getattr(obj, "__dict__", None):
+            self._bad.append(
+                f"{show(path)}: a {type(obj).__name__} with the attributes "
+                f"{', '.join(obj.__dict__)}, which copies of a {type(obj).__base__} "
+                "do not keep; derive it from sortal.Module"
+            )
         if handler.tracked:
             self._numbers[id(obj)] = number
         self.nodes.append(obj)

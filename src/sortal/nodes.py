@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 from collections.abc import Callable, Hashable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from sortal import paths
 from sortal._jax import current_trace, one_level
-from sortal.statics import edits, static_key
+from sortal.statics import edits, is_hashable
 from sortal.variable import Variable, foreign_write
 
 Keys = Sequence[Any]
@@ -57,8 +58,19 @@ class Node:
         if self._trace is not current_trace():
             raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
         object.__delattr__(self, name)
+        if self._roles and name not in (self._field_roles or ()):
+            left = {k: role for k, role in self._roles.items() if k != name}
+            _set_roles(self, left or None)
         _set_version(self, self._version + 1)
         edits.note()
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        # What is compared by identity, such as a function or a setting, would as a
+        # copy be another structure, and everything compiled would compile again.
+        _keep_statics(self, memo, memo.setdefault(_keep_statics, {}))
+        node = memo[id(self)] = Node.__new__(type(self))
+        node.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return node
 
     @property
     def _place(self) -> tuple[Any, paths.Path, str]:
@@ -129,7 +141,7 @@ class Handler:
 
     def shell(self, cls: type, spec: Any) -> Any:
         """An empty object of the type; for tracked nodes."""
-        return object.__new__(cls)
+        return cls.__new__(cls)
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         """Makes ``items``, children by key, the whole content of ``obj``."""
@@ -187,9 +199,6 @@ class ListHandler(Handler):
     def children(self, obj: Any, keys: Keys) -> list[Any]:
         return list(obj)
 
-    def shell(self, cls: type, spec: Any) -> Any:
-        return cls()
-
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj[:] = items.values()
 
@@ -215,7 +224,10 @@ class DictHandler(Handler):
         return [*obj.keys(), *obj.values()]
 
     def shell(self, cls: type, spec: Any) -> Any:
-        return cls(spec[1]) if spec[1] is not None else cls()
+        obj = super().shell(cls, spec)
+        if spec[1] is not None:
+            obj.default_factory = spec[1]
+        return obj
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj.clear()
@@ -304,6 +316,21 @@ _found: dict[type, Any] = {}
 LEAF, STATIC = "leaf", "static"
 
 
+def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
+    """Tells ``copy.deepcopy`` to take the statics below ``obj`` as they are."""
+    stack = [obj]
+    while stack:
+        found = stack.pop()
+        handler = handler_of(found)
+        if handler is LEAF or id(found) in seen:
+            continue
+        seen[id(found)] = found  # held, so that no other object gets this id
+        if handler is not STATIC and not is_static_value(found, handler):
+            stack += handler.children(found, handler.keys(found))
+        elif is_hashable(found):
+            memo[id(found)] = found
+
+
 def register_node(node_type: type, handler: Handler) -> None:
     """Teaches the engine how to take apart and build objects of a type.
 
@@ -388,24 +415,14 @@ def is_static_value(obj: Any, handler: Any) -> bool:
     frozen = handler is _DATACLASS and type(obj).__dataclass_params__.frozen
     if not (handler is _tuple or frozen):
         return False
-    if handler is _tuple and _registry_only_tuple(obj):
-        return True
     for child in handler.children(obj, handler.keys(obj)):
         inner = handler_of(child)
         if inner is LEAF:
             return False
         if inner is not STATIC and not is_static_value(child, inner):
             return False
-    try:
-        static_key(obj)
-    except TypeError:
-        return False  # as a node, so that what cannot be hashed has its own path
-    return True
-
-
-def _registry_only_tuple(obj: Any) -> bool:
-    """Tuple subclasses that are no named tuples are leaves to JAX: statics to us."""
-    return type(obj) is not tuple and not hasattr(obj, "_fields")
+    # What cannot be hashed is a node, so that the culprit in it has its own path.
+    return is_hashable(obj)
 
 
 def data(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> Any:

@@ -161,24 +161,25 @@ def locate(target: Any) -> Path | None:
       object holds it under a name.
     """
     best: Path | None = None
-    seen = {id(target)}
     level: list[tuple[Any, Path]] = [(target, ())]
+    seen = {id(target)}
     for _ in range(_LEVELS):
-        objects = [obj for obj, _ in level[:_WIDTH]]
         # One question for all of a level, because each visits every object there is.
-        holders = gc.get_referrers(*objects) if objects else []
+        holders = gc.get_referrers(*[obj for obj, _ in level])
+        seen |= {id(level), *map(id, level)}  # the search holds what it looks at
         above: list[tuple[Any, Path]] = []
         for holder in holders:
-            if id(holder) in seen or isinstance(holder, _NOT_OWNERS):
-                continue
+            if id(holder) not in seen and not isinstance(holder, _NOT_OWNERS):
+                path = _path_from(holder, level)
+                if path is not None:
+                    above.append((holder, path))
             seen.add(id(holder))
-            path = _path_from(holder, level)
-            if path is not None:
-                above.append((holder, path))
         del holders
         owned = [path for obj, path in above if path and hasattr(obj, "__dict__")]
         best = max(owned, key=len, default=best)
-        level = above
+        level = above[:_WIDTH]
+        if not level:
+            break
     return best
 
 

@@ -61,6 +61,15 @@ def _field_keys(value: Any) -> Hashable:
         return value
 
 
+def is_hashable(value: Any) -> bool:
+    """Whether ``static_key`` has a key for ``value``."""
+    try:
+        static_key(value)
+    except TypeError:
+        return False
+    return True
+
+
 class Edits:
     """Notes that some structure, anywhere, was edited.
 

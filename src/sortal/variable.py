@@ -15,7 +15,7 @@ import numpy as np
 from sortal import paths
 from sortal._jax import current_trace, register_pytree
 from sortal.errors import TraceError, VariableAttributeError, VariableError
-from sortal.statics import EMPTY, Metadata, edits, static_key
+from sortal.statics import EMPTY, Metadata, edits, is_hashable
 
 A = TypeVar("A")
 _MISSING: Any = object()
@@ -416,19 +416,11 @@ def _frozen(kind: type, metadata: Any) -> Metadata:
     try:
         return Metadata.of(metadata)
     except TypeError:
-        bad = [f"{k}={v!r}" for k, v in metadata.items() if not _hashable(v)]
+        bad = [f"{k}={v!r}" for k, v in metadata.items() if not is_hashable(v)]
         raise VariableError(
             f"{kind.__name__}: metadata must be hashable, found {', '.join(bad)}. "
             "Use a tuple for a list, and keep arrays in Variables of their own."
         ) from None
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        static_key(value)
-    except TypeError:
-        return False
-    return True
 
 
 def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:

@@ -394,8 +394,8 @@ OUTSIDE_EDITS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         "(Holder)",
     ),
     "inner metadata": (
-        lambda m, x: sortal.remat(lambda m: m.w.set_metadata(tag="t"))(m),
-        "w (Param)",
+        lambda m, x: sortal.remat(lambda m: m.layer.bias.set_metadata(tag="t"))(m),
+        "layer.bias (Param)",
     ),
 }
 

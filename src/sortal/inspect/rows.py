@@ -140,18 +140,10 @@ def leaves(model: Any) -> tuple[Leaf, ...]:
 def _leaf(
     path: Path, kind: Kind, label: str, value: Any, aliases: tuple[Path, ...]
 ) -> Leaf:
-    parts = jax.tree.leaves(value, is_leaf=_is_abstract)
-    sizes = [_size(x) for x in parts]
-    return Leaf(
-        path,
-        kind,
-        label,
-        show_value(value),
-        sum(n for n, _, _ in sizes),
-        sum(b for _, b, _ in sizes),
-        tuple(sorted({d for _, _, d in sizes})),
-        aliases,
-    )
+    sizes = [_size(x) for x in jax.tree.leaves(value, is_leaf=_is_abstract)]
+    elements, size = sum(n for n, _, _ in sizes), sum(b for _, b, _ in sizes)
+    dtypes = tuple(sorted({d for _, _, d in sizes}))
+    return Leaf(path, kind, label, show_value(value), elements, size, dtypes, aliases)
 
 
 def show_value(value: Any) -> str:
@@ -361,7 +353,7 @@ def facts(model: Any, *filters: Any) -> Facts:
     read = tuple(map(to_filter, filters))
     plan = bind(model)
     schema = plan.graphdef.schema
-    named = list(_types_in(read))
+    named = [f.type for f in _parts(read) if isinstance(f, OfType)]
     names = labels([*schema.kinds, *named])
     rows = [leaf._replace(label=names[leaf.kind]) for leaf in leaves(model)]
     taken = []
@@ -401,12 +393,6 @@ def _parts(filters: Iterable[Filter]) -> Iterator[Filter]:
     for f in filters:
         yield f
         yield from _parts(getattr(f, "filters", ()))
-
-
-def _types_in(filters: Iterable[Filter]) -> Iterator[type]:
-    for f in _parts(filters):
-        if isinstance(f, OfType):
-            yield f.type
 
 
 def _idle_filters(
@@ -497,10 +483,7 @@ def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> st
 
 
 def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
-    groups: dict[Kind, list[Leaf]] = {}
-    for row in rows:
-        groups.setdefault(row.kind, []).append(row)
-    for kind, group in groups.items():
+    for kind, group in _by_kind(rows).items():
         if kind is None or kind is Param or not issubclass(kind, Param):
             continue
         built_in = _BUILT_IN.get(kind.__name__)
