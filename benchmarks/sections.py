@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import workload as w
-from benchmarks.report import Row, Table, timed_row
+from benchmarks.report import Table, timed_row
 from benchmarks.timing import Effort, compare
 
 SCALED = (w.STATE, w.PARAMS, w.SPLIT, w.MERGE, w.UPDATE, w.NOOP, w.STEP)

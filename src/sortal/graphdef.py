@@ -283,11 +283,13 @@ def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> No
     if not rest:
         return
     filters = [to_filter(x) for x in literals]
-    texts = [".".join(map(str, path)) for path in schema.paths]
+    tags = {metadata.get("tag") for metadata in schema.metadata}
+    texts = [".".join(map(str, path)) + "." for path in schema.paths]
     hints = [
-        f"\n{literal!r} is read as a tag; for the path write At({literal!r})."
+        f"\n{literal!r} is read as a tag; for the path write Under({literal!r})."
         for literal in literals
-        if isinstance(literal, str) and any(t.startswith(literal) for t in texts)
+        if isinstance(literal, str) and literal not in tags
+        if any(text.startswith(f"{literal}.") for text in texts)
     ]
     raise FilterError(
         f"the filters {', '.join(map(repr, filters))} leave {len(rest)} "
@@ -440,12 +442,33 @@ class Difference(NamedTuple):
     new: Any
 
     def __str__(self) -> str:
-        return f"{show(self.path)}: {self.old} -> {self.new}"
+        old, new = str(self.old), str(self.new)
+        if old == new:  # look-alikes: two classes of one name, two orders of a dict
+            old, new = _at_length(self.old), _at_length(self.new)
+        return f"{show(self.path)}: {old} -> {new}"
+
+
+class Fact(NamedTuple):
+    """What is at one path: compared in full, printed shortly."""
+
+    cls: type | None
+    details: Hashable
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _at_length(fact: Any) -> str:
+    if not isinstance(fact, Fact) or fact.cls is None:
+        return repr(fact)
+    name = f"{fact.cls.__module__}.{fact.cls.__qualname__}"
+    return f"{name} {fact.details!r}"
 
 
 def _facts(graphdef: GraphDef) -> dict[Path, Any]:
     facts: dict[Path, Any] = {}
-    seen: set[int] = set()
+    seen: dict[int, Path] = {}
     schema = graphdef.schema
 
     def visit(entry: Entry, path: Path) -> None:
@@ -455,13 +478,16 @@ def _facts(graphdef: GraphDef) -> dict[Path, Any]:
             owner, kind = schema.paths[entry.ref], schema.kinds[entry.ref]
             meta = schema.metadata[entry.ref]
             shown = kind_name(kind) + (f" {dict(meta)}" if meta else "")
-            facts[path] = shown if owner == path else f"alias of {show(owner)}"
+            facts[path] = Fact(kind, meta, shown)
+            if owner != path:
+                facts[path] = Fact(None, owner, f"alias of {show(owner)}")
         elif entry.ref in seen:
-            facts[path] = f"node {entry.ref} again"
+            owner = seen[entry.ref]
+            facts[path] = Fact(None, owner, f"alias of {show(owner)}")
         else:
-            seen.add(entry.ref)
+            seen[entry.ref] = path
             record = graphdef.records[entry.ref]
-            facts[path] = record.cls.__name__
+            facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
             for child in record.entries:
                 visit(child, join(record, path, child.key))
 

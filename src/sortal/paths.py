@@ -148,66 +148,93 @@ class PathKey:
         return hash(self.key)
 
 
-def locate(target: Any) -> Path | None:
-    """Finds where a live object hangs, by asking the garbage collector.
+def locate(*targets: Any) -> list[Path | None]:
+    """Finds where live objects hang, by asking the garbage collector.
 
     Slow: for error messages only, so that no live object need carry its path.
 
     Args:
-      target: the object looked for.
+      *targets: the objects looked for.
 
     Returns:
-      A path that leads to it from the outermost object found, or None where no
-      object holds it under a name.
+      For each a path that leads to it from the outermost object found, or None where
+      no object holds it under a name.
     """
-    best: Path | None = None
-    level: list[tuple[Any, Path]] = [(target, ())]
-    seen = {id(target)}
+    wanted = set(map(id, targets))
+    found: dict[int, Path] = {}
+    # Asking who holds an object visits every object there is, so it is asked for one
+    # target; the others are looked for from the top that it leads to.
+    for target in targets[:_ASKED]:
+        if id(target) not in found:
+            top = _outermost(target, (id(targets),))
+            below = _below(top, wanted) if top is not None else {}
+            found = {**below, **found}
+    return [found.get(id(target)) for target in targets]
+
+
+_ASKED, _LEVELS, _WIDTH, _MOST = 8, 40, 32, 1_000_000
+
+
+def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
+    """The last object with attributes on the way up from ``target``."""
+    best = None
+    level, seen = [target], {id(target), *ours}
     for _ in range(_LEVELS):
-        # One question for all of a level, because each visits every object there is.
-        holders = gc.get_referrers(*[obj for obj, _ in level])
-        seen |= {id(level), *map(id, level)}  # the search holds what it looks at
-        above: list[tuple[Any, Path]] = []
-        for holder in holders:
-            if id(holder) not in seen and not isinstance(holder, _NOT_OWNERS):
-                path = _path_from(holder, level)
-                if path is not None:
-                    above.append((holder, path))
-            seen.add(id(holder))
-        del holders
-        owned = [path for obj, path in above if path and hasattr(obj, "__dict__")]
-        best = max(owned, key=len, default=best)
+        seen.add(id(level))  # the search itself holds what it looks at
+        above = [
+            x
+            for x in gc.get_referrers(*level)
+            if id(x) not in seen and _holds(x, level)
+        ]
+        seen |= set(map(id, above))
+        best = next((x for x in above if _has_attributes(x)), best)
         level = above[:_WIDTH]
         if not level:
             break
     return best
 
 
-_LEVELS, _WIDTH = 40, 32
-
-
-def _path_from(holder: Any, level: list[tuple[Any, Path]]) -> Path | None:
-    """The path from ``holder`` through one of the objects in ``level``."""
-    if isinstance(holder, dict) and "__builtins__" in holder:
-        return None
-    for obj, path in level:
-        # The dict of an object's attributes stands for the object itself.
-        if getattr(holder, "__dict__", None) is obj:
-            return path
-        key = _key_in(holder, obj)
-        if key is not None:
-            return (key, *path)
-    return None
+def _below(top: Any, wanted: set[int]) -> dict[int, Path]:
+    """The shortest path from ``top`` to each object whose id is wanted."""
+    found: dict[int, Path] = {}
+    level: list[tuple[Any, Path]] = [(top, ())]
+    seen = {id(top)}
+    while level and len(found) < len(wanted) and len(seen) < _MOST:
+        following = []
+        for obj, path in level:
+            if id(obj) in wanted:
+                found.setdefault(id(obj), path)
+            for key, x in _items(obj):
+                if id(x) not in seen:
+                    seen.add(id(x))
+                    following.append((x, (*path, key)))
+        level = following
+    return found
 
 
 _NOT_OWNERS = (type, types.ModuleType, types.FrameType, types.CellType)
 
 
-def _key_in(owner: Any, target: Any) -> Hashable | None:
-    if isinstance(owner, dict):
-        items: Iterable[tuple[Any, Any]] = owner.items()
-    elif isinstance(owner, (list, tuple)):
-        items = enumerate(owner)
-    else:
-        items = getattr(owner, "__dict__", {}).items()
-    return next((key for key, value in items if value is target), None)
+def _has_attributes(x: Any) -> bool:
+    return not isinstance(x, (dict, list, tuple)) and hasattr(x, "__dict__")
+
+
+def _holds(holder: Any, level: list[Any]) -> bool:
+    if isinstance(holder, _NOT_OWNERS):
+        return False
+    inside = {id(x) for _, x in _items(holder)}
+    if _has_attributes(holder):
+        inside.add(id(holder.__dict__))
+    return any(id(x) in inside for x in level)
+
+
+def _items(holder: Any) -> Iterable[tuple[Any, Any]]:
+    """What an object holds by key."""
+    if isinstance(holder, dict):
+        return () if "__builtins__" in holder else holder.items()
+    if isinstance(holder, (list, tuple)):
+        return enumerate(holder)
+    if isinstance(holder, _NOT_OWNERS):
+        return ()
+    attributes = getattr(holder, "__dict__", None)
+    return attributes.items() if type(attributes) is dict else ()

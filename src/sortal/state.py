@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import (
     Callable,
     Hashable,
@@ -14,19 +15,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from sortal import paths
-from sortal._jax import register_pytree
+from sortal._jax import current_trace, register_pytree
 from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
 from sortal.graph import own
 from sortal.graphdef import Schema, check_exhaustive, kind_name, select
 from sortal.nodes import Handler, register_node
 from sortal.paths import Path, PathKey, show
 from sortal.statics import EMPTY, edits
-from sortal.variable import Variable, describe, make, make_all
+from sortal.variable import Variable, describe, foreign_write, make, make_all
 
-_SLOTS = ("_schema", "_cells", "_boxed", "_checked", "_parent", "_prefix")
+_SLOTS = ("_schema", "_cells", "_boxed", "_checked", "_trace", "_parent", "_prefix")
 # How many of a State's cells hold the Variable that was read from there, not its value.
 NONE, SOME, ALL = 0, 1, 2
 
@@ -51,7 +51,12 @@ class State(MutableMapping[Any, Any]):
       Param(float32[2,3])
     """
 
-    __slots__ = ("__weakref__", "_boxed", "_cells", "_checked", "_schema")
+    __slots__ = ("__weakref__", "_boxed", "_cells", "_checked", "_schema", "_trace")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        state = object.__new__(cls)
+        _set_trace(state, current_trace())
+        return state
 
     def __init__(self, mapping: Any = (), /):
         pairs = dict(mapping) if not isinstance(mapping, Mapping) else mapping
@@ -67,7 +72,7 @@ class State(MutableMapping[Any, Any]):
         Returns:
           The State.
         """
-        state = object.__new__(State)
+        state = State.__new__(State)
         items = flat.items() if isinstance(flat, Mapping) else flat
         _fill_from(state, [(tuple(path), leaf) for path, leaf in items])
         return state
@@ -90,26 +95,37 @@ class State(MutableMapping[Any, Any]):
         cell, kind = self._cells[i], self._schema.kinds[i]
         if kind is None or isinstance(cell, Variable):
             return cell
-        box = self._cells[i] = make(kind, cell, self._schema.metadata[i])
+        metadata = self._schema.metadata[i]
+        box = self._cells[i] = make(kind, cell, metadata, self._trace)
         _set_boxed(self, self._boxed or SOME)
         return box
 
-    def _assign(self, path: Path, leaf: Any) -> None:
-        at = self._schema.index.get(path)
-        if at is None:
-            _fill_from(self, [*_items(self), (path, leaf)])
-        elif isinstance(leaf, Variable) and type(leaf) is self._schema.kinds[at]:
-            self._cells[at] = leaf
-            _set_boxed(self, self._boxed or SOME)
-            edits.note()
-        elif isinstance(leaf, Variable) or self._schema.kinds[at] is None:
-            rest = [(p, x) for p, x in _items(self) if p != path]
-            _fill_from(self, [*rest, (path, leaf)])
-        else:
-            self._leaf(at).value = leaf
+    def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
+        """Sets some leaves and removes others; a bare value keeps the leaf's kind."""
+        if self._trace is not current_trace():
+            raise foreign_write((self, p, "in a State") for p in [*new, *gone])
+        old = dict(zip(self._schema.paths, self._schema.kinds, strict=True))
+        other = {
+            p: x
+            for p, x in new.items()
+            if p not in old or (isinstance(x, Variable) and type(x) is not old[p])
+        }
+        if other or gone:
+            kept = {p: x for p, x in _items(self) if p not in gone}
+            _fill_from(self, list({**kept, **other}.items()))
+        for path in new.keys() - other.keys():
+            at, leaf = self._schema.index[path], new[path]
+            if isinstance(leaf, Variable):
+                self._cells[at] = leaf
+                _set_boxed(self, self._boxed or SOME)
+                edits.note()
+            elif self._schema.kinds[at] is None:
+                self._cells[at] = leaf
+            else:
+                self._leaf(at).value = leaf
 
     def _remove(self, gone: set[Path]) -> None:
-        _fill_from(self, [(p, x) for p, x in _items(self) if p not in gone])
+        self._write({}, gone)
 
     # ------------------------------------------------- nested mapping
     def __getitem__(self, key: Any) -> Any:
@@ -134,13 +150,11 @@ class State(MutableMapping[Any, Any]):
             raise PathAttributeError(str(e)) from None
 
     def __setitem__(self, key: Any, leaf: Any) -> None:
-        if isinstance(leaf, Mapping):
-            below = [p for p in self.schema.paths if p[0] == key]
-            self._remove(set(below))
-            for path, inner in _walk_mapping(leaf, (key,)):
-                self._assign(path, inner)
-        else:
-            self._assign((key,), leaf)
+        new = dict(_walk_mapping({key: leaf}, ()))
+        self._write(new, self._below(key) - new.keys())
+
+    def _below(self, key: Any) -> set[Path]:
+        return {p for p in self.schema.paths if p[:1] == (key,)}
 
     def __setattr__(self, name: str, leaf: Any) -> None:
         if name in _SLOTS:
@@ -149,10 +163,36 @@ class State(MutableMapping[Any, Any]):
             self[name] = leaf
 
     def __delitem__(self, key: Any) -> None:
-        gone = {p for p in self.schema.paths if p[0] == key}
+        gone = self._below(key)
         if not gone:
             self[key]
         self._remove(gone)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Removes what is at a key and returns it, a part as a State of its own.
+
+        Args:
+          key: a key of the outermost level.
+          *default: what to return where there is no such key.
+
+        Returns:
+          The leaf or the State.
+
+        Raises:
+          PathError: there is no such key, and no default.
+        """
+        if default and key not in self:
+            return default[0]
+        found = self[key]
+        if isinstance(found, State):  # a view, which would follow the removal
+            found = State.from_flat_path(_items(found))
+        del self[key]
+        return found
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Removes the first key and returns it with what was there."""
+        key = next(iter(self), None)
+        return key, self.pop(key)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.schema.children(()))
@@ -173,11 +213,11 @@ class State(MutableMapping[Any, Any]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __or__(self, other: State) -> State:
+    def __or__(self, other: Any) -> State:
         return State.merge(self, other)
 
-    def __sub__(self, other: State) -> State:
-        gone = set(other.schema.paths)
+    def __sub__(self, other: Any) -> State:
+        gone = set(as_state(other).schema.paths)
         return State.from_flat_path([(p, x) for p, x in _items(self) if p not in gone])
 
     def __repr__(self) -> str:
@@ -219,7 +259,8 @@ class State(MutableMapping[Any, Any]):
                 None if isinstance(c, Variable) else kind
                 for c, kind in zip(self._cells, schema.kinds, strict=True)
             ]
-            _set_cells(self, make_all(kinds, self._cells, schema.metadata))
+            made = make_all(kinds, self._cells, schema.metadata, self._trace)
+            _set_cells(self, made)
             _set_boxed(self, ALL)
         return list(self._cells)
 
@@ -339,10 +380,9 @@ class State(MutableMapping[Any, Any]):
                 + "\nIt has:\n"
                 + listing(map(show, schema.paths))
             )
-        for at, value in found:
-            old = self._leaf(at)
-            new = value if replace_fn is None else replace_fn(old, value)
-            self._assign(schema.paths[at], new)
+        if replace_fn is not None:
+            found = [(at, replace_fn(self._leaf(at), value)) for at, value in found]
+        self._write({schema.paths[at]: value for at, value in found}, set())
 
 
 class _View(State):
@@ -371,11 +411,10 @@ class _View(State):
     def _leaf(self, i: int) -> Any:
         return self._parent._leaf(self._positions[i])
 
-    def _assign(self, path: Path, leaf: Any) -> None:
-        self._parent._assign((*self._prefix, *path), leaf)
-
-    def _remove(self, gone: set[Path]) -> None:
-        self._parent._remove({(*self._prefix, *p) for p in gone})
+    def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
+        above = self._prefix
+        whole = {(*above, *p): leaf for p, leaf in new.items()}
+        self._parent._write(whole, {(*above, *p) for p in gone})
 
     def __reduce__(self) -> Any:
         return (snapshot, (self.schema, self.values_list()))
@@ -420,7 +459,7 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
     Returns:
       The State.
     """
-    state = object.__new__(State)
+    state = State.__new__(State)
     _set_schema(state, schema)
     _set_cells(state, values)
     _set_boxed(state, NONE)
@@ -432,6 +471,7 @@ _set_schema = State.__dict__["_schema"].__set__
 _set_cells = State.__dict__["_cells"].__set__
 _set_boxed = State.__dict__["_boxed"].__set__
 _set_checked = State.__dict__["_checked"].__set__
+_set_trace = State.__dict__["_trace"].__set__
 
 
 def as_state(x: Any) -> State:
@@ -474,7 +514,13 @@ def _walk_mapping(mapping: Mapping, prefix: Path) -> Iterator[tuple[Path, Any]]:
 
 def _fill_from(state: State, items: list[tuple[Path, Any]]) -> None:
     items = sorted(items, key=lambda item: tuple(map(paths.order, item[0])))
-    known = {path for path, _ in items}
+    known = Counter(path for path, _ in items)
+    twice = [path for path, count in known.items() if count > 1]
+    if twice:
+        raise PathError(
+            "a path of a State can have one leaf only; given twice:\n"
+            + listing(map(show, sorted(twice, key=show)))
+        )
     clash = [p for p in known if any(p[:n] in known for n in range(1, len(p)))]
     if clash:
         raise PathError(
@@ -559,7 +605,7 @@ def _unflatten(layout: _Layout, children: Any) -> State:
         elif kind is None:
             continue
         # A map over whole Variables gave other kinds, or no Variables at all.
-        state = object.__new__(State)
+        state = State.__new__(State)
         _set_leaves(state, schema.paths, cells)
         return state
     state = snapshot(schema, cells)
@@ -592,8 +638,9 @@ class _StateHandler(Handler):
 register_node(State, _StateHandler())
 for _cls in (State, _View):
     register_pytree(_cls, _flatten, _flatten_with_keys, _unflatten)
-jtu.register_pytree_node(
+register_pytree(
     FlatState,
     lambda flat: (flat.leaves, flat.paths),
+    lambda flat: ([(PathKey(path), x) for path, x in flat], flat.paths),
     lambda at, leaves: FlatState(zip(at, leaves, strict=True)),
 )

@@ -354,18 +354,19 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
     return variable
 
 
-def make_all(kinds: Any, values: Any, metadata: Any) -> list[Any]:
+def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[Any]:
     """Builds many Variables as ``make`` does; a kind of None leaves the bare value.
 
     Args:
       kinds: a kind or None for each.
       values: the values.
       metadata: interned metadata for each.
+      trace: the trace that owns them; the current one if absent.
 
     Returns:
       The Variables and bare values.
     """
-    trace, new = current_trace(), object.__new__
+    trace, new = current_trace() if trace is None else trace, object.__new__
     made = []
     for kind, value, meta in zip(kinds, values, metadata, strict=True):
         if kind is None:
@@ -433,9 +434,11 @@ def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:
     Returns:
       The error.
     """
+    places = list(places)
     rows = []
-    for obj, below, kind in places:
-        path = (*(paths.locate(obj) or ()), *below)
+    found = paths.locate(*(obj for obj, _, _ in places))
+    for above, (_, below, kind) in zip(found, places, strict=True):
+        path = (*(above or ()), *below)
         rows.append(f"{paths.show(path) if path else 'an object of its own'} ({kind})")
     return TraceError(
         f"cannot write to {', '.join(rows)} from inside a transform that it was not "

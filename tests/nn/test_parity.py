@@ -265,8 +265,29 @@ def observe(nnx: Any, case: Case, precision: str, *, jit: bool) -> dict[str, Any
     return seen
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed"])
-@pytest.mark.parametrize("name", CASES)
+# Where it matters when a dtype is promoted: a choice, for every case costs its time.
+MIXED = [
+    "linear: accumulated",
+    "linear: general, per batch index",
+    "linear: einsum",
+    "linear: attend",
+    "conv: circular",
+    "conv: causal",
+    "conv: mask",
+    "conv: no batch",
+    "conv: transposed, circular kernel",
+    "norm: batch",
+    "norm: batch, slow and mask",
+    "norm: layer, slow",
+    "norm: rms",
+    "norm: group",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, "float32") for name in CASES] + [(name, "mixed") for name in MIXED],
+)
 def test_a_step_has_the_bits_that_flax_gives(name: str, precision: str) -> None:
     """Parameters, output, gradients and state after a step are those of Flax."""
     ours = observe(sortal, CASES[name], precision, jit=False)
@@ -336,6 +357,51 @@ def test_running_statistics_evolve_as_in_flax(running: bool) -> None:
     """Several updates, and evaluation after them, agree to the bit."""
     ours = norm_in_two_steps(sortal, running=running)
     assert ours == norm_in_two_steps(flax_nnx, running=running)
+
+
+def test_statistics_over_a_mapped_axis_are_those_of_flax() -> None:
+    """With ``axis_name``, members of a mapped axis share one mean and variance."""
+
+    def observe(nnx: Any) -> Any:
+        model = nnx.BatchNorm(3, axis_name="i", rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(model)
+
+        def apply(state: Any, x: Any) -> Any:
+            copy = nnx.merge(graphdef, state)
+            return copy(x), copy.mean[...], copy.var[...]
+
+        x = jnp.asarray(random((2, 4, 3)))
+        mapped = jax.vmap(apply, in_axes=(None, 0), axis_name="i")
+        return [bits(v) for v in mapped(state, x)]
+
+    assert observe(sortal) == observe(flax_nnx)
+
+
+SHARDED: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "Linear": ((5, 7), jnp.ones((4, 5))),
+    "LinearGeneral": ((5, 7), jnp.ones((4, 5))),
+    "Einsum": (("ab,bc->ac", (5, 7)), jnp.ones((4, 5))),
+    "Conv": ((5, 7, 1), jnp.ones((4, 3, 5))),
+    "Embed": ((5, 7), jnp.zeros(4, jnp.int32)),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_an_output_gets_the_sharding_asked_for_as_in_flax(name: str) -> None:
+    """Under explicit sharding, ``out_sharding`` says how the output lies."""
+    arguments, x = SHARDED[name]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def observe(nnx: Any) -> Any:
+        model = getattr(nnx, name)(*arguments, rngs=nnx.Rngs(0))
+        y = model(x, out_sharding=jax.sharding.NamedSharding(mesh, spec))
+        return str(jax.typeof(y)), bits(y)
+
+    with jax.set_mesh(mesh):
+        ours = observe(sortal)
+        assert "@data" in ours[0]
+        assert ours == observe(flax_nnx)
 
 
 LOOKUPS = {

@@ -57,7 +57,7 @@ class Normalise(nnx.Module):
             rate = 1 / jnp.minimum(self.batches[...], 50)
             self.running_mean[...] += rate * (x.mean(0) - self.running_mean)
             self.running_var[...] += rate * (x.var(0) - self.running_var)
-        return (x - self.running_mean) / jnp.sqrt(self.running_var + 0.01)
+        return (x - self.running_mean) / jnp.sqrt(self.running_var[...] + 0.01)
 
 
 class Block(nnx.Module):

@@ -404,8 +404,8 @@ def _idle_filters(
         if not row.matches:
             yield f"Filter {row.number}, {row.label}, matches no leaf."
             continue
-        by = sorted({t.by for t in taken if row.number in t.also})
-        first = " and ".join(f"filter {n}, {table[n - 1].label}," for n in by if n)
+        by = sorted({t.by for t in taken if t.by and row.number in t.also})
+        first = " and ".join(f"filter {n}, {table[n - 1].label}," for n in by)
         yield (
             f"Filter {row.number}, {row.label}, takes nothing: all {row.matches} of "
             f"its leaves go to {first} which comes first. Write the narrower filter "

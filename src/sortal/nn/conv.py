@@ -68,37 +68,24 @@ class _Conv(Module):
     """What both convolutions are made of."""
 
     _paddings: ClassVar[tuple[str, ...]]
+    _per_axis: ClassVar[tuple[str, ...]]
 
-    kernel: Param[jax.Array]
-    bias: Param[jax.Array] | None
     out_features: int
+    padding: Padding
+    use_bias: bool
+    param_dtype: DTypeLike
 
-    def _init(
-        self,
-        kernel_size: int | Sequence[int],
-        features: tuple[int, int],
-        mask: Any,
-        kernel_init: Initializer,
-        bias_init: Initializer | None,
-        metadata: tuple[Metadata, Metadata],
-        param_dtype: DTypeLike,
-        rngs: Rngs,
+    def _init_geometry(
+        self, kernel_size: int | Sequence[int], features: tuple[int, int], mask: Any
     ) -> None:
-        """Makes kernel, bias and mask; ``features`` are the kernel's last axes."""
+        """Sets kernel and mask sizes, ``features`` last, and checks what is set."""
         sizes = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,)
         self.kernel_size = tuple(sizes)
         check_sizes(self, kernel_size=self.kernel_size)
+        for name in self._per_axis:
+            self._sizes(name)
+        self._check_padding()
         self.kernel_shape = (*self.kernel_size, *features)
-        self.kernel = new_param(
-            self, "kernel", kernel_init, rngs, self.kernel_shape, param_dtype,
-            metadata[0],
-        )  # fmt: skip
-        self.bias = None
-        if bias_init is not None:
-            self.bias = new_param(
-                self, "bias", bias_init, rngs, (self.out_features,), param_dtype,
-                metadata[1],
-            )  # fmt: skip
         self.mask = None if mask is None else dtypes.as_array(self, mask)
         if self.mask is not None and self.mask.shape != self.kernel_shape:
             raise ArgumentError(
@@ -106,12 +93,31 @@ class _Conv(Module):
                 f"{self.kernel_shape}; found {describe(self.mask)}."
             )
 
-    def _check_padding(self, padding: Padding) -> None:
-        named = canonicalize_padding(padding, len(self.kernel_size))
-        if isinstance(named, str) and named not in self._paddings:
+    def _init_parameters(
+        self,
+        kernel_init: Initializer,
+        bias_init: Initializer,
+        rngs: Rngs,
+        kernel_metadata: Metadata,
+        bias_metadata: Metadata,
+    ) -> None:
+        self.kernel = new_param(
+            self, "kernel", kernel_init, rngs, self.kernel_shape, self.param_dtype,
+            kernel_metadata,
+        )  # fmt: skip
+        self.bias: Param[jax.Array] | None = None
+        if self.use_bias:
+            self.bias = new_param(
+                self, "bias", bias_init, rngs, (self.out_features,), self.param_dtype,
+                bias_metadata,
+            )  # fmt: skip
+
+    def _check_padding(self) -> None:
+        padding = canonicalize_padding(self.padding, len(self.kernel_size))
+        if isinstance(padding, str) and padding not in self._paddings:
             raise ArgumentError(
-                f"{dtypes.name_of(self)}: padding {named!r} is unknown; the names are "
-                f"{', '.join(self._paddings)}."
+                f"{dtypes.name_of(self)}: padding {padding!r} is unknown; the names "
+                f"are {', '.join(self._paddings)}."
             )
 
     def _flattened(self, inputs: Any) -> tuple[Any, tuple[int, ...]]:
@@ -202,6 +208,7 @@ class Conv(_Conv):
     """
 
     _paddings = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+    _per_axis = ("strides", "input_dilation", "kernel_dilation")
 
     def __init__(
         self,
@@ -230,20 +237,11 @@ class Conv(_Conv):
     ):
         self.in_features = in_features
         self.out_features = out_features
-        self.feature_group_count = feature_group_count
-        self._check_groups()
-        self._init(
-            kernel_size, (in_features // feature_group_count, out_features), mask,
-            kernel_init, bias_init if use_bias else None,
-            (kernel_metadata, bias_metadata), param_dtype, rngs,
-        )  # fmt: skip
         self.strides = strides
         self.padding = padding
         self.input_dilation = input_dilation
         self.kernel_dilation = kernel_dilation
-        for name in ("strides", "input_dilation", "kernel_dilation"):
-            self._sizes(name)
-        self._check_padding(padding)
+        self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -251,6 +249,12 @@ class Conv(_Conv):
         self.conv_general_dilated = conv_general_dilated
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
+        self._check_groups()
+        features = (in_features // feature_group_count, out_features)
+        self._init_geometry(kernel_size, features, mask)
+        self._init_parameters(
+            kernel_init, bias_init, rngs, kernel_metadata, bias_metadata
+        )
 
     def _check_groups(self) -> None:
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
@@ -262,16 +266,17 @@ class Conv(_Conv):
                 f"{self.in_features} and out_features={self.out_features}."
             )
 
-    def _check_padding(self, padding: Padding) -> None:
-        super()._check_padding(padding)
-        if padding == "CAUSAL" and len(self.kernel_size) != 1:
+    def _check_padding(self) -> None:
+        super()._check_padding()
+        if self.padding == "CAUSAL" and len(self.kernel_size) != 1:
             raise ArgumentError(
                 f"Conv: padding 'CAUSAL' is for one spatial axis; found kernel_size="
                 f"{self.kernel_size}. Give pairs (low, high) instead."
             )
-        if isinstance(padding, str) and set(self._sizes("input_dilation")) != {1}:
+        dilated = any(d != 1 for d in self._sizes("input_dilation"))
+        if isinstance(self.padding, str) and dilated:
             raise ArgumentError(
-                f"Conv: padding {padding!r} is not defined for a dilated input; found "
+                f"Conv: padding {self.padding!r} is not defined for a dilated input; found "
                 f"input_dilation={self.input_dilation}. Give pairs (low, high) instead."
             )
 
@@ -375,6 +380,7 @@ class ConvTranspose(_Conv):
     """
 
     _paddings = ("SAME", "VALID", "CIRCULAR")
+    _per_axis = ("strides", "kernel_dilation")
 
     def __init__(
         self,
@@ -402,19 +408,9 @@ class ConvTranspose(_Conv):
         check_sizes(self, in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
-        features = (in_features, out_features)
-        self._init(
-            kernel_size, (out_features, in_features) if transpose_kernel else features,
-            mask,
-            kernel_init, bias_init if use_bias else None,
-            (kernel_metadata, bias_metadata), param_dtype, rngs,
-        )  # fmt: skip
-        self._check_padding(padding)
         self.strides = strides
         self.padding = padding
         self.kernel_dilation = kernel_dilation
-        for name in ("strides", "kernel_dilation"):
-            self._sizes(name)
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -422,6 +418,13 @@ class ConvTranspose(_Conv):
         self.transpose_kernel = transpose_kernel
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
+        features = (in_features, out_features)
+        if transpose_kernel:
+            features = (out_features, in_features)
+        self._init_geometry(kernel_size, features, mask)
+        self._init_parameters(
+            kernel_init, bias_init, rngs, kernel_metadata, bias_metadata
+        )
 
     def __call__(self, inputs: Any) -> jax.Array:
         """Applies the layer.

@@ -526,14 +526,6 @@ class GroupNorm(_Norm):
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
-        super().__init__(
-            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
-            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
-            scale_init=scale_init, axis_name=axis_name,
-            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-        )  # fmt: skip
         if (num_groups is None) == (group_size is None):
             raise ArgumentError(
                 "GroupNorm needs num_groups or group_size, not both; found num_groups="
@@ -543,12 +535,20 @@ class GroupNorm(_Norm):
         name, divisor = "num_groups", num_groups
         if divisor is None:
             name, divisor = "group_size", group_size
-        check_sizes(self, **{name: divisor})
+        check_sizes(self, num_features=num_features, **{name: divisor})
         if not divisor or num_features % divisor:
             raise ArgumentError(
                 f"GroupNorm: {name}={divisor} does not divide num_features="
                 f"{num_features}."
             )
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
+            scale_init=scale_init, axis_name=axis_name,
+            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )  # fmt: skip
         quotient = num_features // divisor
         self.num_groups = divisor if group_size is None else quotient
         self.group_size = quotient if group_size is None else divisor

@@ -91,7 +91,7 @@ def _per_axis(name: str, sizes: Any, n: int | None = None) -> tuple[int, ...]:
 def _pairs(padding: Any, n: int) -> list[tuple[int, int]]:
     try:
         pairs = [(low, high) for low, high in padding]
-    except TypeError:
+    except (TypeError, ValueError):
         pairs = []
     if len(pairs) != n:
         raise ArgumentError(

@@ -1,0 +1,78 @@
+"""Dtype promotion, and the checks that all layers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.nnx.nn import dtypes as flax_dtypes
+
+import sortal as nnx
+from sortal.errors import ArgumentError
+from sortal.nn import dtypes
+
+VALUES: list[tuple[Any, ...]] = [
+    (jnp.zeros(2, jnp.bfloat16), 1.0),
+    (jnp.zeros(2, jnp.bfloat16), jnp.zeros(2)),
+    (np.zeros(2), None),
+    (np.arange(2), True),
+    (jnp.zeros(2, jnp.complex64), np.float16(1)),
+    (jnp.zeros(2, jnp.int8), jnp.zeros(2, jnp.bfloat16)),
+]
+
+
+@pytest.mark.parametrize("values", VALUES, ids=repr)
+@pytest.mark.parametrize("inexact", [False, True])
+def test_values_promote_as_in_flax(values: tuple[Any, ...], inexact: bool) -> None:
+    ours = dtypes.promote_dtype(values, inexact=inexact)
+    theirs = flax_dtypes.promote_dtype(values, inexact=inexact)
+    assert [getattr(x, "dtype", None) for x in ours] == [
+        getattr(x, "dtype", None) for x in theirs
+    ]
+    assert dtypes.canonicalize_dtype(
+        *values, inexact=inexact
+    ) == flax_dtypes.canonicalize_dtype(*values, inexact=inexact)
+
+
+def test_a_given_dtype_wins_over_those_of_the_values() -> None:
+    (x,) = dtypes.promote_dtype((jnp.ones(2),), dtype=jnp.bfloat16)
+    assert x.dtype == jnp.bfloat16
+
+
+def test_a_given_integer_dtype_is_allowed_only_where_asked_for() -> None:
+    (x,) = dtypes.promote_dtype((jnp.ones(2),), dtype=jnp.int32, inexact=False)
+    assert x.dtype == jnp.int32
+    with pytest.raises(ArgumentError, match=r"floating-point one; found int32"):
+        dtypes.promote_dtype((jnp.ones(2),), dtype=jnp.int32)
+
+
+def test_a_layer_takes_nested_lists_and_variables() -> None:
+    layer = nnx.Linear(2, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    assert layer([[1.0, 2.0]]).tolist() == [[3.0]]
+    assert layer(nnx.Variable(jnp.array([1.0, 2.0]))).tolist() == [3.0]
+
+
+@pytest.mark.parametrize("thing", [None, "text", [[1.0], [1.0, 2.0]], object()])
+def test_a_layer_called_with_no_array_says_so(thing: object) -> None:
+    layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=r"Linear was called with .*no array"):
+        layer(thing)
+
+
+def test_a_wrong_number_of_features_is_named_with_its_axis() -> None:
+    layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    message = r"Linear has parameters for 2 features on axis -1 .* float32\[4,3\]"
+    with pytest.raises(ArgumentError, match=message):
+        layer(jnp.ones((4, 3)))
+    with pytest.raises(ArgumentError, match=r"float32\[\]"):
+        layer(jnp.float32(1))
+
+
+def test_a_layer_promotes_with_the_function_it_was_given() -> None:
+    def keep(values: Any, *, dtype: Any) -> Any:
+        return tuple(v if v is None else v.astype(jnp.float16) for v in values)
+
+    layer = nnx.Linear(2, 1, promote_dtype=keep, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones(2)).dtype == jnp.float16

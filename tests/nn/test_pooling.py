@@ -1,0 +1,65 @@
+"""Pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import sortal as nnx
+from sortal.errors import ArgumentError
+
+X = jnp.arange(6.0).reshape(1, 6, 1)
+
+
+def test_windows_are_as_far_apart_as_the_strides() -> None:
+    assert nnx.max_pool(X, (2,)).ravel().tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert nnx.max_pool(X, (2,), (3,)).ravel().tolist() == [1.0, 4.0]
+    assert nnx.min_pool(X, (2,), (3,)).ravel().tolist() == [0.0, 3.0]
+
+
+def test_sizes_may_be_lists() -> None:
+    assert nnx.avg_pool(X, [2], [2], [[0, 0]]).ravel().tolist() == [0.5, 2.5, 4.5]
+
+
+def test_padding_counts_in_a_mean_unless_told_not_to() -> None:
+    ones = jnp.ones((1, 3, 1))
+    padded = nnx.avg_pool(ones, (2,), (2,), ((1, 0),))
+    assert padded.ravel().tolist() == [0.5, 1.0]
+    there = nnx.avg_pool(ones, (2,), (2,), ((1, 0),), count_include_pad=False)
+    assert there.ravel().tolist() == [1.0, 1.0]
+
+
+def test_padding_never_wins_a_maximum() -> None:
+    assert nnx.max_pool(-X - 1, (3,), (6,), ((2, 0),)).ravel().tolist() == [-1.0]
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("padding", ["SAME", [(1, 1), (0, 0)]], ids=["name", "pairs"])
+def test_any_number_of_batch_axes_is_kept(batch: tuple[int, ...], padding: Any) -> None:
+    x = jnp.ones((*batch, 4, 3, 2))
+    assert nnx.max_pool(x, (3, 1), None, padding).shape == (*batch, 4, 3, 2)
+    mean = nnx.avg_pool(x, (3, 1), None, padding, count_include_pad=False)
+    assert jnp.all(mean == 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window_shape": 2}, r"window_shape has one entry .* found 2"),
+        ({"window_shape": (2, 2, 2)}, r"needs an input of at least 4 axes"),
+        ({"strides": 2}, r"strides has one entry for each spatial axis"),
+        ({"strides": (1, 1)}, r"strides must have 1 entries"),
+        ({"padding": 1}, r"padding must be 'SAME', 'VALID' or 1 pairs .* found 1"),
+        ({"padding": (1,)}, r"padding must be"),
+        ({"padding": ((1, 2, 3),)}, r"padding must be"),
+        ({"padding": ((1, 1), (1, 1))}, r"padding must be"),
+        ({"inputs": None}, r"pooling was called with None"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        nnx.max_pool(**{"inputs": X, "window_shape": (2,), **arguments})
