@@ -1,7 +1,7 @@
 """Small models that several test files use, and ways to look at them from outside.
 
-``portrait`` and ``untouched`` walk objects by ``vars`` alone, so that what they say does
-not depend on the engine under test.
+``portrait`` and ``untouched`` walk objects by ``vars`` alone, so that what they
+say does not depend on the engine under test.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def portrait(obj: Any, seen: dict[int, int] | None = None) -> Any:
     plain = (str, int, float, bool, type(None), type)
     if isinstance(obj, (jax.Array, np.ndarray)):
         return ("array", str(obj.dtype), obj.shape, _bytes(obj))
-    if isinstance(obj, plain) or callable(obj) and not isinstance(obj, sortal.Module):
+    if isinstance(obj, plain) or (callable(obj) and not isinstance(obj, sortal.Module)):
         return ("static", type(obj), repr(obj))
     if type(obj) is tuple:
         return ("tuple", [portrait(x, seen) for x in obj])
@@ -157,7 +157,9 @@ def models(draw: Any) -> Any:
         return draw(st.sampled_from(KINDS))(array(), **metadata)
 
     def static() -> Any:
-        return draw(st.sampled_from([1, 1.0, True, "name", None, (1, ("a",)), jnp.tanh]))
+        return draw(
+            st.sampled_from([1, 1.0, True, "name", None, (1, ("a",)), jnp.tanh])
+        )
 
     def part(depth: int) -> Any:
         kinds = ["variable", "array", "static"]

@@ -1,8 +1,8 @@
 """Generated models, States and filters that all property tests share.
 
-Models are built from everything the engine claims to understand: nested lists, dicts,
-tuples, named tuples, dataclasses, Modules, shared Variables and sub-modules, cycles, raw
-arrays and statics, with leaves of many kinds, two of which have one name.
+Models are built from everything the engine claims to understand: nested lists,
+dicts, tuples, named tuples, dataclasses, Modules, shared Variables and sub-modules,
+cycles, raw arrays and statics, with leaves of many kinds, two of which have one name.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ literals = st.one_of(
     st.lists(st.lists(st.sampled_from(KEYS), max_size=2).map(tuple), max_size=3).map(
         lambda paths: sortal.PathIn(*paths)
     ),
-    st.sampled_from([sortal.Shaped((2,)), sortal.Shaped(ndim=0), sortal.Shaped(ndim=2)]),
+    st.sampled_from(
+        [sortal.Shaped((2,)), sortal.Shaped(ndim=0), sortal.Shaped(ndim=2)]
+    ),
     st.sampled_from([jnp.floating, jnp.int32, jnp.bool_]).map(sortal.Dtyped),
 )
 """What users write for a filter, one at a time."""

@@ -22,7 +22,7 @@ CLASSES = [
 def test_every_error_is_a_sortal_error_and_survives_pickling(cls):
     error = cls("layers.0.kernel (Param)\n  is lost")
     assert isinstance(error, sortal.SortalError)
-    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is cls
     assert str(copy) == str(error)
 

@@ -1,4 +1,4 @@
-"""Filters: literals as in NNX, Boolean algebra, what covers what, and how they print."""
+"""Filters: literals as in NNX, Boolean algebra, what covers what, how they print."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from strategies import BatchStat, LoRA, filters, located_leaves
 
 import sortal
 from sortal.errors import FilterError
 from sortal.filters import Calls, Filter, to_filter, to_predicate
 from sortal.paths import matches
+from strategies import BatchStat, LoRA, filters, located_leaves
 
 Everything, Nothing = sortal.Everything(), sortal.Nothing()
 
@@ -135,7 +135,10 @@ def _square(path: Any, leaf: Any) -> bool:
 NAMES = ["Variable", "Param", "BatchStat", "Cache", "Intermediate"]
 ATOMS = [
     *[(getattr(sortal, n), getattr(nnx, n)) for n in NAMES],
-    *[(x, x) for x in (..., True, False, None, "a", "params", "kernel", _long, _square)],
+    *[
+        (x, x)
+        for x in (..., True, False, None, "a", "params", "kernel", _long, _square)
+    ],
     (sortal.PathContains("kernel"), nnx.PathContains("kernel")),
     (sortal.PathContains(1), nnx.PathContains(1)),
     (sortal.PathContains("e", False), nnx.PathContains("e", exact=False)),
@@ -220,7 +223,7 @@ LITERALS = [
     ((sortal.Param, "a"), sortal.Any(sortal.Param, "a")),
     ([sortal.Param, ["a"]], sortal.Any(sortal.Param, sortal.Any("a"))),
     (sortal.Param | sortal.Cache, sortal.Any(sortal.Param, sortal.Cache)),
-    (Union[sortal.Param, sortal.Cache], sortal.Any(sortal.Param, sortal.Cache)),
+    (Union[sortal.Param, sortal.Cache], sortal.Any(sortal.Param, sortal.Cache)),  # noqa: UP007
     (_long, Calls(_long)),
     (sortal.At("a.**"), sortal.At("a.**")),
     (jax.Array, sortal.OfType(jax.Array)),
@@ -395,7 +398,9 @@ def test_a_shape_filter_without_a_shape_is_refused():
 
 
 def test_a_dtype_that_does_not_exist_is_refused_when_it_is_written():
-    with pytest.raises(FilterError, match=r"Dtyped\('flaot32'\): no such dtype\. Write"):
+    with pytest.raises(
+        FilterError, match=r"Dtyped\('flaot32'\): no such dtype\. Write"
+    ):
         sortal.Dtyped("flaot32")
 
 
@@ -479,7 +484,6 @@ def test_a_filter_prints_as_it_is_written(found, text):
 
 @given(filters, filters)
 def test_equal_filters_have_equal_hashes_and_others_are_unequal(a, b):
-    assert a == a
     assert hash(a) == hash(a)
     if a == b:
         assert hash(a) == hash(b)
@@ -492,7 +496,7 @@ def test_equal_filters_have_equal_hashes_and_others_are_unequal(a, b):
 @example(Calls(_long))
 def test_filters_survive_pickling_and_are_frozen(a):
     if "jaxlib" not in repr(a):  # `jax.Array` itself cannot be pickled
-        assert pickle.loads(pickle.dumps(a)) == a  # noqa: S301
+        assert pickle.loads(pickle.dumps(a)) == a
     for name in [f.name for f in dataclasses.fields(a)]:
         with pytest.raises(AttributeError):
             setattr(a, name, None)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
-from models import Count, Holder, Linear, Net, objects, portrait
 
 import sortal
+from models import Count, Holder, Linear, Net, objects, portrait
 from sortal import graph
 from sortal.errors import StructureError, TraceError
 
@@ -190,7 +190,9 @@ def test_a_dropped_model_is_freed_at_once(make: Any) -> None:
     model = make()
     sortal.split(model)
     jax.tree.leaves(model)
-    values = [weakref.ref(x) for x in jax.tree.leaves(model) if hasattr(x, "_npy_value")]
+    values = [
+        weakref.ref(x) for x in jax.tree.leaves(model) if hasattr(x, "_npy_value")
+    ]
     root = weakref.ref(model)
     gc.disable()
     try:
@@ -256,7 +258,7 @@ def test_unhashable_statics_are_refused_by_path_at_first_use_all_listed() -> Non
     assert "ok" not in text
     assert "Use a tuple or frozenset" in text
     for verb in (sortal.split, sortal.graphdef, jax.tree.leaves, sortal.jit(id)):
-        with pytest.raises(StructureError, match="inner.b"):
+        with pytest.raises(StructureError, match=r"inner\.b"):
             verb(model)
 
 
@@ -341,7 +343,9 @@ def test_equal_raw_arrays_that_are_one_object_are_two_leaves() -> None:
 
 
 def test_raw_arrays_are_leaves_wherever_they_hang() -> None:
-    model = Holder(a=np.ones(2), b=[jnp.ones(1)], c=(jnp.zeros(1), 2), d=Box(np.ones(3)))
+    model = Holder(
+        a=np.ones(2), b=[jnp.ones(1)], c=(jnp.zeros(1), 2), d=Box(np.ones(3))
+    )
     paths = [("a",), ("b", 0), ("c", 0), ("d", "inner")]
     assert list(sortal.state(model).paths()) == paths
     assert set(sortal.graphdef(model).schema.kinds) == {None}
@@ -506,7 +510,9 @@ def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
         type(v).__name__ for _, v in theirs if isinstance(v, flax_nnx.Variable)
     ]
     for (path, mine), (_, other) in zip(ours, theirs, strict=True):
-        mine, other = (x[...] if hasattr(x, "get_metadata") else x for x in (mine, other))
+        mine, other = (
+            x[...] if hasattr(x, "get_metadata") else x for x in (mine, other)
+        )
         if jnp.issubdtype(mine.dtype, jax.dtypes.prng_key):
             mine, other = jax.random.key_data(mine), jax.random.key_data(other)
         np.testing.assert_array_equal(mine, other, err_msg=str(path))

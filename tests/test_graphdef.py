@@ -16,21 +16,8 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    BatchStat,
-    Box,
-    Cell,
-    OtherBox,
-    Pair,
-    filters,
-    models,
-    states,
-    statics,
-    variables,
-)
 
 import sortal
-
 from sortal.errors import FilterError
 from sortal.graphdef import (
     ABSENT,
@@ -43,6 +30,18 @@ from sortal.graphdef import (
 )
 from sortal.paths import show
 from sortal.statics import EMPTY, Metadata
+from strategies import (
+    BatchStat,
+    Box,
+    Cell,
+    OtherBox,
+    Pair,
+    filters,
+    models,
+    states,
+    statics,
+    variables,
+)
 
 Param = sortal.Param
 
@@ -89,7 +88,7 @@ def test_graphdefs_and_schemas_survive_pickle_and_copies_as_the_same_object(mode
     for thing in (found, found.schema):
         assert copy.copy(thing) is thing
         assert copy.deepcopy(thing) is thing
-        assert pickle.loads(pickle.dumps(thing)) is thing  # noqa: S301
+        assert pickle.loads(pickle.dumps(thing)) is thing
 
 
 SCRIPT = """
@@ -119,7 +118,10 @@ def test_a_graphdef_pickled_here_is_that_of_equal_models_elsewhere():
 
 def test_a_graphdef_that_nobody_holds_is_freed():
     model = Box(only_here=Box(w=Param(1), note="freed with its graphdef"))
-    refs = [weakref.ref(sortal.graphdef(model)), weakref.ref(sortal.state(model).schema)]
+    refs = [
+        weakref.ref(sortal.graphdef(model)),
+        weakref.ref(sortal.state(model).schema),
+    ]
     assert all(ref() is not None for ref in refs)
     del model
     gc.collect()
@@ -269,7 +271,9 @@ def test_what_is_remembered_is_computed_once_and_bounded():
 
 
 # -------------------------------------------------------------------- select
-def plain_select(rows: list[Any], chosen: list[Any]) -> tuple[list[list[int]], list[int]]:
+def plain_select(
+    rows: list[Any], chosen: list[Any]
+) -> tuple[list[list[int]], list[int]]:
     """The first filter that takes a leaf has it, by the book."""
     parts: list[list[int]] = [[] for _ in chosen]
     rest = []
@@ -295,9 +299,11 @@ def test_filters_divide_leaves_as_a_plain_loop_does(state, chosen):
     schema, rows = state.schema, list(state.schema.rows(state.leaves()))
     try:
         found = select(schema, tuple(chosen), state.leaves)
-    except FilterError as e:
+    except FilterError:
+        found = None
+    if found is None:
         implied = any(a.covers(b) for j, b in enumerate(chosen) for a in chosen[:j])
-        assert swallowed(rows, chosen) or implied, e
+        assert swallowed(rows, chosen) or implied
         return
     assert not swallowed(rows, chosen)
     parts, rest = plain_select(rows, chosen)
@@ -385,7 +391,9 @@ def test_leaves_left_over_are_all_listed_with_kinds_and_the_remedy():
         "  table (unlabelled array)\n"
         "Add a filter for them, or ... as the last one."
     )
-    assert "the filters Variable leave 1 leaf over:\n  table" in leftover(sortal.Variable)
+    assert "the filters Variable leave 1 leaf over:\n  table" in leftover(
+        sortal.Variable
+    )
     check_exhaustive(SCHEMA, (...,), ())
 
 
@@ -422,11 +430,13 @@ def test_a_diff_tells_look_alikes_apart():
     """Two classes of one name, two orders of a dict, are told at length."""
     (kinds,) = difference(Box(w=BatchStat(1)), Box(w=sortal.BatchStat(1)))
     assert kinds == (
-        "w: strategies.BatchStat Metadata({}) -> "
-        "sortal.variable.BatchStat Metadata({})"
+        "w: strategies.BatchStat Metadata({}) -> sortal.variable.BatchStat Metadata({})"
     )
     (orders,) = difference(Box(t={"a": 1, "b": 2}), Box(t={"b": 2, "a": 1}))
-    assert orders == "t: builtins.dict (('a', 'b'), None) -> builtins.dict (('b', 'a'), None)"
+    assert (
+        orders
+        == "t: builtins.dict (('a', 'b'), None) -> builtins.dict (('b', 'a'), None)"
+    )
 
 
 def test_a_diff_shows_sharing_by_path():
@@ -482,7 +492,10 @@ def test_a_lone_variable_has_a_graphdef_too(variable):
     found = sortal.graphdef(variable)
     assert found.schema.paths == ((),)
     assert found.schema.kinds == (type(variable),)
-    assert found.build([variable]) == (variable, []) or found.build([variable])[0] is variable
+    assert (
+        found.build([variable]) == (variable, [])
+        or found.build([variable])[0] is variable
+    )
 
 
 def test_a_lone_static_builds_itself():

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
-from models import Count, Holder, Linear, Net, portrait, untouched
 
 import sortal
+from models import Count, Holder, Linear, Net, portrait, untouched
 from sortal.errors import ArgumentError, VariableError
 
 

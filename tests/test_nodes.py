@@ -15,12 +15,12 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given
-from strategies import Box, Cell, Config, Pair, arrays, models, statics
 
 import sortal
 from sortal import nodes
 from sortal.errors import StructureError
 from sortal.nodes import LEAF, STATIC, Handler, Node, handler_of, is_static_value
+from strategies import Box, Cell, Config, Pair, arrays, models, statics
 
 Param = sortal.Param
 
@@ -351,7 +351,7 @@ def test_deleting_an_attribute_that_is_not_there_is_pythons_own_error():
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],  # noqa: S301
+    [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
 )
 def test_copies_and_pickles_have_the_structure_and_plans_of_their_own(duplicate):
     model = Box(w=Param(jnp.ones(2), tag="a"), layers=[Box(n=1)], rate=sortal.data(0.5))

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KEYS, Box
 
 import sortal
 from sortal import paths
 from sortal.errors import ArgumentError
+from strategies import KEYS, Box
 
 keys = st.one_of(st.sampled_from(KEYS), st.integers(), st.text(max_size=3))
 plain = st.one_of(st.integers(0, 20), st.from_regex(r"[a-z_]\w{0,3}", fullmatch=True))
@@ -63,14 +63,16 @@ def test_odd_keys_print_in_brackets(path, text):
 
 @pytest.mark.parametrize("text", ["", ".", "a..b", ".a", "a."])
 def test_a_path_text_with_an_empty_entry_is_refused(text):
-    with pytest.raises(ArgumentError, match="single dots, found " + re.escape(repr(text))):
+    with pytest.raises(
+        ArgumentError, match="single dots, found " + re.escape(repr(text))
+    ):
         paths.parse(text)
 
 
 @given(st.lists(keys, max_size=8))
 def test_keys_of_any_types_have_one_order_integers_first(mixed):
     ordered = sorted(mixed, key=paths.order)
-    assert sorted(reversed(mixed), key=paths.order) == ordered
+    assert sorted([*mixed[1:], mixed[0]], key=paths.order) == ordered
     ints = [k for k in mixed if isinstance(k, int)]
     assert ordered[: len(ints)] == sorted(ints)
     assert ordered[len(ints) :] == sorted(k for k in mixed if isinstance(k, str))
@@ -85,7 +87,9 @@ def plain_match(pattern: list[str], path: list[str]) -> bool:
     """Globs by the book: translated to one regular expression."""
     text = "".join(f"/{part}" for part in path)
     regex = "".join(
-        "(?:/[^/]*)*" if p == "**" else "/" + fnmatch.translate(p)[4:-3].replace(".*", "[^/]*")
+        "(?:/[^/]*)*"
+        if p == "**"
+        else "/" + fnmatch.translate(p)[4:-3].replace(".*", "[^/]*")
         for p in pattern
     )
     return re.fullmatch(regex, text) is not None
@@ -113,7 +117,7 @@ def test_a_path_key_prints_as_subscripts_and_compares_by_path():
     assert key != paths.PathKey(("layers", 1, "kernel"))
     assert key != ("layers", 0, "kernel")
     assert len({key, paths.PathKey(key.key)}) == 1
-    assert pickle.loads(pickle.dumps(key)) == key  # noqa: S301
+    assert pickle.loads(pickle.dumps(key)) == key
 
 
 class Held(sortal.Module):

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx as flax_nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Holder, untouched
 
 import sortal
+from models import Holder, untouched
 from sortal.errors import RngAttributeError, RngError
 from sortal.rngs import _INITIALIZERS, _RANDOM
 
@@ -37,8 +37,8 @@ def keys_of(rngs: Any) -> dict[str, Any]:
 def assert_same_streams(ours: Any, theirs: Any) -> None:
     mine, other = keys_of(ours), keys_of(theirs)
     assert mine.keys() == other.keys()
-    for name in mine:
-        for a, b in zip(mine[name], other[name], strict=True):
+    for name, keys in mine.items():
+        for a, b in zip(keys, other[name], strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
             assert a.dtype == b.dtype
 
@@ -212,8 +212,8 @@ def test_streams_of_a_model_change_in_place_as_in_flax_and_come_back(
 
 def assert_equal(mine: dict[str, Any], other: dict[str, Any]) -> None:
     assert mine.keys() == other.keys()
-    for name in mine:
-        for a, b in zip(mine[name], other[name], strict=True):
+    for name, keys in mine.items():
+        for a, b in zip(keys, other[name], strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
@@ -288,7 +288,10 @@ def test_reseed_refuses_several_keys_and_changes_nothing() -> None:
 @pytest.mark.parametrize("policy", ["match", None, 3])
 def test_reseed_refuses_an_unknown_policy(policy: Any) -> None:
     rngs = sortal.Rngs(0)
-    with untouched(rngs), pytest.raises(RngError, match="policy must be 'scalars_only'"):
+    with (
+        untouched(rngs),
+        pytest.raises(RngError, match="policy must be 'scalars_only'"),
+    ):
         sortal.reseed(rngs, policy=policy, default=1)
 
 

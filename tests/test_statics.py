@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Config, metadata, statics
 
 from sortal.statics import EMPTY, Edits, Metadata, edits, static_key
+from strategies import Config, metadata, statics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,17 @@ def test_nan_is_itself_inside_any_static():
 
 @pytest.mark.parametrize(
     "value",
-    [[], {}, set(), np.ones(2), ([],), (1, {}), Config([]), frozenset({Config(1)}), None],
+    [
+        [],
+        {},
+        set(),
+        np.ones(2),
+        ([],),
+        (1, {}),
+        Config([]),
+        frozenset({Config(1)}),
+        None,
+    ],
 )
 def test_what_cannot_be_hashed_has_no_key(value):
     try:
@@ -116,7 +126,13 @@ def test_fields_left_out_of_comparison_are_left_out_of_the_key():
 
 @pytest.mark.parametrize(
     "value",
-    [jax.nn.relu, jnp.float32, jnp.dtype("bfloat16"), functools.partial(max, 1), Config],
+    [
+        jax.nn.relu,
+        jnp.float32,
+        jnp.dtype("bfloat16"),
+        functools.partial(max, 1),
+        Config,
+    ],
 )
 def test_functions_types_and_dtypes_are_keys_of_themselves(value):
     assert static_key(value) == (type(value), value)
@@ -145,7 +161,7 @@ def test_metadata_differs_where_an_entry_differs_to_a_trace(a, b):
 @given(metadata)
 def test_metadata_survives_pickle_and_both_copies_as_the_same_object(items):
     made = Metadata.of(items)
-    assert pickle.loads(pickle.dumps(made)) is made  # noqa: S301
+    assert pickle.loads(pickle.dumps(made)) is made
     assert copy.copy(made) is made
     assert copy.deepcopy(made) is made
 

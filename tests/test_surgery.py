@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import KINDS, Count, Holder, Linear, Net, models, objects, portrait, untouched
 
 import sortal
+from models import (
+    KINDS,
+    Count,
+    Holder,
+    Linear,
+    Net,
+    models,
+    objects,
+    portrait,
+    untouched,
+)
 from sortal import BatchStat, Cache, Param, Variable
 from sortal.errors import (
     FilterError,
@@ -192,7 +202,7 @@ def test_merge_lists_missing_doubled_unknown_and_miskinded_leaves() -> None:
     assert "given twice: norm.scale (Param), again in 3" in text
     assert "wrong kind: norm.mean is a BatchStat, found a Cache" in text
     assert "missing=another_state" in text
-    with pytest.raises(MergeError, match="missing: norm.mean"):
+    with pytest.raises(MergeError, match=r"missing: norm\.mean"):
         sortal.merge(graphdef, params)
     assert int(sortal.merge(graphdef, rest, params).calls.value) == 0
 
@@ -235,7 +245,10 @@ def bad_updates() -> dict[str, tuple[Any, str]]:
     ok = {"layers": {0: {"bias": jnp.ones(4)}}}
     return {
         "unknown": ({**ok, "nrom": jnp.ones(4)}, "unknown: nrom"),
-        "kind": ({**ok, "calls": Param(jnp.array(1))}, "calls is a Count, found a Param"),
+        "kind": (
+            {**ok, "calls": Param(jnp.array(1))},
+            "calls is a Count, found a Param",
+        ),
         "shape": ({**ok, "calls": jnp.ones(2, int)}, r"wrong shape: calls \(Count\)"),
         "dtype": ({**ok, "calls": jnp.array(1.0)}, r"wrong dtype: calls \(Count\)"),
         "structure": ({**ok, "calls": (1, 2)}, r"wrong structure: calls \(Count\)"),
@@ -258,7 +271,11 @@ def test_update_lists_every_problem_at_once() -> None:
     with untouched(model), pytest.raises(UpdateError) as e:
         sortal.update(
             model,
-            {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3, int), "scale": jnp.ones(1)},
+            {
+                "kernel": jnp.ones((3, 2)),
+                "bias": jnp.ones(3, int),
+                "scale": jnp.ones(1),
+            },
         )
     text = str(e.value)
     assert "3 of the given leaves" in text

@@ -18,12 +18,12 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from strategies import KINDS, LoRA, jax_arrays, metadata, variables
 
 import sortal
 from sortal.errors import TraceError, VariableAttributeError, VariableError
 from sortal.statics import EMPTY
 from sortal.variable import Variable, check_writable, describe, make, make_all, write
+from strategies import KINDS, LoRA, jax_arrays, metadata, variables
 
 Param = sortal.Param
 
@@ -144,8 +144,11 @@ def test_a_write_by_index_leaves_the_old_value_as_it_was():
         variable, old = Variable(value), copy.deepcopy(value)
         variable[0] = 1
         assert variable[0] == 1
-        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all() if hasattr(
-            a, "all") else a == b, value, old))
+        assert jax.tree.all(
+            jax.tree.map(
+                lambda a, b: (a == b).all() if hasattr(a, "all") else a == b, value, old
+            )
+        )
         assert type(variable.value) is type(value) or isinstance(value, jax.Array)
 
 
@@ -277,7 +280,9 @@ def test_in_place_operators_are_refused_with_what_to_write(name, symbol):
     with pytest.raises(VariableError) as caught:
         getattr(operator, name)(variable, 1)
     text = str(caught.value)
-    assert f"variable {symbol} x would put a plain array in the place of a Param" in text
+    assert (
+        f"variable {symbol} x would put a plain array in the place of a Param" in text
+    )
     assert f"Write variable[...] {symbol} x." in text
     same(variable.value, jnp.array([1, 2]))
     with pytest.raises(NotImplementedError):
@@ -388,7 +393,9 @@ def test_metadata_that_is_not_there_is_an_error_that_lists_what_is():
 )
 def test_metadata_set_in_any_other_form_is_refused(args, keywords, found):
     variable = Param(1, tag="a")
-    with pytest.raises(VariableError, match=f"takes a dict, or a name .* found {found}"):
+    with pytest.raises(
+        VariableError, match=f"takes a dict, or a name .* found {found}"
+    ):
         variable.set_metadata(*args, **keywords)
     assert variable.get_metadata() == {"tag": "a"}
 
@@ -460,9 +467,13 @@ def test_setting_an_attribute_is_refused_with_both_remedies():
 
 def test_deleting_an_attribute_is_refused_with_the_remedy():
     variable = Param(1, tag="a")
-    with pytest.raises(VariableAttributeError, match=r"variable\.del_metadata\('tag'\)"):
+    with pytest.raises(
+        VariableAttributeError, match=r"variable\.del_metadata\('tag'\)"
+    ):
         del variable.tag
-    with pytest.raises(VariableAttributeError, match="cannot delete 'value' of a Param"):
+    with pytest.raises(
+        VariableAttributeError, match="cannot delete 'value' of a Param"
+    ):
         del variable.value
     assert variable.value == 1
     assert variable.tag == "a"
@@ -539,7 +550,7 @@ def assert_twins(a, b):
 
 @given(variables())
 def test_variables_survive_pickle_copy_and_deepcopy(variable):
-    assert_twins(pickle.loads(pickle.dumps(variable)), variable)  # noqa: S301
+    assert_twins(pickle.loads(pickle.dumps(variable)), variable)
     assert_twins(copy.copy(variable), variable)
     assert_twins(copy.deepcopy(variable), variable)
 
@@ -549,7 +560,7 @@ def test_copies_are_written_to_apart():
     for other in (
         copy.copy(variable),
         copy.deepcopy(variable),
-        pickle.loads(pickle.dumps(variable)),  # noqa: S301
+        pickle.loads(pickle.dumps(variable)),
     ):
         other[...] = jnp.ones(2)
         other.set_metadata(tag="b")
@@ -828,5 +839,5 @@ def test_no_idiom_here_warns_where_flax_does():
         variable = Param(jnp.zeros(1))
         variable.value = variable.value + 1
         variable.value += 1
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="value"):
         _ = nnx.Param(jnp.zeros(1)).value

@@ -531,8 +531,8 @@ def _read(kind: type, literal: Any) -> Filter:
 
 def _no_filter(literal: Any) -> str:
     return (
-        f"{literal!r:.80} ({type(literal).__name__}) is not a filter. Write a kind such "
-        "as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "
+        f"{literal!r:.80} ({type(literal).__name__}) is not a filter. Write a kind "
+        "such as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "
         "function of (path, leaf)."
     )
 

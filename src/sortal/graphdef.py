@@ -22,17 +22,18 @@ NODE, LEAF, STATIC = 0, 1, 2
 class Static:
     """A static value together with the key that it is compared and hashed by."""
 
-    __slots__ = ("key", "value")
+    __slots__ = ("_hash", "key", "value")
 
     def __init__(self, value: Any):
         self.key = static_key(value)
         self.value = value
+        self._hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return self._hash
 
     def __repr__(self) -> str:
         return repr(self.value)

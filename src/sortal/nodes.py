@@ -24,9 +24,11 @@ class Node:
 
     The counter tells the engine, in one comparison of integers, that an object still
     has the structure it was planned with; ``statics.edits`` that no object has
-    changed at all. Like Variables, an object belongs to the trace that it was made in:
-    an attribute set from inside another would be a tracer leaked. A write that goes round ``__setattr__`` (``vars(obj)[name] = x``)
+    changed at all. A write that goes round ``__setattr__`` (``vars(obj)[name] = x``)
     is noticed only when it changes the number of attributes.
+
+    Like Variables, an object belongs to the trace that it was made in: an attribute
+    set from inside another would leak a tracer.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_plans", "_roles", "_trace", "_version")
@@ -141,7 +143,8 @@ class Handler:
 
     def shell(self, cls: type, spec: Any) -> Any:
         """An empty object of the type; for tracked nodes."""
-        return cls.__new__(cls)
+        create: Any = cls.__new__
+        return create(cls)
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         """Makes ``items``, children by key, the whole content of ``obj``."""

@@ -25,7 +25,7 @@ from sortal.nodes import Node
 from sortal.paths import Path, show
 from sortal.state import State, as_state, snapshot
 from sortal.statics import Metadata
-from sortal.variable import Variable, check_writable, describe
+from sortal.variable import check_writable, describe
 
 
 def state(node: Any, /, *filters: Any) -> Any:

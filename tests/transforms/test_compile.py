@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from models import Count, Holder, Linear, Net, has_tracer, portrait, untouched
 
 import sortal
+from models import Count, Holder, Linear, Net, has_tracer, portrait, untouched
 from sortal import Param
 from sortal.errors import ArgumentError, StaleBufferError, TraceError
 
@@ -26,8 +26,6 @@ class Counted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.traces += 1
         return self.f(*args, **kwargs)
-
-
 
 
 def n_out(f: Any, *args: Any) -> int:
@@ -55,7 +53,9 @@ def test_a_value_written_back_as_it_was_is_no_output() -> None:
 
 def test_a_sown_value_and_a_new_variable_are_the_only_outputs() -> None:
     net = Net()
-    f = sortal.jit(lambda m: (m.sow(sortal.Intermediate, "y", m.norm.mean + 1), None)[1])
+    f = sortal.jit(
+        lambda m: (m.sow(sortal.Intermediate, "y", m.norm.mean + 1), None)[1]
+    )
     assert n_out(f, net) == 1
     f(net)
     assert net.y.value[0][0] == 1
@@ -248,7 +248,8 @@ def test_a_static_module_is_handed_over_as_it_is() -> None:
 
 # ------------------------------------------------------------------------- donation
 @pytest.mark.parametrize(
-    "options", [{"donate_argnums": 0}, {"donate_argnums": (0,)}, {"donate_argnames": "m"}]
+    "options",
+    [{"donate_argnums": 0}, {"donate_argnums": (0,)}, {"donate_argnames": "m"}],
 )
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_donated_model_is_usable_afterwards_and_its_old_buffers_are_gone(
@@ -295,7 +296,7 @@ def test_errors_that_are_no_stale_buffers_are_left_as_they_are() -> None:
     def fail(m: Any) -> None:
         raise ValueError("my own")
 
-    with pytest.raises(ValueError, match="^my own$"):
+    with pytest.raises(ValueError, match=r"^my own$"):
         sortal.jit(fail)(Linear(1, 1))
 
 
@@ -469,5 +470,7 @@ def test_eval_shape_touches_nothing_and_returns_abstract_copies() -> None:
 
 def test_eval_shape_of_an_abstract_model() -> None:
     made = sortal.eval_shape(lambda: Net())
-    out = sortal.eval_shape(lambda m, x: m(x), made, jax.ShapeDtypeStruct((5, 3), float))
+    out = sortal.eval_shape(
+        lambda m, x: m(x), made, jax.ShapeDtypeStruct((5, 3), float)
+    )
     assert out.shape == (5, 2)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from sortal.graph import Slot, Walk, bind, plan_of, store_all
 from sortal.graphdef import NODE, Entry, GraphDef, Step, fill
@@ -192,7 +193,9 @@ def _edited(entered: Entered, edits: Edits) -> list[Any]:
     """What edits will write to: objects, those that hold containers, Variables."""
     numbers = [edits.node_from[n] for n in edits.dirty]
     nodes = [entered.live_node(n) for n in numbers if n is not None]
-    roots = [entered.roots[entered.joint.node_at[n][0]] for n in numbers if n is not None]
+    roots = [
+        entered.roots[entered.joint.node_at[n][0]] for n in numbers if n is not None
+    ]
     held = [x if isinstance(x, Node) else r for x, r in zip(nodes, roots, strict=True)]
     return [*held, *(entered.live_leaf(k) for k, _ in edits.metadata)]
 
@@ -301,7 +304,7 @@ def stale_buffers(carriers: Sequence[Carrier]) -> list[str]:
         for c in carriers
         for key, value in zip(c.keys, c.values, strict=True)
         if isinstance(value, jax.Array)
-        and not isinstance(value, jax.core.Tracer)
+        and not isinstance(value, Tracer)
         and value.is_deleted()
     ]
 
