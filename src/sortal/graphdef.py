@@ -35,6 +35,10 @@ class Static:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> Any:
+        # The hash of a string differs from process to process.
+        return (Static, (self.value,))
+
     def __repr__(self) -> str:
         return repr(self.value)
 
