@@ -33,6 +33,7 @@ ORDER = (
     "sortal.nodes",
     "sortal.graphdef",
     "sortal.graph",
+    "sortal.nested",
     "sortal.state",
     "sortal.statelib",
     "sortal.surgery",

@@ -176,7 +176,7 @@ def test_split_lists_every_leaf_left_over_and_proposes_the_rest() -> None:
 
 
 def test_split_hints_that_a_string_is_a_tag() -> None:
-    with pytest.raises(FilterError, match=r"read as a tag; for the path write At"):
+    with pytest.raises(FilterError, match=r"read as a tag; for the path write Under"):
         sortal.split(Net(), "norm")
 
 

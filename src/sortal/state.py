@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import (
     Callable,
     Hashable,
+    Iterable,
     Iterator,
     Mapping,
     MutableMapping,
@@ -14,13 +14,12 @@ from collections.abc import (
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from sortal import paths
 from sortal._jax import current_trace, register_pytree
 from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
 from sortal.graph import own
 from sortal.graphdef import Schema, check_exhaustive, kind_name, select
+from sortal.nested import equal, locate_all, nest, ordered, walk
 from sortal.nodes import Handler, register_node
 from sortal.paths import Path, PathKey, show
 from sortal.statics import EMPTY, edits
@@ -60,7 +59,7 @@ class State(MutableMapping[Any, Any]):
 
     def __init__(self, mapping: Any = (), /):
         pairs = dict(mapping) if not isinstance(mapping, Mapping) else mapping
-        _fill_from(self, list(_walk_mapping(pairs, ())))
+        _fill_from(self, walk(pairs))
 
     @classmethod
     def from_flat_path(cls, flat: Any, /) -> State:
@@ -74,7 +73,7 @@ class State(MutableMapping[Any, Any]):
         """
         state = State.__new__(State)
         items = flat.items() if isinstance(flat, Mapping) else flat
-        _fill_from(state, [(tuple(path), leaf) for path, leaf in items])
+        _fill_from(state, ((tuple(path), leaf) for path, leaf in items))
         return state
 
     # --------------------------------------- what views see otherwise
@@ -112,7 +111,7 @@ class State(MutableMapping[Any, Any]):
         }
         if other or gone:
             kept = {p: x for p, x in _items(self) if p not in gone}
-            _fill_from(self, list({**kept, **other}.items()))
+            _fill_from(self, {**kept, **other}.items())
         for path in new.keys() - other.keys():
             at, leaf = self._schema.index[path], new[path]
             if isinstance(leaf, Variable):
@@ -150,7 +149,7 @@ class State(MutableMapping[Any, Any]):
             raise PathAttributeError(str(e)) from None
 
     def __setitem__(self, key: Any, leaf: Any) -> None:
-        new = dict(_walk_mapping({key: leaf}, ()))
+        new = dict(walk({key: leaf}))
         self._write(new, self._below(key) - new.keys())
 
     def _below(self, key: Any) -> set[Path]:
@@ -209,7 +208,7 @@ class State(MutableMapping[Any, Any]):
         if self.schema is not other.schema:
             return False
         pairs = zip(self.values_list(), other.values_list(), strict=True)
-        return all(a is b or _equal(a, b) for a, b in pairs)
+        return all(a is b or equal(a, b) for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -344,13 +343,9 @@ class State(MutableMapping[Any, Any]):
           The dict, with integer keys where the paths have them.
         """
         leaves = self.values_list() if extract_fn is None else self.leaves()
-        nested: dict[Any, Any] = {}
-        for path, leaf in zip(self.paths(), leaves, strict=True):
-            at = nested
-            for key in path[:-1]:
-                at = at.setdefault(key, {})
-            at[path[-1]] = leaf if extract_fn is None else extract_fn(leaf)
-        return nested
+        if extract_fn is not None:
+            leaves = map(extract_fn, leaves)
+        return nest(zip(self.paths(), leaves, strict=True))
 
     def replace_by_pure_dict(
         self, pure: Mapping, replace_fn: Callable[[Any, Any], Any] | None = None
@@ -365,21 +360,7 @@ class State(MutableMapping[Any, Any]):
           PathError: paths that this State does not have; all listed, none replaced.
         """
         schema = self.schema
-        by_text = {tuple(map(str, p)): i for p, i in schema.index.items()}
-        found, unknown = [], []
-        for path, value in _walk_mapping(pure, ()):
-            at = schema.index.get(path, by_text.get(tuple(map(str, path))))
-            if at is None:
-                unknown.append(show(path))
-            else:
-                found.append((at, value))
-        if unknown:
-            raise PathError(
-                "replace_by_pure_dict was given paths that this State does not have:\n"
-                + listing(unknown)
-                + "\nIt has:\n"
-                + listing(map(show, schema.paths))
-            )
+        found = locate_all(schema.paths, walk(pure), schema.index.get)
         if replace_fn is not None:
             found = [(at, replace_fn(self._leaf(at), value)) for at, value in found]
         self._write({schema.paths[at]: value for at, value in found}, set())
@@ -501,33 +482,9 @@ def _items(state: State) -> list[tuple[Path, Any]]:
     return list(zip(state.paths(), state.leaves(), strict=True))
 
 
-def _walk_mapping(mapping: Mapping, prefix: Path) -> Iterator[tuple[Path, Any]]:
-    if isinstance(mapping, State):
-        yield from (((*prefix, *p), x) for p, x in _items(mapping))
-        return
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _walk_mapping(value, (*prefix, key))
-        else:
-            yield (*prefix, key), value
-
-
-def _fill_from(state: State, items: list[tuple[Path, Any]]) -> None:
-    items = sorted(items, key=lambda item: tuple(map(paths.order, item[0])))
-    known = Counter(path for path, _ in items)
-    twice = [path for path, count in known.items() if count > 1]
-    if twice:
-        raise PathError(
-            "a path of a State can have one leaf only; given twice:\n"
-            + listing(map(show, sorted(twice, key=show)))
-        )
-    clash = [p for p in known if any(p[:n] in known for n in range(1, len(p)))]
-    if clash:
-        raise PathError(
-            "a path of a State cannot run through a leaf; found:\n"
-            + listing(map(show, sorted(clash, key=show)))
-        )
-    _set_leaves(state, [path for path, _ in items], [leaf for _, leaf in items])
+def _fill_from(state: State, items: Iterable[tuple[Path, Any]]) -> None:
+    found = ordered(items)
+    _set_leaves(state, [path for path, _ in found], [leaf for _, leaf in found])
 
 
 def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
@@ -551,17 +508,6 @@ def _refresh(state: State) -> None:
     if any(a is not b for a, b in zip(metadata, schema.metadata, strict=True)):
         _set_schema(state, Schema.of(schema.paths, schema.kinds, metadata))
     _set_checked(state, now)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    return all(
-        jnp.shape(x) == jnp.shape(y)
-        and getattr(x, "dtype", type(x)) == getattr(y, "dtype", type(y))
-        and bool(jnp.all(x == y))
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
 
 
 class _Layout:

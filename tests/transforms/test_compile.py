@@ -233,11 +233,11 @@ def power(m: Any, x: Any, n: int = 1, *, mode: str = "a") -> Any:
 def test_static_arguments_by_position_and_by_name(options: Any) -> None:
     f, net, x = sortal.jit(power, **options), Net(), jnp.full(1, 3.0)
     assert f(net, x, 2)[0] == 9
-    if "static_argnames" in options or options["static_argnums"] == 2:
+    if len(options) == 1:  # JAX reads one spelling from the other only alone
         assert f(net, x, n=3)[0] == 27
     if "mode" in str(options):
-        f(net, x, 2, mode="b")
-    assert int(net.calls.value) >= 5
+        assert f(net, x, 3, mode="b")[0] == 27
+    assert int(net.calls.value) in {5, 8}
 
 
 def test_a_static_module_is_handed_over_as_it_is() -> None:
@@ -296,8 +296,9 @@ def test_errors_that_are_no_stale_buffers_are_left_as_they_are() -> None:
     def fail(m: Any) -> None:
         raise ValueError("my own")
 
-    with pytest.raises(ValueError, match=r"^my own$"):
+    with pytest.raises(ValueError, match=r"^my own") as e:
         sortal.jit(fail)(Linear(1, 1))
+    assert type(e.value) is ValueError
 
 
 # ------------------------------------------------------------------------ shardings
@@ -471,6 +472,6 @@ def test_eval_shape_touches_nothing_and_returns_abstract_copies() -> None:
 def test_eval_shape_of_an_abstract_model() -> None:
     made = sortal.eval_shape(lambda: Net())
     out = sortal.eval_shape(
-        lambda m, x: m(x), made, jax.ShapeDtypeStruct((5, 3), float)
+        lambda m, x: m(x), made, jax.ShapeDtypeStruct((5, 3), jnp.float32)
     )
     assert out.shape == (5, 2)

@@ -542,7 +542,8 @@ def test_named_positions_reads_numbers_and_names_of_parameters() -> None:
     def f(a: Any, b: Any, *rest: Any, c: Any = 0) -> None: ...
 
     assert lift.named_positions(f, -1, None) == ({1, "b"}, 2)
-    assert lift.named_positions(f, (0,), "c") == ({0, "a", "c"}, 2)
+    assert lift.named_positions(f, (0,), "c") == ({0, "c"}, 2)
+    assert lift.named_positions(f, (0,), None) == ({0, "a"}, 2)
     assert lift.named_positions(f, None, ("b",)) == ({1, "b"}, 2)
     assert lift.named_positions(max, None, None) == (set(), 0)
     assert lift.named_positions(dict.fromkeys, 1, "x")[0] >= {1, "x"}

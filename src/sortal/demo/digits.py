@@ -55,9 +55,9 @@ class Normalise(nnx.Module):
             self.batches[...] += 1
             # An average over all batches at first, over about the last fifty later.
             rate = 1 / jnp.minimum(self.batches[...], 50)
-            self.running_mean[...] += rate * (x.mean(0) - self.running_mean.value)
-            self.running_var[...] += rate * (x.var(0) - self.running_var.value)
-        centred = x - self.running_mean.value
+            self.running_mean[...] += rate * (x.mean(0) - self.running_mean[...])
+            self.running_var[...] += rate * (x.var(0) - self.running_var[...])
+        centred = x - self.running_mean[...]
         return centred / jnp.sqrt(self.running_var[...] + 0.01)
 
 

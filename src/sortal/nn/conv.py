@@ -276,9 +276,9 @@ class Conv(_Conv):
         dilated = any(d != 1 for d in self._sizes("input_dilation"))
         if isinstance(self.padding, str) and dilated:
             raise ArgumentError(
-                f"Conv: padding {self.padding!r} is not defined for a dilated "
-                f"input; found input_dilation={self.input_dilation}. Give pairs "
-                "(low, high) instead."
+                f"Conv: padding {self.padding!r} is not defined for a dilated input; "
+                f"found input_dilation={self.input_dilation}. Write it as numbers or "
+                "pairs (low, high)."
             )
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:

@@ -144,7 +144,11 @@ def new_param(
             f"{describe(init)}. For a fixed value write "
             f"{name}_init=nnx.initializers.constant(value)."
         )
-    value = init(rngs.params(), init_shape or shape, dtype)
+    key = rngs.params()
+    # Where there is nothing to fill, some versions of JAX divide by a fan-in of zero.
+    value = (
+        init(key, init_shape or shape, dtype) if all(shape) else jnp.zeros(shape, dtype)
+    )
     if inspect.isfunction(value):
         raise ArgumentError(
             f"{owner}: {name}_init returned a function instead of an array: it makes "

@@ -272,6 +272,8 @@ def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
       A set of non-negative positions and of names, and the number of positional
       parameters (0 where unknown).
     """
+    # As in JAX: where both are given, neither says anything about the other.
+    one_spelling = nums is None or names is None
     nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
     names = (names,) if isinstance(names, str) else tuple(names or ())
     try:
@@ -285,6 +287,8 @@ def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
     ]
     n = len(positional)
     found: set[Any] = {i + n if i < 0 else i for i in nums} | set(names)
+    if not one_spelling:
+        return found, n
     found |= {i for i, name in enumerate(positional) if name in found}
     found |= {positional[i] for i in list(found) if isinstance(i, int) and i < n}
     return found, n
