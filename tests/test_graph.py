@@ -177,6 +177,18 @@ def test_a_raw_array_replaced_inside_containers_keeps_the_plan(walks: Any) -> No
     assert len(walks) == 1
 
 
+def test_a_list_of_plain_objects_that_gets_an_array_is_looked_at_again() -> None:
+    model = Holder(items=[Holder(), Holder()])
+    sortal.state(model)
+    for array in (jnp.ones(3), np.ones(3)):
+        model.items[1] = array
+        assert sortal.state(model).paths() == (("items", 1),)
+        model.items[1] = Holder()
+        sortal.state(model)
+    model.items[1] = sortal.Param(jnp.ones(3))
+    assert sortal.state(model, sortal.Param).paths() == (("items", 1),)
+
+
 def test_an_abstract_leaf_may_stand_in_for_an_array() -> None:
     model = Holder(w=sortal.Param(jax.ShapeDtypeStruct((2,), jnp.float32)), raw=None)
     model.raw = jax.ShapeDtypeStruct((3,), jnp.int32)
@@ -265,6 +277,18 @@ def test_unhashable_statics_are_refused_by_path_at_first_use_all_listed() -> Non
 def test_an_unhashable_static_inside_a_tuple_is_named_by_its_own_path() -> None:
     with pytest.raises(StructureError, match=r"pair\.1: a set"):
         sortal.graphdef(Holder(pair=(1, {2})))
+
+
+def test_attributes_of_a_list_or_dict_that_copies_would_lose_are_refused() -> None:
+    class Named(list):
+        pass
+
+    items = Named([1])
+    items.note, items.w = "x", Linear(1, 1)
+    with pytest.raises(StructureError) as e:
+        sortal.state(Holder(a=[items]))
+    assert "a.0: a Named with the attributes note, w" in str(e.value)
+    assert "derive it from sortal.Module" in str(e.value)
 
 
 def test_state_hidden_in_an_object_that_is_no_module_is_refused() -> None:

@@ -250,8 +250,9 @@ def test_init_may_be_left_out_and_attributes_set_later() -> None:
     assert jax.tree.map(lambda x: x + 1, model).w[0] == 2
 
 
-def test_replacing_the_dict_of_a_module_is_noticed() -> None:
-    model = Holder(a=1)
+@pytest.mark.parametrize("before", [1, sortal.Param(2.0)])
+def test_replacing_the_dict_of_a_module_is_noticed(before: Any) -> None:
+    model = Holder(a=before)
     sortal.state(model)
     model.__dict__ = {"w": sortal.Param(jnp.ones(1))}
     assert sortal.state(model).paths() == (("w",),)

@@ -191,6 +191,7 @@ IN_PLACE = {
     "fork": lambda nnx, m: nnx.fork_rngs(m),
     "fork split": lambda nnx, m: nnx.fork_rngs(m, split=4),
     "fork some": lambda nnx, m: nnx.fork_rngs(m, split={"dropout": 2}),
+    "fork by filters": lambda nnx, m: nnx.fork_rngs(m, split={"dropout": 2, ...: None}),
     "reseed": lambda nnx, m: nnx.reseed(m, dropout=5),
 }
 

@@ -13,17 +13,6 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    KEYS,
-    Box,
-    LoRA,
-    filters,
-    flat_leaves,
-    jax_arrays,
-    models,
-    states,
-    variables,
-)
 
 import sortal
 from sortal.errors import (
@@ -35,6 +24,17 @@ from sortal.errors import (
 )
 from sortal.paths import order, show
 from sortal.state import FlatState, State, as_state, snapshot
+from strategies import (
+    KEYS,
+    Box,
+    LoRA,
+    filters,
+    flat_leaves,
+    jax_arrays,
+    models,
+    states,
+    variables,
+)
 
 Param = sortal.Param
 
@@ -161,9 +161,11 @@ def test_a_state_and_its_views_are_mappings_by_level(state):
 
 def test_a_missing_key_is_an_error_that_lists_what_there_is():
     state = small()
-    with pytest.raises(PathError, match="no 'lyers' in this State; it has 'layers', 'table'"):
+    with pytest.raises(
+        PathError, match="no 'lyers' in this State; it has 'layers', 'table'"
+    ):
         state["lyers"]
-    with pytest.raises(PathAttributeError, match="no 'kernle' .* 'bias', 'kernel'"):
+    with pytest.raises(PathAttributeError, match=r"no 'kernle' .* 'bias', 'kernel'"):
         _ = state.layers[0].kernle
     with pytest.raises(PathError, match="no 7 in this State; it has 0, 1"):
         state["layers"][7]
@@ -367,7 +369,9 @@ def test_paths_order_and_values_are_those_of_flax():
     ours, theirs = sortal.state(OurNet()), nnx.state(FlaxNet())
     mine, flax = list(ours.flat_state()), list(nnx.to_flat_state(theirs))
     assert [p for p, _ in mine] == [p for p, _ in flax]
-    assert all((a[...] == b[...]).all() for (_, a), (_, b) in zip(mine, flax, strict=True))
+    assert all(
+        (a[...] == b[...]).all() for (_, a), (_, b) in zip(mine, flax, strict=True)
+    )
     a, b = ours.to_pure_dict(), nnx.to_pure_dict(theirs)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert list(ours["layers"]) == list(theirs["layers"])
@@ -433,7 +437,9 @@ def test_filter_takes_what_the_filter_says(state, chosen):
 
 
 def test_split_lists_what_is_left_over():
-    with pytest.raises(FilterError, match=r"leave 2 leaves over:\n  layers\.1\.mean \(B"):
+    with pytest.raises(
+        FilterError, match=r"leave 2 leaves over:\n  layers\.1\.mean \(B"
+    ):
         small().split(Param)
     params, rest = small().split(Param, ...)
     assert len(params.paths()) == 2
@@ -466,7 +472,6 @@ def test_map_gives_path_and_leaf_and_takes_any_leaf(state):
 # -------------------------------------------------------------------- equality
 @given(states(), states())
 def test_states_are_equal_where_paths_kinds_metadata_and_values_are(a, b):
-    assert a == a
     assert a == copy.copy(a)
     same = a.schema is b.schema and all(
         x.shape == y.shape and x.dtype == y.dtype and bool((x == y).all())
@@ -520,7 +525,6 @@ def test_a_state_prints_paths_kinds_and_shapes():
 @given(states())
 def test_to_pure_dict_then_replace_is_a_round_trip(state):
     pure = state.to_pure_dict()
-    assert pure == {} or jax.tree.leaves(pure) != [] or state.paths()
     other = copy.deepcopy(state)
     for path, _ in other.flat_state():
         other._write({path: jnp.full(1, 99.0)}, set())
@@ -584,13 +588,15 @@ def test_key_paths_print_as_subscripts(state):
     assert printed == ["".join(f"[{k!r}]" for k in p) for p in state.paths()]
 
 
-@given(states(flat_leaves and variables()))
+@given(states(variables()))
 def test_a_map_over_whole_variables_works_as_nnx_code_has_it(state):
     def is_variable(x: Any) -> bool:
         return isinstance(x, sortal.Variable)
 
     seen = []
-    bare = jax.tree.map(lambda v: (seen.append(v), v.value)[1], state, is_leaf=is_variable)
+    bare = jax.tree.map(
+        lambda v: (seen.append(v), v.value)[1], state, is_leaf=is_variable
+    )
     assert all(map(is_variable, seen))
     assert set(bare.schema.kinds) <= {None}
     assert bare.paths() == state.paths()
@@ -621,7 +627,9 @@ def test_a_state_of_bare_values_is_a_prefix_of_the_state_it_is_about(state):
 def test_states_of_other_paths_kinds_or_metadata_are_other_trees(other):
     base = State({"w": Param(jnp.ones(2))})
     assert jax.tree.structure(base) != jax.tree.structure(other)
-    with pytest.raises(ValueError, match=r"(?i)mismatch|metadata|structure|custom node"):
+    with pytest.raises(
+        ValueError, match=r"(?i)mismatch|metadata|structure|custom node"
+    ):
         jax.tree.map(jnp.add, base, other)
 
 
@@ -647,6 +655,7 @@ def test_views_go_through_jax_as_states_of_their_own():
     assert type(out) is State
     assert out.paths() == view.paths()
     assert jax.tree.structure(view) == jax.tree.structure(out)
+    assert jax.tree.map(lambda a, b: a - b, out, view)[0].bias.value.tolist() == [1, 1]
 
 
 @given(states())
@@ -665,14 +674,14 @@ def test_a_flat_state_is_a_pytree_with_the_same_key_paths(state):
 @given(states())
 def test_states_survive_pickle_and_both_copies(state):
     for other in (
-        pickle.loads(pickle.dumps(state)),  # noqa: S301
+        pickle.loads(pickle.dumps(state)),
         copy.copy(state),
         copy.deepcopy(state),
     ):
         assert type(other) is State
         assert other == state
         assert other.schema is state.schema
-    flat = pickle.loads(pickle.dumps(state.flat_state()))  # noqa: S301
+    flat = pickle.loads(pickle.dumps(state.flat_state()))
     assert type(flat) is FlatState
     assert flat.to_nested_state() == state
 
@@ -680,7 +689,7 @@ def test_states_survive_pickle_and_both_copies(state):
 def test_views_survive_pickle_and_both_copies_as_states():
     view = small()["layers"]
     for other in (
-        pickle.loads(pickle.dumps(view)),  # noqa: S301
+        pickle.loads(pickle.dumps(view)),
         copy.copy(view),
         copy.deepcopy(view),
     ):
@@ -770,8 +779,17 @@ def test_a_state_in_a_model_is_a_part_of_it(model, state):
         ("held", *p) for p in state.paths()
     ]
     before = sortal.graphdef(model)
-    state["added"] = Param(jnp.ones(1))
+    model.held["added"] = Param(jnp.ones(1))
     assert sortal.graphdef(model) is not before
+
+
+def test_a_view_in_a_model_is_copied_as_a_state_of_its_own():
+    model = Box(held=small()["layers"])
+    copied = sortal.merge(*sortal.split(model))
+    assert copied.held == model.held
+    copied.held[1].mean[...] = 5
+    assert model.held[1].mean.value.tolist() == [0]
+    assert copied.held[1].mean.value.tolist() == [5]
 
 
 def test_a_snapshot_keeps_the_given_list():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import jax
@@ -161,6 +162,8 @@ def test_the_roots_may_be_containers_variables_and_arrays() -> None:
     made = sortal.merge(*sortal.split([model, model.norm]))
     assert made[0].norm is made[1]
     assert sortal.clone(model.calls).value == 0
+    array = lambda path, leaf: not isinstance(leaf, Variable)  # noqa: E731
+    assert sortal.state({"x": jnp.ones(1), "m": model}, array).paths() == (("x",),)
 
 
 # --------------------------------------------------------------------------- split
@@ -321,6 +324,27 @@ def test_update_writes_raw_arrays_in_modules_lists_and_dicts() -> None:
     sortal.update(model, jax.tree.map(lambda x: x + 1, sortal.state(model)))
     assert model.raw[0] == items[0][0] == model.table["k"][0] == 1
     assert model.items is items
+
+
+def test_update_writes_raw_arrays_in_dataclasses_and_values_that_are_trees() -> None:
+    @dataclasses.dataclass
+    class Box:
+        raw: Any
+
+    m = Holder(box=Box(jnp.zeros(1)), pair=Cache((jnp.zeros(1), 0)))
+    sortal.update(m, {"box": {"raw": jnp.ones(1)}, "pair": (jnp.ones(1), 1)})
+    assert m.box.raw[0] == 1
+    assert m.pair.value[0][0] == 1
+    with untouched(m), pytest.raises(UpdateError, match="wrong dtype: pair"):
+        sortal.update(m, {"pair": (jnp.ones(1), 1.0)})
+    with untouched(m), pytest.raises(UpdateError, match="wrong shape: pair"):
+        sortal.update(m, {"pair": (jnp.ones(2), 1)})
+
+
+def test_pop_takes_leaves_out_of_a_state_that_a_module_holds() -> None:
+    m = Holder(s=sortal.State({"a": Cache(jnp.ones(1)), "b": Param(jnp.ones(1))}))
+    assert sortal.pop(m, Cache).paths() == (("s", "a"),)
+    assert m.s.paths() == (("b",),)
 
 
 def test_a_tied_weight_is_updated_by_its_own_path_and_seen_by_both() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.tree_util as jtu
 
 from sortal._jax import register_pytree
-from sortal.errors import PathAttributeError
+from sortal.errors import ArgumentError, PathAttributeError
 from sortal.module import Module
 from sortal.paths import order
 
@@ -121,6 +121,11 @@ class Sequential(Module):
                 args, kwargs = _arguments(output)
             if rngs is not None and _takes(layer, "rngs"):
                 kwargs = {**kwargs, "rngs": rngs}
+            if not callable(layer):
+                raise ArgumentError(
+                    f"Sequential: layers.{i} is a {type(layer).__name__}, which cannot "
+                    "be called. Pass modules and functions: Sequential(*layers)."
+                )
             output = layer(*args, **kwargs)
         return output
 

@@ -316,6 +316,7 @@ def _show(obj: Any, depth: int, seen: set[int]) -> str:
         items = [(f"{key!r}: ", value) for key, value in obj.items()]
     elif type(obj) in (list, tuple):
         opening, closing = ("[", "]") if type(obj) is list else ("(", ")")
+        closing = ",)" if type(obj) is tuple and len(obj) == 1 else closing
         items = [("", value) for value in obj]
     else:
         return describe(obj)

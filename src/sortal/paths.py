@@ -178,7 +178,8 @@ _ASKED, _LEVELS, _WIDTH, _MOST = 8, 40, 32, 1_000_000
 def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
     """The last object with attributes on the way up from ``target``."""
     best = None
-    level, seen = [target], {id(target), *ours}
+    level: tuple[Any, ...] = (target,)
+    seen = {id(target), *ours}
     for _ in range(_LEVELS):
         seen.add(id(level))  # the search itself holds what it looks at
         above = [
@@ -186,9 +187,9 @@ def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
             for x in gc.get_referrers(*level)
             if id(x) not in seen and _holds(x, level)
         ]
-        seen |= set(map(id, above))
+        seen |= {id(above), *map(id, above)}
         best = next((x for x in above if _has_attributes(x)), best)
-        level = above[:_WIDTH]
+        level = tuple(above[:_WIDTH])
         if not level:
             break
     return best
@@ -219,7 +220,7 @@ def _has_attributes(x: Any) -> bool:
     return not isinstance(x, (dict, list, tuple)) and hasattr(x, "__dict__")
 
 
-def _holds(holder: Any, level: list[Any]) -> bool:
+def _holds(holder: Any, level: Iterable[Any]) -> bool:
     if isinstance(holder, _NOT_OWNERS):
         return False
     inside = {id(x) for _, x in _items(holder)}

@@ -50,11 +50,12 @@ class State(MutableMapping[Any, Any]):
       Param(float32[2,3])
     """
 
-    __slots__ = ("__weakref__", "_boxed", "_cells", "_checked", "_schema", "_trace")
+    __slots__ = ("__weakref__", *_SLOTS)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         state = object.__new__(cls)
         _set_trace(state, current_trace())
+        _set_parent(state, None)
         return state
 
     def __init__(self, mapping: Any = (), /):
@@ -76,21 +77,33 @@ class State(MutableMapping[Any, Any]):
         _fill_from(state, ((tuple(path), leaf) for path, leaf in items))
         return state
 
-    # --------------------------------------- what views see otherwise
+    # A view has a parent and a prefix in the place of leaves. It is of this very class
+    # because JAX takes trees of two classes as two structures.
+    @property
+    def _at(self) -> tuple[int, ...]:
+        return self._parent.schema.below(self._prefix)[1]
+
     @property
     def schema(self) -> Schema:
         """Paths, kinds and metadata of the leaves, in order."""
+        if self._parent is not None:
+            return self._parent.schema.below(self._prefix)[0]
         if self._boxed and self._checked != edits.last:
             _refresh(self)
         return self._schema
 
     def values_list(self) -> list[Any]:
         """The bare values, in order."""
+        if self._parent is not None:
+            values = self._parent.values_list()
+            return [values[i] for i in self._at]
         if not self._boxed:
             return list(self._cells)
         return [c._value if isinstance(c, Variable) else c for c in self._cells]
 
     def _leaf(self, i: int) -> Any:
+        if self._parent is not None:
+            return self._parent._leaf(self._at[i])
         cell, kind = self._cells[i], self._schema.kinds[i]
         if kind is None or isinstance(cell, Variable):
             return cell
@@ -101,6 +114,10 @@ class State(MutableMapping[Any, Any]):
 
     def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
         """Sets some leaves and removes others; a bare value keeps the leaf's kind."""
+        if self._parent is not None:
+            whole = {(*self._prefix, *p): x for p, x in new.items()}
+            self._parent._write(whole, {(*self._prefix, *p) for p in gone})
+            return
         if self._trace is not current_trace():
             raise foreign_write((self, p, "in a State") for p in [*new, *gone])
         old = dict(zip(self._schema.paths, self._schema.kinds, strict=True))
@@ -133,7 +150,9 @@ class State(MutableMapping[Any, Any]):
         if at is not None:
             return self._leaf(at)
         if key in self.schema.children(()):
-            return _View(self, path)
+            view = State.__new__(State)
+            view._parent, view._prefix = self, path
+            return view
         raise PathError(
             f"no {key!r} in this State; it has "
             f"{', '.join(map(repr, self.schema.children(()))) or 'nothing'}."
@@ -252,6 +271,8 @@ class State(MutableMapping[Any, Any]):
 
     def leaves(self) -> list[Any]:
         """All leaves in order: Variables of this State, and raw arrays."""
+        if self._parent is not None:
+            return [self._parent._leaf(i) for i in self._at]
         if self._boxed != ALL:
             schema = self.schema
             kinds = [
@@ -366,41 +387,6 @@ class State(MutableMapping[Any, Any]):
         self._write({schema.paths[at]: value for at, value in found}, set())
 
 
-class _View(State):
-    """The part of a State below a prefix; writing to it writes to the State."""
-
-    __slots__ = ("_parent", "_prefix")
-
-    def __init__(self, parent: State, prefix: Path):
-        self._parent, self._prefix = parent, prefix
-
-    @property
-    def schema(self) -> Schema:
-        return self._parent.schema.below(self._prefix)[0]
-
-    def leaves(self) -> list[Any]:
-        return [self._parent._leaf(i) for i in self._positions]
-
-    @property
-    def _positions(self) -> tuple[int, ...]:
-        return self._parent.schema.below(self._prefix)[1]
-
-    def values_list(self) -> list[Any]:
-        values = self._parent.values_list()
-        return [values[i] for i in self._positions]
-
-    def _leaf(self, i: int) -> Any:
-        return self._parent._leaf(self._positions[i])
-
-    def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
-        above = self._prefix
-        whole = {(*above, *p): leaf for p, leaf in new.items()}
-        self._parent._write(whole, {(*above, *p) for p in gone})
-
-    def __reduce__(self) -> Any:
-        return (snapshot, (self.schema, self.values_list()))
-
-
 class FlatState(tuple):
     """Pairs of path and leaf, in order; ``dict(flat)`` gives a mapping by path.
 
@@ -453,6 +439,7 @@ _set_cells = State.__dict__["_cells"].__set__
 _set_boxed = State.__dict__["_boxed"].__set__
 _set_checked = State.__dict__["_checked"].__set__
 _set_trace = State.__dict__["_trace"].__set__
+_set_parent = State.__dict__["_parent"].__set__
 
 
 def as_state(x: Any) -> State:
@@ -491,6 +478,7 @@ def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
     boxes = [x if isinstance(x, Variable) else None for x in leaves]
     kinds = [None if box is None else type(box) for box in boxes]
     metadata = [EMPTY if box is None else box._metadata for box in boxes]
+    _set_parent(state, None)
     _set_schema(state, Schema.of(at, kinds, metadata))
     _set_cells(state, leaves)
     _set_boxed(state, ALL if any(kinds) else NONE)
@@ -582,8 +570,7 @@ class _StateHandler(Handler):
 
 
 register_node(State, _StateHandler())
-for _cls in (State, _View):
-    register_pytree(_cls, _flatten, _flatten_with_keys, _unflatten)
+register_pytree(State, _flatten, _flatten_with_keys, _unflatten)
 register_pytree(
     FlatState,
     lambda flat: (flat.leaves, flat.paths),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sortal.errors import PathError
 from sortal.paths import Path
 from sortal.state import FlatState, State, as_state
 
@@ -95,6 +96,9 @@ def restore_int_paths(pure_dict: Mapping) -> dict:
     Returns:
       New nested dicts.
 
+    Raises:
+      PathError: two keys would become the same integer.
+
     Example:
       >>> import sortal as nnx
       >>> nnx.restore_int_paths({"layers": {"0": 1.0}})
@@ -104,10 +108,15 @@ def restore_int_paths(pure_dict: Mapping) -> dict:
     def key(k: Any) -> Any:
         return int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k
 
-    return {
-        key(k): restore_int_paths(v) if isinstance(v, Mapping) else v
-        for k, v in pure_dict.items()
-    }
+    restored: dict[Any, Any] = {}
+    for k, v in pure_dict.items():
+        if key(k) in restored:
+            raise PathError(
+                f"restore_int_paths: two keys side by side would both be {key(k)}, and "
+                f"one of their values lost; the keys are {list(pure_dict)}."
+            )
+        restored[key(k)] = restore_int_paths(v) if isinstance(v, Mapping) else v
+    return restored
 
 
 def filter_state(state: Any, *filters: Any) -> Any:

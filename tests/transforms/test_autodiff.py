@@ -11,9 +11,9 @@ import pytest
 from flax import nnx as flax_nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Count, Holder, Linear, Net, has_tracer, objects, portrait, untouched
 
 import sortal
+from models import Count, Holder, Linear, Net, has_tracer, objects, portrait, untouched
 from sortal import BatchStat, DiffState, Param
 from sortal.errors import ArgumentError, FilterError, GradientError, TraceError
 

@@ -309,6 +309,8 @@ def test_shardings_of_plain_arrays_are_obeyed() -> None:
     f = sortal.jit(lambda x, y: x + y, in_shardings=(rows, every), out_shardings=rows)
     out = f(jnp.ones((4, 2)), jnp.ones((4, 2)))
     assert out.sharding.is_equivalent_to(rows, 2)
+    method = sortal.jit(Linear(2, 2).__call__, in_shardings=(rows,))
+    assert len(method(jnp.ones((4, 2))).sharding.device_set) == 4
     m = Holder(w=Param(jax.device_put(jnp.ones((4, 2)), rows)))
     g = sortal.jit(lambda m: m.w.set_value(m.w * 2))
     g(m)

@@ -89,6 +89,9 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "a list shrunk": lambda m: m.tied.pop() and None,
     "a list cleared": lambda m: m.tied.clear(),
     "a list replaced": lambda m: setattr(m, "tied", [m.w, 1]),
+    "a leaf for a static": lambda m: setattr(m, "rate", m.raw * 1),
+    "a static for a leaf": lambda m: setattr(m, "raw", 3),
+    "a tuple replaced": lambda m: setattr(m, "pair", (m.pair[1], m.pair[0])),
     "a dict grown": lambda m: m.tied[1].update(z=Param(m.w + 0), a=2),
     "a dict reordered": lambda m: m.tied[1].update(a=m.tied[1].pop("k"), k=1),
     "Variables exchanged": swap,
@@ -247,6 +250,33 @@ def test_a_changed_sharing_between_arguments_is_noticed() -> None:
     assert f(a, b)
     b.w = Param(jnp.ones(1))
     assert not f(a, b)
+
+
+def test_writes_that_alternate_between_arguments_reach_their_own() -> None:
+    """Leaves of shared parts are numbered by the first argument that reaches them."""
+    inner = Holder(w=Param(jnp.zeros(1)))
+    a, b = Holder(x=inner, z=Param(jnp.zeros(1))), Holder(w=Param(jnp.zeros(1)))
+    both = Holder(a=Holder(m=b), b=inner, c=Param(jnp.zeros(1)))
+
+    @sortal.jit
+    def f(inner: Any, both: Any, a: Any) -> None:
+        for n, v in enumerate([inner.w, both.a.m.w, both.c, a.z], 1):
+            v.value = v.value + n
+
+    f(inner, both, a)
+    assert [float(v[0]) for v in (inner.w, b.w, both.c, a.z)] == [1, 2, 3, 4]
+
+
+def test_very_many_pairs_of_models_stay_apart() -> None:
+    f = sortal.jit(lambda a, b: (a.w.set_value(a.w + 1), b.w.set_value(b.w + 2))[0])
+    pairs = [
+        (Holder(w=Param(jnp.zeros(()))), Holder(w=Param(jnp.zeros(()))))
+        for _ in range(300)
+    ]
+    for _ in range(2):
+        for a, b in pairs:
+            f(a, b)
+    assert {(float(a.w.value), float(b.w.value)) for a, b in pairs} == {(2, 4)}
 
 
 def test_raw_arrays_of_a_shared_module_are_one_inside() -> None:
