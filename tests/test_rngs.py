@@ -191,7 +191,6 @@ IN_PLACE = {
     "fork": lambda nnx, m: nnx.fork_rngs(m),
     "fork split": lambda nnx, m: nnx.fork_rngs(m, split=4),
     "fork some": lambda nnx, m: nnx.fork_rngs(m, split={"dropout": 2}),
-    "fork by filters": lambda nnx, m: nnx.fork_rngs(m, split={"dropout": 2, ...: None}),
     "reseed": lambda nnx, m: nnx.reseed(m, dropout=5),
 }
 
@@ -246,6 +245,15 @@ def test_the_decorator_splits_the_streams_of_all_arguments_for_each_call() -> No
     assert f.__name__ == "f"
     assert shapes == [((3,), (3,))]
     assert model.a.rngs.key.shape == rngs.default.key.shape == ()
+
+
+def test_a_stream_is_forked_once_by_the_first_filter_that_takes_it() -> None:
+    model = model_with(sortal)
+    sortal.fork_rngs(model, split={"dropout": 2, ...: None})
+    assert model.rngs.dropout.key.shape == model.a.rngs.key.shape == (2,)
+    assert model.rngs.default.key.shape == ()
+    counts = [model.rngs.dropout.count, model.rngs.default.count]
+    assert [c.value.tolist() for c in counts] == [[0, 0], 0]
 
 
 def test_a_stream_met_twice_is_split_once() -> None:

@@ -52,7 +52,7 @@ class State(MutableMapping[Any, Any]):
 
     __slots__ = ("__weakref__", *_SLOTS)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, mapping: Any = (), /) -> Any:
         state = object.__new__(cls)
         _set_trace(state, current_trace())
         _set_parent(state, None)
