@@ -173,11 +173,17 @@ def locate(*targets: Any) -> list[Path | None]:
 
 
 _ASKED, _LEVELS, _WIDTH, _MOST = 8, 40, 32, 1_000_000
+# How many containers inside one another may lie between a model and the next above it.
+_CONTAINERS = 4
 
 
 def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
-    """The last object with attributes on the way up from ``target``."""
-    best = None
+    """The last model object on the way up from ``target``, else the last object.
+
+    What holds a model (frames aside) is of no interest to its user, and every level is
+    one more look at every object there is, so the search ends a little above it.
+    """
+    last, model, above_model = None, None, 0
     level: tuple[Any, ...] = (target,)
     seen = {id(target), *ours}
     for _ in range(_LEVELS):
@@ -188,11 +194,17 @@ def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
             if id(x) not in seen and _holds(x, level)
         ]
         seen |= {id(above), *map(id, above)}
-        best = next((x for x in above if _has_attributes(x)), best)
+        owners = [x for x in above if _has_attributes(x)]
+        models = [x for x in owners if hasattr(type(x), "_plans")]
+        last = owners[0] if owners else last
+        if models:
+            model, above_model = models[0], 0
+        else:
+            above_model += model is not None
         level = tuple(above[:_WIDTH])
-        if not level:
+        if not level or above_model > _CONTAINERS:
             break
-    return best
+    return last if model is None else model
 
 
 def _below(top: Any, wanted: set[int]) -> dict[int, Path]:
