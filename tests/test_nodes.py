@@ -18,7 +18,7 @@ from hypothesis import given
 
 import sortal
 from sortal import nodes
-from sortal.errors import StructureError
+from sortal.errors import StructureError, TraceError
 from sortal.nodes import LEAF, STATIC, Handler, Node, handler_of, is_static_value
 from strategies import Box, Cell, Config, Pair, arrays, models, statics
 
@@ -395,6 +395,41 @@ def test_a_deep_copy_of_several_models_keeps_what_they_share():
     a, b = copy.deepcopy([Box(w=w), Box(w=w)])
     assert a.w is b.w
     assert a.w is not w
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda model, x: setattr(model.inner, "n", x),
+        lambda model, x: setattr(model.inner, "new", 1),
+        lambda model, x: delattr(model.inner, "n"),
+    ],
+)
+def test_an_attribute_edited_inside_a_foreign_trace_is_refused_with_its_path(edit):
+    """A tracer would stay in the live model."""
+    model = Box(inner=Box(n=1))
+    with pytest.raises(
+        TraceError, match=r"cannot write to inner\.(n|new) \(of a Box\)"
+    ):
+        jax.jit(lambda x: (edit(model, x), x)[1])(jnp.ones(2))
+    assert vars(model.inner) == {"n": 1}
+
+
+def test_filling_a_node_again_replaces_all_that_it_holds():
+    """How changes made to copies inside a transform reach the live objects."""
+    for node in (Box(old=1), [1], {"old": 1}):
+        handler = handler_of(node)
+        spec = handler.spec({"a": None}) if isinstance(node, dict) else None
+        handler.fill(node, spec, {"a": 5})
+        assert handler.children(node, handler.keys(node)) == [5]
+    cell = Cell(1, 2)
+    cell.old = 3
+    handler_of(cell).fill(cell, None, {"weight": 4, "note": 5})
+    assert vars(cell) == {"weight": 4, "note": 5}
+    held = Box(x=Box(n=1))
+    before = sortal.graphdef(held)
+    handler_of(held.x).fill(held.x, None, {"m": 1})
+    assert sortal.graphdef(held) is not before
 
 
 def test_setting_attributes_runs_properties_and_descriptors():

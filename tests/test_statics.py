@@ -124,6 +124,16 @@ def test_fields_left_out_of_comparison_are_left_out_of_the_key():
     assert static_key(Noted(1)) != static_key(Noted(2))
 
 
+def test_a_dataclass_compared_by_identity_is_its_own_key():
+    @dataclasses.dataclass(eq=False)
+    class Handle:
+        name: str
+
+    one = Handle("a")
+    assert static_key(one) == static_key(one)
+    assert static_key(one) != static_key(Handle("a"))
+
+
 @pytest.mark.parametrize(
     "value",
     [
