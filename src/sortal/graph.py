@@ -74,12 +74,6 @@ class Slot:
     def _place(self) -> tuple[Any, Path, str]:
         return self.holder, (self.key,), "unlabelled array"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Slot) and self._id == other._id
-
-    def __hash__(self) -> int:
-        return hash(self._id)
-
     @property
     def _id(self) -> tuple[int, Any]:
         return (self.node, self.key)
