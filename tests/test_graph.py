@@ -547,7 +547,7 @@ def test_live_objects_of_another_trace_cannot_be_stored_to() -> None:
     before = portrait(model)
 
     def leak(x: Any) -> Any:
-        graph.store_all([model.kernel], [x])
+        graph.store_all([graph.Leaves([model.kernel])], [x])
         return x
 
     with pytest.raises(TraceError, match=r"kernel \(Param\)"):

@@ -28,6 +28,7 @@ ORDER = (
     "sortal._jax",
     "sortal.paths",
     "sortal.statics",
+    "sortal.operators",
     "sortal.variable",
     "sortal.filters",
     "sortal.nodes",

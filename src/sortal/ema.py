@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
 from sortal.filters import to_filter
-from sortal.graph import bind, own, store_all
+from sortal.graph import Leaves, bind, own, store_all
 from sortal.graphdef import Schema
 from sortal.module import Pytree
 from sortal.nodes import static
@@ -94,7 +94,7 @@ class EMA(Pytree):
             return mean if mean.dtype == old.dtype else mean.astype(old.dtype)
 
         olds = [v.value for v in variables]
-        store_all(variables, jax.tree.map(average, olds, news))
+        store_all([Leaves(variables)], jax.tree.map(average, olds, news))
 
     def apply_to(self, model: M) -> M:
         """A new model with the average in the place of the tracked leaves.
@@ -125,7 +125,7 @@ def _taken(model: Any, only: Any) -> State:
     if isinstance(model, (State, Mapping)):
         return as_state(model).filter(only)
     found, leaves = bind(model).pick((only,))
-    return snapshot(found.parts[0][0], own([x._value for x in leaves[0]]))
+    return snapshot(found.parts[0][0], own(leaves[0].values()))
 
 
 def _check_averages(found: State, only: Any) -> None:

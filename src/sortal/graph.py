@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +76,43 @@ class Slot:
     @property
     def _id(self) -> tuple[int, Any]:
         return (self.node, self.key)
+
+
+class Leaves(list[Any]):
+    """Live leaves, Variables and Slots, that are read and written all at once."""
+
+    __slots__ = ("_cells", "_trace")
+
+    def __init__(self, leaves: Iterable[Any]):
+        super().__init__(leaves)
+        slotted = Slot in set(map(type, self))
+        self._cells = None if slotted else [x._cell for x in self]
+        first = self[0]._trace if self else None
+        self._trace = first if all(x._trace is first for x in self) else None
+
+    @property
+    def slotted(self) -> bool:
+        """Whether raw arrays are among them."""
+        return self._cells is None
+
+    def values(self) -> list[Any]:
+        """The values of all, in order."""
+        if self._cells is None:
+            return [x._value for x in self]
+        return [value for (value,) in self._cells]
+
+    def ours(self) -> bool:
+        """Whether all are known to belong to the current trace."""
+        return not self or self._trace is current_trace()
+
+    def put(self, values: Iterator[Any]) -> None:
+        """Writes one value into each, without asking which trace owns it."""
+        if self._cells is not None:
+            for cell, value in zip(self._cells, values, strict=False):
+                cell[0] = value
+            return
+        for leaf, value in zip(self, values, strict=False):
+            leaf.write(value) if type(leaf) is Slot else write(leaf, value)
 
 
 class Walk:
@@ -237,8 +273,8 @@ class Plan:
         "_lengths",
         "_metadata",
         "_objects",
+        "_parts",
         "_picked",
-        "_slotted",
         "_states",
         "_versions",
         "graphdef",
@@ -251,9 +287,8 @@ class Plan:
         self.uid = next(_uids)
         self._checked = edits.last
         self.graphdef: GraphDef = walk.graphdef
-        self.leaves: list[Any] = walk.leaves
+        self.leaves = Leaves(walk.leaves)
         self.nodes: list[Any] = [None, *walk.nodes[1:]]
-        self._slotted = any(type(x) is Slot for x in walk.leaves)
         self._metadata = [x._metadata for x in self._variables()]
         self._objects = [x for x in self.nodes if isinstance(x, Node)]
         every = [root, *self._objects]
@@ -265,10 +300,11 @@ class Plan:
         others = [(x, h) for x, h in handled if not isinstance(x, (Node, tuple))]
         self._containers = [Content(x, h) for x, h in others if not h.notes_edits]
         self._states = [Content(x, h) for x, h in others if h.notes_edits]
+        self._parts: dict[Any, Leaves] = {}
         self._picked: dict[Any, Any] = {}
 
     def _variables(self) -> list[Any]:
-        if not self._slotted:
+        if not self.leaves.slotted:
             return self.leaves
         return [x for x in self.leaves if type(x) is not Slot]
 
@@ -306,7 +342,16 @@ class Plan:
 
     def values(self) -> list[Any]:
         """The values of all leaves, in order."""
-        return [x._value for x in self.leaves]
+        return self.leaves.values()
+
+    def part(self, pick: Callable[[Any], Any]) -> Leaves:
+        """Some of the leaves, as ``pick`` takes them from a sequence; kept."""
+        found = self._parts.get(pick)
+        if found is None:
+            if len(self._parts) > 64:
+                self._parts.clear()
+            found = self._parts[pick] = Leaves(pick(self.leaves))
+        return found
 
     def select(self, literals: tuple[Any, ...]) -> Selection:
         """Divides the leaves among filters; see ``graphdef.select``."""
@@ -316,14 +361,14 @@ class Plan:
         """The leaves as filters see them: Variables, and raw arrays by value."""
         return [x._value if type(x) is Slot else x for x in self.leaves]
 
-    def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[list[Any]]]:
+    def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
         """The selection, and for each filter the live leaves that it takes."""
         try:
             return self._picked[literals]
         except (KeyError, TypeError):
             pass
         found = self.select(literals)
-        leaves = [[self.leaves[i] for i in part[1]] for part in found.parts]
+        leaves = [Leaves(self.leaves[i] for i in part[1]) for part in found.parts]
         # Only kinds and `...` are sure to be decided by structure and to be few.
         if all(x is Ellipsis or _is_kind(x) for x in literals):
             self._picked[literals] = (found, leaves)
@@ -411,22 +456,22 @@ def plan_of(root: Node) -> Plan:
 class Bound:
     """The plan of any root for one call: a node's kept plan, or a walk made now."""
 
-    __slots__ = ("graphdef", "leaves", "pick", "values", "view")
+    __slots__ = ("graphdef", "leaves", "part", "pick", "values", "view")
 
     def __init__(self, root: Any):
         walk = Walk(root)
         self.graphdef = walk.graphdef
-        self.leaves = walk.leaves
+        self.leaves = leaves = Leaves(walk.leaves)
 
         def view() -> list[Any]:
-            return [x._value if type(x) is Slot else x for x in walk.leaves]
+            return [x._value if type(x) is Slot else x for x in leaves]
 
-        def pick(literals: tuple[Any, ...]) -> tuple[Selection, list[list[Any]]]:
+        def pick(literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
             found = select(walk.graphdef.schema, literals, view)
-            return found, [[walk.leaves[i] for i in part[1]] for part in found.parts]
+            return found, [Leaves(leaves[i] for i in part[1]) for part in found.parts]
 
-        self.view, self.pick = view, pick
-        self.values = lambda: [x._value for x in walk.leaves]
+        self.view, self.pick, self.values = view, pick, leaves.values
+        self.part = lambda pick: Leaves(pick(leaves))
 
 
 def bind(root: Any) -> Any:
@@ -436,31 +481,27 @@ def bind(root: Any) -> Any:
       root: a Node, a container of nodes and Variables, a Variable, or an array.
 
     Returns:
-      A Plan, or an object with the same ``graphdef``, ``leaves``, ``values``, ``view``
-      and ``pick``.
+      A Plan, or an object with the same ``graphdef``, ``leaves``, ``values``, ``part``,
+      ``view`` and ``pick``.
     """
     return plan_of(root) if isinstance(root, Node) else Bound(root)
 
 
-def store_all(leaves: Sequence[Any], values: Sequence[Any]) -> None:
+def store_all(parts: Sequence[Leaves], values: Iterable[Any]) -> None:
     """Writes values into live leaves: all of them, or none.
 
     Args:
-      leaves: Variables, and Slots that are writable.
-      values: a value for each.
+      parts: Variables, and Slots that are writable.
+      values: a value for each leaf of all parts.
 
     Raises:
       TraceError: some leaves belong to another trace; nothing is written.
     """
-    check_writable(leaves)
-    if Slot not in set(map(type, leaves)):
-        deque(map(write, leaves, values), maxlen=0)
-        return
-    for leaf, value in zip(leaves, values, strict=True):
-        if type(leaf) is Slot:
-            leaf.write(value)
-        else:
-            write(leaf, value)
+    foreign = [part for part in parts if not part.ours()]
+    check_writable(leaf for part in foreign for leaf in part)
+    values = iter(values)
+    for part in parts:
+        part.put(values)
 
 
 def own(values: list[Any]) -> list[Any]:

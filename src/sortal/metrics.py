@@ -409,7 +409,7 @@ class MultiMetric(Metric):
                 mine = mask.get(name) if isinstance(mask, dict) else mask
                 metric.update(**updates, **({} if mine is None else {"mask": mine}))
         except Exception:
-            store_all(plan.leaves, before)
+            store_all([plan.leaves], before)
             raise
 
     def compute(self) -> dict[str, Any]:

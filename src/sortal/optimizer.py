@@ -12,7 +12,7 @@ import numpy as np
 
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
-from sortal.graph import Slot, bind, own, store_all
+from sortal.graph import Leaves, Slot, bind, own, store_all
 from sortal.graphdef import Kind, Schema, plain_leaf_schema
 from sortal.module import Pytree
 from sortal.nodes import static
@@ -168,7 +168,7 @@ class Optimizer(Pytree):
             values += step.values
             steps.append(step)
         # One write of everything: a refusal leaves model and optimizer as they were.
-        store_all([*targets, self.step], [*values, self.step.value + 1])
+        store_all([Leaves([*targets, self.step])], [*values, self.step.value + 1])
         if any(step.replaced is not None for step in steps):
             now = tuple(
                 kept if step.replaced is None else step.replaced
@@ -224,7 +224,7 @@ def _chosen(model: Any, wrt: Any) -> tuple[list[Any], State]:
     """The live leaves that ``wrt`` takes, and a snapshot of them."""
     found, leaves = bind(model).pick((wrt,))
     mine = leaves[0]
-    return list(mine), snapshot(found.parts[0][0], own([x._value for x in mine]))
+    return list(mine), snapshot(found.parts[0][0], own(mine.values()))
 
 
 def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:

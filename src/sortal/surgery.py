@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sortal.errors import MergeError, StructureError, UpdateError, listing
-from sortal.graph import Slot, Walk, bind, own, store_all
+from sortal.graph import Leaves, Slot, Walk, bind, own, store_all
 from sortal.graphdef import (
     LEAF,
     NODE,
@@ -57,14 +57,10 @@ def state(node: Any, /, *filters: Any) -> Any:
         return snapshot(plan.graphdef.schema, own(plan.values()))
     found, leaves = plan.pick(filters)
     states = tuple(
-        snapshot(part[0], own(_values(mine)))
+        snapshot(part[0], own(mine.values()))
         for part, mine in zip(found.parts, leaves, strict=True)
     )
     return states[0] if len(states) == 1 else states
-
-
-def _values(leaves: Sequence[Any]) -> list[Any]:
-    return [x._value for x in leaves]
 
 
 def graphdef(node: Any, /) -> GraphDef:
@@ -114,7 +110,7 @@ def split(node: Any, /, *filters: Any) -> tuple[Any, ...]:
     found, leaves = plan.pick(filters)
     check_exhaustive(plan.graphdef.schema, filters, found.rest)
     states = [
-        snapshot(part[0], own(_values(mine)))
+        snapshot(part[0], own(mine.values()))
         for part, mine in zip(found.parts, leaves, strict=True)
     ]
     return (plan.graphdef, *states)
@@ -256,13 +252,12 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     schemas = tuple(s.schema for s in given)
     match = plan.graphdef.memo(("update", schemas), lambda: _match(schema, schemas))
     values = [v for s in given for v in s.values_list()]
-    leaves = [plan.leaves[i] for i in match.found]
+    leaves = Leaves(plan.leaves[i] for i in match.found)
     new = own([values[match.places[i]] for i in match.found])
-    slots = [x for x in leaves if type(x) is Slot]
     problems = list(match.problems)
     if strict:
         problems += _misfits(schema, match.found, leaves, new)
-    if slots:
+    if leaves.slotted:
         problems += [
             f"cannot be written: {schema.describe(i)} is in a tuple or other value"
             for i, leaf in zip(match.found, leaves, strict=True)
@@ -275,14 +270,14 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
             "Give leaves with the model's paths, kinds, shapes and dtypes; "
             "strict=False allows other shapes and dtypes."
         )
-    store_all(leaves, new)
+    store_all([leaves], new)
 
 
 def _misfits(
-    schema: Schema, at: list[int], leaves: list[Any], new: list[Any]
+    schema: Schema, at: list[int], leaves: Leaves, new: list[Any]
 ) -> list[str]:
     try:
-        if [(x._value.shape, x._value.dtype) for x in leaves] == [
+        if [(x.shape, x.dtype) for x in leaves.values()] == [
             (x.shape, x.dtype) for x in new
         ]:
             return []

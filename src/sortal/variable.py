@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import operator
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sortal import paths
 from sortal._jax import current_trace, register_pytree
 from sortal.errors import TraceError, VariableAttributeError, VariableError
+from sortal.operators import ArrayFace, plain, with_item
 from sortal.statics import EMPTY, Metadata, edits, is_hashable
 
 A = TypeVar("A")
@@ -34,7 +32,7 @@ _OPTIONS = frozenset(
 )
 
 
-class Variable(Generic[A]):
+class Variable(ArrayFace, Generic[A]):
     """A mutable box for one value, whose class is the value's kind.
 
     A kind of one's own is one line, ``class BatchStat(Variable): pass``; class
@@ -50,8 +48,7 @@ class Variable(Generic[A]):
       VariableError: the value is itself a Variable, or metadata cannot be hashed.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import sortal as nnx
+      >>>       >>> import sortal as nnx
       >>> class Count(nnx.Variable): pass
       >>> count = Count(jnp.array(0), unit="steps")
       >>> count[...] = count + 1
@@ -59,12 +56,19 @@ class Variable(Generic[A]):
       (1, 'steps')
     """
 
-    __slots__ = ("__weakref__", "_metadata", "_trace", "_value")
+    # The value lives in a list of one, which stays the same list for life: the engine
+    # keeps these cells and reads or writes hundreds of values without a call for each.
+    __slots__ = ("__weakref__", "_cell", "_metadata", "_trace")
 
     options: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
     _own_options: ClassVar[Mapping[str, Any]] = options
     # NumPy leaves its operators to what stands higher, as it does for JAX's arrays.
     __array_priority__ = 100
+
+    def __new__(cls, *args: Any, **metadata: Any) -> Self:
+        self = object.__new__(cls)
+        _init_cell(self, [None])
+        return self
 
     def __init__(self, value: A, **metadata: Any):
         if isinstance(value, Variable):
@@ -73,7 +77,7 @@ class Variable(Generic[A]):
                 "Variable holds a plain value. Write "
                 f"{type(self).__name__}(variable.value), or share the Variable itself."
             )
-        _init_value(self, value)
+        write(self, value)
         _init_metadata(self, _frozen(type(self), metadata) if metadata else EMPTY)
         _init_trace(self, current_trace())
 
@@ -96,7 +100,9 @@ class Variable(Generic[A]):
     @property
     def value(self) -> A:
         """The value held."""
-        return self._value
+        return self._cell[0]
+
+    _value = value
 
     @value.setter
     def value(self, value: A) -> None:
@@ -133,7 +139,7 @@ class Variable(Generic[A]):
                 f"{type(value).__name__}. Write variable.value = other.value."
             )
         self._check_writable()
-        _init_value(self, value)
+        self._cell[0] = value
 
     @property
     def _place(self) -> tuple[Any, paths.Path, str]:
@@ -151,7 +157,7 @@ class Variable(Generic[A]):
 
     def __setitem__(self, index: Any, new: Any) -> None:
         self._check_writable()
-        _init_value(self, _with_item(self._value, index, new))
+        write(self, with_item(self._value, index, new))
 
     def replace(self, value: Any = _MISSING, **metadata: Any) -> Variable[Any]:
         """A new Variable of the same kind with another value or more metadata.
@@ -164,7 +170,7 @@ class Variable(Generic[A]):
           The new Variable; this one is left alone.
         """
         merged = {**self._metadata, **metadata} if metadata else self._metadata
-        new = self._value if value is _MISSING else _plain(value)
+        new = self._value if value is _MISSING else plain(value)
         return make(type(self), new, _frozen(type(self), merged))
 
     copy = replace
@@ -250,7 +256,7 @@ class Variable(Generic[A]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        value = object.__getattribute__(self, "_value")
+        value = object.__getattribute__(self, "_cell")[0]
         metadata = object.__getattribute__(self, "_metadata")
         # The value comes first: metadata named `T` must not shadow transposition.
         found = getattr(value, name, _MISSING)
@@ -289,7 +295,7 @@ class Variable(Generic[A]):
         return (self._value, self._metadata)
 
     def __setstate__(self, state: tuple[Any, Metadata]) -> None:
-        _init_value(self, state[0])
+        write(self, state[0])
         _init_metadata(self, state[1])
         _init_trace(self, current_trace())
 
@@ -298,41 +304,19 @@ class Variable(Generic[A]):
         value = jax.tree.map(_own, self._value)
         return make(type(self), value, self._metadata)
 
-    # ------------------------------------------------- value as an array
-    def __jax_array__(self) -> Any:
-        return jnp.asarray(self._value)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._value, dtype=dtype, copy=copy)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._value(*args, **kwargs)  # type: ignore[operator]
-
-    def __len__(self) -> int:
-        return len(self._value)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._value)  # type: ignore[call-overload]
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self._value  # type: ignore[operator]
-
-    def __bool__(self) -> bool:
-        return bool(self._value)
-
-    def __round__(self, digits: int = 0) -> Any:
-        return round(self._value, digits)  # type: ignore[call-overload]
-
     # `==` compares values, as arrays do; identity is what sets and dicts need.
     __hash__ = object.__hash__
 
 
-_init_value: Callable[[Variable, Any], None] = Variable.__dict__["_value"].__set__
+_init_cell: Callable[[Variable, Any], None] = Variable.__dict__["_cell"].__set__
 _init_metadata: Callable[[Variable, Metadata], None]
 _init_metadata = Variable.__dict__["_metadata"].__set__
 _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set__
-write = _init_value
-"""Sets a Variable's value without asking which trace owns it; for the engine."""
+
+
+def write(variable: Variable[Any], value: Any) -> None:
+    """Sets a value without asking which trace owns the Variable; for the engine."""
+    variable._cell[0] = value
 
 
 def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
@@ -347,11 +331,7 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
     Returns:
       The Variable.
     """
-    variable = object.__new__(kind)
-    _init_value(variable, value)
-    _init_metadata(variable, metadata)
-    _init_trace(variable, current_trace() if trace is None else trace)
-    return variable
+    return make_all((kind,), (value,), (metadata,), trace)[0]
 
 
 def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[Any]:
@@ -372,11 +352,10 @@ def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[
         if kind is None:
             made.append(value)
             continue
-        variable = new(kind)
-        _init_value(variable, value)
+        made.append(variable := new(kind))
+        _init_cell(variable, [value])
         _init_metadata(variable, meta)
         _init_trace(variable, trace)
-        made.append(variable)
     return made
 
 
@@ -449,86 +428,6 @@ def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:
 
 def _own(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
-
-
-def _with_item(value: Any, index: Any, new: Any) -> Any:
-    """``value`` with ``value[index]`` replaced; the old value is left as it was."""
-    new = _plain(new)
-    if isinstance(value, jax.Array):
-        whole = index is Ellipsis and isinstance(new, jax.Array)
-        return new if whole and _same_type(value, new) else value.at[index].set(new)
-    if isinstance(value, np.ndarray):
-        if isinstance(new, jax.Array):
-            return jnp.asarray(value).at[index].set(new)
-    elif index is Ellipsis:
-        return new
-    changed = copy.copy(value)
-    changed[index] = new
-    return changed
-
-
-def _same_type(a: jax.Array, b: jax.Array) -> bool:
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and getattr(a, "sharding", None) == getattr(b, "sharding", None)
-    )
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def forward(self: Variable, other: Any) -> Any:
-        return function(self._value, _plain(other))
-
-    return forward
-
-
-def _reflected(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def reflected(self: Variable, other: Any) -> Any:
-        return function(_plain(other), self._value)
-
-    return reflected
-
-
-def _unary(function: Callable[[Any], Any]) -> Callable[[Variable], Any]:
-    def unary(self: Variable) -> Any:
-        return function(self._value)
-
-    return unary
-
-
-def _in_place(symbol: str) -> Callable[..., Any]:
-    def in_place(self: Variable, other: Any) -> Any:
-        raise VariableError(
-            f"variable {symbol} x would put a plain array in the place of a "
-            f"{type(self).__name__}. Write variable[...] {symbol} x."
-        )
-
-    return in_place
-
-
-def _plain(x: Any) -> Any:
-    return x._value if isinstance(x, Variable) else x
-
-
-_BINARY = {
-    "add": "+=", "sub": "-=", "mul": "*=", "matmul": "@=", "truediv": "/=",
-    "floordiv": "//=", "mod": "%=", "pow": "**=", "lshift": "<<=",
-    "rshift": ">>=", "and": "&=", "xor": "^=", "or": "|=",
-}  # fmt: skip
-for _name, _symbol in _BINARY.items():
-    setattr(Variable, f"__{_name}__", _operator(f"__{_name}__"))
-    setattr(Variable, f"__r{_name}__", _reflected(f"__{_name}__"))
-    setattr(Variable, f"__i{_name}__", _in_place(_symbol))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Variable, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ("neg", "pos", "abs", "invert", "index"):
-    setattr(Variable, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
-for _cast in (int, float, complex):
-    setattr(Variable, f"__{_cast.__name__}__", _unary(_cast))
 
 
 def _flatten(variable: Variable) -> tuple[tuple[Any], Metadata]:

@@ -14,7 +14,7 @@ from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.state import snapshot
 from sortal.transforms.lift import Entered, identity, leave, unbind
-from sortal.transforms.traced import Carrier, carrier, run
+from sortal.transforms.traced import Carrier, run
 from sortal.variable import Param, describe
 
 _NO_FUNCTION: Any = object()
@@ -260,7 +260,7 @@ class _Call:
                 given.get((i, j), value)
                 for j, value in zip(numbers, c.values, strict=True)
             ]
-            made[id(c)] = carrier(values, c.ticket)
+            made[id(c)] = Carrier(values, c.ticket)
         args = list(self.entered.args)
         for diff, rest in zip(self.chosen, others, strict=True):
             at = iter(rest)

@@ -12,7 +12,6 @@ from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.surgery import merge, split
 from sortal.transforms.lift import (
     Entered,
-    distinct_buffers,
     leave,
     named_positions,
     stale_buffers,
@@ -61,10 +60,9 @@ class Jitted:
         return leave(entered, result)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-        entered = Entered((*self._first, *args), kwargs, self._static)
-        if self._donated and entered.roots:
-            distinct_buffers(entered.carriers)
-        return entered
+        return Entered(
+            (*self._first, *args), kwargs, self._static, distinct=bool(self._donated)
+        )
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,15 +21,15 @@ from sortal.graph import Slot, Walk, bind, plan_of, store_all
 from sortal.graphdef import NODE, Entry, GraphDef, Step, fill
 from sortal.nodes import Node
 from sortal.paths import show
-from sortal.state import State
 from sortal.transforms.traced import (
     Carrier,
     Edits,
-    Exit,
     Ref,
     Result,
     Ticket,
     replace_roots,
+    resolve,
+    ticket,
 )
 from sortal.variable import Variable, check_writable, describe, make
 
@@ -69,7 +69,7 @@ def _joint(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
 def _single(graphdef: GraphDef) -> Joint:
     leaves = tuple((0, i) for i in range(len(graphdef.schema)))
     nodes = {i: (0, i) for i in range(len(graphdef.records))}
-    return Joint(graphdef, (Ticket(graphdef, 0, 1),), (None,), leaves, nodes)
+    return Joint(graphdef, (ticket(graphdef, 0, 1),), (None,), leaves, nodes)
 
 
 def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
@@ -90,13 +90,18 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     node_at = {
         n: where[id(node)] for n, node in enumerate(walk.nodes) if id(node) in where
     }
-    tickets = tuple(Ticket(graphdef, i, len(roots)) for i in range(len(roots)))
+    tickets = tuple(ticket(graphdef, i, len(roots)) for i in range(len(roots)))
     return Joint(graphdef, tickets, tuple(picks), leaf_at, node_at)
 
 
 def identity(leaf: Any) -> Any:
     """What is equal for one and the same live leaf, seen from two plans."""
     return leaf._id if isinstance(leaf, Slot) else id(leaf)
+
+
+def _refer(roots: list[Any], root: Any) -> Ref:
+    roots.append(root)
+    return Ref(len(roots) - 1)
 
 
 class Entered:
@@ -108,37 +113,49 @@ class Entered:
     kwargs: dict[str, Any]
 
     def __init__(
-        self, args: Sequence[Any], kwargs: dict[str, Any], skip: Collection[Any] = ()
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        skip: Collection[Any] = (),
+        *,
+        distinct: bool = False,
     ):
         self.roots: list[Any] = []
-        self.carriers: list[Carrier] = []
-        self.args = tuple(
-            x if i in skip else replace_roots(x, self._carry)
-            for i, x in enumerate(args)
-        )
-        self.kwargs = {
-            k: x if k in skip else replace_roots(x, self._carry)
-            for k, x in kwargs.items()
-        }
         self.plans: list[Any] = []
-        if not self.roots:
-            return
+        self.carriers: list[Carrier] = []
+        refer = functools.partial(_refer, self.roots)
+        numbered = [
+            x if i in skip else replace_roots(x, refer) for i, x in enumerate(args)
+        ]
+        named = {
+            k: x if k in skip else replace_roots(x, refer) for k, x in kwargs.items()
+        }
+        if self.roots:
+            self._carry(distinct)
+            numbered = self._place(numbered, args)
+            named = dict(
+                zip(named, self._place(named.values(), kwargs.values()), strict=True)
+            )
+        self.args, self.kwargs = tuple(numbered), named
+
+    def _carry(self, distinct: bool) -> None:
         self.plans = [
             plan_of(r) if isinstance(r, Node) else bind(r) for r in self.roots
         ]
         self.joint = joint = _joint(self.roots, self.plans)
-        for made, plan, pick, ticket in zip(
-            self.carriers, self.plans, joint.picks, joint.tickets, strict=True
-        ):
-            made.ticket = ticket
-            values = plan.values()
-            made.values = values if pick is None else [values[j] for j in pick]
+        values = [plan.values() for plan in self.plans]
+        for i, pick in enumerate(joint.picks):
+            if pick is not None:
+                values[i] = [values[i][j] for j in pick]
+        if distinct:
+            values = _distinct(values)
+        self.carriers = list(map(Carrier, values, joint.tickets))
 
-    def _carry(self, root: Any) -> Carrier:
-        made = Carrier()
-        self.roots.append(root)
-        self.carriers.append(made)
-        return made
+    def _place(self, new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
+        return [
+            a if a is b else resolve(a, self.carriers)
+            for a, b in zip(new, old, strict=True)
+        ]
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
@@ -170,7 +187,9 @@ def leave(entered: Entered, result: Result) -> Any:
     if exit.edits is not None:
         check_writable(_edited(entered, exit.edits))
     if exit.written:
-        _write_back(entered, exit, result.values)
+        routes = exit.routes(entered.joint.leaf_at)
+        parts = [entered.plans[i].part(pick) for i, pick in routes]
+        store_all(parts, result.values)
     if exit.edits is not None:
         objects = _carry_out(entered, exit.edits, exit.outputs, result.fresh)
     elif exit.outputs:
@@ -180,13 +199,7 @@ def leave(entered: Entered, result: Result) -> Any:
         ]
     else:
         return result.out
-    if type(result.out) is Ref:
-        return objects[result.out.k]
-    return jax.tree.map(
-        lambda x: objects[x.k] if type(x) is Ref else x,
-        result.out,
-        is_leaf=lambda x: isinstance(x, (Ref, State)),
-    )
+    return resolve(result.out, objects)
 
 
 def _edited(entered: Entered, edits: Edits) -> list[Any]:
@@ -198,13 +211,6 @@ def _edited(entered: Entered, edits: Edits) -> list[Any]:
     ]
     held = [x if isinstance(x, Node) else r for x, r in zip(nodes, roots, strict=True)]
     return [*held, *(entered.live_leaf(k) for k, _ in edits.metadata)]
-
-
-def _write_back(entered: Entered, exit: Exit, values: Sequence[Any]) -> None:
-    leaves: list[Any] = []
-    for i, pick in exit.routes(entered.joint.leaf_at):
-        leaves += pick(entered.plans[i].leaves)
-    store_all(leaves, values)
 
 
 def _carry_out(
@@ -304,23 +310,26 @@ def stale_buffers(carriers: Sequence[Carrier]) -> list[str]:
       A row for each such leaf.
     """
     return [
-        f"{show(key.key)}: {describe(value)}"
+        f"{show(path)}: {describe(value)}"
         for c in carriers
-        for key, value in zip(c.keys, c.values, strict=True)
+        for path, value in zip(c.ticket.paths, c.values, strict=True)
         if isinstance(value, jax.Array)
         and not isinstance(value, Tracer)
         and value.is_deleted()
     ]
 
 
-def distinct_buffers(carriers: Sequence[Carrier]) -> None:
+def _distinct(lists: list[list[Any]]) -> list[list[Any]]:
     """Copies arrays that occur twice, because one buffer cannot be donated twice."""
+    every = [value for values in lists for value in values]
+    if len(set(map(id, every))) == len(every):
+        return lists
     seen: set[int] = set()
-    for c in carriers:
-        values = list(c.values)
-        for i, value in enumerate(values):
-            if isinstance(value, jax.Array):
-                if id(value) in seen:
-                    values[i] = jnp.copy(value)
-                seen.add(id(value))
-        c.values = values
+
+    def once(value: Any) -> Any:
+        if id(value) in seen and isinstance(value, jax.Array):
+            return jnp.copy(value)
+        seen.add(id(value))
+        return value
+
+    return [list(map(once, values)) for values in lists]

@@ -13,7 +13,7 @@ from sortal._jax import register_pytree
 from sortal.graph import Slot, Walk
 from sortal.graphdef import LEAF, NODE, STATIC, Entry, GraphDef
 from sortal.nodes import Node, handler_of
-from sortal.paths import PathKey
+from sortal.paths import Path, PathKey
 from sortal.state import State
 from sortal.variable import Variable
 
@@ -22,44 +22,51 @@ _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None
 _modes: dict[type, str] = {}
 
 
+class Ticket:
+    """Says of a Carrier which root it is, of how many, of which joint GraphDef.
+
+    Made by ``ticket``, one for each root of each GraphDef, so that JAX, which compares
+    Tickets at every call, compares them by identity.
+    """
+
+    __slots__ = ("graphdef", "number", "of")
+
+    def __init__(self, graphdef: GraphDef, number: int, of: int):
+        self.graphdef, self.number, self.of = graphdef, number, of
+
+    @property
+    def paths(self) -> list[Path]:
+        """The paths of the values, below their root."""
+        paths = self.graphdef.schema.paths
+        if self.of == 1:
+            return list(paths)
+        return [path[1:] for path in paths if path[0] == self.number]
+
+
+def ticket(graphdef: GraphDef, number: int, of: int) -> Ticket:
+    """The Ticket of root ``number`` of the ``of`` roots of a GraphDef."""
+    return graphdef.memo(("ticket", number, of), lambda: Ticket(graphdef, number, of))
+
+
 class Carrier:
-    """A root on its way into a trace: its values, and a ticket that says which."""
+    """A root on its way into a trace: the list of its values, and its Ticket."""
 
     __slots__ = ("ticket", "values")
 
-    values: Sequence[Any]
-    ticket: Ticket
-
-    @property
-    def keys(self) -> list[PathKey]:
-        """Key paths of the values, for messages."""
-        graphdef, number, of = self.ticket
-        paths = graphdef.schema.paths
-        if of > 1:
-            paths = [path[1:] for path in paths if path[0] == number]
-        return list(map(PathKey, paths))
+    def __init__(self, values: list[Any], ticket: Ticket):
+        self.values, self.ticket = values, ticket
 
 
-class Ticket(NamedTuple):
-    """The joint GraphDef of a call, and which of how many roots of it this is."""
-
-    graphdef: GraphDef
-    number: int
-    of: int
-
-
-def carrier(values: Sequence[Any], ticket: Ticket) -> Carrier:
-    """Makes a Carrier."""
-    made = Carrier()
-    made.values, made.ticket = values, ticket
-    return made
-
-
+# The list is one child, for JAX takes a list apart faster than another type's
+# children. It asks for key paths only to name arguments in its messages.
 register_pytree(
     Carrier,
-    lambda c: (c.values, c.ticket),
-    lambda c: (list(zip(c.keys, c.values, strict=True)), c.ticket),
-    lambda ticket, values: carrier(values, ticket),
+    lambda c: ((c.values,), c.ticket),
+    lambda c: (
+        list(zip(map(PathKey, c.ticket.paths), c.values, strict=True)),
+        c.ticket,
+    ),
+    lambda ticket, children: Carrier(children[0], ticket),
 )
 
 
@@ -114,6 +121,17 @@ class Ref:
 
 
 jtu.register_pytree_node(Ref, lambda r: ((), r.k), lambda k, _: Ref(k))
+
+
+def resolve(tree: Any, objects: Sequence[Any]) -> Any:
+    """``tree`` with each Ref in it replaced by the object that it stands for."""
+    if type(tree) is Ref:
+        return objects[tree.k]
+    return jax.tree.map(
+        lambda x: objects[x.k] if type(x) is Ref else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, (Ref, State)),
+    )
 
 
 class Edits(NamedTuple):

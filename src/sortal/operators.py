@@ -1,0 +1,127 @@
+"""How a Variable stands for the array it holds: operators, items, conversions."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal.errors import VariableError
+
+
+class ArrayFace:
+    """The part of a Variable that acts as its value does."""
+
+    __slots__ = ()
+
+    value: Any
+
+    def __jax_array__(self) -> Any:
+        return jnp.asarray(self.value)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.value, dtype=dtype, copy=copy)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value(*args, **kwargs)  # type: ignore[operator]
+
+    def __len__(self) -> int:
+        return len(self.value)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.value)  # type: ignore[call-overload]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value  # type: ignore[operator]
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __round__(self, digits: int = 0) -> Any:
+        return round(self.value, digits)  # type: ignore[call-overload]
+
+
+def plain(x: Any) -> Any:
+    """The value of a Variable; anything else as it is."""
+    return x.value if isinstance(x, ArrayFace) else x
+
+
+def with_item(value: Any, index: Any, new: Any) -> Any:
+    """``value`` with ``value[index]`` replaced; the old value is left as it was."""
+    new = plain(new)
+    if isinstance(value, jax.Array):
+        whole = index is Ellipsis and isinstance(new, jax.Array)
+        return new if whole and _same_type(value, new) else value.at[index].set(new)
+    if isinstance(value, np.ndarray):
+        if isinstance(new, jax.Array):
+            return jnp.asarray(value).at[index].set(new)
+    elif index is Ellipsis:
+        return new
+    changed = copy.copy(value)
+    changed[index] = new
+    return changed
+
+
+def _same_type(a: jax.Array, b: jax.Array) -> bool:
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and getattr(a, "sharding", None) == getattr(b, "sharding", None)
+    )
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def forward(self: ArrayFace, other: Any) -> Any:
+        return function(self.value, plain(other))
+
+    return forward
+
+
+def _reflected(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def reflected(self: ArrayFace, other: Any) -> Any:
+        return function(plain(other), self.value)
+
+    return reflected
+
+
+def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayFace], Any]:
+    def unary(self: ArrayFace) -> Any:
+        return function(self.value)
+
+    return unary
+
+
+def _in_place(symbol: str) -> Callable[..., Any]:
+    def in_place(self: ArrayFace, other: Any) -> Any:
+        raise VariableError(
+            f"variable {symbol} x would put a plain array in the place of a "
+            f"{type(self).__name__}. Write variable[...] {symbol} x."
+        )
+
+    return in_place
+
+
+_BINARY = {
+    "add": "+=", "sub": "-=", "mul": "*=", "matmul": "@=", "truediv": "/=",
+    "floordiv": "//=", "mod": "%=", "pow": "**=", "lshift": "<<=",
+    "rshift": ">>=", "and": "&=", "xor": "^=", "or": "|=",
+}  # fmt: skip
+for _name, _symbol in _BINARY.items():
+    setattr(ArrayFace, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(ArrayFace, f"__r{_name}__", _reflected(f"__{_name}__"))
+    setattr(ArrayFace, f"__i{_name}__", _in_place(_symbol))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(ArrayFace, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("neg", "pos", "abs", "invert", "index"):
+    setattr(ArrayFace, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
+for _cast in (int, float, complex):
+    setattr(ArrayFace, f"__{_cast.__name__}__", _unary(_cast))
