@@ -13,9 +13,10 @@ from benchmarks.memory import memory
 from benchmarks.report import Table
 from benchmarks.targets import check
 from benchmarks.timing import Effort
+from benchmarks.transforms import transforms
 from benchmarks.workload import Blocks
 
-SECTIONS = ("verbs", "training", "imports", "memory", "scaling")
+SECTIONS = ("verbs", "training", "transforms", "imports", "memory", "scaling")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +51,8 @@ def _measure(options: argparse.Namespace, peers: sections.Peers) -> Iterator[Tab
         yield sections.verbs(peers, effort, Blocks(2 if quick else 50))
     if "training" in wanted:
         yield sections.training(peers, effort, Blocks(2 if quick else 40, 64))
+    if "transforms" in wanted:
+        yield transforms(peers, effort, 2 if quick else 100)
     if "imports" in wanted:
         yield imports(1 if quick else 7)
     if "memory" in wanted:

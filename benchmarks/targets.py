@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks import workload as w
 from benchmarks.report import Table
+from benchmarks.transforms import ROWS as TRANSFORMS
 
 RATIOS = (
     (w.PARAMS, "flax/sortal", 100.0, True),
@@ -13,6 +14,9 @@ RATIOS = (
     (w.NOOP, "sortal/raw", 1.3, False),
     (w.STEP, "sortal/raw", 1.3, False),
     ("training step", "sortal/raw", 1.3, False),
+    *((f"{name}, under jit", "sortal/raw", 1.3, False) for name in TRANSFORMS),
+    ("grad, eager", "flax/sortal overhead", 5.0, True),
+    ("vmap, eager", "flax/sortal overhead", 5.0, True),
     ("sortal", "CPU", 60.0, False),
 )
 """Row, column, bound, and whether the bound is the least or the most allowed."""

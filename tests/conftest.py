@@ -9,7 +9,7 @@ import hypothesis
 import jax
 
 # Meshes and replicas need several devices, also where there is one.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 # The first call of anything compiles, so no example has a typical duration. A failure
 # in continuous integration must come back on the next run; at home, new examples.

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("optax")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import peers, sections
+from benchmarks import peers, sections, transforms
 from benchmarks import workload as w
 from benchmarks.__main__ import main
 from benchmarks.report import Row, Table, number, timed_row
@@ -63,6 +63,20 @@ def test_verbs_and_training_have_all_contenders():
     assert all(row.values["sortal"] for row in table.rows)
     trained = sections.training(FOUND, TINY, w.Blocks(1))
     assert set(trained.rows[0].values) >= {"sortal", "raw jax", "sortal/raw"}
+
+
+def test_transforms_compute_the_same_in_all_contenders():
+    """Each row refuses contenders that differ, so that all rows come is the claim."""
+    table = transforms.transforms(FOUND, TINY, depth=2)
+    rows = [f"{name}, eager" for name in transforms.EAGER]
+    rows += [f"{name}, under jit" for name in transforms.ROWS]
+    assert [row.name for row in table.rows] == rows
+    assert all({"sortal", "raw jax"} <= row.values.keys() for row in table.rows)
+
+
+def test_contenders_that_differ_are_not_timed():
+    with pytest.raises(AssertionError, match="differ"):
+        transforms.agree("row", {"one": lambda: 1.0, "other": lambda: 2.0})
 
 
 def test_the_command_writes_both_files(tmp_path: Path):

@@ -49,6 +49,7 @@ def test_every_error_prints_its_text_as_it_is(cls):
         (errors.PathAttributeError, KeyError),
         (errors.GradientError, TypeError),
         (errors.OptimizerError, ValueError),
+        (errors.PolicyError, ValueError),
         (errors.RngError, ValueError),
         (errors.RngAttributeError, AttributeError),
         (errors.RngAttributeError, KeyError),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -277,3 +278,30 @@ def test_the_whole_program_runs_as_a_script_and_prints_its_tables():
         "What you can try next",
     ):
         assert part in printed
+
+
+# ------------------------------------------------------------------------- ensemble
+
+
+def test_three_ways_to_train_eight_replicas_give_the_same_numbers():
+    """In double precision: under vmap, shard_map on eight devices, and in a loop."""
+    printed = run(str(EXAMPLES / "ensemble.py"), "--steps", "3")
+    gaps = re.findall(r"largest difference (\S+)", printed)
+    assert len(gaps) == 4
+    assert all(float(gap) < 1e-12 for gap in gaps)
+    assert "sortal.variable.BatchStat" in printed  # the Policy's table
+    assert "P('replica')" in printed
+    first, last = re.search(r"vmap +(\S+) -> (\S+)", printed).groups()
+    assert float(last) < float(first)
+
+
+# ---------------------------------------------------------------------- scan_layers
+
+
+def test_a_scanned_stack_has_the_loss_and_gradients_of_the_unrolled_one():
+    example = runpy.run_path(str(EXAMPLES / "scan_layers.py"))
+    found = example["main"](["--layers", "3", "--width", "8", "--length", "8"])
+    unrolled, scanned, remat = found.values()
+    for other in (scanned, remat):
+        assert other.loss == pytest.approx(unrolled.loss, rel=1e-6)
+        assert example["largest_gap"](unrolled, other) < 1e-5

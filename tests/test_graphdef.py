@@ -457,6 +457,17 @@ def test_a_node_met_again_does_not_differ_because_others_were_added():
     assert difference(a, b) == ["aa: absent -> Box"]
 
 
+def test_a_difference_is_found_at_any_depth():
+    def deep(rate: float) -> Any:
+        box = Box(rate=rate)
+        for _ in range(2000):
+            box = Box(a=box)
+        return box
+
+    (found,) = sortal.graphdef(deep(0.1)).diff(sortal.graphdef(deep(0.2)))
+    assert found.path == ("a",) * 2000 + ("rate",)
+
+
 def test_a_difference_is_data():
     (found,) = sortal.graphdef(Box(n=1)).diff(sortal.graphdef(Box()))
     assert found.path == ("n",)

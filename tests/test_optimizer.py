@@ -15,7 +15,7 @@ import pytest
 from flax import nnx as flax_nnx
 
 import sortal as nnx
-from sortal.errors import ArgumentError, OptimizerError, TraceError
+from sortal.errors import ArgumentError, OptimizerError, PolicyError, TraceError
 from sortal.optimizer import Hyperparam
 
 rng = np.random.default_rng(0)
@@ -884,3 +884,166 @@ def test_the_class_may_be_subscripted_in_annotations():
 def test_importing_sortal_and_naming_the_class_imports_no_optax():
     program = "import sys, sortal; sortal.Optimizer; assert 'optax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ----------------------------------------------------------------------- by policy
+class Frozen(nnx.Param, optimizer=None):
+    pass
+
+
+def by_policy():
+    """A Policy for `make(nnx)`, and the transformations by top-level name."""
+    txs = {"head": optax.adam(0.01), "layers": optax.sgd(0.1, momentum=0.9)}
+    policy = nnx.Policy(
+        {
+            nnx.At("layers.*.bias"): nnx.Rule(trainable=False),
+            nnx.At("head.**"): nnx.Rule(optimizer=txs["head"]),
+            nnx.Param: nnx.Rule(optimizer=txs["layers"], checkpoint="keep"),
+        }
+    )
+    return policy, txs
+
+
+def trained_of(params):
+    return {
+        "head": params["head"],
+        "layers": [{"kernel": layer["kernel"]} for layer in params["layers"]],
+    }
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_policy_trains_as_its_transformations_by_hand_and_freezes_the_rest(jitted):
+    policy, txs = by_policy()
+    model, params = make(nnx), as_dict()
+    optimizer = nnx.Optimizer(model, policy)
+
+    def step(model, optimizer):
+        grads = nnx.grad(loss_of, argnums=nnx.DiffState(0, optimizer.wrt))(model)
+        optimizer.update(model, grads)
+
+    run = nnx.jit(step) if jitted else step
+    trained = trained_of(params)
+    kept = {k: tx.init(trained[k]) for k, tx in txs.items()}
+
+    def by_hand(params, trained, kept):
+        grads = trained_of(jax.grad(dict_loss)(params))
+        wanted, after = {}, {}
+        for k, tx in txs.items():
+            wanted[k], after[k] = tx.update(grads[k], kept[k], trained[k])
+        trained = optax.apply_updates(trained, wanted)
+        layers = [
+            {**old, **new}
+            for old, new in zip(params["layers"], trained["layers"], strict=True)
+        ]
+        return {"head": trained["head"], "layers": layers}, trained, after
+
+    plain = jax.jit(by_hand) if jitted else by_hand
+    for _ in range(3):
+        run(model, optimizer)
+        params, trained, kept = plain(params, trained, kept)
+    for mine, wanted in zip(values(model), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-6, atol=1e-7)
+    for layer, old in zip(model.layers, VALUES, strict=False):
+        np.testing.assert_array_equal(layer.bias[...], old["bias"])
+        assert not np.array_equal(layer.kernel[...], old["kernel"])
+
+
+def test_a_policy_keeps_state_for_what_it_trains_alone():
+    policy, _ = by_policy()
+    optimizer = nnx.Optimizer(make(nnx), tx=policy)
+    kept = nnx.state(optimizer, nnx.OptVariable).paths()
+    assert {path[-2:] for path in kept} == {
+        ("head", "bias"),
+        ("head", "kernel"),
+        (0, "kernel"),
+        (1, "kernel"),
+    }
+    assert [repr(f) for f, _ in optimizer.tx] == [
+        "TrainedBy(chain(scale_by_adam, scale))",
+        "TrainedBy(chain(trace, scale))",
+    ]
+
+
+def test_kinds_and_metadata_answer_for_the_optimizer_too():
+    tx = optax.sgd(1.0)
+    model = {
+        "a": nnx.Param(jnp.ones(2), optimizer=tx),
+        "b": Frozen(jnp.ones(2)),
+        "c": nnx.Param(jnp.ones(2), trainable=False),
+        "d": nnx.BatchStat(jnp.ones(2)),
+    }
+    optimizer = nnx.Optimizer(model, nnx.Policy({}))
+    optimizer.update(model, {"a": jnp.full(2, 0.25)})
+    assert {k: v.value.tolist() for k, v in model.items()} == {
+        "a": [0.75, 0.75],
+        "b": [1.0, 1.0],
+        "c": [1.0, 1.0],
+        "d": [1.0, 1.0],
+    }
+
+
+def test_of_a_policy_wrt_trains_a_part():
+    policy, _ = by_policy()
+    model = make(nnx)
+    wrt = [nnx.At("head.kernel"), nnx.At("layers.**")]
+    optimizer = nnx.Optimizer(model, policy, wrt=wrt)
+    trained = nnx.state(model, optimizer.wrt).paths()
+    assert trained == (
+        ("head", "kernel"),
+        ("layers", 0, "kernel"),
+        ("layers", 1, "kernel"),
+    )
+
+
+def test_a_policy_may_not_train_what_has_no_gradient():
+    policy = nnx.Policy({...: nnx.Rule(optimizer=optax.sgd(0.1))})
+    model = {"count": nnx.Variable(jnp.array(0)), "w": nnx.Param(jnp.ones(2))}
+    with pytest.raises(OptimizerError) as caught:
+        nnx.Optimizer(model, policy)
+    assert "neither floating nor complex" in str(caught.value)
+    assert "  count (Variable): int32[]" in str(caught.value)
+    optimizer = nnx.Optimizer(model, policy, wrt=nnx.Param)
+    assert nnx.state(model, optimizer.wrt).paths() == (("w",),)
+
+
+def test_params_that_no_policy_answers_for_are_all_listed():
+    policy = nnx.Policy({nnx.At("head.**"): nnx.Rule(optimizer=optax.sgd(0.1))})
+    with pytest.raises(PolicyError) as caught:
+        nnx.Optimizer(make(nnx), policy)
+    assert str(caught.value) == (
+        "nothing says what 'optimizer' is of 4 leaves:\n"
+        "  layers.0.bias (Param)\n  layers.0.kernel (Param)\n"
+        "  layers.1.bias (Param)\n  layers.1.kernel (Param)\n"
+        "Write a row of the Policy, such as Param: Rule(optimizer=optax.adam(1e-3)); "
+        "or an option of the kind, class Param(Variable, optimizer=optax.adam(1e-3)); "
+        "or metadata of the Variable, Param(x, optimizer=optax.adam(1e-3))."
+    )
+
+
+def test_a_param_added_later_under_a_row_of_the_policy_is_noticed():
+    policy, _ = by_policy()
+    model = make(nnx)
+    optimizer = nnx.Optimizer(model, policy)
+    model.late = nnx.Param(jnp.ones(2))
+    with pytest.raises(OptimizerError, match=r"unknown: late \(Param\)"):
+        optimizer.update(model, nnx.state(model, optimizer.wrt))
+
+
+def test_gradients_of_frozen_leaves_are_refused_by_name():
+    policy, _ = by_policy()
+    model = make(nnx)
+    optimizer = nnx.Optimizer(model, policy)
+    with pytest.raises(OptimizerError, match=r"unknown: layers.0.bias \(Param\)"):
+        optimizer.update(model, nnx.grad(loss_of)(model))
+
+
+def test_an_optimizer_by_policy_can_be_copied_split_and_merged():
+    policy, _ = by_policy()
+    model = make(nnx)
+    optimizer = nnx.Optimizer(model, policy)
+    graphdef, state = nnx.split(optimizer)
+    for other in (copy.deepcopy(optimizer), nnx.merge(graphdef, state)):
+        twin = nnx.clone(model)
+        other.update(twin, nnx.state(twin, other.wrt))
+        assert int(other.step) == 1
+    assert int(optimizer.step) == 0

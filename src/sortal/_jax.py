@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.tree_util as jtu
 
 # `jax.extend.core.get_opaque_trace_state` is the public way to ask "which trace is
@@ -13,10 +14,19 @@ import jax.tree_util as jtu
 # by identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
 from jax._src.core import trace_ctx
 
+# Nothing public says whether a value differs between the replicas of a vmap; JAX itself
+# finds out in the same way when it checks out_axes=None.
+from jax._src.interpreters.batching import BatchTracer
+
 
 def current_trace() -> Any:
     """A token for the trace that is current; compare tokens with ``is``."""
     return trace_ctx.trace._weakref
+
+
+def outside_traces() -> bool:
+    """Whether no transform is being traced."""
+    return trace_ctx.is_top_level()
 
 
 def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
@@ -51,3 +61,18 @@ def register_pytree(
 ) -> None:
     """Registers ``cls`` as a JAX pytree with key paths."""
     jtu.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+def differs_in_vmap(value: Any) -> bool:
+    """Whether a value inside ``jax.vmap`` differs between the innermost replicas."""
+    return (
+        isinstance(value, BatchTracer)
+        and value._trace is trace_ctx.trace
+        and isinstance(value.batch_dim, int)
+    )
+
+
+def varying_axes(value: Any) -> frozenset[Any]:
+    """The mesh axes along which a value inside ``jax.shard_map`` may differ."""
+    found = getattr(jax.typeof(value), "manual_axis_type", None)
+    return frozenset() if found is None else found.varying

@@ -40,6 +40,10 @@ class StaleBufferError(SortalError, RuntimeError):
     """A leaf holds a buffer that was donated to an earlier call and is gone."""
 
 
+class RetraceError(SortalError, RuntimeError):
+    """A function that was to be compiled once was traced again."""
+
+
 class StructureError(SortalError, ValueError):
     """An object cannot be described as a graph of nodes, leaves and statics."""
 
@@ -66,6 +70,18 @@ class PathError(SortalError, KeyError):
 
 class PathAttributeError(PathError, AttributeError):
     """A path reached by attribute access that a State does not have."""
+
+
+class AxisError(SortalError, ValueError):
+    """A leaf cannot go through a map or loop the way its axis, spec or role says."""
+
+
+class LoopError(SortalError, TypeError):
+    """A loop or branch would change what must stay the same from step to step."""
+
+
+class PolicyError(SortalError, ValueError):
+    """A Rule or kind says what no pipeline can do, or a leaf has no answer."""
 
 
 class GradientError(SortalError, TypeError):

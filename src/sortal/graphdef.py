@@ -348,7 +348,7 @@ class GraphDef(_Interned):
         Returns:
           One Difference for each path where the two disagree.
         """
-        old, new = _facts(self), _facts(other)
+        old, new = facts_of(self), facts_of(other)
         return [
             Difference(path, old.get(path, ABSENT), new.get(path, ABSENT))
             for path in dict.fromkeys([*old, *new])
@@ -471,12 +471,16 @@ def _at_length(fact: Any) -> str:
     return f"{name} {fact.details!r}"
 
 
-def _facts(graphdef: GraphDef) -> dict[Path, Any]:
+def facts_of(graphdef: GraphDef) -> dict[Path, Any]:
+    """What is at each path: a Fact, or a Static."""
     facts: dict[Path, Any] = {}
     seen: dict[int, Path] = {}
     schema = graphdef.schema
 
-    def visit(entry: Entry, path: Path) -> None:
+    # With a stack of its own, so that no depth is too deep.
+    pending: list[tuple[Entry, Path]] = [(graphdef.root, ())]
+    while pending:
+        entry, path = pending.pop()
         if entry.what == STATIC:
             facts[path] = entry.ref
         elif entry.what == LEAF:
@@ -493,10 +497,8 @@ def _facts(graphdef: GraphDef) -> dict[Path, Any]:
             seen[entry.ref] = path
             record = graphdef.records[entry.ref]
             facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
-            for child in record.entries:
-                visit(child, join(record, path, child.key))
-
-    visit(graphdef.root, ())
+            children = [(c, join(record, path, c.key)) for c in record.entries]
+            pending += reversed(children)
     return facts
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sortal.errors import VariableError
 
@@ -68,11 +69,12 @@ def with_item(value: Any, index: Any, new: Any) -> Any:
 
 
 def _same_type(a: jax.Array, b: jax.Array) -> bool:
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and getattr(a, "sharding", None) == getattr(b, "sharding", None)
-    )
+    # A weakly typed value in the place of a strong one would compile everything again.
+    if a.shape != b.shape or a.dtype != b.dtype or a.weak_type != b.weak_type:
+        return False
+    if isinstance(a, Tracer) or isinstance(b, Tracer):
+        return True  # where a traced value lies is for the compiler to say
+    return a.sharding == b.sharding
 
 
 def _operator(name: str) -> Callable[..., Any]:

@@ -16,11 +16,10 @@ from sortal.graph import Leaves, Slot, bind, own, store_all
 from sortal.graphdef import Kind, Schema, plain_leaf_schema
 from sortal.module import Pytree
 from sortal.nodes import static
+from sortal.policy import UNSET, Policy
 from sortal.state import State, as_state, snapshot
 from sortal.statics import EMPTY, Metadata
 from sortal.variable import OptArray, OptState, OptVariable, Param, Variable, describe
-
-_UNSET: Any = object()
 
 
 class Hyperparam(OptArray):
@@ -59,19 +58,24 @@ class Optimizer(Pytree):
 
     Several transformations may share a model: ``Optimizer(model, {filter: tx, ...})``.
     Each parameter belongs to one group, and each group has its own optax state; a last
-    ``...`` takes what the others leave.
+    ``...`` takes what the others leave. ``Optimizer(model, policy)`` reads the columns
+    ``optimizer`` and ``trainable`` of a Policy: a group for each transformation, and
+    nothing kept for what is frozen.
 
     Args:
       model: a Module, or a container of Modules and Variables.
-      tx: an optax transformation, or a dict of filter to transformation.
+      tx: an optax transformation, a dict of filter to transformation, or a Policy.
       wrt: which leaves to train, all of a floating or complex dtype; ``Param`` if
-        absent, and for a dict whatever its filters take.
+        absent, for a dict whatever its filters take, and for a Policy whatever has a
+        transformation. ``optimizer.wrt`` is what to give to ``grad``.
       graph: taken for NNX code, of no effect.
 
     Raises:
       OptimizerError: ``wrt`` takes no leaf, or leaves that are not floating or cannot
         be written; a leaf is in no group or in two; a group is empty; or ``tx`` is no
         transformation.
+      PolicyError: of a Policy: leaves of ``wrt`` have no answer, a row's transformation
+        trains no leaf, or nothing is trained.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,11 +97,13 @@ class Optimizer(Pytree):
         return cls
 
     def __init__(
-        self, model: Any, tx: Any, *, wrt: Any = _UNSET, graph: bool | None = None
+        self, model: Any, tx: Any, *, wrt: Any = UNSET, graph: bool | None = None
     ):
+        if isinstance(tx, Policy):
+            tx, wrt = tx.optimizer_groups(model, wrt), UNSET
         groups = tuple(tx.items()) if isinstance(tx, Mapping) else None
         _check_transformations(tx, groups)
-        if wrt is _UNSET:
+        if wrt is UNSET:
             wrt = Param if groups is None else Any_(*(f for f, _ in groups))
         wrt = tuple(wrt) if isinstance(wrt, list) else wrt
         _, params = _trainable(model, wrt)
@@ -183,7 +189,7 @@ class ModelAndOptimizer(Optimizer):
 
     Args:
       model: a Module.
-      tx: an optax transformation, or a dict of filter to transformation.
+      tx: an optax transformation, a dict of filter to transformation, or a Policy.
       wrt: which leaves to train; as for ``Optimizer``.
       graph: taken for NNX code, of no effect.
 
@@ -201,7 +207,7 @@ class ModelAndOptimizer(Optimizer):
     """
 
     def __init__(
-        self, model: Any, tx: Any, *, wrt: Any = _UNSET, graph: bool | None = None
+        self, model: Any, tx: Any, *, wrt: Any = UNSET, graph: bool | None = None
     ):
         super().__init__(model, tx, wrt=wrt, graph=graph)
         self.model = model

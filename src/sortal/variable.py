@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -48,7 +48,8 @@ class Variable(ArrayFace, Generic[A]):
       VariableError: the value is itself a Variable, or metadata cannot be hashed.
 
     Example:
-      >>>       >>> import sortal as nnx
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
       >>> class Count(nnx.Variable): pass
       >>> count = Count(jnp.array(0), unit="steps")
       >>> count[...] = count + 1
@@ -65,11 +66,6 @@ class Variable(ArrayFace, Generic[A]):
     # NumPy leaves its operators to what stands higher, as it does for JAX's arrays.
     __array_priority__ = 100
 
-    def __new__(cls, *args: Any, **metadata: Any) -> Self:
-        self = object.__new__(cls)
-        _init_cell(self, [None])
-        return self
-
     def __init__(self, value: A, **metadata: Any):
         if isinstance(value, Variable):
             raise VariableError(
@@ -77,7 +73,7 @@ class Variable(ArrayFace, Generic[A]):
                 "Variable holds a plain value. Write "
                 f"{type(self).__name__}(variable.value), or share the Variable itself."
             )
-        write(self, value)
+        _begin(self, value)
         _init_metadata(self, _frozen(type(self), metadata) if metadata else EMPTY)
         _init_trace(self, current_trace())
 
@@ -295,7 +291,7 @@ class Variable(ArrayFace, Generic[A]):
         return (self._value, self._metadata)
 
     def __setstate__(self, state: tuple[Any, Metadata]) -> None:
-        write(self, state[0])
+        _begin(self, state[0])
         _init_metadata(self, state[1])
         _init_trace(self, current_trace())
 
@@ -312,6 +308,13 @@ _init_cell: Callable[[Variable, Any], None] = Variable.__dict__["_cell"].__set__
 _init_metadata: Callable[[Variable, Metadata], None]
 _init_metadata = Variable.__dict__["_metadata"].__set__
 _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set__
+
+
+def _begin(variable: Variable[Any], value: Any) -> None:
+    try:
+        variable._cell[0] = value  # built already: plans may hold the cell
+    except AttributeError:
+        _init_cell(variable, [value])
 
 
 def write(variable: Variable[Any], value: Any) -> None:

@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 import sortal as nnx
-from sortal.inspect import Table, changes, plain, size
-from sortal.inspect.text import Report, html
+from sortal.inspect import changes, size
 
 
 class BatchStat(nnx.Variable):
@@ -138,7 +137,6 @@ def test_a_notebook_gets_one_element_of_html(model):
     assert text.startswith("<pre")
     assert text.rstrip().endswith("</pre>")
     assert "unlabelled array" in text
-    assert "&lt;b&gt;" in html(Table("t", ("a",), (("<b>",),)))
 
 
 @pytest.mark.parametrize(
@@ -155,14 +153,3 @@ def test_a_notebook_gets_one_element_of_html(model):
 )
 def test_sizes_read_as_people_write_them(count, text):
     assert size(count) == text
-
-
-def test_notes_hang_beside_their_sign():
-    text = plain(Table("t", ("a",), (("x",),), ("long " * 40,)))
-    signs = [line[:3] for line in text.splitlines() if "long" in line]
-    assert signs == ["! l", "  l", "  l"]
-
-
-def test_a_report_must_say_what_its_tables_are():
-    with pytest.raises(NotImplementedError):
-        str(Report())

@@ -4,10 +4,10 @@ from sortal.inspect.rows import differences as differences
 from sortal.inspect.rows import facts as facts
 from sortal.inspect.rows import kinds as kinds
 from sortal.inspect.rows import leaves as leaves
-from sortal.inspect.text import Table as Table
 from sortal.inspect.text import changes as changes
-from sortal.inspect.text import drawn as drawn
 from sortal.inspect.text import explain as explain
-from sortal.inspect.text import plain as plain
 from sortal.inspect.text import size as size
 from sortal.inspect.text import tabulate as tabulate
+from sortal.tables import Table as Table
+from sortal.tables import drawn as drawn
+from sortal.tables import plain as plain

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.state import snapshot
 from sortal.transforms.lift import Entered, identity, leave, unbind
-from sortal.transforms.traced import Carrier, run
+from sortal.transforms.traced import Carrier, Result, find_carriers, run
 from sortal.variable import Param, describe
 
 _NO_FUNCTION: Any = object()
@@ -35,13 +36,6 @@ class DiffState(NamedTuple):
 
     argnum: int
     filter: Any
-
-
-class _Target(NamedTuple):
-    """One root to differentiate by: the leaves chosen, and who owns their values."""
-
-    schema: Any
-    places: tuple[tuple[int, int], ...]
 
 
 def grad(f: Any = _NO_FUNCTION, /, argnums: Any = 0, **options: Any) -> Any:
@@ -145,12 +139,20 @@ def value_and_grad(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         entered = Entered((*first, *args), kwargs)
         chosen = [_resolve(d, len(entered.args), f) for d in wanted]
-        call = _Call(fn, entered, chosen, has_aux, allow_int)
+        call = FlatCall(entered, chosen, allow_int=allow_int)
+        call.refuse_untaken(each=True)
+        paired = with_aux(fn, has_aux, "loss")
+
+        def pure(inputs: list[Any]) -> tuple[Any, Any]:
+            result = call.run(paired, inputs)
+            value, result.out = result.out
+            return value, result
+
         (value, rest), grads = jax.value_and_grad(
-            call, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
-        )(call.inputs())
+            pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
+        )(call.inputs)
         aux = leave(entered, rest)
-        found = call.states(grads)
+        found = call.chosen.trees(grads)
         value = (value, aux) if has_aux else value
         return value, tuple(found) if _several(argnums) else found[0]
 
@@ -182,140 +184,216 @@ def _resolve(diff: DiffState, n: int, f: Any) -> DiffState:
     return DiffState(at, diff.filter)
 
 
-class _Call:
-    """One call as a pure function of what is differentiated by."""
+class Taken:
+    """Stands in an argument for a module: the leaves taken, by their numbers."""
+
+    __slots__ = ("at", "schema")
+
+    def __init__(self, schema: Any, at: list[Any]):
+        self.schema, self.at = schema, at
+
+
+def _is_taken(x: Any) -> bool:
+    return isinstance(x, Taken)
+
+
+class Chosen:
+    """What is differentiated by, as a flat list and as one tree for each argument.
+
+    Args:
+      layouts: for each argument a tree of numbers, with a Taken for each module.
+      leaves: the call's leaves, which the numbers are about.
+    """
+
+    __slots__ = ("layouts", "order", "types")
+
+    def __init__(self, layouts: list[Any], leaves: list[Any]):
+        self.layouts = layouts
+        every = jtu.tree_map(
+            lambda x: x.at if _is_taken(x) else x, layouts, is_leaf=_is_taken
+        )
+        self.order: list[int] = sorted(set(jtu.tree_leaves(every)))
+        self.types = {k: tangent_type(leaves[k]) for k in self.order}
+
+    def trees(self, flat: Sequence[Any]) -> list[Any]:
+        """One tree for each argument, with a State for each module in it."""
+        given = dict(zip(self.order, flat, strict=True))
+
+        def fill(x: Any) -> Any:
+            if not _is_taken(x):
+                return given[x]
+            return snapshot(x.schema, jtu.tree_map(given.__getitem__, x.at))
+
+        return [jtu.tree_map(fill, t, is_leaf=_is_taken) for t in self.layouts]
+
+
+class FlatCall:
+    """The arguments of one call as a flat list of leaves, some of them chosen.
+
+    It makes a function of live objects a pure function of the chosen leaves: ``run``
+    puts other values in their place. Variables that arguments share have one number.
+
+    Args:
+      entered: the arguments.
+      chosen: positions of arguments, and which leaves of modules in them.
+      allow_int: whether leaves that are not floating or complex may be chosen.
+
+    Raises:
+      FilterError: a filter is malformed.
+      GradientError: a filter takes leaves that cannot be differentiated.
+    """
 
     def __init__(
-        self,
-        fn: Callable[..., Any],
-        entered: Entered,
-        chosen: list[DiffState],
-        has_aux: bool,
-        allow_int: bool,
+        self, entered: Entered, chosen: Sequence[DiffState], *, allow_int: bool = False
     ):
-        self.fn, self.entered, self.has_aux = fn, entered, has_aux
-        self.chosen = chosen
-        self.allow_int = allow_int
-        self.targets: dict[int, _Target] = {}
-        at = {id(c): i for i, c in enumerate(entered.carriers)}
-        for diff in chosen:
-            for c in self._carriers(diff.argnum):
-                self.targets[id(c)] = self._target(at[id(c)], diff)
+        self.entered, self.allow_int = entered, allow_int
+        self.leaves, self.treedef = jtu.tree_flatten((entered.args, entered.kwargs))
+        numbers = self.treedef.unflatten(range(len(self.leaves)))
+        self._numbers = {
+            identity(entered.live_leaf(k)): at
+            for c in find_carriers(numbers)
+            for k, at in zip(c.ticket.leaves, c.values, strict=True)
+        }
+        self.taken: list[tuple[DiffState, Any, bool]] = []
+        layouts = [self._layout(numbers[0][diff.argnum], diff) for diff in chosen]
+        self._refuse_others(layouts, [diff.argnum for diff in chosen])
+        self.chosen = Chosen(layouts, self.leaves)
+        self.inputs = [self.leaves[k] for k in self.chosen.order]
 
-    def _carriers(self, argnum: int) -> list[Carrier]:
-        leaves = jtu.tree_leaves(self.entered.args[argnum], is_leaf=_is_carrier)
-        return [x for x in leaves if isinstance(x, Carrier)]
+    def _layout(self, numbers: Any, diff: DiffState) -> Any:
+        return jtu.tree_map(
+            lambda x: self._take(x.ticket.number, diff) if _is_carrier(x) else x,
+            numbers,
+            is_leaf=_is_carrier,
+        )
 
-    def _target(self, number: int, diff: DiffState) -> _Target:
+    def _take(self, number: int, diff: DiffState) -> Taken:
         plan = self.entered.plans[number]
         selection, _ = plan.pick((diff.filter,))
         schema, mine = selection.parts[0]
-        if not mine:
-            every = plan.graphdef.schema
-            raise FilterError(
-                f"wrt={diff.filter!r} takes none of the {len(every)} leaves "
-                f"of argument {diff.argnum}, so there is no gradient; it has:\n"
-                + listing(every.describe(i) for i in range(len(every)))
-            )
+        self.taken.append((diff, plan, bool(mine)))
         values = plan.values()
         bad = [
             f"{schema.describe(i)}: {describe(values[j])}"
             for i, j in enumerate(mine)
-            if not self.allow_int and not _differentiable(values[j])
+            if not self.allow_int and not differentiable(values[j])
         ]
         if bad:
             raise GradientError(
                 f"wrt={diff.filter!r} takes leaves that cannot be differentiated:\n"
                 f"{listing(bad)}\nGive them another kind than Param, or narrow wrt."
             )
-        owner = {
-            identity(self.entered.live_leaf(k)): place
-            for k, place in enumerate(self.entered.joint.leaf_at)
-        }
-        return _Target(schema, tuple(owner[identity(plan.leaves[j])] for j in mine))
+        return Taken(schema, [self._numbers[identity(plan.leaves[j])] for j in mine])
 
-    def inputs(self) -> Any:
-        """What to differentiate by: chosen leaves by place, and other arguments."""
-        leaves: dict[tuple[int, int], Any] = {}
-        for target in self.targets.values():
-            for i, j in target.places:
-                leaves[(i, j)] = self.entered.plans[i].leaves[j]._value
-        self.order = sorted(leaves)
-        others = [self._others(diff.argnum) for diff in self.chosen]
-        return [leaves[place] for place in self.order], others
-
-    def _others(self, argnum: int) -> Any:
-        arg = self.entered.args[argnum]
-        leaves = jtu.tree_leaves(arg, is_leaf=_is_carrier)
-        return [x for x in leaves if not isinstance(x, Carrier)]
-
-    def __call__(self, inputs: Any) -> Any:
-        leaves, others = inputs
-        given = dict(zip(self.order, leaves, strict=True))
-        made: dict[int, Carrier] = {}
-        for i, c in enumerate(self.entered.carriers):
-            pick = self.entered.joint.picks[i]
-            numbers = range(len(c.values)) if pick is None else pick
-            values = [
-                given.get((i, j), value)
-                for j, value in zip(numbers, c.values, strict=True)
-            ]
-            made[id(c)] = Carrier(values, c.ticket)
-        args = list(self.entered.args)
-        for diff, rest in zip(self.chosen, others, strict=True):
-            at = iter(rest)
-            args[diff.argnum] = jtu.tree_map(
-                lambda x, at=at: x if isinstance(x, Carrier) else next(at),
-                self.entered.args[diff.argnum],
-                is_leaf=_is_carrier,
+    def _refuse_others(self, layouts: list[Any], argnums: list[int]) -> None:
+        bad = [
+            f"argument {argnum}{jtu.keystr(path)}: {describe(self.leaves[k])}"
+            for argnum, layout in zip(argnums, layouts, strict=True)
+            for path, k in jtu.tree_leaves_with_path(layout, is_leaf=_is_taken)
+            if not _is_taken(k) and not _is_number(self.leaves[k])
+        ]
+        if bad:
+            raise GradientError(
+                "only arrays and numbers can be differentiated by; found:\n"
+                f"{listing(bad)}\nLet the function close over the rest."
             )
-        args, kwargs = jtu.tree_map(
-            lambda x: made[id(x)] if isinstance(x, Carrier) else x,
-            (args, self.entered.kwargs),
-            is_leaf=_is_carrier,
-        )
-        result = run(self._scalar_first, args, kwargs)
-        value, result.out = result.out
-        return value, result
 
-    def _scalar_first(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        out = self.fn(*args, **kwargs)
-        if not self.has_aux:
+    def refuse_untaken(self, *, each: bool) -> None:
+        """Refuses filters that take nothing: of any module, or of all together.
+
+        Args:
+          each: whether every module must have a leaf that is taken, or just one.
+
+        Raises:
+          FilterError: the leaves that there are instead are listed.
+        """
+        without = [(diff, plan) for diff, plan, some in self.taken if not some]
+        if not without or not (each or len(without) == len(self.taken)):
+            return
+        diff, _ = without[0]
+        rows = {
+            f"{d.argnum}: {schema.describe(i)}": schema.describe(i)
+            for d, plan in without[: 1 if each else None]
+            for schema in (plan.graphdef.schema,)
+            for i in range(len(schema))
+        }
+        of = f"argument {diff.argnum}" if each else "the modules among the primals"
+        raise FilterError(
+            f"wrt={diff.filter!r} takes none of the {len(rows)} leaves of {of}, so "
+            f"there is no {'gradient' if each else 'derivative'}; it has:\n"
+            + listing(rows.values() if each else rows)
+        )
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Any],
+        rest: Mapping[int, Any] = MappingProxyType({}),
+    ) -> Result:
+        """Calls ``fn`` with other values for some leaves; see ``traced.run``.
+
+        Args:
+          fn: a function of the arguments.
+          inputs: the chosen leaves.
+          rest: others, by their numbers.
+
+        Returns:
+          The Result.
+        """
+        leaves = list(self.leaves)
+        for k, x in [*zip(self.chosen.order, inputs, strict=True), *rest.items()]:
+            leaves[k] = x
+        args, kwargs = self.treedef.unflatten(leaves)
+        return run(fn, args, kwargs)
+
+
+def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[..., Any]:
+    """``fn`` as a function that returns a pair whatever ``has_aux`` says.
+
+    Args:
+      fn: the function.
+      has_aux: whether it returns a pair already.
+      first: how to call the pair's first part in messages.
+
+    Returns:
+      A function that returns a pair; its second part is None without ``has_aux``.
+
+    Raises:
+      ArgumentError: at a call: no pair is returned where one is due.
+    """
+
+    def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        out = fn(*args, **kwargs)
+        if not has_aux:
             return out, None
         if not (isinstance(out, (tuple, list)) and len(out) == 2):
             raise ArgumentError(
-                "with has_aux=True the function must return (loss, aux); found a "
+                f"with has_aux=True the function must return ({first}, aux); found a "
                 f"{type(out).__name__}."
             )
         return out[0], out[1]
 
-    def states(self, grads: Any) -> list[Any]:
-        """The gradients in the shape of the arguments: a State for each module."""
-        leaves, others = grads
-        given = dict(zip(self.order, leaves, strict=True))
-
-        def state(c: Carrier) -> Any:
-            target = self.targets[id(c)]
-            return snapshot(target.schema, [given[p] for p in target.places])
-
-        found = []
-        for diff, rest in zip(self.chosen, others, strict=True):
-            at = iter(rest)
-            found.append(
-                jtu.tree_map(
-                    lambda x, at=at: state(x) if isinstance(x, Carrier) else next(at),
-                    self.entered.args[diff.argnum],
-                    is_leaf=_is_carrier,
-                )
-            )
-        return found
+    return paired
 
 
 def _is_carrier(x: Any) -> bool:
     return isinstance(x, Carrier)
 
 
-def _differentiable(value: Any) -> bool:
+def _is_number(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, (int, float, complex))
+
+
+def tangent_type(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype that a derivative by ``x`` has: float0 for integers."""
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jax.dtypes.float0
+    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
+
+
+def differentiable(value: Any) -> bool:
+    """Whether all arrays in ``value`` are of floating or complex dtypes."""
     return all(
         jnp.issubdtype(jnp.result_type(x), jnp.inexact)
         if not hasattr(x, "dtype")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.surgery import merge, split
+from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.lift import (
     Entered,
     leave,
@@ -17,37 +18,55 @@ from sortal.transforms.lift import (
     stale_buffers,
     unbind,
 )
-from sortal.transforms.traced import replace_roots, run
+from sortal.transforms.retrace import History
+from sortal.transforms.shardings import Sharded
+from sortal.transforms.traced import Result, replace_roots, run
 
 _NO_FUNCTION: Any = object()
+_WAYS = ("in", "out")
 
 
 class Jitted:
     """A function compiled by ``jit``; call it as the function itself."""
 
-    def __init__(self, fn: Callable[..., Any], options: dict[str, Any]):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        options: dict[str, Any],
+        donate: Any = None,
+        on_retrace: str = "ignore",
+    ):
         self._fn, self._first = unbind(fn)
         options = _shift(options, len(self._first))
         self._static, _ = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )
-        self._donated, _ = named_positions(
+        donated, _ = named_positions(
             self._fn, options.get("donate_argnums"), options.get("donate_argnames")
         )
-        inner, donated = self._fn, self._donated
-
-        def traced(*args: Any, **kwargs: Any) -> Any:
-            return run(inner, args, kwargs, donated)
-
-        if hasattr(inner, "__name__"):
-            functools.update_wrapper(traced, inner)
-        self._jit: Any = jax.jit(traced, **options)
+        self._history = History(self._fn, self._static, on_retrace)
+        self._donation: Donation | None = None
+        if donated or (donate is not None and donate is not False):
+            mirrored = isinstance(options.get("in_shardings"), (tuple, list))
+            self._donation = Donation(donate, donated, self._static, mirrored)
+        traced = _traced(self._fn, self._history, self._donation)
+        if self._donation is not None:
+            options = with_first(self._fn, traced, options, self._donation)
+        sharded = any(options.get(f"{way}_shardings") is not None for way in _WAYS)
+        self._jit: Any = (
+            Sharded(traced, options, self._static)
+            if sharded
+            else jax.jit(traced, **options)
+        )
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         entered = self._enter(args, kwargs)
         try:
-            result = self._jit(*entered.args, **entered.kwargs)
+            if self._donation is None:
+                result = self._jit(*entered.args, **entered.kwargs)
+            else:
+                result = self._donation.call(self._jit, entered)
         except (RuntimeError, ValueError) as e:
             stale = stale_buffers(entered.carriers)
             if not stale:
@@ -60,22 +79,26 @@ class Jitted:
         return leave(entered, result)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-        return Entered(
-            (*self._first, *args), kwargs, self._static, distinct=bool(self._donated)
-        )
+        return Entered((*self._first, *args), kwargs, self._static)
+
+    def _without_running(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        entered = self._enter(args, kwargs)
+        if self._donation is None:
+            return function(*entered.args, **entered.kwargs)
+        return self._donation.call(function, entered)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Lowers for these arguments, as ``jax.jit(f).lower``; nothing is run."""
-        entered = self._enter(args, kwargs)
-        return self._jit.lower(*entered.args, **entered.kwargs)
+        return self._without_running(self._jit.lower, args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Traces for these arguments, as ``jax.jit(f).trace``; nothing is run."""
-        entered = self._enter(args, kwargs)
-        return self._jit.trace(*entered.args, **entered.kwargs)
+        return self._without_running(self._jit.trace, args, kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the output; nothing is run or changed."""
@@ -85,9 +108,44 @@ class Jitted:
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
         self._jit.clear_cache()
+        self._history.forget()
+        if self._donation is not None:
+            self._donation.forget()
 
 
-def jit(fn: Any = _NO_FUNCTION, /, **options: Any) -> Any:
+def _traced(
+    fn: Callable[..., Any], history: History, donation: Donation | None
+) -> Callable[..., Any]:
+    """What JAX traces: it runs once for each compile, and records it."""
+
+    def plain(*args: Any, **kwargs: Any) -> Result:
+        seen = history.see(args, kwargs)
+        result = run(fn, args, kwargs)
+        history.add(seen)
+        return result
+
+    def lending(lent: Any, /, *args: Any, **kwargs: Any) -> Result:
+        whole, named = rejoin(lent, args, kwargs)
+        seen = history.see(whole, named)
+        result = donating(fn, lent, whole, named)
+        history.add(seen)
+        return result
+
+    donating: Any = donation.run if donation is not None else None
+    traced = plain if donation is None else lending
+    if hasattr(fn, "__name__"):
+        functools.update_wrapper(traced, fn)
+    return traced
+
+
+def jit(
+    fn: Any = _NO_FUNCTION,
+    /,
+    *,
+    donate: Any = None,
+    on_retrace: str = "ignore",
+    **options: Any,
+) -> Any:
     """``jax.jit`` for functions of modules: what they change is changed afterwards.
 
     Modules and Variables may stand anywhere among the arguments and in what is
@@ -98,9 +156,18 @@ def jit(fn: Any = _NO_FUNCTION, /, **options: Any) -> Any:
 
     Args:
       fn: the function; without it a decorator is returned.
+      donate: a filter, or a Policy, whose ``donate`` column is read; the leaves that
+        it takes, of all Modules and Variables among the arguments, give their buffers
+        to the call and get new ones back. True
+        donates the leaves that the function overwrites; to find them, the first call
+        of a structure traces twice.
+      on_retrace: ``"warn"`` gives a RetraceWarning and ``"raise"`` a RetraceError, with
+        the text of ``explain_retrace``, whenever it is traced again.
       **options: all of ``jax.jit``'s: ``static_argnums``, ``static_argnames``,
-        ``donate_argnums``, ``donate_argnames``, ``in_shardings``, ``out_shardings``,
-        and so on. All leaves of a donated module get new buffers.
+        ``donate_argnums``, ``donate_argnames`` and so on. All leaves of a donated
+        module get new buffers. In ``in_shardings`` and ``out_shardings`` a
+        ``StateSharding`` or ``Policy`` may stand for a module; what is written to a
+        leaf keeps the sharding that the leaf came with.
 
     Returns:
       A Jitted, or the decorator.
@@ -108,6 +175,9 @@ def jit(fn: Any = _NO_FUNCTION, /, **options: Any) -> Any:
     Raises:
       TraceError: at a call: the function writes to a live object that was not passed
         to it.
+      FilterError: at a call: ``donate`` takes no leaf of any argument.
+      StaleBufferError: at a call: a leaf holds a buffer that was donated before.
+      RetraceError: at a call: it traces again, and ``on_retrace`` is ``"raise"``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,17 +192,21 @@ def jit(fn: Any = _NO_FUNCTION, /, **options: Any) -> Any:
       >>> count(counter)
       >>> int(counter.n.value)
       1
+      >>> before = counter.n.value
+      >>> nnx.jit(lambda c: count(c), donate=nnx.Variable)(counter)
+      >>> before.is_deleted(), int(counter.n.value)
+      (True, 2)
     """
     options.pop("graph", None)
     options.pop("graph_updates", None)
     if fn is _NO_FUNCTION:
-        return lambda f: Jitted(f, options)
+        return lambda f: Jitted(f, options, donate, on_retrace)
     if not callable(fn):
         raise ArgumentError(
             f"jit takes a function or a callable Module; found {fn!r}. Options go by "
             "keyword: jit(f, static_argnums=...)."
         )
-    return Jitted(fn, options)
+    return Jitted(fn, options, donate, on_retrace)
 
 
 def _shift(options: dict[str, Any], by: int) -> dict[str, Any]:
@@ -236,16 +310,32 @@ def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("graph", None)
     kwargs.pop("graph_updates", None)
     fn, first = unbind(f)
-    live = Entered((*first, *args), kwargs)
-    roots = tuple(live.roots)
-    copies = iter(_abstract(roots) if roots else ())
-    args, kwargs = replace_roots(((*first, *args), kwargs), lambda _: next(copies))
+    args, kwargs = abstracted((*first, *args), kwargs)
     entered = Entered(args, kwargs)
     result = jax.eval_shape(lambda a, k: run(fn, a, k), entered.args, entered.kwargs)
     return leave(entered, result)
 
 
-def _abstract(roots: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of live objects with shapes and dtypes in the place of arrays."""
+def abstracted(
+    args: Sequence[Any], kwargs: dict[str, Any], skip: Collection[Any] = ()
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with abstract copies in the place of live objects.
+
+    Args:
+      args: positional arguments.
+      kwargs: keyword arguments.
+      skip: positions that are left as they are.
+
+    Returns:
+      The same, with shapes and dtypes for the arrays of live objects.
+    """
+    roots = tuple(Entered(args, kwargs, skip).roots)
+    if not roots:
+        return tuple(args), kwargs
     graphdef, state = split(roots)
-    return merge(graphdef, jax.eval_shape(lambda s: s, state))
+    copies = iter(merge(graphdef, jax.eval_shape(lambda s: s, state)))
+    args = tuple(
+        x if i in skip else replace_roots(x, lambda _: next(copies))
+        for i, x in enumerate(args)
+    )
+    return args, replace_roots(kwargs, lambda _: next(copies))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 
 from sortal.graph import Slot, Walk, bind, plan_of, store_all
@@ -117,8 +116,6 @@ class Entered:
         args: Sequence[Any],
         kwargs: dict[str, Any],
         skip: Collection[Any] = (),
-        *,
-        distinct: bool = False,
     ):
         self.roots: list[Any] = []
         self.plans: list[Any] = []
@@ -131,14 +128,14 @@ class Entered:
             k: x if k in skip else replace_roots(x, refer) for k, x in kwargs.items()
         }
         if self.roots:
-            self._carry(distinct)
+            self._carry()
             numbered = self._place(numbered, args)
             named = dict(
                 zip(named, self._place(named.values(), kwargs.values()), strict=True)
             )
         self.args, self.kwargs = tuple(numbered), named
 
-    def _carry(self, distinct: bool) -> None:
+    def _carry(self) -> None:
         self.plans = [
             plan_of(r) if isinstance(r, Node) else bind(r) for r in self.roots
         ]
@@ -147,8 +144,6 @@ class Entered:
         for i, pick in enumerate(joint.picks):
             if pick is not None:
                 values[i] = [values[i][j] for j in pick]
-        if distinct:
-            values = _distinct(values)
         self.carriers = list(map(Carrier, values, joint.tickets))
 
     def _place(self, new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
@@ -317,19 +312,3 @@ def stale_buffers(carriers: Sequence[Carrier]) -> list[str]:
         and not isinstance(value, Tracer)
         and value.is_deleted()
     ]
-
-
-def _distinct(lists: list[list[Any]]) -> list[list[Any]]:
-    """Copies arrays that occur twice, because one buffer cannot be donated twice."""
-    every = [value for values in lists for value in values]
-    if len(set(map(id, every))) == len(every):
-        return lists
-    seen: set[int] = set()
-
-    def once(value: Any) -> Any:
-        if id(value) in seen and isinstance(value, jax.Array):
-            return jnp.copy(value)
-        seen.add(id(value))
-        return value
-
-    return [list(map(once, values)) for values in lists]

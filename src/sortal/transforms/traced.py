@@ -26,26 +26,47 @@ class Ticket:
     """Says of a Carrier which root it is, of how many, of which joint GraphDef.
 
     Made by ``ticket``, one for each root of each GraphDef, so that JAX, which compares
-    Tickets at every call, compares them by identity.
+    Tickets at every call, compares them by identity. ``some`` are the numbers of the
+    leaves whose values are carried, None for all leaves of the root.
     """
 
-    __slots__ = ("graphdef", "number", "of")
+    __slots__ = ("graphdef", "number", "of", "some")
 
-    def __init__(self, graphdef: GraphDef, number: int, of: int):
-        self.graphdef, self.number, self.of = graphdef, number, of
+    def __init__(
+        self,
+        graphdef: GraphDef,
+        number: int,
+        of: int,
+        some: tuple[int, ...] | None = None,
+    ):
+        self.graphdef, self.number, self.of, self.some = graphdef, number, of, some
+
+    @property
+    def leaves(self) -> Sequence[int]:
+        """The numbers of the values among the leaves of the joint GraphDef."""
+        if self.some is not None:
+            return self.some
+        paths = self.graphdef.schema.paths
+        every = range(len(paths))
+        if self.of == 1:
+            return every
+        return [k for k in every if paths[k][0] == self.number]
 
     @property
     def paths(self) -> list[Path]:
         """The paths of the values, below their root."""
         paths = self.graphdef.schema.paths
-        if self.of == 1:
-            return list(paths)
-        return [path[1:] for path in paths if path[0] == self.number]
+        above = 0 if self.of == 1 else 1
+        return [paths[k][above:] for k in self.leaves]
 
 
-def ticket(graphdef: GraphDef, number: int, of: int) -> Ticket:
-    """The Ticket of root ``number`` of the ``of`` roots of a GraphDef."""
-    return graphdef.memo(("ticket", number, of), lambda: Ticket(graphdef, number, of))
+def ticket(
+    graphdef: GraphDef, number: int, of: int, some: tuple[int, ...] | None = None
+) -> Ticket:
+    """The Ticket of root ``number`` of the ``of`` roots of a GraphDef, or of a part."""
+    return graphdef.memo(
+        ("ticket", number, of, some), lambda: Ticket(graphdef, number, of, some)
+    )
 
 
 class Carrier:
@@ -139,9 +160,11 @@ class Edits(NamedTuple):
 
     ``node_from`` and ``leaf_from`` give for each node and leaf the number it had on
     entry, or None for new ones; ``dirty`` the nodes that need their content set anew.
+    ``roots`` is what the GraphDef on entry has become, for comparison with it.
     """
 
     graphdef: GraphDef
+    roots: GraphDef | None
     node_from: tuple[int | None, ...]
     leaf_from: tuple[int | None, ...]
     dirty: tuple[int, ...]
@@ -224,15 +247,40 @@ class Copies:
 
 def find_carriers(tree: Any) -> list[Carrier]:
     """All Carriers in ``tree``."""
-    leaves = jtu.tree_leaves(tree, is_leaf=lambda x: isinstance(x, (Carrier, State)))
+    if type(tree) is Carrier:
+        return [tree]
+    leaves = jtu.tree_leaves(tree, is_leaf=_is_carrier)
     return [x for x in leaves if isinstance(x, Carrier)]
+
+
+def replace_carriers(tree: Any, replace: Callable[[Carrier], Any]) -> Any:
+    """``tree`` with each Carrier in it replaced; itself if it has none.
+
+    Args:
+      tree: any pytree.
+      replace: takes a Carrier, returns what stands for it.
+
+    Returns:
+      The tree.
+    """
+    if type(tree) is Carrier:
+        return replace(tree)
+    if not find_carriers(tree):
+        return tree
+    return jax.tree.map(
+        lambda x: replace(x) if isinstance(x, Carrier) else x, tree, is_leaf=_is_carrier
+    )
+
+
+def _is_carrier(x: Any) -> bool:
+    return isinstance(x, (Carrier, State))
 
 
 def run(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    keep: Collection[Any] = (),
+    keep: Collection[int] = (),
 ) -> Result:
     """Calls ``fn`` on copies built from Carriers; for use inside a trace.
 
@@ -240,7 +288,7 @@ def run(
       fn: the user's function.
       args: positional arguments, with Carriers in the place of roots.
       kwargs: keyword arguments, likewise.
-      keep: positions and names of arguments whose leaves are returned even where they
+      keep: numbers of leaves, in the joint GraphDef, that are returned even where they
         were only read, because their buffers were donated.
 
     Returns:
@@ -252,23 +300,10 @@ def run(
     copies = Copies(carriers)
 
     def unwrap(tree: Any) -> Any:
-        if not find_carriers(tree):
-            return tree
-        return jax.tree.map(
-            lambda x: copies.roots[x.ticket.number] if isinstance(x, Carrier) else x,
-            tree,
-            is_leaf=lambda x: isinstance(x, (Carrier, State)),
-        )
+        return replace_carriers(tree, lambda c: copies.roots[c.ticket.number])
 
-    kept = [
-        k
-        for name, tree in [*enumerate(args), *kwargs.items()]
-        if name in keep
-        for c in find_carriers(tree)
-        for k in copies.spans[c.ticket.number]
-    ]
     out = fn(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
-    return _leave_trace(out, copies, kept)
+    return _leave_trace(out, copies, keep)
 
 
 def _leave_trace(out: Any, copies: Copies | None, kept: Collection[int]) -> Result:
@@ -283,6 +318,7 @@ def _leave_trace(out: Any, copies: Copies | None, kept: Collection[int]) -> Resu
     rigid: Collection[int] = ()
     entries: tuple[Entry, ...] | None = ()
     unedited = True
+    walk = None
     if copies is not None:
         walk = Walk(copies.root)
         unedited = _unedited(walk, copies)
@@ -301,7 +337,8 @@ def _leave_trace(out: Any, copies: Copies | None, kept: Collection[int]) -> Resu
     values = list(written.values())
     if unedited and entries is not None:
         return Result(out, values, [], Exit(tuple(written), entries, None))
-    edits, fresh, entries = _edits(copies, outputs, unedited, rigid)
+    became = None if walk is None else walk.graphdef
+    edits, fresh, entries = _edits(copies, outputs, unedited, rigid, became)
     return Result(out, values, fresh, Exit(tuple(written), entries, edits))
 
 
@@ -361,6 +398,7 @@ def _edits(
     outputs: list[Any],
     unedited: bool,
     rigid: Collection[int],
+    became: GraphDef | None,
 ) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
     roots = copies.roots if copies is not None else ()
     walk = Walk((roots, tuple(outputs)))
@@ -403,7 +441,7 @@ def _edits(
     ]
     at = after.records[0].entries[1].ref
     entries = after.records[at].entries if isinstance(at, int) else ()
-    return Edits(after, node_from, leaf_from, dirty, metadata), fresh, entries
+    return Edits(after, became, node_from, leaf_from, dirty, metadata), fresh, entries
 
 
 def _same_record(

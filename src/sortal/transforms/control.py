@@ -1,0 +1,390 @@
+"""while_loop, fori_loop, cond and switch over modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+
+from sortal.errors import ArgumentError, LoopError, listing
+from sortal.transforms.lift import leave, unbind
+from sortal.transforms.operands import Operands, check_types, steady
+from sortal.transforms.traced import Carrier, Exit, Result
+from sortal.variable import Variable, describe
+
+
+def while_loop(
+    cond_fun: Callable[[Any], Any],
+    body_fun: Callable[[Any], Any],
+    init_val: Any,
+    **ignored: Any,
+) -> Any:
+    """``jax.lax.while_loop`` with modules among what goes from step to step.
+
+    Leaves that the body writes, such as a KV cache, are loop state; leaves that it only
+    reads stay outside the loop.
+
+    Args:
+      cond_fun: takes the value, returns a boolean scalar; writes nothing.
+      body_fun: takes the value, returns the next one, with the same modules in the same
+        places.
+      init_val: any pytree, with Modules and Variables anywhere in it.
+      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+
+    Returns:
+      The last value; modules in it are the live ones, updated.
+
+    Raises:
+      LoopError: a step changes structure, shape, dtype or which objects the value
+        holds, or the condition writes; the live objects are left as they were.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> counter = nnx.Variable(jnp.array(0))
+      >>> def body(counter):
+      ...     counter[...] += 1
+      ...     return counter
+      >>> nnx.while_loop(lambda counter: counter < 3, body, counter) is counter
+      True
+      >>> int(counter.value)
+      3
+    """
+    _refuse_unknown("while_loop", ignored)
+    loop = _Loop("the body of while_loop", body_fun, init_val)
+    condition, held = unbind(cond_fun)
+    if held:
+        raise ArgumentError(
+            "the condition of while_loop is a method of a module; pass the module in "
+            "init_val, and write cond_fun=lambda value: ..."
+        )
+
+    def goes_on(state: Any) -> Any:
+        where = "the condition of while_loop"
+        result = steady(
+            where, loop.operands, loop.value_only(condition), loop.args(state)
+        )
+        if result.exit.written:
+            rows = map(loop.operands.describe, result.exit.written)
+            raise LoopError(
+                f"{where} must not write; it wrote to:\n{listing(rows)}\nWrite in the "
+                "body."
+            )
+        return result.out
+
+    return loop.finish(jax.lax.while_loop(goes_on, loop.step, loop.start()))
+
+
+def fori_loop(
+    lower: Any,
+    upper: Any,
+    body_fun: Callable[[Any, Any], Any],
+    init_val: Any,
+    *,
+    unroll: int | bool | None = None,
+    **ignored: Any,
+) -> Any:
+    """``jax.lax.fori_loop`` with modules among what goes from step to step.
+
+    Args:
+      lower: the first index.
+      upper: the index to stop before.
+      body_fun: takes the index and the value, returns the next value, with the same
+        modules in the same places.
+      init_val: any pytree, with Modules and Variables anywhere in it.
+      unroll: see ``jax.lax.fori_loop``.
+      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+
+    Returns:
+      The last value; modules in it are the live ones, updated.
+
+    Raises:
+      LoopError: a step changes structure, shape, dtype or which objects the value
+        holds; the live objects are left as they were.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> total = nnx.Variable(jnp.array(0))
+      >>> def body(i, total):
+      ...     total[...] += i
+      ...     return total
+      >>> int(nnx.fori_loop(0, 5, body, total).value)
+      10
+    """
+    _refuse_unknown("fori_loop", ignored)
+    loop = _Loop("the body of fori_loop", body_fun, init_val)
+
+    def step(i: Any, state: Any) -> Any:
+        return loop.step(state, i)
+
+    return loop.finish(
+        jax.lax.fori_loop(lower, upper, step, loop.start(), unroll=unroll)
+    )
+
+
+class _Loop:
+    """The state of a loop: the user's value without its modules, and all their leaves.
+
+    JAX keeps what a step hands on unchanged outside the loop, so that read-only leaves
+    cost nothing.
+    """
+
+    def __init__(self, where: str, body: Callable[..., Any], init: Any):
+        self.where = where
+        self.body, self.held = unbind(body)
+        self.operands = Operands((*self.held, init))
+        self.init = self.operands.skeleton(self.operands.entered.args[-1])
+        plain = self.operands.plain
+        self.fixed = plain[: len(plain) - len(jax.tree.leaves(self.init))]
+        self.written: set[int] = set()
+
+    def start(self) -> Any:
+        """The state before the first step."""
+        return self.init, self.operands.values
+
+    def args(self, state: Any) -> tuple[Any, ...]:
+        """The arguments of one step: what the body was bound to, and the value."""
+        tree, values = state
+        return self.operands.rebuild([*self.fixed, *jax.tree.leaves(tree)], values)
+
+    def value_only(self, fn: Callable[[Any], Any]) -> Callable[..., Any]:
+        """``fn`` of the value as a function of all arguments, returning an array."""
+
+        def call(*args: Any) -> Any:
+            out = fn(args[-1])
+            return out.value if isinstance(out, Variable) else out
+
+        return call
+
+    def step(self, state: Any, *first: Any) -> Any:
+        """One step of the loop; ``first`` comes before the value."""
+
+        def body(*args: Any) -> Any:
+            return self.body(*args[:-1], *first, args[-1])
+
+        result = steady(self.where, self.operands, body, self.args(state))
+        out = self.operands.same_objects(result.out, result.exit)
+        self._check(out, state, result)
+        # Under jax.disable_jit each step is run, and they may write different leaves.
+        self.written.update(result.exit.written)
+        return out, self.operands.written(result.exit, state[1], result.values)
+
+    def _check(self, out: Any, state: Any, result: Result) -> None:
+        if jax.tree.structure(out) != jax.tree.structure(self.init):
+            raise LoopError(
+                f"{self.where} must return a value of the same structure with the same "
+                f"objects in the same places; it was given "
+                f"{self.operands.outline(self.init)}, and returned "
+                f"{self.operands.outline(result.out, result.exit)}."
+            )
+        rows = [
+            (self.operands.describe(k), state[1][k], new)
+            for k, new in zip(result.exit.written, result.values, strict=True)
+        ]
+        olds, news = jtu.tree_leaves_with_path(state[0]), jax.tree.leaves(out)
+        rows += [
+            (f"value{jtu.keystr(path)}", old, new)
+            for (path, old), new in zip(olds, news, strict=True)
+        ]
+        check_types(self.where, rows)
+
+    def finish(self, state: Any) -> Any:
+        """Brings the last state to the live objects."""
+        tree, values = state
+        exit = Exit(tuple(sorted(self.written)), (), None)
+        return self.operands.leave(exit, values, tree)
+
+
+def cond(
+    pred: Any,
+    true_fun: Callable[..., Any],
+    false_fun: Callable[..., Any],
+    *operands: Any,
+    **ignored: Any,
+) -> Any:
+    """``jax.lax.cond`` with modules among the operands.
+
+    What either branch writes is written back: the new value where that branch ran, the
+    old one where the other did. Leaves that no branch writes are not outputs.
+
+    Args:
+      pred: a boolean scalar.
+      true_fun: called on the operands where ``pred`` holds; a function, a module, or a
+        method of one.
+      false_fun: called on them where it does not.
+      *operands: any pytrees, with Modules and Variables anywhere in them.
+      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+
+    Returns:
+      What the branch returned; modules in it are the live ones.
+
+    Raises:
+      LoopError: a branch changes structure, or the branches write or return values of
+        different shapes, dtypes or objects; the message says which.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> count = nnx.Variable(jnp.array(0))
+      >>> def add(count):
+      ...     count[...] += 1
+      >>> nnx.cond(jnp.array(True), add, lambda count: None, count)
+      >>> int(count.value)
+      1
+    """
+    _refuse_unknown("cond", ignored)
+    where = ("the true branch of cond", "the false branch of cond")
+    branches = _Branches(where, (true_fun, false_fun), operands)
+
+    def call(*state: Any) -> Any:
+        return jax.lax.cond(pred, *branches.functions, *state)
+
+    return branches.finish(call)
+
+
+def switch(
+    index: Any,
+    branches: Sequence[Callable[..., Any]],
+    *operands: Any,
+    **ignored: Any,
+) -> Any:
+    """``jax.lax.switch`` with modules among the operands.
+
+    Args:
+      index: an integer scalar, clamped to the branches there are.
+      branches: functions, modules, or methods of modules, all called alike.
+      *operands: any pytrees, with Modules and Variables anywhere in them.
+      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+
+    Returns:
+      What the branch returned; modules in it are the live ones.
+
+    Raises:
+      ArgumentError: there are no branches.
+      LoopError: a branch changes structure, or the branches write or return values of
+        different shapes, dtypes or objects; the message says which.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> layers = [nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(4)]
+      >>> nnx.switch(jnp.array(2), layers, jnp.ones(2)).shape
+      (3,)
+    """
+    _refuse_unknown("switch", ignored)
+    if not branches:
+        raise ArgumentError("switch needs at least one branch.")
+    where = [f"branch {i} of switch" for i in range(len(branches))]
+    several = _Branches(where, branches, operands)
+
+    def call(*state: Any) -> Any:
+        return jax.lax.switch(index, several.functions, *state)
+
+    return several.finish(call)
+
+
+class _Branches:
+    """Several functions of the same operands, made to return the same leaves.
+
+    Which leaves a branch writes is known only when it has run, and all branches must
+    return what any of them writes; so each is first traced for its shapes alone.
+    """
+
+    def __init__(
+        self, where: Sequence[str], branches: Sequence[Any], operands: Sequence[Any]
+    ):
+        unbound = [unbind(branch) for branch in branches]
+        held = [x for _, first in unbound for x in first]
+        self.where, self.n = where, len(operands)
+        self.operands = Operands((*operands, *held))
+        self.calls: list[tuple[Any, range]] = []
+        at = self.n
+        for fn, first in unbound:
+            self.calls.append((fn, range(at, at + len(first))))
+            at += len(first)
+        # What functools.partial holds besides modules may be no array at all.
+        mine = jtu.tree_leaves(
+            self.operands.entered.args[: self.n], is_leaf=_is_carrier
+        )
+        plain, m = self.operands.plain, sum(not _is_carrier(x) for x in mine)
+        self.start, self.fixed = (plain[:m], self.operands.values), plain[m:]
+        self.seen = [
+            jax.eval_shape(lambda *state, b=b: self._run(b, *state), *self.start)
+            for b in range(len(branches))
+        ]
+        self._check()
+        exits = [result.exit for result in self.seen]
+        written = tuple(sorted({k for exit in exits for k in exit.written}))
+        self.exit = Exit(written, exits[0].outputs, None)
+        self.functions = [self._function(b) for b in range(len(branches))]
+
+    def _run(self, b: int, plain: Any, values: Any) -> Result:
+        fn, first = self.calls[b]
+        args = self.operands.rebuild([*plain, *self.fixed], values)
+
+        def call(*args: Any) -> Any:
+            return fn(*(args[i] for i in first), *args[: self.n])
+
+        return steady(self.where[b], self.operands, call, args)
+
+    def _function(self, b: int) -> Callable[..., Any]:
+        def branch(plain: Any, values: Any) -> Any:
+            result = self._run(b, plain, values)
+            now = self.operands.written(result.exit, values, result.values)
+            return result.out, [now[k] for k in self.exit.written]
+
+        return branch
+
+    def _check(self) -> None:
+        for where, result in zip(self.where, self.seen, strict=True):
+            rows = [
+                (self.operands.describe(k), self.operands.values[k], new)
+                for k, new in zip(result.exit.written, result.values, strict=True)
+            ]
+            check_types(where, rows)
+        first = self.seen[0]
+        for where, result in zip(self.where[1:], self.seen[1:], strict=True):
+            same = jax.tree.structure(result.out) == jax.tree.structure(first.out)
+            if not same or result.exit.outputs != first.exit.outputs:
+                outline = self.operands.outline
+                raise LoopError(
+                    "all branches must return the same structure with the same "
+                    f"objects in it; {self.where[0]} returns "
+                    f"{outline(first.out, first.exit)}, {where} returns "
+                    f"{outline(result.out, result.exit)}."
+                )
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        rows = []
+        outs = [jax.tree.leaves(result.out) for result in self.seen]
+        paths = [path for path, _ in jtu.tree_leaves_with_path(self.seen[0].out)]
+        for i, path in enumerate(paths):
+            types = [(out[i].shape, out[i].dtype) for out in outs]
+            if len(set(types)) > 1:
+                each = zip(self.where, outs, strict=True)
+                found = ", ".join(f"{describe(out[i])} by {name}" for name, out in each)
+                rows.append(f"output{jtu.keystr(path)}: {found}")
+        if rows:
+            raise LoopError(
+                "all branches must return the same shapes and dtypes; they returned:\n"
+                f"{listing(rows)}\nCast or reshape what is returned."
+            )
+
+    def finish(self, call: Callable[..., Any]) -> Any:
+        """Runs the branches and brings what they wrote to the live objects."""
+        out, values = call(*self.start)
+        return leave(self.operands.entered, Result(out, values, [], self.exit))
+
+
+def _is_carrier(x: Any) -> bool:
+    return isinstance(x, Carrier)
+
+
+def _refuse_unknown(name: str, options: Any) -> None:
+    unknown = set(options) - {"graph", "graph_updates"}
+    if unknown:
+        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")

@@ -1,0 +1,587 @@
+"""vmap and shard_map over modules, by kind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.sharding import PartitionSpec, Sharding
+
+from sortal._jax import differs_in_vmap, varying_axes
+from sortal.errors import ArgumentError, AxisError, listing
+from sortal.graph import Slot
+from sortal.graphdef import Schema
+from sortal.policy import Policy, answers
+from sortal.rules import written
+from sortal.transforms.lift import Entered, leave, unbind
+from sortal.transforms.prefixes import (
+    Spread,
+    alone,
+    by_kind,
+    given_for_objects,
+    is_answer,
+    said,
+)
+from sortal.transforms.traced import Carrier, Exit, Result, run
+from sortal.variable import describe
+
+_NO_FUNCTION: Any = object()
+_REDUCE = (
+    "or declare how replicas are reduced to one: class Kind(Variable, reduce='mean'), "
+    "Rule(reduce='mean') in the Policy, or metadata reduce='mean' on the Variable."
+)
+
+
+def vmap(
+    f: Any = _NO_FUNCTION,
+    /,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Hashable | None = None,
+    axis_size: int | None = None,
+    spmd_axis_name: Any = None,
+    **ignored: Any,
+) -> Any:
+    """``jax.vmap`` for functions of modules, with an axis for each kind.
+
+    Reading a leaf of axis None is free: all replicas share it. Writing one is refused
+    where the values written differ between replicas, unless its kind, its Variable or
+    the Policy declares how to ``reduce`` them. Modules that the function makes and
+    returns come out stacked; what it adds to a module comes out with the axis of its
+    kind.
+
+    Args:
+      f: the function; without it a decorator is returned.
+      in_axes: an int, None, ``StateAxes``, ``Policy``, or a tuple with one of these, or
+        a tree of these, for each positional argument. Keyword arguments and the modules
+        in them are mapped over axis 0, as in JAX.
+      out_axes: likewise for what is returned. A module that was passed in comes back
+        as itself, whatever stands here.
+      axis_name: see ``jax.vmap``.
+      axis_size: see ``jax.vmap``; needed where no argument has an axis.
+      spmd_axis_name: see ``jax.vmap``.
+      **ignored: ``transform_metadata``, ``graph`` and ``graph_updates`` are taken for
+        NNX code, of no effect.
+
+    Returns:
+      The function, or the decorator.
+
+    Raises:
+      ArgumentError: an unknown keyword; or, at a call, ``in_axes`` or ``out_axes`` are
+        built differently from the arguments or the output.
+      AxisError: at a call: a shared leaf is written with values that differ, a leaf has
+        no such axis, a mean of integers is declared, or arguments that share a Variable
+        give it two axes. All are listed and nothing is changed.
+      PolicyError: at a call: a leaf has no answer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> @nnx.vmap
+      ... def ensemble(key):
+      ...     return nnx.Linear(2, 3, rngs=nnx.Rngs(key))
+      >>> import jax
+      >>> models = ensemble(jax.random.split(jax.random.key(0), 5))
+      >>> models.kernel.shape
+      (5, 2, 3)
+      >>> nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, jnp.ones(2)).shape
+      (5, 3)
+    """
+    _refuse_unknown("vmap", ignored)
+    if f is _NO_FUNCTION:
+        return functools.partial(
+            vmap,
+            in_axes=in_axes,
+            out_axes=out_axes,
+            axis_name=axis_name,
+            axis_size=axis_size,
+            spmd_axis_name=spmd_axis_name,
+        )
+    fn, first = unbind(f)
+
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        entered = Entered((*first, *args), kwargs)
+        prefixes = (*(None for _ in first), *per_argument("in_axes", in_axes, args))
+        spread = Spread(entered, prefixes, dict.fromkeys(kwargs, 0), "axis")
+        check_ranks(spread)
+        call = _Vmapped(fn, spread, out_axes)
+        mapped = jax.vmap(
+            call,
+            in_axes=(spread.args, spread.kwargs),
+            out_axes=(call.out_prefix, list(call.lanes)),
+            axis_name=axis_name,
+            axis_size=axis_size,
+            spmd_axis_name=spmd_axis_name,
+        )
+        return leave(entered, call.result(*mapped(entered.args, entered.kwargs)))
+
+    return wrapper
+
+
+def shard_map(
+    f: Any = _NO_FUNCTION,
+    /,
+    *,
+    mesh: Any = None,
+    in_specs: Any,
+    out_specs: Any,
+    **options: Any,
+) -> Any:
+    """``jax.shard_map`` for functions of modules, with a spec for each kind.
+
+    A leaf of spec ``P()`` is shared by all devices. Where the function writes values to
+    it that differ between them, they are reduced as its kind, its Variable or the
+    Policy declares, with a collective; without such a declaration the write is refused.
+
+    Args:
+      f: the function of one shard; without it a decorator is returned.
+      mesh: the mesh; the one of the context if absent.
+      in_specs: a ``PartitionSpec``, ``StateSharding``, ``Policy``, or a tuple with one
+        of these, or a tree of these, for each positional argument.
+      out_specs: likewise for what is returned. A module that was passed in comes back
+        as itself, whatever stands here.
+      **options: ``axis_names`` and ``check_vma`` of ``jax.shard_map``. With
+        ``check_vma=False`` JAX does not know which values differ: a declared reduction
+        is then always done, and an undeclared one is not noticed.
+
+    Returns:
+      The function, or the decorator.
+
+    Raises:
+      ArgumentError: an unknown keyword, keyword arguments at a call, or specs that are
+        built differently from the arguments or the output.
+      AxisError: at a call: a shared leaf is written with values that differ, a mean of
+        integers is declared, or arguments that share a Variable give it two specs. All
+        are listed and nothing is changed.
+      PolicyError: at a call: a leaf has no answer.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import sortal as nnx
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> @nnx.jit
+      ... @nnx.shard_map(mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+      ... def forward(model, x):
+      ...     return model(x)
+      >>> forward(model, jnp.ones((4, 2))).shape
+      (4, 3)
+    """
+    _refuse_unknown("shard_map", options.keys() - {"axis_names", "check_vma"})
+    options = {k: v for k, v in options.items() if k in ("axis_names", "check_vma")}
+    if f is _NO_FUNCTION:
+        return functools.partial(
+            shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
+        )
+    fn, first = unbind(f)
+
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            raise ArgumentError(
+                f"shard_map takes arguments by position; found {', '.join(kwargs)}."
+            )
+        entered = Entered((*first, *args), {})
+        given = per_argument("in_specs", in_specs, args)
+        prefixes = (*(PartitionSpec() for _ in first), *given)
+        spread = Spread(entered, prefixes, {}, "spec", _spec)
+        call = _Sharded(fn, spread, out_specs)
+        call.checked = options.get("check_vma", True)
+        mapped = jax.shard_map(
+            call,
+            mesh=mesh,
+            in_specs=(spread.args, {}),
+            out_specs=(call.out_prefix, list(call.lanes)),
+            **options,
+        )
+        return leave(entered, call.result(*mapped(entered.args, {})))
+
+    return wrapper
+
+
+def per_argument(name: str, given: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """One answer, or tree of answers, for each positional argument.
+
+    Args:
+      name: what the user calls them, for the message.
+      given: one answer for all arguments, or a tuple or list with one for each.
+      args: the arguments.
+
+    Returns:
+      As many as there are arguments.
+
+    Raises:
+      ArgumentError: there are more or fewer.
+    """
+    if not isinstance(given, (tuple, list)) or is_answer(given):
+        return (given,) * len(args)
+    if len(given) != len(args):
+        raise ArgumentError(
+            f"{name} has {len(given)} entries, but the function was called with "
+            f"{len(args)} positional arguments. Give one entry for each."
+        )
+    return tuple(given)
+
+
+def _refuse_unknown(name: str, options: Any) -> None:
+    unknown = set(options) - {"transform_metadata", "graph", "graph_updates"}
+    if unknown:
+        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
+
+
+def _spec(answer: Any) -> Any:
+    if answer is None:
+        return PartitionSpec()
+    return getattr(answer, "spec", answer) if isinstance(answer, Sharding) else answer
+
+
+def check_ranks(spread: Spread) -> None:
+    """Refuses int axes that leaves do not have.
+
+    Args:
+      spread: the answers for one call.
+
+    Raises:
+      AxisError: some leaves have fewer axes; all are listed.
+    """
+    bad = [
+        f"{plan.graphdef.schema.describe(j)}: {describe(x)} has no axis {axis}"
+        for plan, axes in zip(spread.entered.plans, spread.roots, strict=True)
+        for j, (axis, value) in enumerate(zip(axes, plan.values(), strict=True))
+        if isinstance(axis, int)
+        for x in _without(axis, value)
+    ]
+    if bad:
+        raise AxisError(
+            f"these leaves do not have the axis they are to be mapped over:\n"
+            f"{listing(bad)}\nGive them axis None, as in StateAxes({{Kind: None, "
+            "...: 0})."
+        )
+
+
+def _without(axis: int, value: Any, more: int = 0) -> list[Any]:
+    """The arrays of a value that, given ``more`` axes, do not have the axis."""
+    # Nearly all values are one array, and taking a tree apart costs more than the rest.
+    arrays = [value] if isinstance(value, jax.Array) else jax.tree.leaves(value)
+    ranks = [np.ndim(x) + more for x in arrays]
+    return [x for x, n in zip(arrays, ranks, strict=True) if not -n <= axis < n]
+
+
+class _Leaf(NamedTuple):
+    """A leaf that a function wrote or made, with a Schema of it alone."""
+
+    value: Any
+    answer: Any
+    one: Schema
+    seen: Callable[[], Any]
+    given: Any
+
+    @property
+    def name(self) -> str:
+        """Path and kind."""
+        return self.one.describe(0)
+
+    @property
+    def how(self) -> Any:
+        """The reduction declared, or None."""
+        policy = self.given if isinstance(self.given, Policy) else None
+        return answers("reduce", self.one, policy, self.seen, None)[0]
+
+
+class _Fault(NamedTuple):
+    """What leaves are refused for, and what to write instead."""
+
+    found: str
+    remedy: str
+
+
+class _Call:
+    """A function on its way through a map: what leaves it is sorted by answer.
+
+    JAX must know the answers of all outputs before the function has run, but which
+    leaves are written is known only afterwards. So there is one list of outputs, a
+    lane, for each answer, and each written value goes into the lane of its leaf.
+    """
+
+    name = title = due = ""
+    always: tuple[Any, ...] = ()
+
+    def __init__(self, fn: Callable[..., Any], spread: Spread, out_given: Any):
+        self.fn, self.spread, self.out_given = fn, spread, out_given
+        # JAX's messages call this what the user calls the function.
+        self.__name__ = self.__qualname__ = getattr(fn, "__qualname__", repr(fn))
+        self.out_prefix = jtu.tree_map(
+            lambda x: self.always[0] if by_kind(x) else spread.read(x),
+            out_given,
+            is_leaf=is_answer,
+        )
+        self._check_answers()
+        found = [*self.always, *(a for root in spread.roots for a in root)]
+        found += self._declared(out_given)
+        for given in spread.given:
+            found += self._declared(given)
+        # A Policy may have rows for leaves that are not here, meant for a loop.
+        self.lanes = tuple(dict.fromkeys(filter(self.fits, found)))
+
+    def fits(self, answer: Any) -> bool:
+        """Whether JAX would take the answer."""
+        raise NotImplementedError
+
+    def _check_answers(self) -> None:
+        spread = self.spread
+        plain = jtu.tree_leaves(
+            (spread.args, spread.kwargs), is_leaf=lambda x: isinstance(x, Carrier)
+        )
+        bad = [
+            f"{plan.graphdef.schema.describe(j)}: {written(self.name, answer)}"
+            for plan, root in zip(spread.entered.plans, spread.roots, strict=True)
+            for j, answer in enumerate(root)
+            if not self.fits(answer)
+        ]
+        bad += [
+            f"an array or State: {written(self.name, x)}"
+            for x in plain
+            if not isinstance(x, Carrier) and not self.fits(x)
+        ]
+        if bad:
+            raise AxisError(f"{self.title}: {self.due}; found:\n{listing(bad)}")
+
+    def _declared(self, given: Any) -> list[Any]:
+        return list(map(self.spread.read, said(given, self.name)))
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        result = run(self.fn, args, kwargs)
+        self.exit: Exit = result.exit
+        self.routes: list[tuple[int, int, Any]] = []
+        self.lists: list[list[Any]] = [[] for _ in self.lanes]
+        self.problems: dict[_Fault, list[str]] = {}
+        for leaf in [*self._written(result), *self._fresh(result)]:
+            answer, post, value = self.settle(leaf)
+            lane = self.lanes.index(answer)
+            self.routes.append((lane, len(self.lists[lane]), post))
+            self.lists[lane].append(value)
+        if self.problems:
+            raise AxisError(
+                "\n".join(
+                    f"{found}\n{listing(rows)}\n{remedy}"
+                    for (found, remedy), rows in self.problems.items()
+                )
+            )
+        return result.out, self.lists
+
+    def _written(self, result: Result) -> Iterator[_Leaf]:
+        spread = self.spread
+        for k, value in zip(result.exit.written, result.values, strict=True):
+            live = spread.entered.live_leaf(k)
+            seen = live._value if isinstance(live, Slot) else live
+            one = spread.entered.joint.graphdef.schema.pick([k])
+            given = spread.given[spread.entered.joint.leaf_at[k][0]]
+            view = functools.partial(list, (seen,))
+            yield _Leaf(value, spread.of_leaf(k), one, view, given)
+
+    def _fresh(self, result: Result) -> Iterator[_Leaf]:
+        outs = given_for_objects(self.out_given, result.out)
+        new = self.spread.new_leaves(result.exit, outs, result.fresh)
+        for (one, given, answer), value in zip(new, result.fresh, strict=True):
+            yield _Leaf(value, answer, one, alone(one, value), given)
+
+    def problem(self, what: _Fault, row: str) -> None:
+        """Notes a leaf that is refused."""
+        rows = self.problems.setdefault(what, [])
+        # A raw array that was written while the structure changed comes twice.
+        if row not in rows:
+            rows.append(row)
+
+    def check_mean(self, leaf: _Leaf) -> bool:
+        """Notes integers that would be averaged; whether there are none."""
+        bad = [
+            x
+            for x in jax.tree.leaves(leaf.value)
+            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        ]
+        for x in bad:
+            self.problem(self.rounded, f"{leaf.name}: {describe(x)}")
+        return not bad
+
+    @property
+    def rounded(self) -> _Fault:
+        """What is said of integers that would be averaged."""
+        return _Fault(
+            f"{self.title}: replicas wrote integers that differ and are to be reduced "
+            "by reduce='mean'; a mean of integers would be rounded:",
+            "Declare reduce='sum', 'max', 'min' or a function.",
+        )
+
+    def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
+        """The lane for a value, what to do with it outside, and what to send."""
+        raise NotImplementedError
+
+    def result(self, out: Any, lists: list[list[Any]]) -> Result:
+        """What the call did, with the values back in their order."""
+        values = []
+        for lane, at, post in self.routes:
+            value = lists[lane][at]
+            values.append(value if post is None else jax.tree.map(post, value))
+        n = len(self.exit.written)
+        return Result(out, values[:n], values[n:], self.exit)
+
+
+_ALIKE = (None, "mean", "max", "min")
+"""The reductions that leave what all replicas agree on as it is."""
+
+
+class _Vmapped(_Call):
+    name, title = "axis", "vmap"
+    due = "an axis is an int or None"
+    always = (None, 0)
+
+    def fits(self, answer: Any) -> bool:
+        return answer is None or type(answer) is int
+
+    def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
+        value, axis = leaf.value, leaf.answer
+        if not self.fits(axis):
+            self.problem(_NO_AXIS, f"{leaf.name}: {axis!r}")
+            return 0, None, value
+        if axis is not None:
+            for x in _without(axis, value, 1):
+                row = f"{leaf.name}: {describe(x)} has no axis {axis} once stacked"
+                self.problem(_CANNOT_STACK, row)
+            if axis in self.lanes:
+                return axis, None, value
+            return 0, functools.partial(_move, axis), value
+        how = leaf.how
+        differs = any(map(differs_in_vmap, jax.tree.leaves(value)))
+        if not differs and how in _ALIKE:
+            return None, None, value
+        if how is None:
+            self.problem(_NOT_SHARED, f"{leaf.name}: {describe(value)}")
+        elif how != "mean" or self.check_mean(leaf):
+            return 0, functools.partial(_reduced, how), value
+        return 0, None, value
+
+
+_NOT_SHARED = _Fault(
+    "vmap: all replicas share leaves of axis None, but these were written with values "
+    "that differ between replicas:",
+    f"Give the kind an axis, as in StateAxes({{Kind: 0, ...: None}}), {_REDUCE}",
+)
+_NO_AXIS = _Fault(
+    "vmap: leaves that came into being inside have no axis to be stacked along, which "
+    "is an int or None:",
+    "Give the kind an axis, as in StateAxes({Kind: 0, ...: None}).",
+)
+_CANNOT_STACK = _Fault(
+    "vmap: values of replicas cannot be stacked along the axis given:",
+    "Give these leaves an axis that they have, as in StateAxes({Kind: 0, ...: 1}).",
+)
+
+
+def _move(axis: int, value: Any) -> Any:
+    return jnp.moveaxis(value, 0, axis)
+
+
+def _reduced(how: Any, stacked: Any) -> Any:
+    if callable(how):
+        return how(stacked)
+    by = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max, "min": jnp.min}
+    return by[how](stacked, axis=0).astype(stacked.dtype)
+
+
+class _Sharded(_Call):
+    name, title = "spec", "shard_map"
+    due = "a spec is a PartitionSpec, a Sharding or None"
+    checked = True
+    always = (PartitionSpec(),)
+
+    def __init__(self, fn: Callable[..., Any], spread: Spread, out_given: Any):
+        super().__init__(fn, spread, out_given)
+        # Axes of a shard_map round this one are its own matter.
+        self.outer = _manual_axes()
+
+    def fits(self, answer: Any) -> bool:
+        return isinstance(answer, PartitionSpec)
+
+    def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
+        value, spec = leaf.value, leaf.answer
+        if spec not in self.lanes:
+            self.problem(_NO_LANE, f"{leaf.name}: {written('spec', spec)}")
+            return self.lanes[0], None, value
+        if any(np.ndim(x) < len(spec) for x in jax.tree.leaves(value)):
+            row = f"{leaf.name} of spec {written('spec', spec)}: {describe(value)}"
+            self.problem(_TOO_SHORT, row)
+        how = leaf.how
+        differing = {a for x in jax.tree.leaves(value) for a in varying_axes(x)}
+        hidden = _manual_axes() - self.outer - _mentioned(spec)
+        axes = ", ".join(sorted(differing & hidden))
+        if self.checked and how in _ALIKE:
+            hidden = hidden & differing
+        if how is None and axes:
+            self.problem(
+                _NOT_SHARED_BY_DEVICES,
+                f"{leaf.name} of spec {written('spec', spec)}: {describe(value)} "
+                f"differs along {axes}",
+            )
+        elif how is not None and hidden and (how != "mean" or self.check_mean(leaf)):
+            collect = functools.partial(_collect, how, tuple(sorted(hidden)))
+            value = jax.tree.map(collect, value)
+        return spec, None, value
+
+
+_NOT_SHARED_BY_DEVICES = _Fault(
+    "shard_map: these leaves were written with values that differ between devices "
+    "that are to share them:",
+    "Give the kind a spec, as in StateSharding({Kind: P('data'), ...: P()}), "
+    + _REDUCE,
+)
+_TOO_SHORT = _Fault(
+    "shard_map: these leaves were written with values of fewer axes than their spec "
+    "has entries:",
+    "Write values that have an axis for each entry, or give the kind a shorter spec.",
+)
+_NO_LANE = _Fault(
+    "shard_map must know all specs before the function runs, but these leaves came "
+    "into being inside, and neither in_specs nor out_specs mention the spec that they "
+    "declare:",
+    "Give their kind a row, as in StateSharding({Kind: P('data'), ...: P()}).",
+)
+
+
+def _manual_axes() -> frozenset[Any]:
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _mentioned(spec: Any) -> frozenset[Any]:
+    return frozenset(
+        axis
+        for entry in spec
+        for axis in (entry if isinstance(entry, tuple) else (entry,))
+    )
+
+
+def _collect(how: Any, axes: tuple[str, ...], value: Any) -> Any:
+    alike = tuple(axis for axis in axes if axis not in varying_axes(value))
+    value = jax.lax.pcast(value, alike, to="varying") if alike else value
+    if callable(how):
+        # All devices compute the same; the maximum, which complex numbers do not have
+        # on every platform, only tells JAX so.
+        one: Any = how(jax.lax.all_gather(value, axes))
+        if not jnp.iscomplexobj(one):
+            return jax.lax.pmax(one, axes)
+        return jax.lax.complex(*jax.lax.pmax((one.real, one.imag), axes))
+    collectives = {
+        "mean": jax.lax.pmean,
+        "sum": jax.lax.psum,
+        "max": jax.lax.pmax,
+        "min": jax.lax.pmin,
+    }
+    return collectives[how](value, axes)

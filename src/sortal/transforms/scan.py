@@ -1,0 +1,415 @@
+"""scan over modules: over layers and over time, with a role for each kind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from sortal._jax import outside_traces
+from sortal.errors import ArgumentError, AxisError, LoopError, listing
+from sortal.transforms.compile import jit
+from sortal.transforms.lift import leave, unbind
+from sortal.transforms.mapping import check_ranks, per_argument
+from sortal.transforms.operands import Operands, check_types, edited, only_added
+from sortal.transforms.prefixes import (
+    Carry,
+    Spread,
+    given_for_objects,
+    is_answer,
+)
+from sortal.transforms.traced import Carrier, Exit, Result, resolve, run
+from sortal.variable import describe
+
+_NO_FUNCTION: Any = object()
+
+
+def scan(
+    f: Any = _NO_FUNCTION,
+    /,
+    *,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    _split_transpose: bool = False,
+    in_axes: Any = (Carry, 0),
+    out_axes: Any = (Carry, 0),
+    **ignored: Any,
+) -> Any:
+    """``jax.lax.scan`` for functions of modules, with a role for each kind.
+
+    A leaf with an int axis is sliced: each step sees its own part and what it writes is
+    stacked again. One with ``Carry`` goes from step to step. One with None is the same
+    at each step, and cannot be written. Leaves that are only read are no outputs. What
+    a step adds to a module, such as an Intermediate, comes out stacked where its kind
+    has an int axis.
+
+    Args:
+      f: the function of one step; without it a decorator is returned.
+      length: the number of steps; needed where nothing is sliced.
+      reverse: see ``jax.lax.scan``.
+      unroll: see ``jax.lax.scan``.
+      in_axes: for each positional argument ``Carry``, an int, None, ``StateAxes``,
+        ``Policy``, or a tree of the last four. At most one argument is ``Carry``.
+      out_axes: ``Carry`` for the next carry, and ints for what is stacked: one of
+        these, or a tuple.
+      **ignored: ``transform_metadata``, ``graph`` and ``graph_updates`` are taken for
+        NNX code, of no effect.
+
+    Returns:
+      The function, or the decorator. The function returns what ``f`` does, with the
+      last carry, and everything else stacked.
+
+    Raises:
+      ArgumentError: an unknown keyword; or, at a call, axes that do not fit the
+        arguments or the output, or no length.
+      AxisError: at a call: a leaf of axis None is written, or has no such axis.
+      LoopError: at a call: a step changes structure, or the shape or dtype of what is
+        carried. In all these cases the live objects are left as they were.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> layers = nnx.vmap(lambda key: nnx.Linear(2, 2, rngs=nnx.Rngs(key)))(
+      ...     jax.random.split(jax.random.key(0), 3)
+      ... )
+      >>> @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+      ... def forward(layer, x):
+      ...     return layer(x)
+      >>> forward(layers, jnp.ones((1, 2))).shape
+      (1, 2)
+    """
+    unknown = set(ignored) - {"transform_metadata", "graph", "graph_updates"}
+    if unknown:
+        raise ArgumentError(f"scan has no option {', '.join(sorted(unknown))}.")
+    options = {
+        "length": length,
+        "reverse": reverse,
+        "unroll": unroll,
+        "_split_transpose": _split_transpose,
+    }
+    if f is _NO_FUNCTION:
+        return functools.partial(scan, in_axes=in_axes, out_axes=out_axes, **options)
+    fn, first = unbind(f)
+    held = len(first)
+
+    def steps(*args: Any) -> Any:
+        given = (*(None for _ in first), *per_argument("in_axes", in_axes, args[held:]))
+        call = _Scan(fn, Operands(args), given, out_axes)
+        call.check_lengths(length, held)
+        carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
+        return call.finish(carry, ys)
+
+    # JAX knows a loop again by its step, which is another function at each call.
+    compiled = jit(steps)
+
+    @functools.wraps(f)
+    def wrapper(*args: Any) -> Any:
+        given = per_argument("in_axes", in_axes, args)
+        traceable = outside_traces() and all(map(_traceable, given, args))
+        return (compiled if traceable else steps)(*first, *args)
+
+    return wrapper
+
+
+def _traceable(axis: Any, arg: Any) -> bool:
+    """Whether an argument may be traced: numbers that all steps share may not."""
+    arrays = (jax.Array, np.ndarray)
+    return axis is Carry or all(isinstance(x, arrays) for x in jax.tree.leaves(arg))
+
+
+class _Scan:
+    """One call of scan: what is carried, sliced and shared, by number of leaf."""
+
+    def __init__(
+        self, fn: Callable[..., Any], operands: Operands, given: Any, out_axes: Any
+    ):
+        self.fn, self.operands = fn, operands
+        entered = operands.entered
+        self.at = _carry_place(given)
+        self.out_at = _out_place(out_axes, self.at is not None)
+        self.out_axes = out_axes
+        self.spread = Spread(entered, given, {}, "axis")
+        self.roles = [self.spread.of_leaf(k) for k in range(len(operands.values))]
+        check_ranks(self.spread)
+        self.plain = _plain_roles(self.spread)
+        tree = None if self.at is None else entered.args[self.at]
+        self.skeleton = operands.skeleton(tree)
+        self.carried = [k for k, role in enumerate(self.roles) if role is Carry]
+        self.mapped = [k for k, role in enumerate(self.roles) if isinstance(role, int)]
+        self.exit: Exit = Exit((), (), None)
+        self.written: set[int] = set()
+
+    def check_lengths(self, length: int | None, held: int) -> None:
+        """Refuses what is sliced into different numbers of steps, or into none.
+
+        Args:
+          length: the number of steps, where the user gave it.
+          held: how many arguments come before those that the user wrote.
+        """
+        rows = [
+            (self.operands.describe(k), x, self.roles[k])
+            for k in self.mapped
+            for x in jax.tree.leaves(self.operands.values[k])
+        ]
+        paths = self.operands.plain_paths()
+        each = zip(paths, self.operands.plain, self.plain, strict=True)
+        rows += [
+            (f"argument {path[0].idx - held}{jtu.keystr(path[1:])}", x, role)
+            for path, x, role in each
+            if isinstance(role, int)
+        ]
+        rows = [(where, np.shape(x), describe(x), axis) for where, x, axis in rows]
+        bad = [
+            f"{where}: {shown} has no axis {axis}"
+            for where, shape, shown, axis in rows
+            if not -len(shape) <= axis < len(shape)
+        ]
+        if bad:
+            raise AxisError(
+                "these do not have the axis they are to be sliced along:\n"
+                f"{listing(bad)}\nGive them axis None, or Carry."
+            )
+        given = [] if length is None else [("length", "", length)]
+        given += [
+            (where, f"{shown} along axis {axis}: ", shape[axis])
+            for where, shape, shown, axis in rows
+        ]
+        if not given:
+            raise ArgumentError(
+                "scan does not know how many steps to take: nothing has an int axis. "
+                "Give length=."
+            )
+        if len({n for _, _, n in given}) > 1:
+            steps = [f"{where}: {how}{n} steps" for where, how, n in given]
+            raise ArgumentError(
+                "scan slices everything into one number of steps; found several:\n"
+                + listing(steps)
+            )
+
+    def start(self) -> Any:
+        """What the first step is given to carry."""
+        return self.skeleton, [self.operands.values[k] for k in self.carried]
+
+    def slices(self) -> Any:
+        """What is sliced, with the axis to slice along in front."""
+        pairs = zip(self.operands.plain, self.plain, strict=True)
+        plain = [_to_front(x, role) for x, role in pairs if isinstance(role, int)]
+        values = self.operands.values
+        return plain, [_to_front(values[k], self.roles[k]) for k in self.mapped]
+
+    def step(self, carry: Any, xs: Any) -> Any:
+        """One step, as ``jax.lax.scan`` calls it."""
+        tree, carried = carry
+        mine, now = iter(jax.tree.leaves(tree)), iter(xs[0])
+        plain = [
+            next(mine) if role is Carry else x if role is None else next(now)
+            for x, role in zip(self.operands.plain, self.plain, strict=True)
+        ]
+        values = list(self.operands.values)
+        given = [*carried, *xs[1]]
+        for k, value in zip([*self.carried, *self.mapped], given, strict=True):
+            values[k] = value
+        result = run(self.fn, self.operands.rebuild(plain, values), {})
+        out, stacked = self._divide(result.out, result.exit)
+        self._check(result, out, tree, values)
+        self.exit = result.exit
+        # Under jax.disable_jit each step is run, and they may write different leaves.
+        self.written.update(result.exit.written)
+        new = self.operands.written(result.exit, values, result.values)
+        self.kept = [k for k in result.exit.written if self.roles[k] is not Carry]
+        ys = (stacked, [new[k] for k in self.kept], result.fresh)
+        carry = self.operands.same_objects(out, result.exit)
+        return (carry, [new[k] for k in self.carried]), ys
+
+    def _divide(self, out: Any, exit: Exit) -> tuple[Any, Any]:
+        """The carry, and what is stacked."""
+        if self.out_at is None:
+            return None, out
+        if self.out_at == ():
+            return out, None
+        if not isinstance(out, tuple) or len(out) != len(self.out_axes):
+            raise ArgumentError(
+                f"out_axes={self.out_axes!r} asks for a tuple of {len(self.out_axes)}; "
+                f"the step of scan returned {self.operands.outline(out, exit)}."
+            )
+        i = self.out_at[0]
+        return out[i], (*out[:i], None, *out[i + 1 :])
+
+    def _stacked_axes(self) -> Any:
+        if self.out_at is None:
+            return self.out_axes
+        if self.out_at == ():
+            return None
+        i = self.out_at[0]
+        return (*self.out_axes[:i], None, *self.out_axes[i + 1 :])
+
+    def _check(self, result: Result, out: Any, tree: Any, values: Any) -> None:
+        exit, describe_leaf = result.exit, self.operands.describe
+        if not only_added(self.operands, exit):
+            raise LoopError(edited("the step of scan", self.operands, exit))
+        shared = [k for k in exit.written if self.roles[k] is None]
+        if shared:
+            raise AxisError(
+                "scan: leaves of axis None are the same at each step, but were written:"
+                f"\n{listing(map(describe_leaf, shared))}\nGive them Carry, to go from "
+                "step to step, or an axis, to have a part for each step, as in "
+                "StateAxes({Kind: Carry, ...: None})."
+            )
+        outline = self.operands.outline
+        found = self.operands.same_objects(out, exit)
+        if jax.tree.structure(found) != jax.tree.structure(tree):
+            raise LoopError(
+                "the step of scan must return a carry of the same structure, with the "
+                f"same objects in the same places; it was given {outline(tree)}, and "
+                f"returned {outline(out, exit)}."
+            )
+        self.new = self._new_axes(result)
+        rows = [
+            (describe_leaf(k), values[k], new)
+            for k, new in zip(exit.written, result.values, strict=True)
+            if self.roles[k] is Carry
+        ]
+        olds, news = jtu.tree_leaves_with_path(tree), jax.tree.leaves(found)
+        rows += [
+            (f"carry{jtu.keystr(path)}", old, new)
+            for (path, old), new in zip(olds, news, strict=True)
+        ]
+        check_types("the step of scan", rows)
+
+    def _new_axes(self, result: Result) -> list[int]:
+        """The axis of each leaf that a step makes; all must have one."""
+        axes = self.out_axes if self.out_at != () else None
+        self._check_out_axes(axes, result)
+        outs = given_for_objects(axes, result.out)
+        new = self.spread.new_leaves(result.exit, outs, result.fresh)
+        bad = [
+            f"{one.describe(0)} has {answer!r}"
+            for one, _, answer in new
+            if not isinstance(answer, int)
+        ]
+        if bad:
+            raise LoopError(
+                "a step of scan can add only what is stacked, along an int axis; it "
+                f"added:\n{listing(bad)}\nGive the kind an axis, as in "
+                "StateAxes({Intermediate: 0, ...: None}), or make it before."
+            )
+        return [answer for _, _, answer in new]
+
+    def _check_out_axes(self, axes: Any, result: Result) -> None:
+        """Each part of the output that is stacked must have an int axis."""
+        unstacked = []
+
+        def note(path: Any, axis: Any, x: Any) -> None:
+            if axis is None and self.out_at != () and jax.tree.leaves(x):
+                unstacked.append(f"output{jtu.keystr(path)}")
+
+        try:
+            jtu.tree_map_with_path(note, axes, result.out, is_leaf=is_answer)
+        except ValueError:
+            raise ArgumentError(
+                f"out_axes={axes!r} does not fit the output of the step of scan: "
+                f"{self.operands.outline(result.out, result.exit)}."
+            ) from None
+        if unstacked:
+            raise ArgumentError(
+                f"out_axes={axes!r} gives axis None to what comes out of each step:\n"
+                f"{listing(unstacked)}\nGive an int, or return it in the carry."
+            )
+
+    def finish(self, carry: Any, ys: Any) -> Any:
+        """Brings what all steps did to the live objects; returns the output."""
+        tree, carried = carry
+        stacked, written, fresh = ys
+        last = dict(zip(self.carried, carried, strict=True))
+        for k, value in zip(self.kept, written, strict=True):
+            last[k] = _from_front(value, self.roles[k])
+        written = tuple(sorted(self.written))
+        exit = Exit(written, self.exit.outputs, self.exit.edits)
+        values = [last[k] for k in written]
+        fresh = [_from_front(x, a) for x, a in zip(fresh, self.new, strict=True)]
+        stacked = jtu.tree_map(
+            lambda axis, x: _from_front(x, axis if isinstance(axis, int) else 0),
+            self._stacked_axes(),
+            stacked,
+            is_leaf=is_answer,
+        )
+        entered = self.operands.entered
+        out = leave(entered, Result(stacked, values, fresh, exit))
+        if self.out_at is None:
+            return out
+        carry = resolve(tree, entered.roots)
+        if self.out_at == ():
+            return carry
+        i = self.out_at[0]
+        return (*out[:i], carry, *out[i + 1 :])
+
+
+def _carry_place(given: Any) -> int | None:
+    places = [i for i, axis in enumerate(given) if axis is Carry]
+    nested = [
+        i
+        for i, axis in enumerate(given)
+        if axis is not Carry
+        and any(x is Carry for x in jtu.tree_leaves(axis, is_leaf=is_answer))
+    ]
+    if len(places) > 1 or nested:
+        raise ArgumentError(
+            f"in_axes={given!r}: one whole argument at most can be Carry. Put what is "
+            "carried into one tuple, or say Carry by kind: StateAxes({...: Carry})."
+        )
+    return places[0] if places else None
+
+
+def _out_place(out_axes: Any, carries: bool) -> tuple[int, ...] | None:
+    """Where the carry is in the output: () for all of it, None for nowhere."""
+    leaves = jtu.tree_leaves(out_axes, is_leaf=is_answer)
+    found: tuple[int, ...] | None = None
+    if out_axes is Carry:
+        found = ()
+    elif isinstance(out_axes, tuple):
+        places = tuple(i for i, axis in enumerate(out_axes) if axis is Carry)
+        found = places or None
+    if sum(x is Carry for x in leaves) != carries or carries != (found is not None):
+        raise ArgumentError(
+            f"out_axes={out_axes!r} must say Carry at one place if an argument is "
+            "Carry, and only then."
+        )
+    return found
+
+
+def _plain_roles(spread: Spread) -> list[Any]:
+    """The role of each leaf that is in no Module or Variable, in order."""
+    found: list[Any] = []
+
+    def note(role: Any, subtree: Any) -> None:
+        if not isinstance(role, Carrier):
+            leaves = jtu.tree_leaves(subtree, is_leaf=lambda x: isinstance(x, Carrier))
+            found.extend([role] * sum(not isinstance(x, Carrier) for x in leaves))
+
+    for roles, arg in zip(spread.args, spread.entered.args, strict=True):
+        jtu.tree_map(
+            note,
+            roles,
+            arg,
+            is_leaf=lambda x: is_answer(x) or isinstance(x, Carrier),
+        )
+    return found
+
+
+def _to_front(value: Any, axis: int) -> Any:
+    return (
+        value if axis == 0 else jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), value)
+    )
+
+
+def _from_front(value: Any, axis: int) -> Any:
+    return (
+        value if axis == 0 else jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), value)
+    )

@@ -1,0 +1,188 @@
+"""jit with shardings by kind: one compiled function for each structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+
+from sortal.graphdef import Schema
+from sortal.state import State
+from sortal.transforms.prefixes import (
+    alone,
+    by_kind,
+    column,
+    for_plain,
+    given_for_objects,
+    is_answer,
+    new_leaves,
+    said,
+)
+from sortal.transforms.traced import Carrier, Result
+
+_UNSET: Any = object()
+
+
+class Sharded:
+    """What ``jax.jit`` makes of a function, for each structure of its arguments.
+
+    JAX is told the shardings when a function is wrapped, and which leaves there are is
+    known when it is called. A leaf that is written leaves with the sharding it came
+    with.
+
+    Args:
+      traced: the function to trace; it returns a Result.
+      options: those of ``jax.jit``, with ``in_shardings`` or ``out_shardings``.
+      static: positions and names of static arguments.
+    """
+
+    def __init__(
+        self,
+        traced: Callable[..., Result],
+        options: dict[str, Any],
+        static: Collection[Any],
+    ):
+        self._traced, self._options = traced, dict(options)
+        self._static = static
+        self._in = self._options.pop("in_shardings", None)
+        self._out = self._options.pop("out_shardings", None)
+        self._made: dict[Any, _Packed] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        packed = self._packed(args, kwargs)
+        return packed.unpack(packed.jit(*args, **kwargs))
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method of what ``jax.jit`` returns."""
+        return self._packed(args, kwargs).jit.lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method of what ``jax.jit`` returns."""
+        return self._packed(args, kwargs).jit.trace(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """Forgets all compiled programs."""
+        self._made.clear()
+
+    def _packed(self, args: Sequence[Any], kwargs: Any) -> _Packed:
+        dynamic = [x for i, x in enumerate(args) if i not in self._static]
+        named = {k: x for k, x in kwargs.items() if k not in self._static}
+        key = jtu.tree_structure((dynamic, named))
+        found = self._made.get(key)
+        if found is None:
+            answers = _Answers()
+            prefix = self._in
+            if isinstance(prefix, (tuple, list)):
+                given = tuple(map(answers.tree, prefix, dynamic))
+            else:
+                given = tuple(answers.tree(prefix, x) for x in dynamic)
+            options = self._options
+            if prefix is not None:
+                options = {**options, "in_shardings": given}
+            found = _Packed(self._traced, answers, self._out, options)
+            self._made[key] = found
+        return found
+
+
+class _Answers:
+    """The shardings of arguments, as trees and by number of leaf."""
+
+    def __init__(self) -> None:
+        self.of_leaf: dict[int, Any] = {}
+        self.given: dict[int, Any] = {}
+
+    def tree(self, prefix: Any, arg: Any) -> Any:
+        """The shardings of one argument."""
+        return jtu.tree_map(self._subtree, prefix, arg, is_leaf=is_answer)
+
+    def _subtree(self, given: Any, subtree: Any) -> Any:
+        def leaf(x: Any) -> Any:
+            if isinstance(x, Carrier):
+                return self._root(given, x)
+            return for_plain(given, "spec", x)
+
+        return jtu.tree_map(
+            leaf,
+            subtree,
+            is_leaf=lambda x: isinstance(x, (Carrier, State)) or x is None,
+        )
+
+    def _root(self, given: Any, carrier: Carrier) -> Carrier:
+        ticket = carrier.ticket
+        whole = ticket.graphdef.schema
+        schema = Schema.of(
+            ticket.paths,
+            [whole.kinds[k] for k in ticket.leaves],
+            [whole.metadata[k] for k in ticket.leaves],
+        )
+        found = column(given, "spec", schema, lambda: carrier.values)
+        self.given[ticket.number] = given
+        self.of_leaf.update(zip(ticket.leaves, found, strict=True))
+        return Carrier(list(found), ticket)
+
+
+class _Packed:
+    """A compiled function whose outputs are sorted into one list for each sharding."""
+
+    def __init__(
+        self,
+        traced: Callable[..., Result],
+        answers: _Answers,
+        out: Any,
+        options: dict[str, Any],
+    ):
+        self._traced, self._answers, self._out = traced, answers, out
+        given = [out, *answers.given.values()]
+        every = [None, *answers.of_leaf.values(), *said(given, "spec")]
+        self._lanes = tuple(dict.fromkeys(every))
+        plain = jtu.tree_map(
+            lambda x: None if by_kind(x) else x, out, is_leaf=is_answer
+        )
+        self.jit = jax.jit(
+            self._pack, out_shardings=(plain, list(self._lanes), None), **options
+        )
+
+    def _pack(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._traced(*args, **kwargs)
+        answers = [self._answers.of_leaf.get(k) for k in result.exit.written]
+        answers += self._of_new(result)
+        lists: list[list[Any]] = [[] for _ in self._lanes]
+        routes = []
+        for answer, value in zip(answers, [*result.values, *result.fresh], strict=True):
+            lane = self._lanes.index(answer)
+            routes.append((lane, len(lists[lane])))
+            lists[lane].append(value)
+        return result.out, lists, _Routes((result.exit, tuple(routes)))
+
+    def _of_new(self, result: Result) -> list[Any]:
+        outs = given_for_objects(self._out, result.out)
+        roots = self._answers.given
+        return [
+            # One sharding for a whole root speaks of the leaves that were there.
+            column(given, "spec", one, alone(one, value))[0] if by_kind(given) else None
+            for one, given, value in new_leaves(result.exit, roots, outs, result.fresh)
+        ]
+
+    def unpack(self, packed: Any) -> Result:
+        """The Result, with the values in their order again."""
+        out, lists, routes = packed
+        exit, places = routes.static
+        values = [lists[lane][at] for lane, at in places]
+        n = len(exit.written)
+        return Result(out, values[:n], values[n:], exit)
+
+
+class _Routes:
+    """What a trace found out, as an output without leaves."""
+
+    __slots__ = ("static",)
+
+    def __init__(self, static: Any):
+        self.static = static
+
+
+jtu.register_pytree_node(
+    _Routes, lambda r: ((), r.static), lambda static, _: _Routes(static)
+)

@@ -1,0 +1,179 @@
+"""jit with shardings by kind: placed as said, equal to jax.jit with a tree of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sortal as nnx
+from sortal.errors import AxisError, PolicyError
+
+N = jax.device_count()
+MESH = jax.make_mesh((N,), ("d",), axis_types=(AxisType.Auto,))
+WHOLE, ROWS = NamedSharding(MESH, P()), NamedSharding(MESH, P("d"))
+COLUMNS = NamedSharding(MESH, P(None, "d"))
+BY_KIND = nnx.StateSharding({nnx.At("**.kernel"): COLUMNS, ...: WHOLE})
+
+
+class Net(nnx.Module):
+    """A linear layer and a running mean."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(3, 2 * N, rngs=nnx.Rngs(0))
+        self.mean = nnx.BatchStat(jnp.zeros(2 * N))
+
+    def __call__(self, x):
+        y = self.linear(x)
+        self.mean[...] = 0.9 * self.mean + 0.1 * y.mean(0)
+        return y
+
+
+def inputs():
+    return jax.random.normal(jax.random.key(1), (2 * N, 3))
+
+
+def by_hand(kernel, bias, mean, x):
+    y = x @ kernel + bias
+    return y, 0.9 * mean + 0.1 * y.mean(0)
+
+
+def test_leaves_and_outputs_lie_where_the_tables_say_and_equal_plain_jax():
+    model, x = Net(), inputs()
+    kernel, bias = model.linear.kernel.value, model.linear.bias.value
+    plain = jax.jit(
+        by_hand, in_shardings=(COLUMNS, WHOLE, WHOLE, ROWS), out_shardings=(ROWS, WHOLE)
+    )
+    expected, mean = plain(kernel, bias, model.mean.value, x)
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, ROWS), out_shardings=ROWS)
+    found = call(model, x)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(model.mean.value, mean)
+    assert found.sharding == ROWS
+    assert model.mean.value.sharding == WHOLE  # written: as it came in
+    assert model.linear.kernel.value is kernel  # only read: not an output
+
+
+def test_the_compiled_program_takes_each_leaf_with_its_sharding():
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, ROWS))
+    shardings = call.lower(Net(), inputs()).compile().input_shardings[0]
+    flat = jax.tree.leaves(shardings)
+    assert flat.count(COLUMNS) == 1
+    assert flat.count(ROWS) == 1
+    assert all(s in (COLUMNS, ROWS) or s.is_fully_replicated for s in flat)
+
+
+def test_a_training_step_with_donation_equals_the_step_on_one_device():
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+        optimizer.update(model, grads)
+        return loss
+
+    kernel = nnx.Linear(3, 2 * N, rngs=nnx.Rngs(0)).kernel.value
+    tx = optax.adam(1e-2)
+
+    def plain(params, state, x):
+        def loss_of(params):
+            return ((x @ params[0] + params[1]) ** 2).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, state = tx.update(grads, state, params)
+        return loss, optax.apply_updates(params, updates), state
+
+    params = (kernel, jnp.zeros(2 * N))
+    state, losses = tx.init(params), []
+    for _ in range(3):
+        loss, params, state = plain(params, state, inputs())
+        losses.append(float(loss))
+    model = Net()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    sharded = nnx.jit(step, in_shardings=(BY_KIND, BY_KIND, ROWS), donate=nnx.OptState)
+    found = [float(sharded(model, optimizer, inputs())) for _ in range(3)]
+    np.testing.assert_allclose(found, losses, rtol=1e-6)
+    np.testing.assert_allclose(model.linear.kernel.value, params[0], rtol=1e-5)
+    assert model.linear.kernel.value.sharding.spec == P(None, "d")
+
+
+def test_a_model_made_inside_comes_out_sharded_by_kind():
+    model = nnx.jit(Net, out_shardings=BY_KIND)()
+    assert model.linear.kernel.value.sharding == COLUMNS
+    assert model.linear.bias.value.sharding == WHOLE
+    np.testing.assert_array_equal(model.linear.kernel.value, Net().linear.kernel.value)
+
+
+def test_what_a_call_adds_to_a_module_lies_where_its_kind_says():
+    def add(model, x):
+        model.seen = nnx.Intermediate(x)
+
+    table = nnx.StateSharding({nnx.Intermediate: ROWS, ...: WHOLE})
+    model = Net()
+    nnx.jit(add, in_shardings=(table, WHOLE))(model, inputs())
+    assert model.seen.value.sharding == ROWS
+    np.testing.assert_array_equal(model.seen.value, inputs())
+
+
+def test_a_policy_and_options_of_kinds_say_where_leaves_lie():
+    policy = nnx.Policy(
+        {nnx.At("**.kernel"): nnx.Rule(spec=P(None, "d")), ...: nnx.Rule(spec=P())}
+    )
+    model, x = Net(), inputs()
+    with jax.set_mesh(MESH):
+        call = nnx.jit(lambda m, x: m(x), in_shardings=(policy, P("d")))
+        lowered = call.lower(model, x)
+        call(model, x)
+    flat = jax.tree.leaves(lowered.compile().input_shardings[0])
+    assert [s.spec for s in flat].count(P(None, "d")) == 1
+    assert model.mean.value.sharding.is_fully_replicated
+
+
+def test_static_arguments_are_passed_over():
+    call = nnx.jit(
+        lambda m, k, x: m(x) * k, static_argnums=1, in_shardings=(BY_KIND, ROWS)
+    )
+    model = Net()
+    np.testing.assert_array_equal(call(model, 2, inputs()), 2 * Net()(inputs()))
+
+
+def test_another_structure_compiles_anew_and_an_equal_one_does_not():
+    traces = []
+
+    def forward(model, x):
+        traces.append(1)
+        return model(x)
+
+    call = nnx.jit(forward, in_shardings=(BY_KIND, ROWS))
+    model = Net()
+    for _ in range(2):  # JAX traces again once the mean lies on the mesh
+        call(model, inputs())
+    before = len(traces)
+    call(model, inputs())
+    assert len(traces) == before
+    model.extra = nnx.Param(jnp.ones(2))
+    call(model, inputs())
+    assert len(traces) == before + 1
+
+
+def test_a_leaf_without_an_answer_is_named():
+    some = nnx.StateSharding({nnx.Param: WHOLE})
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(some, ROWS))
+    model = Net()
+    before = model.mean.value
+    with pytest.raises(PolicyError, match=r"mean \(BatchStat\)"):
+        call(model, inputs())
+    assert model.mean.value is before
+
+
+def test_a_table_of_axes_is_refused_where_shardings_are_due():
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(nnx.StateAxes({...: 0}), ROWS))
+    with pytest.raises(AxisError, match="Use StateSharding"):
+        call(Net(), inputs())
+
+
+def test_answers_by_kind_for_a_plain_array_are_refused():
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, BY_KIND))
+    with pytest.raises(AxisError, match=r"stands for .*float32\["):
+        call(Net(), inputs())
