@@ -112,20 +112,26 @@ def _scaled_calls(peers: Peers, leaves: int) -> w.Operations:
 
 def flatness(table: Table) -> str:
     """Whether Sortal's cost per leaf stays within twice its minimum from 1,000 on."""
+    ratio = _growth(table, "sortal")
+    if ratio is None:
+        return "too few sizes of 1,000 leaves and more to judge scaling."
+    verdict = "within" if ratio <= 2 else "NOT within"
+    raw = _growth(table, "raw jax")
+    beside = "" if raw is None else f" Raw JAX: {raw:.2f}."
+    return (
+        f"largest over smallest cost per leaf from 1,000 leaves on: {ratio:.2f}, "
+        f"{verdict} 2.{beside}"
+    )
+
+
+def _growth(table: Table, contender: str) -> float | None:
     costs = [
         cost
         for row in table.rows
         if int(row.name.replace(",", "")) >= 1_000
-        and (cost := row.values.get("sortal")) is not None
+        and (cost := row.values.get(contender)) is not None
     ]
-    if len(costs) < 2:
-        return "too few sizes of 1,000 leaves and more to judge scaling."
-    ratio = max(costs) / min(costs)
-    verdict = "within" if ratio <= 2 else "NOT within"
-    return (
-        f"largest over smallest cost per leaf from 1,000 leaves on: {ratio:.2f}, "
-        f"{verdict} 2."
-    )
+    return max(costs) / min(costs) if len(costs) >= 2 else None
 
 
 def training(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:

@@ -55,6 +55,11 @@ def transforms(peers: Peers, effort: Effort, depth: int = 100) -> Table:
                 f"and means and shares the Params, scan and while_loop take {STEPS} "
                 "steps over the whole network. Flax's vjp refuses functions that write."
             ),
+            (
+                "eagerly, JAX compiles a loop or branch whose function is new at each "
+                "call, as it is where it is written in line: so raw scan, while_loop and "
+                "cond compile at each call, and Sortal's and Flax's while_loop and cond."
+            ),
         ],
     )
     makers = _makers(peers, depth)

@@ -115,6 +115,11 @@ def test_flatness_judges_from_a_thousand_leaves():
     rows = [Row(n, {"sortal": v}) for n, v in (("10", 9), ("1,000", 1), ("10,000", 3))]
     assert "NOT within" in sections.flatness(Table("t", "ns", rows))
     assert "3.00" in sections.flatness(Table("t", "ns", rows))
+    rows = [
+        Row(n, {"sortal": v, "raw jax": v * v})
+        for n, v in (("1,000", 2), ("10,000", 3))
+    ]
+    assert "1.50, within 2. Raw JAX: 2.25." in sections.flatness(Table("t", "ns", rows))
 
 
 def test_numbers_are_short():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
 from sortal.filters import to_filter
-from sortal.graph import Leaves, bind, own, store_all
+from sortal.graph import Leaves, bind, store_all
 from sortal.graphdef import Schema
 from sortal.module import Pytree
 from sortal.nodes import static
@@ -115,7 +115,7 @@ class EMA(Pytree):
         plan = bind(model)
         graphdef, schema = plan.graphdef, self.params.schema
         _check_paths(schema, graphdef.schema, wider=False)
-        leaves = graphdef.build_leaves(own(plan.values()))
+        leaves = graphdef.build_leaves(plan.leaves.snapshot())
         for path, variable in zip(schema.paths, self.params.leaves(), strict=True):
             leaves[graphdef.schema.index[path]] = variable
         return graphdef.build(leaves)[0]
@@ -125,7 +125,7 @@ def _taken(model: Any, only: Any) -> State:
     if isinstance(model, (State, Mapping)):
         return as_state(model).filter(only)
     found, leaves = bind(model).pick((only,))
-    return snapshot(found.parts[0][0], own(leaves[0].values()))
+    return snapshot(found.parts[0][0], leaves[0].snapshot())
 
 
 def _check_averages(found: State, only: Any) -> None:

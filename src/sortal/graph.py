@@ -101,6 +101,13 @@ class Leaves(list[Any]):
             return [x._value for x in self]
         return [value for (value,) in self._cells]
 
+    def snapshot(self) -> list[Any]:
+        """The values, with copies of NumPy arrays, which others could write to."""
+        if self._cells is None:
+            return own(self.values())
+        kind = np.ndarray
+        return [v.copy() if v.__class__ is kind else v for (v,) in self._cells]
+
     def ours(self) -> bool:
         """Whether all are known to belong to the current trace."""
         return not self or self._trace is current_trace()

@@ -12,7 +12,7 @@ import numpy as np
 
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
-from sortal.graph import Leaves, Slot, bind, own, store_all
+from sortal.graph import Leaves, Slot, bind, store_all
 from sortal.graphdef import Kind, Schema, plain_leaf_schema
 from sortal.module import Pytree
 from sortal.nodes import static
@@ -230,7 +230,7 @@ def _chosen(model: Any, wrt: Any) -> tuple[list[Any], State]:
     """The live leaves that ``wrt`` takes, and a snapshot of them."""
     found, leaves = bind(model).pick((wrt,))
     mine = leaves[0]
-    return list(mine), snapshot(found.parts[0][0], own(mine.values()))
+    return list(mine), snapshot(found.parts[0][0], mine.snapshot())
 
 
 def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:

@@ -54,10 +54,10 @@ def state(node: Any, /, *filters: Any) -> Any:
     """
     plan = bind(node)
     if not filters:
-        return snapshot(plan.graphdef.schema, own(plan.values()))
+        return snapshot(plan.graphdef.schema, plan.leaves.snapshot())
     found, leaves = plan.pick(filters)
     states = tuple(
-        snapshot(part[0], own(mine.values()))
+        snapshot(part[0], mine.snapshot())
         for part, mine in zip(found.parts, leaves, strict=True)
     )
     return states[0] if len(states) == 1 else states
@@ -106,11 +106,11 @@ def split(node: Any, /, *filters: Any) -> tuple[Any, ...]:
     """
     plan = bind(node)
     if not filters:
-        return plan.graphdef, snapshot(plan.graphdef.schema, own(plan.values()))
+        return plan.graphdef, snapshot(plan.graphdef.schema, plan.leaves.snapshot())
     found, leaves = plan.pick(filters)
     check_exhaustive(plan.graphdef.schema, filters, found.rest)
     states = [
-        snapshot(part[0], own(mine.values()))
+        snapshot(part[0], mine.snapshot())
         for part, mine in zip(found.parts, leaves, strict=True)
     ]
     return (plan.graphdef, *states)
@@ -276,16 +276,11 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
 def _misfits(
     schema: Schema, at: list[int], leaves: Leaves, new: list[Any]
 ) -> list[str]:
-    try:
-        if [(x.shape, x.dtype) for x in leaves.values()] == [
-            (x.shape, x.dtype) for x in new
-        ]:
-            return []
-    except AttributeError:
-        pass  # values that are no arrays are compared one by one
+    olds = leaves.values()
+    if all(map(_fits, olds, new)):
+        return []
     rows = []
-    for i, leaf, value in zip(at, leaves, new, strict=True):
-        old = leaf._value
+    for i, old, value in zip(at, olds, new, strict=True):
         what = _misfit(old, value)
         if what:
             rows.append(
@@ -295,12 +290,16 @@ def _misfits(
     return rows
 
 
-def _misfit(old: Any, new: Any) -> str:
+def _fits(old: Any, new: Any) -> bool:
     try:
-        if new.shape == old.shape and new.dtype == old.dtype:
-            return ""
+        return new.shape == old.shape and new.dtype == old.dtype
     except AttributeError:
-        pass
+        return False  # values that are no arrays are compared by their leaves
+
+
+def _misfit(old: Any, new: Any) -> str:
+    if _fits(old, new):
+        return ""
     if jax.tree.structure(old) != jax.tree.structure(new):
         return "structure"
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
