@@ -56,9 +56,9 @@ def transforms(peers: Peers, effort: Effort, depth: int = 100) -> Table:
                 "steps over the whole network. Flax's vjp refuses functions that write."
             ),
             (
-                "eagerly, JAX compiles a loop or branch whose function is new at each "
-                "call, as it is where it is written in line: so raw scan, while_loop and "
-                "cond compile at each call, and Sortal's and Flax's while_loop and cond."
+                "eagerly, JAX compiles a loop or branch anew whenever its function is "
+                "new, as it is here for raw JAX's, which close over the arrays, and for "
+                "while_loop and cond of all three."
             ),
         ],
     )

@@ -138,6 +138,7 @@ def shard_map(
     A leaf of spec ``P()`` is shared by all devices. Where the function writes values to
     it that differ between them, they are reduced as its kind, its Variable or the
     Policy declares, with a collective; without such a declaration the write is refused.
+    As in JAX, the gradient by a shared leaf is inside the sum over the devices.
 
     Args:
       f: the function of one shard; without it a decorator is returned.
