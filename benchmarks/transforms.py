@@ -57,8 +57,8 @@ def transforms(peers: Peers, effort: Effort, depth: int = 100) -> Table:
             ),
             (
                 "eagerly, JAX compiles a loop or branch anew whenever its function is "
-                "new, as it is here for raw JAX's, which close over the arrays, and for "
-                "while_loop and cond of all three."
+                "new, as raw JAX's are here, which close over the arrays, and those of "
+                "while_loop and cond in all three."
             ),
         ],
     )
