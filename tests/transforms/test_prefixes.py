@@ -277,3 +277,15 @@ def test_a_new_leaf_without_an_answer_is_refused_by_path() -> None:
 
     with untouched(holder), pytest.raises(PolicyError, match=r"sub\.new \(BatchStat\)"):
         sortal.vmap(f, in_axes=StateAxes({Param: 0}))(holder)
+
+
+def test_leaves_that_a_table_leaves_out_are_listed_with_what_to_add() -> None:
+    norm = sortal.BatchNorm(2, rngs=sortal.Rngs(0))
+    call = sortal.vmap(lambda m: None, in_axes=StateAxes({sortal.Param: None}))
+    with pytest.raises(PolicyError) as error:
+        call(norm)
+    assert str(error.value) == (
+        "StateAxes({Param: None}) takes no notice of leaves whose kind and Variable do "
+        "not say their 'axis' either:\n  mean (BatchStat)\n  var (BatchStat)\n"
+        "Add a row for them to the StateAxes, or ... as the last one."
+    )

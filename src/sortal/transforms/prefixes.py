@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal.errors import ArgumentError, AxisError, listing
+from sortal.errors import ArgumentError, AxisError, PolicyError, listing
 from sortal.filters import Filter, to_filter
 from sortal.graphdef import Schema
 from sortal.policy import Policy, answers
@@ -195,9 +195,18 @@ def _match(given: ByKind, schema: Schema, leaves: Any) -> list[Any]:
         if hit is _NONE:
             left.append(i)
     if left:
-        declared = answers(given.column, schema.pick(left), None, lambda: leaves)
+        declared = answers(given.column, schema.pick(left), default=_NONE)
         for i, answer in zip(left, declared, strict=True):
             found[i] = answer
+        still = [i for i in left if found[i] is _NONE]
+        if still:
+            raise PolicyError(
+                f"{given!r} takes no notice of leaves whose kind and Variable do not "
+                f"say their {given.column!r} either:\n"
+                + listing(map(schema.describe, still))
+                + f"\nAdd a row for them to the {type(given).__name__}, or ... as the "
+                "last one."
+            )
     return found
 
 
