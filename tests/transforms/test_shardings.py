@@ -105,6 +105,21 @@ def test_a_model_made_inside_comes_out_sharded_by_kind():
     np.testing.assert_array_equal(model.linear.kernel.value, Net().linear.kernel.value)
 
 
+def test_filters_that_look_at_values_are_asked_again_for_other_values():
+    table = nnx.StateSharding({nnx.Dtyped(jnp.float16): COLUMNS, ...: WHOLE})
+    call = nnx.jit(lambda m: m.linear.kernel.sum(), in_shardings=(table,))
+    model = Net()
+    kernel = model.linear.kernel.value
+
+    def columns():
+        given = call.lower(model).compile().input_shardings[0]
+        return jax.tree.leaves(given).count(COLUMNS)
+
+    assert columns() == 0
+    model.linear.kernel.value = kernel.astype(jnp.float16)
+    assert columns() == 1
+
+
 def test_what_a_call_adds_to_a_module_lies_where_its_kind_says():
     def add(model, x):
         model.seen = nnx.Intermediate(x)

@@ -15,6 +15,7 @@ from sortal.transforms.lift import (
     Entered,
     leave,
     named_positions,
+    refuse_unknown,
     stale_buffers,
     unbind,
 )
@@ -256,9 +257,7 @@ def remat(
       >>> nnx.grad(loss)(layer, jnp.ones((1, 2))).paths()
       (('bias',), ('kernel',))
     """
-    unknown = set(ignored) - {"graph", "graph_updates"}
-    if unknown:
-        raise ArgumentError(f"remat has no option {', '.join(sorted(unknown))}.")
+    refuse_unknown("remat", ignored)
     if f is _NO_FUNCTION:
         return functools.partial(
             remat,

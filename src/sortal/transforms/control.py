@@ -9,7 +9,7 @@ import jax
 import jax.tree_util as jtu
 
 from sortal.errors import ArgumentError, LoopError, listing
-from sortal.transforms.lift import leave, unbind
+from sortal.transforms.lift import leave, refuse_unknown, unbind
 from sortal.transforms.operands import Operands, check_types, steady
 from sortal.transforms.traced import Carrier, Exit, Result
 from sortal.variable import Variable, describe
@@ -52,7 +52,7 @@ def while_loop(
       >>> int(counter.value)
       3
     """
-    _refuse_unknown("while_loop", ignored)
+    refuse_unknown("while_loop", ignored)
     loop = _Loop("the body of while_loop", body_fun, init_val)
     condition, held = unbind(cond_fun)
     if held:
@@ -114,7 +114,7 @@ def fori_loop(
       >>> int(nnx.fori_loop(0, 5, body, total).value)
       10
     """
-    _refuse_unknown("fori_loop", ignored)
+    refuse_unknown("fori_loop", ignored)
     loop = _Loop("the body of fori_loop", body_fun, init_val)
 
     def step(i: Any, state: Any) -> Any:
@@ -235,7 +235,7 @@ def cond(
       >>> int(count.value)
       1
     """
-    _refuse_unknown("cond", ignored)
+    refuse_unknown("cond", ignored)
     where = ("the true branch of cond", "the false branch of cond")
     branches = _Branches(where, (true_fun, false_fun), operands)
 
@@ -274,7 +274,7 @@ def switch(
       >>> nnx.switch(jnp.array(2), layers, jnp.ones(2)).shape
       (3,)
     """
-    _refuse_unknown("switch", ignored)
+    refuse_unknown("switch", ignored)
     if not branches:
         raise ArgumentError("switch needs at least one branch.")
     where = [f"branch {i} of switch" for i in range(len(branches))]
@@ -382,9 +382,3 @@ class _Branches:
 
 def _is_carrier(x: Any) -> bool:
     return isinstance(x, Carrier)
-
-
-def _refuse_unknown(name: str, options: Any) -> None:
-    unknown = set(options) - {"graph", "graph_updates"}
-    if unknown:
-        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")

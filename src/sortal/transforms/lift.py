@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
+from sortal.errors import ArgumentError
 from sortal.graph import Slot, Walk, bind, plan_of, store_all
 from sortal.graphdef import NODE, Entry, GraphDef, Step, fill
 from sortal.nodes import Node
@@ -259,6 +260,24 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if first or any(isinstance(x, (Node, Variable)) for x in fn.args):
             return inner, (*first, *fn.args)
     return fn, ()
+
+
+def refuse_unknown(
+    name: str, options: Iterable[str], also: Collection[str] = ()
+) -> None:
+    """Refuses keywords that a transform does not have.
+
+    Args:
+      name: the transform.
+      options: the keywords given.
+      also: those it takes for NNX code besides ``graph`` and ``graph_updates``.
+
+    Raises:
+      ArgumentError: some are unknown; all are listed.
+    """
+    unknown = set(options) - {"graph", "graph_updates", *also}
+    if unknown:
+        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
 
 
 def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:

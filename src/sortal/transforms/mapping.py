@@ -18,7 +18,7 @@ from sortal.graph import Slot
 from sortal.graphdef import Schema
 from sortal.policy import Policy, answers
 from sortal.rules import written
-from sortal.transforms.lift import Entered, leave, unbind
+from sortal.transforms.lift import Entered, leave, refuse_unknown, unbind
 from sortal.transforms.prefixes import (
     Spread,
     alone,
@@ -31,6 +31,8 @@ from sortal.transforms.traced import Carrier, Exit, Result, run
 from sortal.variable import describe
 
 _NO_FUNCTION: Any = object()
+_OF_NNX = ("transform_metadata",)
+_OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
     "or declare how replicas are reduced to one: class Kind(Variable, reduce='mean'), "
     "Rule(reduce='mean') in the Policy, or metadata reduce='mean' on the Variable."
@@ -92,7 +94,7 @@ def vmap(
       >>> nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, jnp.ones(2)).shape
       (5, 3)
     """
-    _refuse_unknown("vmap", ignored)
+    refuse_unknown("vmap", ignored, _OF_NNX)
     if f is _NO_FUNCTION:
         return functools.partial(
             vmap,
@@ -177,8 +179,8 @@ def shard_map(
       >>> forward(model, jnp.ones((4, 2))).shape
       (4, 3)
     """
-    _refuse_unknown("shard_map", options.keys() - {"axis_names", "check_vma"})
-    options = {k: v for k, v in options.items() if k in ("axis_names", "check_vma")}
+    refuse_unknown("shard_map", options, (*_OF_NNX, *_OF_JAX))
+    options = {k: v for k, v in options.items() if k in _OF_JAX}
     if f is _NO_FUNCTION:
         return functools.partial(
             shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
@@ -231,12 +233,6 @@ def per_argument(name: str, given: Any, args: Sequence[Any]) -> tuple[Any, ...]:
             f"{len(args)} positional arguments. Give one entry for each."
         )
     return tuple(given)
-
-
-def _refuse_unknown(name: str, options: Any) -> None:
-    unknown = set(options) - {"transform_metadata", "graph", "graph_updates"}
-    if unknown:
-        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
 
 
 def _spec(answer: Any) -> Any:

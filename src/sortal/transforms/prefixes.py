@@ -139,6 +139,13 @@ def by_kind(x: Any) -> bool:
     return isinstance(x, (ByKind, Policy))
 
 
+def is_structural(given: Any) -> bool:
+    """Whether structure alone decides what is answered."""
+    if isinstance(given, Policy):
+        return given.is_structural("axis") and given.is_structural("spec")
+    return not by_kind(given) or all(f.structural for f in given.filters)
+
+
 def said(tree: Any, name: str) -> list[Any]:
     """All answers that a tree of answers may give.
 
@@ -181,7 +188,7 @@ def column(given: Any, name: str, schema: Schema, view: Callable[[], Any]) -> li
             f"{given!r} holds values for {given.column!r}; here {name!r} is asked for. "
             f"Use {'StateAxes' if name == 'axis' else 'StateSharding'}."
         )
-    if all(f.structural for f in given.filters):
+    if is_structural(given):
         return schema.memo(("column", given), lambda: _match(given, schema, None))
     return _match(given, schema, view())
 

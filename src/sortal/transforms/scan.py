@@ -14,7 +14,7 @@ import numpy as np
 from sortal._jax import outside_traces
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.transforms.compile import jit
-from sortal.transforms.lift import leave, unbind
+from sortal.transforms.lift import leave, refuse_unknown, unbind
 from sortal.transforms.mapping import check_ranks, per_argument
 from sortal.transforms.operands import Operands, check_types, edited, only_added
 from sortal.transforms.prefixes import (
@@ -85,9 +85,7 @@ def scan(
       >>> forward(layers, jnp.ones((1, 2))).shape
       (1, 2)
     """
-    unknown = set(ignored) - {"transform_metadata", "graph", "graph_updates"}
-    if unknown:
-        raise ArgumentError(f"scan has no option {', '.join(sorted(unknown))}.")
+    refuse_unknown("scan", ignored, ("transform_metadata",))
     options = {
         "length": length,
         "reverse": reverse,

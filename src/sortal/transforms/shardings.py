@@ -17,6 +17,7 @@ from sortal.transforms.prefixes import (
     for_plain,
     given_for_objects,
     is_answer,
+    is_structural,
     new_leaves,
     said,
 )
@@ -49,6 +50,8 @@ class Sharded:
         self._in = self._options.pop("in_shardings", None)
         self._out = self._options.pop("out_shardings", None)
         self._made: dict[Any, _Packed] = {}
+        tables = jtu.tree_leaves((self._in, self._out), is_leaf=is_answer)
+        self._by_value = not all(map(is_structural, tables))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         packed = self._packed(args, kwargs)
@@ -69,7 +72,9 @@ class Sharded:
     def _packed(self, args: Sequence[Any], kwargs: Any) -> _Packed:
         dynamic = [x for i, x in enumerate(args) if i not in self._static]
         named = {k: x for k, x in kwargs.items() if k not in self._static}
-        key = jtu.tree_structure((dynamic, named))
+        leaves, key = jtu.tree_flatten((dynamic, named))
+        if self._by_value:
+            key = key, tuple(map(jax.typeof, leaves))
         found = self._made.get(key)
         if found is None:
             answers = _Answers()
