@@ -553,3 +553,11 @@ def test_live_objects_of_another_trace_cannot_be_stored_to() -> None:
     with pytest.raises(TraceError, match=r"kernel \(Param\)"):
         jax.jit(leak)(jnp.ones((1, 1)))
     assert portrait(model) == before
+
+
+def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:
+    """``[nnx.data(x)]`` would else hide the value in the structure."""
+    model = sortal.Module()
+    model.rates = [sortal.data(0.1)]
+    with pytest.raises(StructureError, match=r"rates\.0: a value marked data inside"):
+        sortal.state(model)

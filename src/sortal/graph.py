@@ -189,6 +189,12 @@ class Walk:
         return number
 
     def _static(self, obj: Any, path: Path) -> Static | None:
+        if isinstance(obj, _nodes.Marked):
+            self._bad.append(
+                f"{show(path)}: a value marked {obj.role} inside a container, where "
+                "the mark says nothing; mark the attribute that holds the container"
+            )
+            return None
         hidden = _hidden_state(obj)
         if hidden:
             self._bad.append(
