@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -791,3 +793,24 @@ def test_an_exception_in_a_branch_leaves_everything_as_it_was() -> None:
     m = victim()
     with untouched(m), pytest.raises(KeyError, match="mine"):
         sortal.cond(False, broken, lambda m: None, m)
+
+
+@pytest.mark.parametrize("how", ["cond", "while_loop", "fori_loop"])
+def test_a_model_that_is_dropped_after_a_call_is_freed_at_once(how: str) -> None:
+    """And not only when cycles are collected: its arrays may fill the memory."""
+    model = sortal.Linear(2, 2, rngs=sortal.Rngs(0))
+    kernel = weakref.ref(model.kernel.value)
+    gc.disable()
+    try:
+        if how == "cond":
+            sortal.cond(True, lambda m: m.bias[...], lambda m: -m.bias, model)
+        elif how == "while_loop":
+            sortal.while_loop(
+                lambda v: v[1] < 2, lambda v: (v[0], v[1] + 1), (model, 0)
+            )
+        else:
+            sortal.fori_loop(0, 2, lambda i, m: m, model)
+        del model
+        assert kernel() is None
+    finally:
+        gc.enable()

@@ -240,7 +240,7 @@ def cond(
     branches = _Branches(where, (true_fun, false_fun), operands)
 
     def call(*state: Any) -> Any:
-        return jax.lax.cond(pred, *branches.functions, *state)
+        return jax.lax.cond(pred, *branches.functions(), *state)
 
     return branches.finish(call)
 
@@ -281,7 +281,7 @@ def switch(
     several = _Branches(where, branches, operands)
 
     def call(*state: Any) -> Any:
-        return jax.lax.switch(index, several.functions, *state)
+        return jax.lax.switch(index, several.functions(), *state)
 
     return several.finish(call)
 
@@ -319,7 +319,6 @@ class _Branches:
         exits = [result.exit for result in self.seen]
         written = tuple(sorted({k for exit in exits for k in exit.written}))
         self.exit = Exit(written, exits[0].outputs, None)
-        self.functions = [self._function(b) for b in range(len(branches))]
 
     def _run(self, b: int, plain: Any, values: Any) -> Result:
         fn, first = self.calls[b]
@@ -329,6 +328,10 @@ class _Branches:
             return fn(*(args[i] for i in first), *args[: self.n])
 
         return steady(self.where[b], self.operands, call, args)
+
+    def functions(self) -> list[Callable[..., Any]]:
+        """The branches as JAX takes them; not kept, for they hold this object."""
+        return [self._function(b) for b in range(len(self.calls))]
 
     def _function(self, b: int) -> Callable[..., Any]:
         def branch(plain: Any, values: Any) -> Any:
