@@ -162,6 +162,10 @@ class Handler:
         return hash(type(self))
 
 
+_SHELL = -1
+"""The version of an object that was not filled yet, and that no plan knows."""
+
+
 class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
 
@@ -178,19 +182,21 @@ class ObjectHandler(Handler):
 
     def shell(self, cls: type, spec: Any) -> Any:
         node = Node.__new__(cls)
+        _set_version(node, _SHELL)
         if spec:
             _set_roles(node, dict(spec))
         return node
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        attributes = get_dict(obj)
-        if attributes:
-            attributes.clear()
-            attributes.update(items)
-            _set_version(obj, obj._version + 1)
-            edits.note()
-        else:
+        if obj._version == _SHELL:
             _set_dict(obj, items)
+            _set_version(obj, 0)
+            return
+        attributes = get_dict(obj)
+        attributes.clear()
+        attributes.update(items)
+        _set_version(obj, obj._version + 1)
+        edits.note()
 
 
 class ListHandler(Handler):

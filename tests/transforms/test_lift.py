@@ -573,3 +573,19 @@ def test_named_positions_reads_numbers_and_names_of_parameters() -> None:
     assert lift.named_positions(f, None, ("b",)) == ({1, "b"}, 2)
     assert lift.named_positions(max, None, None) == (set(), 0)
     assert lift.named_positions(dict.fromkeys, 1, "x")[0] >= {1, "x"}
+
+
+@pytest.mark.parametrize("where", ["root", "child"])
+def test_what_a_trace_adds_to_an_empty_module_is_seen_by_plans_made_before(where):
+    model = sortal.Module()
+    if where == "child":
+        model.child = sortal.Module()
+    assert sortal.state(model).paths() == ()
+
+    def add(model):
+        holder = model if where == "root" else model.child
+        holder.w = sortal.Param(jnp.ones(2))
+
+    sortal.jit(add)(model)
+    expected = ("w",) if where == "root" else ("child", "w")
+    assert sortal.state(model).paths() == (expected,)
