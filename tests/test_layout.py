@@ -56,6 +56,7 @@ ORDER = (
     "sortal.transforms.custom",
     "sortal.transforms.mapping",
     "sortal.transforms.operands",
+    "sortal.transforms.captures",
     "sortal.transforms.scan",
     "sortal.transforms.control",
     "sortal.transforms",

@@ -13,6 +13,8 @@ import numpy as np
 
 from sortal._jax import outside_traces
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
+from sortal.statics import is_hashable
+from sortal.transforms.captures import captures
 from sortal.transforms.compile import jit
 from sortal.transforms.lift import leave, refuse_unknown, unbind
 from sortal.transforms.mapping import check_ranks, per_argument
@@ -27,6 +29,7 @@ from sortal.transforms.traced import Carrier, Exit, Result, resolve, run
 from sortal.variable import describe
 
 _NO_FUNCTION: Any = object()
+_KEPT = 16
 
 
 def scan(
@@ -105,15 +108,31 @@ def scan(
         return call.finish(carry, ys)
 
     # JAX knows a loop again by its step, which is another function at each call.
-    compiled = jit(steps)
+    kept: dict[Any, Any] = {}
 
     @functools.wraps(f)
     def wrapper(*args: Any) -> Any:
         given = per_argument("in_axes", in_axes, args)
-        traceable = outside_traces() and all(map(_traceable, given, args))
-        return (compiled if traceable else steps)(*first, *args)
+        run = steps
+        if outside_traces() and all(map(_traceable, given, args)):
+            run = _compiled(kept, fn, (in_axes, out_axes), steps)
+        return run(*first, *args)
 
     return wrapper
+
+
+def _compiled(kept: dict[Any, Any], fn: Any, axes: Any, steps: Any) -> Any:
+    """``steps`` under jit, kept while nothing it refers to changes; else as it is."""
+    known = captures(fn)
+    leaves, treedef = jtu.tree_flatten(axes, is_leaf=is_answer)
+    key = (known, treedef, tuple(leaves))
+    if known is None or not is_hashable(key):
+        return steps
+    if key not in kept:
+        if len(kept) >= _KEPT:
+            kept.clear()
+        kept[key] = jit(steps)
+    return kept[key]
 
 
 def _traceable(axis: Any, arg: Any) -> bool:
