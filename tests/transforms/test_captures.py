@@ -78,7 +78,7 @@ def test_arrays_modules_and_objects_have_no_key():
 
 def test_a_module_of_the_users_is_looked_into_and_a_library_is_not(monkeypatch):
     config = types.ModuleType("config")
-    config.rate = 1.0
+    vars(config)["rate"] = 1.0
     before = captures(lambda x: x * config.rate)
     assert before is not None
 
@@ -86,9 +86,9 @@ def test_a_module_of_the_users_is_looked_into_and_a_library_is_not(monkeypatch):
         return x * config.rate
 
     first = captures(scaled)
-    config.rate = 2.0
+    vars(config)["rate"] = 2.0
     assert captures(scaled) != first
-    config.rate = ARRAY
+    vars(config)["rate"] = ARRAY
     assert captures(scaled) is None
 
 

@@ -109,9 +109,8 @@ def test_a_tied_weight_gets_the_sum_in_vjp_and_counts_twice_in_jvp() -> None:
     slope = jax.grad(lambda w: (3 * w + w**3).sum())(w.value)
     _, pull = sortal.vjp(f, a, b)
     by_a, by_b = pull(jnp.ones(1))
-    assert by_b.paths() == (("again",),)
+    assert by_b.paths() == ()  # it is in the first one's State, once
     assert_close(by_a["w"].value, slope)
-    assert_close(by_b["again"].value, slope)
     dot = jnp.full(1, 7.0)
     _, dots = sortal.jvp(f, (a, b), ({"w": dot}, {"again": jnp.full(1, 7.0)}))
     assert_close(dots, slope * 7)

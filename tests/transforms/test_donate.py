@@ -436,3 +436,21 @@ def test_inside_another_trace_donation_changes_no_number() -> None:
     np.testing.assert_array_equal(outer(m), [2, 2])
     np.testing.assert_array_equal(m.bias.value, [2, 2])
     assert not kernel.is_deleted()
+
+
+@pytest.mark.parametrize("options", [{"donate_argnums": 0}, {"donate": Param}])
+def test_a_call_that_is_differentiated_gives_no_buffer_away(options: Any) -> None:
+    model = sortal.BatchNorm(3, rngs=sortal.Rngs(0))
+    x = jnp.arange(6.0).reshape(2, 3)
+    call = sortal.jit(lambda m, x: (m(x) ** 2).sum(), **options)
+    first = sortal.grad(lambda m: call(m, x))(model)
+    again = sortal.grad(lambda m: call(m, x))(model)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model))
+
+    def by_hand(scale: Any) -> Any:
+        y = (x - x.mean(0)) * jax.lax.rsqrt(x.var(0) + model.epsilon)
+        return ((y * scale) ** 2).sum()
+
+    slope = jax.grad(by_hand)(model.scale.value)
+    for grads in (first, again):
+        assert jnp.allclose(grads["scale"].value, slope, atol=1e-5)

@@ -89,7 +89,8 @@ def value_and_grad(
     """The value and gradient of a scalar function of modules.
 
     The gradient by a module is a State with the paths and kinds of the leaves that
-    ``wrt`` takes; by anything else, what ``jax.grad`` gives. Leaves that the function
+    ``wrt`` takes; by anything else, what ``jax.grad`` gives. A Variable that several
+    of them share has its gradient in the first one's State. Leaves that the function
     changes, such as batch statistics, are changed in the live modules afterwards.
 
     Args:
@@ -152,7 +153,7 @@ def value_and_grad(
             pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
         )(call.inputs)
         aux = leave(entered, rest)
-        found = call.chosen.trees(grads)
+        found = call.chosen.gradients(grads)
         value = (value, aux) if has_aux else value
         return value, tuple(found) if _several(argnums) else found[0]
 
@@ -217,12 +218,33 @@ class Chosen:
 
     def trees(self, flat: Sequence[Any]) -> list[Any]:
         """One tree for each argument, with a State for each module in it."""
+        return self._filled(flat, lambda taken: range(len(taken.at)))
+
+    def gradients(self, flat: Sequence[Any]) -> list[Any]:
+        """As ``trees``, with what several modules share in the first one's State.
+
+        Given to an optimizer for each of them, it would be stepped along twice.
+        """
+        seen: set[int] = set()
+
+        def first(taken: Taken) -> list[int]:
+            numbers = [jtu.tree_leaves(tree) for tree in taken.at]
+            mine = [i for i, own in enumerate(numbers) if seen.isdisjoint(own)]
+            seen.update(*numbers)
+            return mine
+
+        return self._filled(flat, first)
+
+    def _filled(self, flat: Sequence[Any], places: Callable[..., Any]) -> list[Any]:
         given = dict(zip(self.order, flat, strict=True))
 
         def fill(x: Any) -> Any:
             if not _is_taken(x):
                 return given[x]
-            return snapshot(x.schema, jtu.tree_map(given.__getitem__, x.at))
+            mine = places(x)
+            whole = len(mine) == len(x.at)
+            values = [jtu.tree_map(given.__getitem__, x.at[i]) for i in mine]
+            return snapshot(x.schema if whole else x.schema.pick(mine), values)
 
         return [jtu.tree_map(fill, t, is_leaf=_is_taken) for t in self.layouts]
 

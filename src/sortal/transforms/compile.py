@@ -50,22 +50,21 @@ class Jitted:
         if donated or (donate is not None and donate is not False):
             mirrored = isinstance(options.get("in_shardings"), (tuple, list))
             self._donation = Donation(donate, donated, self._static, mirrored)
-        traced = _traced(self._fn, self._history, self._donation)
+        kept = {k: x for k, x in options.items() if not k.startswith("donate")}
+        traced = _traced(self._fn, self._history, None)
+        self._plain: Any = _compiled(traced, kept, self._static)
+        self._jit = self._plain
         if self._donation is not None:
+            traced = _traced(self._fn, self._history, self._donation)
             options = with_first(self._fn, traced, options, self._donation)
-        sharded = any(options.get(f"{way}_shardings") is not None for way in _WAYS)
-        self._jit: Any = (
-            Sharded(traced, options, self._static)
-            if sharded
-            else jax.jit(traced, **options)
-        )
+            self._jit = _compiled(traced, options, self._static)
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         entered = self._enter(args, kwargs)
         try:
-            if self._donation is None:
-                result = self._jit(*entered.args, **entered.kwargs)
+            if self._donation is None or self._donation.is_differentiated(entered):
+                result = self._plain(*entered.args, **entered.kwargs)
             else:
                 result = self._donation.call(self._jit, entered)
         except (RuntimeError, ValueError) as e:
@@ -109,9 +108,16 @@ class Jitted:
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
         self._jit.clear_cache()
+        self._plain.clear_cache()
         self._history.forget()
         if self._donation is not None:
             self._donation.forget()
+
+
+def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> Any:
+    if any(options.get(f"{way}_shardings") is not None for way in _WAYS):
+        return Sharded(traced, options, static)
+    return jax.jit(traced, **options)
 
 
 def _traced(
@@ -161,7 +167,8 @@ def jit(
         it takes, of all Modules and Variables among the arguments, give their buffers
         to the call and get new ones back. True
         donates the leaves that the function overwrites; to find them, the first call
-        of a structure traces twice.
+        of a structure traces twice. Where the call is being differentiated by a leaf
+        that a filter takes, nothing is donated.
       on_retrace: ``"warn"`` gives a RetraceWarning and ``"raise"`` a RetraceError, with
         the text of ``explain_retrace``, whenever it is traced again.
       **options: all of ``jax.jit``'s: ``static_argnums``, ``static_argnames``,

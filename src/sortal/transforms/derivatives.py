@@ -209,7 +209,7 @@ def _pull(chosen: Chosen, shape: Any, pull: Any, cotangent: Any) -> tuple[Any, .
             f"for modules; found {jax.tree.structure(given)}."
         )
     (found,) = pull(given)
-    return tuple(chosen.trees(found))
+    return tuple(chosen.gradients(found))
 
 
 def _push(chosen: Chosen, push: Any, *tangents: Any) -> Any:

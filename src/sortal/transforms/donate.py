@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 
 from sortal.errors import ArgumentError, FilterError, listing
 from sortal.filters import Filter, to_filter
@@ -120,6 +121,21 @@ class Donation:
         if written != given - returned:
             raise OtherLeaves(written)
         return result
+
+    def is_differentiated(self, entered: Entered) -> bool:
+        """Whether a leaf that a filter or position donates is traced.
+
+        Its value may be one that somebody outside differentiates by, who keeps it;
+        JAX would give its buffer away all the same.
+        """
+        if self._overwritten or not entered.roots:
+            return False
+        chosen = self._chosen(entered)
+        return any(
+            isinstance(value, Tracer) and k in chosen
+            for c in entered.carriers
+            for k, value in zip(c.ticket.leaves, c.values, strict=True)
+        )
 
     def forget(self) -> None:
         """Forgets what was learned about functions that were traced."""
