@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal.errors import ArgumentError, PathAttributeError
+from sortal.errors import ArgumentError, PathAttributeError, TraceError
 from strategies import KEYS, Box, arrays, variables
 
 Param = sortal.Param
@@ -81,7 +81,7 @@ def test_items_of_a_dict_are_attributes():
     assert heads["extra"] == 3
     del heads.policy
     assert "policy" not in heads
-    assert vars(heads) == {}
+    assert not hasattr(heads, "__dict__")
 
 
 def test_a_missing_item_is_an_attribute_error_that_lists_what_there_is():
@@ -246,3 +246,57 @@ def test_layers_may_be_changed_like_any_list():
     assert sortal.state(model).paths() == (
         ("layers", 0, "factor"), ("layers", 1, "factor")
     )  # fmt: skip
+
+
+CHANGES = {
+    "append": lambda m, v: m.items.append(v),
+    "extend": lambda m, v: m.items.extend([v]),
+    "insert": lambda m, v: m.items.insert(0, v),
+    "set item": lambda m, v: m.items.__setitem__(0, v),
+    "delete item": lambda m, v: m.items.__delitem__(0),
+    "pop": lambda m, v: m.items.pop(),
+    "clear": lambda m, v: m.items.clear(),
+    "reverse": lambda m, v: m.items.reverse(),
+    "dict item": lambda m, v: m.named.__setitem__("b", v),
+    "dict attribute": lambda m, v: setattr(m.named, "c", v),
+    "dict update": lambda m, v: m.named.update(b=v),
+    "dict pop": lambda m, v: m.named.pop("a"),
+    "dict default": lambda m, v: m.named.setdefault("d", v),
+}
+
+
+@pytest.mark.parametrize("transform", [sortal.jit, jax.jit, sortal.grad, sortal.vmap])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_in_a_trace_that_the_container_was_not_passed_to_is_refused(
+    transform, change
+):
+    model = sortal.Module()
+    model.items = sortal.List([sortal.Param(jnp.ones(2))])
+    model.named = sortal.Dict(a=sortal.Param(jnp.ones(2)))
+    before = list(model.items), dict(model.named)
+
+    def f(x):
+        change(model, sortal.Param(x))
+        return x.sum()
+
+    with pytest.raises(TraceError, match=r"(items|named) \((List|Dict)\)"):
+        transform(f)(jnp.ones(2))
+    assert len(model.items) == 1
+    assert model.items[0] is before[0][0]
+    assert list(model.named) == ["a"]
+
+
+def test_a_change_in_a_trace_that_the_container_was_passed_to_is_carried_out():
+    model = sortal.Module()
+    model.items = sortal.List([])
+    model.named = sortal.Dict()
+
+    @sortal.jit
+    def grow(model, x):
+        model.items.append(sortal.Param(x))
+        model.named.a = sortal.Param(2 * x)
+
+    grow(model, jnp.ones(2))
+    grow(model, jnp.ones(2))
+    assert len(model.items) == 2
+    assert sortal.state(model).paths() == (("items", 0), ("items", 1), ("named", "a"))

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax.tree_util as jtu
 
-from sortal._jax import register_pytree
+from sortal._jax import current_trace, register_pytree
 from sortal.errors import ArgumentError, PathAttributeError
 from sortal.module import Module
 from sortal.paths import order
+from sortal.variable import foreign_write
 
 
+def _guarded(base: type, names: str) -> Callable[[type], type]:
+    """Makes methods that change a container refuse to in a trace of another's."""
+
+    def method(name: str) -> Callable[..., Any]:
+        change = getattr(base, name)
+
+        @functools.wraps(change)
+        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._trace is not current_trace():
+                raise foreign_write([(self, (), type(self).__name__)])
+            return change(self, *args, **kwargs)
+
+        return guarded
+
+    def guard(cls: type) -> type:
+        for name in names.split():
+            setattr(cls, name, method(name))
+        return cls
+
+    return guard
+
+
+@_guarded(
+    list,
+    "append extend insert remove pop clear sort reverse __setitem__ __delitem__ "
+    "__iadd__ __imul__",
+)
 class List(list):
     """A list of modules, Variables or arrays; a plain list does just as well.
 
     Args:
-      iterable: the elements; none if absent.
+      *args: one iterable of the elements; none if absent.
 
     Example:
       >>> import sortal as nnx
@@ -27,7 +56,24 @@ class List(list):
       1
     """
 
+    __slots__ = ("_trace",)
 
+    def __new__(cls, *args: Any, **_: Any) -> Self:
+        self = super().__new__(cls)
+        _set_list_trace(self, current_trace())
+        return self
+
+    def __reduce__(self) -> Any:
+        return (type(self), (list(self),))
+
+
+_set_list_trace: Callable[[List, Any], None] = List.__dict__["_trace"].__set__
+
+
+@_guarded(
+    dict,
+    "pop popitem clear update setdefault __setitem__ __delitem__ __ior__",
+)
 class Dict(dict):
     """A dict of modules, Variables or arrays whose items are attributes too.
 
@@ -39,6 +85,13 @@ class Dict(dict):
       >>> heads.policy is heads["policy"]
       True
     """
+
+    __slots__ = ("_trace",)
+
+    def __new__(cls, *args: Any, **items: Any) -> Self:
+        self = super().__new__(cls)
+        _set_dict_trace(self, current_trace())
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -57,6 +110,9 @@ class Dict(dict):
     # Items are attributes, so the instance needs and keeps no attributes of its own.
     def __reduce__(self) -> Any:
         return (type(self), (dict(self),))
+
+
+_set_dict_trace: Callable[[Dict, Any], None] = Dict.__dict__["_trace"].__set__
 
 
 def _no_item(items: Dict, name: str) -> str:

@@ -130,12 +130,13 @@ class Donation:
         """
         if self._overwritten or not entered.roots:
             return False
-        chosen = self._chosen(entered)
-        return any(
-            isinstance(value, Tracer) and k in chosen
+        traced = [
+            k
             for c in entered.carriers
             for k, value in zip(c.ticket.leaves, c.values, strict=True)
-        )
+            if isinstance(value, Tracer)
+        ]
+        return bool(traced) and not self._chosen(entered).isdisjoint(traced)
 
     def forget(self) -> None:
         """Forgets what was learned about functions that were traced."""
