@@ -29,6 +29,7 @@ ORDER = (
     "sortal.tables",
     "sortal.paths",
     "sortal.statics",
+    "sortal.foreign",
     "sortal.operators",
     "sortal.variable",
     "sortal.filters",
@@ -90,8 +91,6 @@ UNWRITTEN = {
     "sortal.checkpoint.manager",
     "sortal.checkpoint",
     "sortal.inspect.html",
-    "sortal.interop.*",
-    "sortal.interop",
 }
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}

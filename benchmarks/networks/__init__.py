@@ -1,7 +1,7 @@
 """One network of layers that each write a running mean, for timing transforms.
 
-A layer has two Params and a mean. ``modules`` holds it in modules, of Sortal or of Flax;
-``lists`` in lists of arrays, returned where they change, as users of plain JAX write it.
+A layer has two Params and a mean. ``modules`` holds it in modules of Sortal or Flax,
+``lists`` in lists of arrays, returned where they change, as is done in plain JAX.
 ``call(name, depth, jitted)`` in both returns a call of the transform ``name``, of the
 same function of the network, or None where the library has none that does this.
 """

@@ -1,6 +1,7 @@
 """Sortal: say what each array is, once; everything else follows from its kind."""
 
 from sortal import errors as errors
+from sortal import interop as interop
 from sortal import metrics as metrics
 from sortal import nn as nn
 from sortal import optimizer as optimizer

@@ -48,6 +48,10 @@ class StructureError(SortalError, ValueError):
     """An object cannot be described as a graph of nodes, leaves and statics."""
 
 
+class UnsupportedError(SortalError, RuntimeError):
+    """An object of another library, or of a version of it, that is not supported."""
+
+
 class FilterError(SortalError, ValueError):
     """A filter is malformed, takes nothing it should, or leaves something over."""
 

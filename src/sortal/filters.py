@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from sortal import paths
 from sortal.errors import FilterError
+from sortal.foreign import handler_of_kind, is_kind
 from sortal.paths import Path
-from sortal.variable import Variable
+from sortal.variable import Variable, is_variable, metadata_of, value_of
 
 Kind = type | None
 
@@ -63,8 +64,8 @@ class Filter:
         return self == other
 
     def __call__(self, path: Path, leaf: Any) -> bool:
-        if isinstance(leaf, Variable):
-            return self.test(path, type(leaf), leaf.get_metadata(), leaf)
+        if is_variable(leaf):
+            return self.test(path, type(leaf), metadata_of(leaf), leaf)
         return self.test(path, None, {}, leaf)
 
     def __and__(self, other: Any) -> Filter:
@@ -125,7 +126,8 @@ class OfType(Filter):
     """Takes Variables of a kind and of its subclasses; written as the class itself.
 
     Args:
-      type: the kind. Two classes of one name are two kinds.
+      type: the kind. Two classes of one name are two kinds; but ``sortal.Param`` and
+        ``flax.nnx.Param`` take the same, and so do others of one name in the two.
 
     Example:
       >>> import sortal as nnx
@@ -139,16 +141,17 @@ class OfType(Filter):
     @property
     def structural(self) -> bool:  # type: ignore[override]
         # Classes such as `jax.Array` take raw arrays, which are no part of structure.
-        return issubclass(self.type, Variable)
+        kind = self.type
+        return issubclass(kind, Variable) or handler_of_kind(kind) is not None
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         if kind is None:
             return isinstance(leaf, self.type)
-        return issubclass(kind, self.type)
+        return is_kind(kind, self.type)
 
     def covers(self, other: Filter) -> bool:
         if isinstance(other, OfType):
-            return issubclass(other.type, self.type)
+            return is_kind(other.type, self.type)
         return super().covers(other)
 
     def __repr__(self) -> str:
@@ -331,7 +334,7 @@ class Shaped(Filter):
             object.__setattr__(self, "shape", tuple(self.shape))
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        shape = getattr(_value(leaf), "shape", None)
+        shape = getattr(value_of(leaf), "shape", None)
         if shape is None:
             return False
         fits = self.shape is None or tuple(shape) == self.shape
@@ -373,7 +376,7 @@ class Dtyped(Filter):
             ) from None
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        dtype = getattr(_value(leaf), "dtype", None)
+        dtype = getattr(value_of(leaf), "dtype", None)
         return dtype is not None and bool(jnp.issubdtype(dtype, self.dtype))
 
     def __repr__(self) -> str:
@@ -524,7 +527,7 @@ def _read(kind: type, literal: Any) -> Filter:
     if isinstance(origin, type):
         return OfType(origin)
     # A Variable can be called where its value can, but a kind is what was meant.
-    if callable(literal) and not isinstance(literal, Variable):
+    if callable(literal) and not is_variable(literal):
         return Calls(literal)
     raise FilterError(_no_filter(literal))
 
@@ -548,10 +551,6 @@ def _with_no_arguments(cls: type[Filter]) -> Filter:
 
 
 to_predicate = to_filter
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.value if isinstance(leaf, Variable) else leaf
 
 
 def _check_path_text(filter: Filter, text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 
 from sortal import nodes as _nodes
 from sortal._jax import current_trace
-from sortal.errors import StructureError, listing
+from sortal.errors import StructureError, UnsupportedError, listing
+from sortal.foreign import VariableHandler, handler_of_kind
 from sortal.graphdef import (
     LEAF,
     NODE,
@@ -24,10 +27,10 @@ from sortal.graphdef import (
     Static,
     select,
 )
-from sortal.nodes import Handler, Node, ObjectHandler, get_dict, handler_of, leaf_types
+from sortal.nodes import Handler, Node, get_dict, handler_of, is_root, leaf_types
 from sortal.paths import Path, show
-from sortal.statics import EMPTY, edits
-from sortal.variable import Variable, check_writable, write
+from sortal.statics import EMPTY, edits, is_hashable
+from sortal.variable import Variable, check_writable, metadata_of, write
 
 _uids = itertools.count()
 _KEPT = 4
@@ -36,15 +39,18 @@ _KEPT = 4
 class Slot:
     """A raw array where it hangs, with the face of a Variable for the engine."""
 
-    __slots__ = ("_trace", "holder", "key", "node")
+    __slots__ = ("_trace", "holder", "key", "name", "node")
 
     def __init__(self, node: Any, handler: Handler | None, key: Any, trace: Any):
         self._trace = trace
         self.node = id(node)
-        self.key = key
-        # An object's dict rather than the object: a plan must not keep its root alive.
-        is_object = isinstance(handler, ObjectHandler)
-        self.holder = get_dict(node) if is_object else node
+        self.name = key
+        self.holder, self.key = handler.place(node, key) if handler else (node, key)
+
+    @property
+    def held(self) -> Any:
+        """What is there for the user to see: the array."""
+        return self._value
 
     @property
     def _value(self) -> Any:
@@ -71,35 +77,85 @@ class Slot:
 
     @property
     def _place(self) -> tuple[Any, Path, str]:
-        return self.holder, (self.key,), "unlabelled array"
+        return self.holder, (self.name,), "unlabelled array"
 
     @property
     def _id(self) -> tuple[int, Any]:
-        return (self.node, self.key)
+        return (self.node, self.name)
+
+
+class Foreign:
+    """A Variable of another library, with the face of one of ours for the engine."""
+
+    __slots__ = ("handler", "held")
+
+    writable = True
+
+    def __init__(self, variable: Any, handler: VariableHandler):
+        self.held, self.handler = variable, handler
+
+    @property
+    def _value(self) -> Any:
+        return self.handler.values([self.held])[0]
+
+    def write(self, value: Any) -> None:
+        """Sets the value; hooks do not run."""
+        self.handler.write(self.held, value)
+
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        """Replaces the metadata."""
+        self.handler.set_metadata(self.held, metadata)
+
+    @property
+    def _trace(self) -> Any:
+        return current_trace() if self.handler.is_ours(self.held) else None
+
+    @property
+    def _place(self) -> tuple[Any, Path, str]:
+        return self.held, (), type(self.held).__name__
+
+    @property
+    def _id(self) -> int:
+        return id(self.held)
+
+
+def held(leaf: Any) -> Any:
+    """What a live leaf is to the user: a Variable of any library, or a raw array."""
+    return leaf.held if isinstance(leaf, (Slot, Foreign)) else leaf
+
+
+def identity(leaf: Any) -> Any:
+    """What is equal for one and the same live leaf, seen from two plans."""
+    return leaf._id if isinstance(leaf, (Slot, Foreign)) else id(leaf)
 
 
 class Leaves(list[Any]):
     """Live leaves, Variables and Slots, that are read and written all at once."""
 
-    __slots__ = ("_cells", "_trace")
+    __slots__ = ("_cells", "_foreign", "_trace", "ours_only", "slotted")
 
     def __init__(self, leaves: Iterable[Any]):
         super().__init__(leaves)
-        slotted = Slot in set(map(type, self))
-        self._cells = None if slotted else [x._cell for x in self]
+        types = set(map(type, self))
+        self.slotted = Slot in types
+        ours = not types & {Slot, Foreign}
+        self._cells = [x._cell for x in self] if ours else None
+        self.ours_only = ours
+        # Those of one other library can be read at once as well.
+        self._foreign: Callable[[], list[Any]] | None = None
+        if types == {Foreign} and len({x.handler for x in self}) == 1:
+            variables = [x.held for x in self]
+            self._foreign = functools.partial(self[0].handler.values, variables)
         first = self[0]._trace if self else None
         self._trace = first if all(x._trace is first for x in self) else None
 
-    @property
-    def slotted(self) -> bool:
-        """Whether raw arrays are among them."""
-        return self._cells is None
-
     def values(self) -> list[Any]:
         """The values of all, in order."""
-        if self._cells is None:
-            return [x._value for x in self]
-        return [value for (value,) in self._cells]
+        if self._cells is not None:
+            return [value for (value,) in self._cells]
+        if self._foreign is not None:
+            return self._foreign()
+        return [x._value for x in self]
 
     def snapshot(self) -> list[Any]:
         """The values, with copies of NumPy arrays, which others could write to."""
@@ -119,7 +175,7 @@ class Leaves(list[Any]):
                 cell[0] = value
             return
         for leaf, value in zip(self, values, strict=False):
-            leaf.write(value) if type(leaf) is Slot else write(leaf, value)
+            write(leaf, value) if isinstance(leaf, Variable) else leaf.write(value)
 
 
 class Walk:
@@ -133,11 +189,17 @@ class Walk:
         self.aliases: list[tuple[Path, int]] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
+        self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
         root_entry = self._visit(root, (), None, None, "<root>")
         while self._open:
             self._take_apart(*self._open[-1])
+        if self._refused:
+            raise UnsupportedError(
+                "these Variables of another library cannot be carried:\n"
+                + listing(self._refused)
+            )
         if self._bad:
             raise StructureError(
                 "static values must be hashable, because compiled functions are kept "
@@ -146,11 +208,11 @@ class Walk:
                 + "\nUse a tuple or frozenset, "
                 "hold arrays in Variables, or give the class __eq__ and __hash__."
             )
-        variables = [x if isinstance(x, Variable) else None for x in self.leaves]
+        variables = [None if type(x) is Slot else held(x) for x in self.leaves]
         schema = Schema.of(
             self.paths,
             [None if v is None else type(v) for v in variables],
-            [EMPTY if v is None else v._metadata for v in variables],
+            [EMPTY if v is None else metadata_of(v) for v in variables],
         )
         self.graphdef = GraphDef.of(root_entry, self.records, schema, self.aliases)
 
@@ -167,26 +229,43 @@ class Walk:
     def _leaf(
         self, obj: Any, path: Path, holder: Any, handler: Handler | None, key: Any
     ) -> int:
-        is_variable = isinstance(obj, Variable)
-        if is_variable and id(obj) in self._numbers:
+        theirs = None if isinstance(obj, Variable) else handler_of_kind(type(obj))
+        boxed = theirs is not None or isinstance(obj, Variable)
+        if boxed and id(obj) in self._numbers:
             number = self._numbers[id(obj)]
             self.aliases.append((path, number))
             return number
         number = len(self.leaves)
         self.paths.append(path)
-        if is_variable:
+        if boxed:
             self._numbers[id(obj)] = number
+        if theirs is not None:
+            self._check_foreign(obj, path, theirs)
+            self.leaves.append(Foreign(obj, theirs))
+        elif boxed:
             self.leaves.append(obj)
         else:
             # Raw arrays are values: one met twice is two leaves, else the structure
             # would depend on which equal arrays happen to be one object.
-            inside = (frame[1] for frame in reversed(self._open))
-            owner = next((x for x in inside if isinstance(x, Node)), None)
+            owners = (frame[3].owner(frame[1]) for frame in reversed(self._open))
+            owner = next((x for x in owners if x is not None), None)
             trace = current_trace() if owner is None else owner._trace
             at = (holder, handler, key) if handler else ([obj], None, 0)
             slot = Slot(*at, trace)
             self.leaves.append(slot)
         return number
+
+    def _check_foreign(self, obj: Any, path: Path, handler: VariableHandler) -> None:
+        refusal = handler.refusal(obj)
+        (entries,) = handler.entries([obj])
+        bad = [k for k, v in entries.items() if not is_hashable(v)]
+        if bad:
+            refusal = (
+                f"its metadata {', '.join(map(repr, bad))} cannot be hashed; use "
+                "tuples for lists, and set it anew by set_metadata"
+            )
+        if refusal:
+            self._refused.append(f"{show(path)} ({type(obj).__name__}): {refusal}")
 
     def _static(self, obj: Any, path: Path) -> Static | None:
         if isinstance(obj, _nodes.Marked):
@@ -238,7 +317,7 @@ class Walk:
     ) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
         depth = len(self._open)
-        roles = obj._roles if isinstance(obj, Node) else None
+        roles = handler.roles(obj)
         for key, child in children:
             below = path + key if handler.flat else (*path, key)
             role = roles.get(key) if roles else None
@@ -266,7 +345,7 @@ def _hidden_state(obj: Any) -> str:
     found = [
         f"{name} ({type(value).__name__})"
         for name, value in attributes.items()
-        if isinstance(value, (Variable, Node))
+        if is_root(value)
     ]
     return ", ".join(found)
 
@@ -286,6 +365,7 @@ class Plan:
         "_lengths",
         "_metadata",
         "_objects",
+        "_open",
         "_parts",
         "_picked",
         "_states",
@@ -296,7 +376,7 @@ class Plan:
         "uid",
     )
 
-    def __init__(self, root: Node, walk: Walk):
+    def __init__(self, root: Any, walk: Walk):
         self.uid = next(_uids)
         self._checked = edits.last
         self.graphdef: GraphDef = walk.graphdef
@@ -304,24 +384,32 @@ class Plan:
         self.nodes: list[Any] = [None, *walk.nodes[1:]]
         self._metadata = [x._metadata for x in self._variables()]
         self._objects = [x for x in self.nodes if isinstance(x, Node)]
-        every = [root, *self._objects]
+        every = self._every(root)
         self._versions = [x._version for x in every]
         self._dicts = [get_dict(x) for x in every]
         self._lengths = list(map(len, self._dicts))
         self._contents = [_attributes(x, root) for x in every]
-        handled = [(x, handler_of(x)) for x in self.nodes[1:]]
+        handled = [(x, handler_of(x)) for x in walk.nodes]
         others = [(x, h) for x, h in handled if not isinstance(x, (Node, tuple))]
-        self._containers = [Content(x, h) for x, h in others if not h.notes_edits]
-        self._states = [Content(x, h) for x, h in others if h.notes_edits]
+        noting = [(x, h) for x, h in others if h.notes_edits]
+        self._states = list(itertools.starmap(Content, noting))
+        silent = [(x, h) for x, h in others if not h.notes_edits]
+        dicts = [h.attributes(x) for x, h in silent]
+        closed = [x for x, d in zip(silent, dicts, strict=True) if d is None]
+        self._containers = list(itertools.starmap(Content, closed))
+        self._open = Open(root, [d for d in dicts if d is not None], self.leaves)
         self._parts: dict[Any, Leaves] = {}
         self._picked: dict[Any, Any] = {}
 
-    def _variables(self) -> list[Any]:
-        if not self.leaves.slotted:
-            return self.leaves
-        return [x for x in self.leaves if type(x) is not Slot]
+    def _every(self, root: Any) -> list[Any]:
+        return [root, *self._objects] if isinstance(root, Node) else self._objects
 
-    def valid(self, root: Node) -> bool:
+    def _variables(self) -> list[Any]:
+        if self.leaves.ours_only:
+            return self.leaves
+        return [x for x in self.leaves if isinstance(x, Variable)]
+
+    def valid(self, root: Any) -> bool:
         """Whether the live objects still have the structure planned.
 
         Where no edit was noted anywhere since the last check, only what can change
@@ -334,12 +422,14 @@ class Plan:
             if not self._same_objects(root) or not _all_same(self._states):
                 return False
             self._checked = now
-        return not self._containers or _all_same(self._containers)
+        if self._containers and not _all_same(self._containers):
+            return False
+        return self._open.same(root)
 
-    def _same_objects(self, root: Node) -> bool:
+    def _same_objects(self, root: Any) -> bool:
         if [x._metadata for x in self._variables()] != self._metadata:
             return False
-        every = [root, *self._objects]
+        every = self._every(root)
         versions = [x._version for x in every]
         if versions == self._versions:
             return True
@@ -372,7 +462,7 @@ class Plan:
 
     def view(self) -> list[Any]:
         """The leaves as filters see them: Variables, and raw arrays by value."""
-        return [x._value if type(x) is Slot else x for x in self.leaves]
+        return list(map(held, self.leaves))
 
     def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
         """The selection, and for each filter the live leaves that it takes."""
@@ -389,13 +479,62 @@ class Plan:
 
 
 def _is_kind(x: Any) -> bool:
-    return isinstance(x, type) and issubclass(x, Variable)
+    return isinstance(x, type) and (
+        issubclass(x, Variable) or handler_of_kind(x) is not None
+    )
 
 
-def _attributes(obj: Node, root: Node) -> list[Any]:
+def _attributes(obj: Node, root: Any) -> list[Any]:
     attributes = get_dict(obj)
     values = [None if v is root else v for v in attributes.values()]
     return [*attributes, *values, obj._roles]
+
+
+class Open:
+    """Dicts that anyone may write to without a note, and what they held.
+
+    They are plain dicts and the attributes of other libraries' objects. All are
+    compared at once, by identity, and never by ``==``, which arrays answer by value.
+    Arrays and the root are not held on to.
+    """
+
+    __slots__ = ("_dicts", "_lengths", "_metadata", "_seen", "_theirs")
+
+    def __init__(self, root: Any, dicts: list[dict[Any, Any]], leaves: Leaves):
+        self._dicts, self._lengths = dicts, list(map(len, dicts))
+        self._seen = [
+            _ROOT if x is root else _ARRAY if type(x) in leaf_types else x
+            for x in self._now()
+        ]
+        theirs: dict[VariableHandler, list[Any]] = {}
+        for leaf in leaves:
+            if type(leaf) is Foreign:
+                theirs.setdefault(leaf.handler, []).append(leaf.held)
+        self._theirs = list(theirs.items())
+        self._metadata = [list(map(dict, h.entries(v))) for h, v in self._theirs]
+
+    def _now(self) -> Iterator[Any]:
+        chain = itertools.chain.from_iterable
+        return itertools.chain(chain(self._dicts), chain(map(dict.values, self._dicts)))
+
+    def same(self, root: Any) -> bool:
+        """Whether they still hold the same, raw arrays in the same places apart."""
+        if self._dicts:
+            if list(map(len, self._dicts)) != self._lengths:
+                return False
+            if not all(map(operator.is_, self._now(), self._seen)) and not all(
+                x is old
+                or (old is _ROOT and x is root)
+                or (old is _ARRAY and type(x) in leaf_types)
+                for x, old in zip(self._now(), self._seen, strict=True)
+            ):
+                return False
+        return not self._theirs or self._metadata == [
+            h.entries(v) for h, v in self._theirs
+        ]
+
+
+_ROOT, _ARRAY = object(), object()
 
 
 class Content:
@@ -439,11 +578,30 @@ def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
     )
 
 
-def plan_of(root: Node) -> Plan:
-    """The plan of a node, kept from earlier calls while it is valid.
+_sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}
+"""Plans of other libraries' objects, by id, with a weak reference that clears them."""
+
+
+def _kept_plans(root: Any) -> tuple[Plan, ...]:
+    if isinstance(root, Node):
+        return root._plans
+    found = _sides.get(id(root))
+    return found[1] if found is not None and found[0]() is root else ()
+
+
+def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
+    if isinstance(root, Node):
+        _nodes.set_plans(root, plans)
+        return
+    at = id(root)
+    _sides[at] = (weakref.ref(root, lambda _: _sides.pop(at, None)), plans)
+
+
+def plan_of(root: Any) -> Plan:
+    """The plan of an object, kept from earlier calls while it is valid.
 
     Args:
-      root: a Node.
+      root: a Node, or another library's object that is a root of its own.
 
     Returns:
       A valid Plan.
@@ -451,18 +609,22 @@ def plan_of(root: Node) -> Plan:
     Raises:
       StructureError: a static value cannot be hashed.
     """
-    plans = root._plans
+    plans = _kept_plans(root)
     for plan in plans:
         if plan.valid(root):
             if plan is not plans[0]:
-                _nodes.set_plans(root, (plan, *(p for p in plans if p is not plan)))
+                _keep(root, (plan, *(p for p in plans if p is not plan)))
             return plan
     plan = Plan(root, Walk(root))
-    held = set(map(id, plan.leaves))
+    present = set(map(identity, plan.leaves))
     # An older plan may come back (train and eval); one that alone holds a removed
     # Variable may not, or its memory would never be freed.
-    kept = [p for p in plans if all(type(x) is Slot or id(x) in held for x in p.leaves)]
-    _nodes.set_plans(root, (plan, *kept[: _KEPT - 1]))
+    kept = [
+        p
+        for p in plans
+        if all(type(x) is Slot or identity(x) in present for x in p.leaves)
+    ]
+    _keep(root, (plan, *kept[: _KEPT - 1]))
     return plan
 
 
@@ -471,13 +633,15 @@ class Bound:
 
     __slots__ = ("graphdef", "leaves", "part", "pick", "values", "view")
 
+    nodes = ()
+
     def __init__(self, root: Any):
         walk = Walk(root)
         self.graphdef = walk.graphdef
         self.leaves = leaves = Leaves(walk.leaves)
 
         def view() -> list[Any]:
-            return [x._value if type(x) is Slot else x for x in leaves]
+            return list(map(held, leaves))
 
         def pick(literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
             found = select(walk.graphdef.schema, literals, view)
@@ -485,6 +649,13 @@ class Bound:
 
         self.view, self.pick, self.values = view, pick, leaves.values
         self.part = lambda pick: Leaves(pick(leaves))
+
+
+def has_plan(root: Any) -> bool:
+    """Whether plans of ``root`` are kept: it is an object, and no mere container."""
+    return isinstance(root, Node) or (
+        type(handler_of(root)) is not str and handler_of(root).root
+    )
 
 
 def bind(root: Any) -> Any:
@@ -497,7 +668,7 @@ def bind(root: Any) -> Any:
       A Plan, or an object with the same ``graphdef``, ``leaves``, ``values``, ``part``,
       ``view`` and ``pick``.
     """
-    return plan_of(root) if isinstance(root, Node) else Bound(root)
+    return plan_of(root) if has_plan(root) else Bound(root)
 
 
 def store_all(parts: Sequence[Leaves], values: Iterable[Any]) -> None:

@@ -13,7 +13,7 @@ from sortal.errors import ArgumentError, listing
 from sortal.graph import bind, store_all
 from sortal.module import Pytree
 from sortal.surgery import split
-from sortal.variable import Variable, describe
+from sortal.variable import Variable, describe, value_of
 
 
 class MetricState(Variable):
@@ -158,9 +158,7 @@ def _keyword(metric: Metric, name: str, kwargs: dict[str, Any]) -> Any:
             f"{type(metric).__name__}.update needs the keyword {name!r}; found {found}."
             f" Write update({name}=...)."
         )
-    value = kwargs[name]
-    if isinstance(value, Variable):
-        value = value.value
+    value = value_of(kwargs[name])
     if not isinstance(value, (int, float)) and not hasattr(value, "dtype"):
         raise ArgumentError(
             f"{type(metric).__name__}.update takes an array or a number as {name!r}; "

@@ -24,7 +24,7 @@ def walk(mapping: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
     Yields:
       Pairs of path and leaf.
     """
-    if hasattr(type(mapping), "flat_state"):  # a State, whose leaves may be mappings
+    if hasattr(type(mapping), "schema"):  # a State, whose leaves may be mappings
         yield from (((*prefix, *path), leaf) for path, leaf in mapping.flat_state())
         return
     for key, value in mapping.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from sortal import paths
 from sortal._jax import current_trace, one_level
+from sortal.foreign import handler_of_kind, meet, note_class
 from sortal.statics import edits, is_hashable
 from sortal.variable import Variable, foreign_write
 
@@ -42,6 +43,10 @@ class Node:
         _set_plans(node, ())
         _set_roles(node, cls._field_roles)
         return node
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        note_class(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._trace is not current_trace():
@@ -119,11 +124,14 @@ class Handler:
     part of a cycle, and they can be refilled in place. Others are values, rebuilt
     from their children. ``flat`` nodes have keys that are paths. Nodes of a handler
     that ``notes_edits`` call ``statics.edits.note`` when their structure changes.
+    ``root`` nodes are carried into transforms whole, from wherever in an argument
+    they are.
     """
 
     tracked = True
     flat = False
     notes_edits = False
+    root = False
 
     def keys(self, obj: Any) -> Keys:
         """The keys of the children, in the order in which leaves are numbered."""
@@ -154,6 +162,30 @@ class Handler:
         """Puts a value together from its children; for untracked nodes."""
         raise NotImplementedError
 
+    def attributes(self, obj: Any) -> dict[Any, Any] | None:
+        """The live dict that is all of the content, where there is one."""
+        return None
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        """The live container and key under which the child at ``key`` hangs."""
+        return obj, key
+
+    def roles(self, obj: Any) -> Mapping[Any, str] | None:
+        """Which children are marked ``data`` or ``static``."""
+        return None
+
+    def owner(self, obj: Any) -> Any:
+        """What says by ``_trace`` and ``_place`` who may edit it; None: its holder."""
+        return None
+
+    def remove(self, obj: Any, key: Any) -> None:
+        """Takes the child at ``key`` out; only where ``can_remove`` says so."""
+        raise NotImplementedError
+
+    def can_remove(self, key: Any) -> bool:
+        """Whether the child at ``key`` can go without moving others."""
+        return False
+
     # By what they do, so that a pickled GraphDef finds the one that is equal.
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -170,6 +202,7 @@ class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
 
     notes_edits = True
+    root = True
 
     def keys(self, obj: Any) -> Keys:
         return sorted(get_dict(obj))
@@ -186,6 +219,22 @@ class ObjectHandler(Handler):
         if spec:
             _set_roles(node, dict(spec))
         return node
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        # The dict rather than the object: a plan must not keep its root alive.
+        return get_dict(obj), key
+
+    def roles(self, obj: Any) -> Mapping[Any, str] | None:
+        return obj._roles
+
+    def owner(self, obj: Any) -> Any:
+        return obj
+
+    def remove(self, obj: Any, key: Any) -> None:
+        delattr(obj, key)
+
+    def can_remove(self, key: Any) -> bool:
+        return True
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         if obj._version == _SHELL:
@@ -231,6 +280,15 @@ class DictHandler(Handler):
 
     def contents(self, obj: Any) -> list[Any]:
         return [*obj.keys(), *obj.values()]
+
+    def attributes(self, obj: Any) -> dict[Any, Any] | None:
+        return obj
+
+    def remove(self, obj: Any, key: Any) -> None:
+        del obj[key]
+
+    def can_remove(self, key: Any) -> bool:
+        return True
 
     def shell(self, cls: type, spec: Any) -> Any:
         obj = super().shell(cls, spec)
@@ -381,8 +439,26 @@ def handler_of(obj: Any) -> Any:
         return found
 
 
+def is_root(x: Any) -> bool:
+    """Whether transforms carry ``x`` as a whole: a Variable, or an object of kinds.
+
+    Args:
+      x: anything.
+
+    Returns:
+      True for Variables, Modules and their like, of Sortal or of another library.
+    """
+    handler = handler_of(x)
+    if handler is LEAF:
+        return isinstance(x, Variable) or handler_of_kind(type(x)) is not None
+    return handler is not STATIC and handler.root
+
+
 def _classify(cls: type, obj: Any) -> Any:
     if issubclass(cls, Variable):
+        return LEAF
+    meet(cls)
+    if handler_of_kind(cls) is not None:
         return LEAF
     if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         leaf_types.add(cls)

@@ -19,7 +19,16 @@ from sortal.nodes import static
 from sortal.policy import UNSET, Policy
 from sortal.state import State, as_state, snapshot
 from sortal.statics import EMPTY, Metadata
-from sortal.variable import OptArray, OptState, OptVariable, Param, Variable, describe
+from sortal.variable import (
+    OptArray,
+    OptState,
+    OptVariable,
+    Param,
+    Variable,
+    describe,
+    is_variable,
+    value_of,
+)
 
 
 class Hyperparam(OptArray):
@@ -434,8 +443,8 @@ def _reordered(state: State, schema: Schema) -> State:
 
 def _extra(x: Any, params: State) -> Any:
     """A keyword argument as optax sees it: trees of parameters have their treedef."""
-    if isinstance(x, Variable):
-        return x.value
+    if is_variable(x):
+        return value_of(x)
     if isinstance(x, State) and params.schema.index.keys() <= x.schema.index.keys():
         return _reordered(x, params.schema)
     return x
@@ -469,7 +478,7 @@ def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, (State, Variable))
+    return isinstance(x, State) or is_variable(x)
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -490,7 +499,7 @@ def _pairs(
             values += b.values_list()
         elif isinstance(a, Variable) and not isinstance(b, State):
             targets.append(a)
-            values.append(b.value if isinstance(b, Variable) else b)
+            values.append(value_of(b))
         else:
             return None
     return targets, values
@@ -512,7 +521,7 @@ def _stored(tree: Any, shared: Any) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             return snapshot(_kept(x.schema), values)
-        value = jax.tree.map(own_buffer, x.value if isinstance(x, Variable) else x)
+        value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
 
@@ -531,7 +540,7 @@ def _plain(x: Any, params: Schema) -> Any:
     """What is stored, as optax made it."""
     if isinstance(x, State):
         return snapshot(_seen(x.schema, params), x.values_list())
-    return x.value if isinstance(x, Variable) else x
+    return value_of(x)
 
 
 def _seen(kept: Schema, params: Schema) -> Schema:

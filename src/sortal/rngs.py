@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from sortal.errors import RngAttributeError, RngError
+from sortal.errors import RngAttributeError, RngError, UnsupportedError
 from sortal.filters import to_filter
+from sortal.foreign import is_kind, meet_imported
 from sortal.module import Pytree
 from sortal.nodes import get_dict
 from sortal.paths import Path, show
@@ -173,6 +176,9 @@ class Rngs(_Draws, Pytree):
     """
 
     def __init__(self, default: Any = None, **rngs: Any):
+        # Layers of another library ask whether this is a stream of theirs.
+        with contextlib.suppress(UnsupportedError):
+            meet_imported(sys.modules)
         if isinstance(default, Mapping):
             rngs = {**default, **rngs}
         elif default is not None:
@@ -265,6 +271,16 @@ def _takes(chosen: Any, path: Path, stream: RngStream) -> bool:
     return chosen((*path, "key"), stream.key) and chosen((*path, "count"), stream.count)
 
 
+def is_rngs(x: Any) -> bool:
+    """Whether ``x`` is an Rngs, of Sortal or of another library."""
+    return is_kind(type(x), Rngs)
+
+
+def is_stream(x: Any) -> bool:
+    """Whether ``x`` is a stream of random keys, of Sortal or of another library."""
+    return is_kind(type(x), RngStream)
+
+
 class RngBackups:
     """The keys and counts that streams had; a context manager that restores them.
 
@@ -287,7 +303,7 @@ class RngBackups:
 
 def _streams(node: Any, only: Any) -> list[tuple[Path, RngStream]]:
     chosen = to_filter(only)
-    found = iter_nodes(node, lambda x: isinstance(x, RngStream))
+    found = iter_nodes(node, is_stream)
     return [(path, s) for path, s in found if _takes(chosen, path, s)]
 
 
@@ -338,11 +354,11 @@ def split_rngs(
     backups = []
     for _, stream in _streams(node, only):
         key = jax.random.split(stream(), splits)
-        backups.append((stream, stream.key.value, stream.count.value))
+        backups.append((stream, stream.key.get_value(), stream.count.get_value()))
         lead = () if squeeze else key.shape[: key.ndim - stream.count.ndim]
-        stream.key.value = key[0] if squeeze else key
+        stream.key.set_value(key[0] if squeeze else key)
         counts = (*lead, *stream.count.shape)
-        stream.count.value = jnp.zeros(counts, dtype=jnp.uint32)
+        stream.count.set_value(jnp.zeros(counts, dtype=jnp.uint32))
     return RngBackups(backups)
 
 
@@ -369,9 +385,9 @@ def fork_rngs(node: Any, /, *, split: Any = None) -> RngBackups:
             if any(stream is s for s, *_ in backups):
                 continue
             forked = stream.fork(split=k)
-            backups.append((stream, stream.key.value, stream.count.value))
-            stream.key.value = forked.key.value
-            stream.count.value = forked.count.value
+            backups.append((stream, stream.key.get_value(), stream.count.get_value()))
+            stream.key.set_value(forked.key.get_value())
+            stream.count.set_value(forked.count.get_value())
     return RngBackups(backups)
 
 
@@ -390,8 +406,8 @@ def restore_rngs(backups: Any, /) -> None:
       ()
     """
     for stream, key, count in backups:
-        stream.key.value = key
-        stream.count.value = count
+        stream.key.set_value(key)
+        stream.count.set_value(count)
 
 
 def reseed(
@@ -430,7 +446,7 @@ def reseed(
         )
     seeds = Rngs(**stream_keys)
     found = [(p, s) for p, s in _streams(node, ...) if s.tag in stream_keys]
-    several = [f"{show(p)} {describe(s.key.value)}" for p, s in found if s.key.shape]
+    several = [f"{show(p)} {describe(s.key.get_value())}" for p, s in found if s.key.shape]
     if policy == "scalars_only" and several:
         raise RngError(
             f"reseed found streams with several keys: {', '.join(several)}. Pass "
@@ -442,5 +458,5 @@ def reseed(
             key = policy(path, key, stream.key.shape)
         elif stream.key.shape:
             key = jax.random.split(key, stream.key.shape)
-        stream.key.value = key
-        stream.count.value = jnp.zeros(key.shape, dtype=jnp.uint32)
+        stream.key.set_value(key)
+        stream.count.set_value(jnp.zeros(key.shape, dtype=jnp.uint32))

@@ -23,7 +23,16 @@ from sortal.nested import equal, locate_all, nest, ordered, walk
 from sortal.nodes import Handler, register_node
 from sortal.paths import Path, PathKey, show
 from sortal.statics import EMPTY, edits
-from sortal.variable import Variable, describe, foreign_write, make, make_all
+from sortal.variable import (
+    Variable,
+    describe,
+    foreign_write,
+    is_variable,
+    make,
+    make_all,
+    metadata_of,
+    value_of,
+)
 
 _SLOTS = ("_schema", "_cells", "_boxed", "_checked", "_trace", "_parent", "_prefix")
 # How many of a State's cells hold the Variable that was read from there, not its value.
@@ -99,13 +108,15 @@ class State(MutableMapping[Any, Any]):
             return [values[i] for i in self._at]
         if not self._boxed:
             return list(self._cells)
-        return [c._value if isinstance(c, Variable) else c for c in self._cells]
+        return [
+            c._value if isinstance(c, Variable) else value_of(c) for c in self._cells
+        ]
 
     def _leaf(self, i: int) -> Any:
         if self._parent is not None:
             return self._parent._leaf(self._at[i])
         cell, kind = self._cells[i], self._schema.kinds[i]
-        if kind is None or isinstance(cell, Variable):
+        if kind is None or is_variable(cell):
             return cell
         metadata = self._schema.metadata[i]
         box = self._cells[i] = make(kind, cell, metadata, self._trace)
@@ -124,21 +135,21 @@ class State(MutableMapping[Any, Any]):
         other = {
             p: x
             for p, x in new.items()
-            if p not in old or (isinstance(x, Variable) and type(x) is not old[p])
+            if p not in old or (is_variable(x) and type(x) is not old[p])
         }
         if other or gone:
             kept = {p: x for p, x in _items(self) if p not in gone}
             _fill_from(self, {**kept, **other}.items())
         for path in new.keys() - other.keys():
             at, leaf = self._schema.index[path], new[path]
-            if isinstance(leaf, Variable):
+            if is_variable(leaf):
                 self._cells[at] = leaf
                 _set_boxed(self, self._boxed or SOME)
                 edits.note()
             elif self._schema.kinds[at] is None:
                 self._cells[at] = leaf
             else:
-                self._leaf(at).value = leaf
+                self._leaf(at).set_value(leaf)
 
     def _remove(self, gone: set[Path]) -> None:
         self._write({}, gone)
@@ -276,7 +287,7 @@ class State(MutableMapping[Any, Any]):
         if self._boxed != ALL:
             schema = self.schema
             kinds = [
-                None if isinstance(c, Variable) else kind
+                None if is_variable(c) else kind
                 for c, kind in zip(self._cells, schema.kinds, strict=True)
             ]
             made = make_all(kinds, self._cells, schema.metadata, self._trace)
@@ -475,9 +486,9 @@ def _fill_from(state: State, items: Iterable[tuple[Path, Any]]) -> None:
 
 
 def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
-    boxes = [x if isinstance(x, Variable) else None for x in leaves]
+    boxes = [x if is_variable(x) else None for x in leaves]
     kinds = [None if box is None else type(box) for box in boxes]
-    metadata = [EMPTY if box is None else box._metadata for box in boxes]
+    metadata = [EMPTY if box is None else metadata_of(box) for box in boxes]
     _set_parent(state, None)
     _set_schema(state, Schema.of(at, kinds, metadata))
     _set_cells(state, leaves)
@@ -490,7 +501,7 @@ def _refresh(state: State) -> None:
     """Takes over metadata that was edited on a Variable read from the State."""
     schema, now = state._schema, edits.last
     metadata = [
-        c._metadata if isinstance(c, Variable) else m
+        metadata_of(c) if is_variable(c) else m
         for c, m in zip(state._cells, schema.metadata, strict=True)
     ]
     if any(a is not b for a, b in zip(metadata, schema.metadata, strict=True)):
@@ -536,7 +547,10 @@ def _unflatten(layout: _Layout, children: Any) -> State:
         if isinstance(cell, Variable):
             if type(cell) is kind and cell._metadata is meta:
                 continue
-        elif kind is None:
+        elif not is_variable(cell):
+            if kind is None:
+                continue
+        elif type(cell) is kind and metadata_of(cell) is meta:
             continue
         # A map over whole Variables gave other kinds, or no Variables at all.
         state = State.__new__(State)
@@ -564,6 +578,12 @@ class _StateHandler(Handler):
 
     def shell(self, cls: type, spec: Any) -> State:
         return State()
+
+    def remove(self, obj: State, key: Any) -> None:
+        obj._remove({key})
+
+    def can_remove(self, key: Any) -> bool:
+        return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
         _set_leaves(obj, tuple(items), list(items.values()))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from sortal.errors import MergeError, StructureError, UpdateError, listing
-from sortal.graph import Leaves, Slot, Walk, bind, own, store_all
+from sortal.foreign import same_kind
+from sortal.graph import Leaves, Slot, Walk, bind, held, own, store_all
 from sortal.graphdef import (
     LEAF,
     NODE,
@@ -21,7 +22,6 @@ from sortal.graphdef import (
     join,
     kind_name,
 )
-from sortal.nodes import Node
 from sortal.paths import Path, show
 from sortal.state import State, as_state, snapshot
 from sortal.statics import Metadata
@@ -138,7 +138,7 @@ def _match(schema: Schema, given: tuple[Schema, ...]) -> _Match:
                 problems.append(f"unknown: {part.describe(i)}, in state {number}")
             elif places[at] != -1:
                 problems.append(f"given twice: {part.describe(i)}, again in {number}")
-            elif part.kinds[i] not in (None, schema.kinds[at]):
+            elif part.kinds[i] and not same_kind(part.kinds[i], schema.kinds[at]):
                 problems.append(
                     f"wrong kind: {show(path)} is a {kind_name(schema.kinds[at])}, "
                     f"found a {kind_name(part.kinds[i])}"
@@ -354,9 +354,8 @@ def pop(node: Any, /, *filters: Any) -> Any:
     for n, record in enumerate(walk.graphdef.records):
         for entry in record.entries:
             if entry.what == LEAF and schema.paths[entry.ref] in gone:
-                holder = walk.nodes[n]
-                if isinstance(holder, (Node, dict, State)):
-                    removals.append((holder, entry.key))
+                if record.handler.can_remove(entry.key):
+                    removals.append((record.handler, walk.nodes[n], entry.key))
                 else:
                     stuck.append(
                         f"{schema.describe(entry.ref)}, in a {record.cls.__name__}"
@@ -368,13 +367,8 @@ def pop(node: Any, /, *filters: Any) -> Any:
         )
     leaves = zip(walk.leaves, schema.paths, strict=True)
     check_writable(x for x, path in leaves if path in gone)
-    for holder, key in removals:
-        if isinstance(holder, Node):
-            delattr(holder, key)
-        elif isinstance(holder, State):
-            holder._remove({key})
-        else:
-            del holder[key]
+    for handler, holder, key in removals:
+        handler.remove(holder, key)
     return taken
 
 
@@ -422,7 +416,7 @@ def variables(node: Any, /, *filters: Any) -> Any:
         State.from_flat_path(
             zip(
                 schema.paths,
-                [x._value if isinstance(x, Slot) else x for x in mine],
+                map(held, mine),
                 strict=True,
             )
         )
@@ -459,7 +453,7 @@ def iter_graph(node: Any, /) -> Iterator[tuple[Path, Any]]:
         elif entry.what == LEAF:
             seen.add((LEAF, entry.ref))
             leaf = walk.leaves[entry.ref]
-            yield path, leaf._value if isinstance(leaf, Slot) else leaf
+            yield path, held(leaf)
         else:
             seen.add((NODE, entry.ref))
             record = walk.graphdef.records[entry.ref]

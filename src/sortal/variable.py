@@ -12,6 +12,7 @@ import numpy as np
 from sortal import paths
 from sortal._jax import current_trace, register_pytree
 from sortal.errors import TraceError, VariableAttributeError, VariableError
+from sortal.foreign import handler_of_kind, note_class
 from sortal.operators import ArrayFace, plain, with_item
 from sortal.statics import EMPTY, Metadata, edits, is_hashable
 
@@ -91,6 +92,7 @@ class Variable(ArrayFace, Generic[A]):
             merged.update(vars(base).get("_own_options", {}))
         cls.options = types.MappingProxyType(merged)
         _register(cls)
+        note_class(cls)
 
     # ------------------------------------------------------------- value
     @property
@@ -355,11 +357,62 @@ def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[
         if kind is None:
             made.append(value)
             continue
+        if not issubclass(kind, Variable):
+            made.append(_handler(kind).make(kind, value, meta))
+            continue
         made.append(variable := new(kind))
         _init_cell(variable, [value])
         _init_metadata(variable, meta)
         _init_trace(variable, trace)
     return made
+
+
+def _handler(kind: type) -> Any:
+    return handler_of_kind(kind)
+
+
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is a Variable, of Sortal or of another library that was met.
+
+    Args:
+      x: anything.
+
+    Returns:
+      True where it is.
+    """
+    return isinstance(x, Variable) or handler_of_kind(type(x)) is not None
+
+
+def value_of(x: Any) -> Any:
+    """The bare value of a Variable of any library; anything else as it is.
+
+    Args:
+      x: anything.
+
+    Returns:
+      The value.
+    """
+    if isinstance(x, Variable):
+        return x._value
+    handler = handler_of_kind(type(x))
+    return x if handler is None else handler.values([x])[0]
+
+
+def metadata_of(variable: Any) -> Metadata:
+    """The interned metadata of a Variable of any library.
+
+    Args:
+      variable: the Variable.
+
+    Returns:
+      The Metadata.
+
+    Raises:
+      TypeError: a value in another library's metadata cannot be hashed.
+    """
+    if isinstance(variable, Variable):
+        return variable._metadata
+    return Metadata.of(_handler(type(variable)).entries([variable])[0])
 
 
 def check_writable(objects: Iterable[Any]) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sortal import variable as _kinds
+from sortal.foreign import is_kind, same_kind
 from sortal.filters import At, Filter, OfType, WithTag, to_filter
 from sortal.graph import bind
 from sortal.graphdef import LEAF, NODE, Entry, GraphDef, join
@@ -313,7 +314,7 @@ def _by_kind(rows: Sequence[Leaf]) -> dict[Kind, list[Leaf]]:
 def _rank(kind: Kind, label: str) -> tuple[int, str]:
     if kind is None:
         return (2, label)
-    return (0 if issubclass(kind, Param) else 1, label)
+    return (0 if is_kind(kind, Param) else 1, label)
 
 
 def _kind_row(group: Sequence[Leaf]) -> KindRow:
@@ -458,10 +459,12 @@ def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
     seen = list(dict.fromkeys([*present, *named]))
     groups: dict[str, list[type]] = {}
     for kind in seen:
-        groups.setdefault(kind.__name__, []).append(kind)
+        group = groups.setdefault(kind.__name__, [])
+        if not any(same_kind(kind, other) for other in group):
+            group.append(kind)
     for name, group in groups.items():
         built_in = _BUILT_IN.get(name)
-        if built_in is not None and built_in not in group:
+        if built_in and not any(same_kind(built_in, other) for other in group):
             group.insert(0, built_in)
         if len(group) > 1:
             yield _namesake_note(name, group, rows)
@@ -484,9 +487,11 @@ def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> st
 
 def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
     for kind, group in _by_kind(rows).items():
-        if kind is None or kind is Param or not issubclass(kind, Param):
+        if not is_kind(kind, Param):
             continue
         built_in = _BUILT_IN.get(kind.__name__)
+        if same_kind(kind, built_in):
+            continue
         if built_in is not None or _RECORDED.search(kind.__name__):
             at = [show(row.path) for row in group]
             yield (

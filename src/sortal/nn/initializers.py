@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 
 from sortal.errors import ArgumentError
 from sortal.nn.dtypes import name_of
-from sortal.rngs import Rngs
+from sortal.rngs import Rngs, is_rngs
 from sortal.variable import Param, describe
 
 Initializer = jax.nn.initializers.Initializer | Callable[..., Any]
@@ -133,7 +133,7 @@ def new_param(
       ArgumentError: ``rngs`` is no Rngs, or ``init`` is no initialiser.
     """
     owner = name_of(layer)
-    if not isinstance(rngs, Rngs):
+    if not is_rngs(rngs):
         raise ArgumentError(
             f"{owner} needs an Rngs to initialise its {name}; found rngs="
             f"{describe(rngs)}. Write {owner}(..., rngs=nnx.Rngs(0))."

@@ -13,7 +13,7 @@ from jax import lax
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
-from sortal.rngs import Rngs, RngStream
+from sortal.rngs import Rngs, RngStream, is_rngs, is_stream
 from sortal.variable import describe
 
 
@@ -62,7 +62,7 @@ class Dropout(Module):
                 "Dropout: rate is the probability of zero, a plain number from 0 to "
                 f"1; found {describe(rate)}."
             )
-        if not isinstance(rngs, (Rngs, RngStream, type(None))):
+        if not (rngs is None or is_rngs(rngs) or is_stream(rngs)):
             raise ArgumentError(
                 f"Dropout: rngs must be an Rngs, a stream or None; found "
                 f"{describe(rngs)}. Write rngs=nnx.Rngs(0)."
@@ -71,7 +71,7 @@ class Dropout(Module):
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
         self.rng_collection = rng_collection
-        stream = rngs[rng_collection] if isinstance(rngs, Rngs) else rngs
+        stream = rngs[rng_collection] if is_rngs(rngs) else rngs
         self.rngs = None if stream is None else stream.fork()
 
     def __call__(
@@ -111,9 +111,9 @@ class Dropout(Module):
         return lax.select(mask, x / keep, jnp.zeros_like(x))
 
     def _key(self, rngs: Any) -> jax.Array:
-        if isinstance(rngs, Rngs):
+        if is_rngs(rngs):
             return rngs[self.rng_collection]()
-        if isinstance(rngs, RngStream):
+        if is_stream(rngs):
             return rngs()
         if isinstance(rngs, jax.Array):
             return rngs

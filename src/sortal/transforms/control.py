@@ -12,7 +12,7 @@ from sortal.errors import ArgumentError, LoopError, listing
 from sortal.transforms.lift import leave, refuse_unknown, unbind
 from sortal.transforms.operands import Operands, check_types, steady
 from sortal.transforms.traced import Carrier, Exit, Result
-from sortal.variable import Variable, describe
+from sortal.variable import describe, value_of
 
 
 def while_loop(
@@ -154,8 +154,7 @@ class _Loop:
         """``fn`` of the value as a function of all arguments, returning an array."""
 
         def call(*args: Any) -> Any:
-            out = fn(args[-1])
-            return out.value if isinstance(out, Variable) else out
+            return value_of(fn(args[-1]))
 
         return call
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.nested import equal
-from sortal.nodes import Node
+from sortal.graph import has_plan
 from sortal.paths import show
 from sortal.state import FlatState, as_state
 from sortal.surgery import state
@@ -34,7 +34,7 @@ from sortal.transforms.traced import (
     replace_roots,
     run,
 )
-from sortal.variable import Param, Variable, describe
+from sortal.variable import Param, describe, value_of
 
 _NO_FUNCTION: Any = object()
 
@@ -407,8 +407,7 @@ def _places_of_state(
     bad += [f"{name}: {show(p)}: unknown" for p in given if p not in rows]
     for path, at in zip(schema.paths, taken.at, strict=True):
         if path in given:
-            value = given[path]
-            value = value._value if isinstance(value, Variable) else value
+            value = value_of(given[path])
             yield from _places(at, value, rows[path], bad, zeros)
 
 
@@ -416,7 +415,7 @@ def _flat(part: Any, paths: Sequence[Any], zeros: bool) -> Mapping[Any, Any] | N
     """What is given for a module, by path; None where it is of no such form."""
     if part is None and zeros:
         return dict.fromkeys(paths)
-    if isinstance(part, Node):
+    if has_plan(part):
         every = dict(state(part).flat_state())
         return {path: every[path] for path in paths if path in every}
     if isinstance(part, (FlatState, Mapping)):

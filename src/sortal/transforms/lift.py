@@ -17,9 +17,9 @@ import jax
 from jax.core import Tracer
 
 from sortal.errors import ArgumentError
-from sortal.graph import Slot, Walk, bind, plan_of, store_all
+from sortal.graph import Walk, bind, has_plan, held, identity, store_all
 from sortal.graphdef import NODE, Entry, GraphDef, Step, fill
-from sortal.nodes import Node
+from sortal.nodes import handler_of, is_root
 from sortal.paths import show
 from sortal.transforms.traced import (
     Carrier,
@@ -31,7 +31,7 @@ from sortal.transforms.traced import (
     resolve,
     ticket,
 )
-from sortal.variable import Variable, check_writable, describe, make
+from sortal.variable import check_writable, describe, make
 
 
 class Joint(NamedTuple):
@@ -55,7 +55,7 @@ _joints: dict[tuple[int, ...], Joint] = {}
 def _joint(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     if len(plans) == 1:
         return plans[0].graphdef.memo("joint", lambda: _single(plans[0].graphdef))
-    if not all(isinstance(root, Node) for root in roots):
+    if not all(map(has_plan, roots)):
         return _several(roots, plans)
     key = tuple(plan.uid for plan in plans)
     found = _joints.get(key)
@@ -78,8 +78,7 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     for i, (root, plan) in enumerate(zip(roots, plans, strict=True)):
         for j, leaf in enumerate(plan.leaves):
             where.setdefault(identity(leaf), (i, j))
-        nodes = plan.nodes if isinstance(root, Node) else []
-        for k, node in enumerate(nodes):
+        for k, node in enumerate(plan.nodes):
             where.setdefault(id(root if k == 0 else node), (i, k))
     leaf_at = tuple(where[identity(leaf)] for leaf in walk.leaves)
     picks: list[Any] = []
@@ -92,11 +91,6 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     }
     tickets = tuple(ticket(graphdef, i, len(roots)) for i in range(len(roots)))
     return Joint(graphdef, tickets, tuple(picks), leaf_at, node_at)
-
-
-def identity(leaf: Any) -> Any:
-    """What is equal for one and the same live leaf, seen from two plans."""
-    return leaf._id if isinstance(leaf, Slot) else id(leaf)
 
 
 def _refer(roots: list[Any], root: Any) -> Ref:
@@ -137,9 +131,7 @@ class Entered:
         self.args, self.kwargs = tuple(numbered), named
 
     def _carry(self) -> None:
-        self.plans = [
-            plan_of(r) if isinstance(r, Node) else bind(r) for r in self.roots
-        ]
+        self.plans = list(map(bind, self.roots))
         self.joint = joint = _joint(self.roots, self.plans)
         values = [plan.values() for plan in self.plans]
         for i, pick in enumerate(joint.picks):
@@ -190,7 +182,9 @@ def leave(entered: Entered, result: Result) -> Any:
         objects = _carry_out(entered, exit.edits, exit.outputs, result.fresh)
     elif exit.outputs:
         objects = [
-            entered.live_node(e.ref) if e.what == NODE else entered.live_leaf(e.ref)
+            entered.live_node(e.ref)
+            if e.what == NODE
+            else held(entered.live_leaf(e.ref))
             for e in exit.outputs
         ]
     else:
@@ -205,8 +199,12 @@ def _edited(entered: Entered, edits: Edits) -> list[Any]:
     roots = [
         entered.roots[entered.joint.node_at[n][0]] for n in numbers if n is not None
     ]
-    held = [x if isinstance(x, Node) else r for x, r in zip(nodes, roots, strict=True)]
-    return [*held, *(entered.live_leaf(k) for k, _ in edits.metadata)]
+    owners = [
+        handler_of(x).owner(x) or handler_of(r).owner(r)
+        for x, r in zip(nodes, roots, strict=True)
+    ]
+    owners = [x for x in owners if x is not None]
+    return [*owners, *(entered.live_leaf(k) for k, _ in edits.metadata)]
 
 
 def _carry_out(
@@ -221,8 +219,7 @@ def _carry_out(
             value = next(new)
             leaf = value if kind is None else make(kind, value, schema.metadata[i])
         else:
-            leaf = entered.live_leaf(k)
-            leaf = leaf._value if isinstance(leaf, Slot) else leaf
+            leaf = held(entered.live_leaf(k))
         leaves.append(leaf)
     for k, metadata in edits.metadata:
         live = entered.live_leaf(k)
@@ -251,13 +248,13 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     Returns:
       A plain function, and the arguments to put before those of each call.
     """
-    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, Node):
+    if isinstance(fn, types.MethodType) and has_plan(fn.__self__):
         return fn.__func__, (fn.__self__,)
-    if isinstance(fn, Node):
-        return type(fn).__call__, (fn,)  # type: ignore[operator]
+    if has_plan(fn):
+        return type(fn).__call__, (fn,)
     if isinstance(fn, functools.partial) and not fn.keywords:
         inner, first = unbind(fn.func)
-        if first or any(isinstance(x, (Node, Variable)) for x in fn.args):
+        if first or any(map(is_root, fn.args)):
             return inner, (*first, *fn.args)
     return fn, ()
 

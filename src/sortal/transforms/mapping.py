@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from sortal._jax import differs_in_vmap, varying_axes
 from sortal.errors import ArgumentError, AxisError, listing
-from sortal.graph import Slot
+from sortal.graph import held
 from sortal.graphdef import Schema
 from sortal.policy import Policy, answers
 from sortal.rules import written
@@ -379,7 +379,7 @@ class _Call:
         spread = self.spread
         for k, value in zip(result.exit.written, result.values, strict=True):
             live = spread.entered.live_leaf(k)
-            seen = live._value if isinstance(live, Slot) else live
+            seen = held(live)
             one = spread.entered.joint.graphdef.schema.pick([k])
             given = spread.given[spread.entered.joint.leaf_at[k][0]]
             view = functools.partial(list, (seen,))

@@ -20,7 +20,7 @@ from sortal.graphdef import ABSENT, Difference, Fact, GraphDef, facts_of, kind_n
 from sortal.paths import Path, show
 from sortal.statics import is_hashable, static_key
 from sortal.transforms.traced import Carrier
-from sortal.variable import Variable, describe
+from sortal.variable import describe, is_variable
 
 _KEPT = 16
 _LONGEST, _KEPT_TEXT = 200, 2_000
@@ -256,7 +256,7 @@ def _stops(x: Any) -> bool:
 
 
 def _is_told(x: Any) -> bool:
-    return _stops(x) or isinstance(x, Variable)  # one that a State holds
+    return _stops(x) or is_variable(x)  # one that a State holds
 
 
 def _aval(value: Any) -> str:

@@ -10,12 +10,12 @@ import jax
 import jax.tree_util as jtu
 
 from sortal._jax import register_pytree
-from sortal.graph import Slot, Walk
+from sortal.graph import Slot, Walk, held
 from sortal.graphdef import LEAF, NODE, STATIC, Entry, GraphDef
-from sortal.nodes import Node, handler_of
+from sortal.nodes import handler_of, is_root
 from sortal.paths import Path, PathKey
 from sortal.state import State
-from sortal.variable import Variable
+from sortal.variable import is_variable, value_of
 
 PASS, ROOT, SCAN = "pass", "root", "scan"
 _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None))
@@ -91,15 +91,11 @@ register_pytree(
 )
 
 
-def _is_root(x: Any) -> bool:
-    return isinstance(x, (Node, Variable, State))
-
-
 def _mode(x: Any) -> str:
     cls = type(x)
     found = _modes.get(cls)
     if found is None:
-        if isinstance(x, (Node, Variable)):
+        if is_root(x):
             found = ROOT
         elif isinstance(x, _ATOMS) or jtu.all_leaves([x]):
             found = PASS
@@ -110,7 +106,7 @@ def _mode(x: Any) -> str:
 
 
 def replace_roots(tree: Any, replace: Callable[[Any], Any]) -> Any:
-    """``tree`` with each Node and Variable in it replaced; itself if it has none.
+    """``tree`` with each object and Variable in it replaced; itself if it has none.
 
     Args:
       tree: any pytree.
@@ -124,12 +120,10 @@ def replace_roots(tree: Any, replace: Callable[[Any], Any]) -> Any:
         return tree
     if mode is ROOT:
         return replace(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=_is_root)
-    if not any(isinstance(x, (Node, Variable)) for x in leaves):
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=lambda x: _mode(x) is not SCAN)
+    if not any(_mode(x) is ROOT for x in leaves):
         return tree
-    return treedef.unflatten(
-        [replace(x) if isinstance(x, (Node, Variable)) else x for x in leaves]
-    )
+    return treedef.unflatten([replace(x) if _mode(x) is ROOT else x for x in leaves])
 
 
 class Ref:
@@ -347,15 +341,16 @@ def _unedited(walk: Walk, copies: Copies) -> bool:
         return False
     nodes = zip(walk.nodes, copies.nodes, strict=True)
     return all(a is b for a, b in nodes if handler_of(a).tracked) and all(
-        a is b
+        held(a) is b
         for a, b in zip(walk.leaves, copies.leaves, strict=True)
-        if isinstance(a, Variable)
+        if type(a) is not Slot
     )
 
 
 def _current_values(walk: Walk | None, copies: Copies) -> list[Any]:
-    leaves = walk.leaves if walk is not None else copies.leaves
-    return [x._value if isinstance(x, (Variable, Slot)) else x for x in leaves]
+    if walk is not None:
+        return [x._value for x in walk.leaves]
+    return list(map(value_of, copies.leaves))
 
 
 def _same_value(old: Any, new: Any) -> bool:
@@ -386,7 +381,7 @@ def _known(outputs: list[Any], copies: Copies) -> tuple[Entry, ...] | None:
     """The outputs as numbers of entry, or None where one of them is new."""
     numbers = {id(x): Entry(None, NODE, n) for n, x in enumerate(copies.nodes)}
     for k, leaf in enumerate(copies.leaves):
-        if isinstance(leaf, Variable):
+        if is_variable(leaf):
             numbers[id(leaf)] = Entry(None, LEAF, k)
     if any(id(x) not in numbers for x in outputs):
         return None
@@ -414,8 +409,8 @@ def _edits(
             zip(copies.leaves, copies.values, strict=True)
         ):
             if k not in rigid:
-                known[id(leaf if isinstance(leaf, Variable) else value)] = k
-    currently = [x._value if isinstance(x, Slot) else x for x in walk.leaves]
+                known[id(leaf if is_variable(leaf) else value)] = k
+    currently = list(map(held, walk.leaves))
     leaf_from = tuple(known.get(id(x)) for x in currently)
     after = walk.graphdef
     dirty = tuple(
@@ -435,7 +430,7 @@ def _edits(
         and after.schema.metadata[i] is not before.schema.metadata[k]
     )
     fresh = [
-        x._value if isinstance(x, Variable) else x
+        value_of(x)
         for x, k in zip(currently, leaf_from, strict=True)
         if k is None
     ]

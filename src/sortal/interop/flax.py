@@ -1,0 +1,318 @@
+"""Flax NNX objects as nodes and leaves, in place: nothing is converted or wrapped.
+
+Flax is imported by nobody but the user: this is run when the first class of it turns
+up. What it knows of Flax beyond public names is how Variables and Pytrees keep their
+contents; that has been the same from 0.12.0 on, but for one name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sortal import paths, rngs
+from sortal import variable as _kinds
+from sortal._jax import current_trace
+from sortal.errors import UnsupportedError
+from sortal.foreign import (
+    VariableHandler,
+    introduce,
+    pair,
+    register_variable,
+    watch_classes,
+)
+from sortal.nodes import Handler, Node, register_node
+from sortal.state import State
+from sortal.statics import Metadata, is_hashable
+
+OLDEST = (0, 12, 0)
+_PRIVATE = "_pytree__"
+_KINDS = (
+    "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount "
+    "LoRAParam"
+).split()
+_OPTIMIZER_KINDS = ("OptState", "OptArray", "OptVariable")
+
+
+class FlaxVariables(VariableHandler):
+    """Variables of Flax: three slots, written past hooks and checks of the trace."""
+
+    def __init__(self) -> None:
+        from flax.nnx import Variable, tracers
+
+        slots = vars(Variable)
+        value = slots.get("_raw_value") or slots["raw_value"]  # 0.12.0 has the latter
+        metadata, trace = slots["_var_metadata"], slots["_trace_state"]
+        self._get: Callable[[Any], Any] = value.__get__
+        self._set: Callable[[Any, Any], None] = value.__set__
+        self._get_metadata: Callable[[Any], dict[str, Any]] = metadata.__get__
+        self._set_metadata: Callable[[Any, Any], None] = metadata.__set__
+        self._get_trace: Callable[[Any], Any] = trace.__get__
+        self._set_trace: Callable[[Any, Any], None] = trace.__set__
+        self._new_trace: Callable[[], Any] = tracers.TraceState
+
+    def values(self, variables: Sequence[Any]) -> list[Any]:
+        """See the base class."""
+        return list(map(self._get, variables))
+
+    def write(self, variable: Any, value: Any) -> None:
+        """See the base class."""
+        self._set(variable, value)
+
+    def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
+        """See the base class."""
+        return list(map(self._get_metadata, variables))
+
+    def set_metadata(self, variable: Any, metadata: dict[str, Any]) -> None:
+        """See the base class."""
+        self._set_metadata(variable, metadata)
+
+    def is_ours(self, variable: Any) -> bool:
+        """See the base class."""
+        return self._get_trace(variable).is_valid()
+
+    def refusal(self, variable: Any) -> str:
+        """See the base class."""
+        metadata = self._get_metadata(variable)
+        modes = [mode for mode in ("ref", "hijax") if metadata.get(mode)]
+        if not modes:
+            return ""
+        return (
+            f"made with {modes[0]}=True, so that its value is no plain array; make it "
+            "without"
+        )
+
+    def make(self, kind: type, value: Any, metadata: Metadata) -> Any:
+        """See the base class."""
+        made = object.__new__(kind)
+        self._set_trace(made, self._new_trace())
+        self._set_metadata(made, dict(metadata))
+        self._set(made, value)
+        return made
+
+
+class Shape(NamedTuple):
+    """What a Pytree of Flax has besides its attributes."""
+
+    nodes: Any
+    initializing: bool
+    is_setup: bool
+
+
+class Owner(NamedTuple):
+    """Says which trace an object of Flax belongs to."""
+
+    obj: Any
+
+    @property
+    def _trace(self) -> Any:
+        state = self.obj._pytree__state.trace_state
+        return current_trace() if state.is_valid() else None
+
+    @property
+    def _place(self) -> tuple[Any, paths.Path, str]:
+        return self.obj, (), type(self.obj).__name__
+
+
+class FlaxObjects(Handler):
+    """``nnx.Pytree`` and all that derives from it: the children are the attributes."""
+
+    root = True
+
+    def keys(self, obj: Any) -> Sequence[Any]:
+        """The attributes' names; integers in a List, under whose digits Flax may
+        keep them."""
+        names = [n for n in vars(obj) if not str(n).startswith(_PRIVATE)]
+        if getattr(type(obj), "_pytree__has_int_keys", False):
+            names = [int(n) if str(n).isdigit() else n for n in names]
+        return sorted(names, key=paths.order)
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        """See the base class."""
+        attributes = vars(obj)
+        return attributes, key if key in attributes else str(key)
+
+    def children(self, obj: Any, keys: Any) -> list[Any]:
+        """See the base class."""
+        attributes = vars(obj)
+        return [attributes[k if k in attributes else str(k)] for k in keys]
+
+    def attributes(self, obj: Any) -> dict[Any, Any]:
+        """See the base class."""
+        return vars(obj)
+
+    def roles(self, obj: Any) -> Mapping[Any, str] | None:
+        """What Flax takes as data and static, where that is not seen from the value."""
+        if not type(obj)._pytree__is_pytree:
+            return None
+        keys, status = self.keys(obj), obj._pytree__nodes
+        roles = {}
+        for key, child in zip(keys, self.children(obj, keys), strict=True):
+            name = key if key in status else str(key)
+            if name in status and status[name]:
+                # None is an empty tree for Flax as for JAX, marked or not.
+                role = "data" if child is not None else ""
+            else:
+                # Lists of settings are static to Flax, though they have no hash.
+                role = "static" if is_hashable(child) else ""
+            roles[key] = role
+        return roles
+
+    def spec(self, obj: Any) -> Shape:
+        """See the base class."""
+        state = obj._pytree__state
+        return Shape(obj._pytree__nodes, state.initializing, state.is_setup)
+
+    def owner(self, obj: Any) -> Owner:
+        """See the base class."""
+        return Owner(obj)
+
+    def remove(self, obj: Any, key: Any) -> None:
+        """See the base class."""
+        delattr(obj, key)
+
+    def can_remove(self, key: Any) -> bool:
+        """See the base class."""
+        return isinstance(key, str)
+
+    def shell(self, cls: type, spec: Shape) -> Any:
+        """See the base class."""
+        from flax.nnx import pytreelib
+
+        made = object.__new__(cls)
+        state = pytreelib.PytreeState(spec.initializing, spec.is_setup)
+        vars(made).update(_pytree__state=state)
+        return made
+
+    def fill(self, obj: Any, spec: Shape, items: dict[Any, Any]) -> None:
+        """See the base class."""
+        attributes = vars(obj)
+        named = {self._stored(obj, spec, key): child for key, child in items.items()}
+        gone = [n for n in attributes if not str(n).startswith(_PRIVATE)]
+        for name in gone:
+            if name not in named:
+                del attributes[name]
+        attributes.update(named)
+        attributes["_pytree__nodes"] = spec.nodes
+
+    def _stored(self, obj: Any, spec: Shape, key: Any) -> Any:
+        digits = isinstance(key, int) and key not in spec.nodes
+        return str(key) if digits and str(key) in spec.nodes else key
+
+
+class FlaxStates(Handler):
+    """``nnx.State``: a mapping, nested in plain dicts."""
+
+    root = True
+
+    def keys(self, obj: Any) -> Sequence[Any]:
+        """See the base class."""
+        return sorted(obj.raw_mapping, key=paths.order)
+
+    def children(self, obj: Any, keys: Any) -> list[Any]:
+        """See the base class."""
+        return [obj.raw_mapping[key] for key in keys]
+
+    def attributes(self, obj: Any) -> dict[Any, Any]:
+        """See the base class."""
+        return obj.raw_mapping
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        """See the base class."""
+        return obj.raw_mapping, key
+
+    def remove(self, obj: Any, key: Any) -> None:
+        """See the base class."""
+        del obj.raw_mapping[key]
+
+    def can_remove(self, key: Any) -> bool:
+        """See the base class."""
+        return True
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        """See the base class."""
+        return cls({})
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        """See the base class."""
+        mapping = obj.raw_mapping
+        mapping.clear()
+        mapping.update(items)
+
+
+def _meet() -> None:
+    """Teaches the engine Flax's types, and Flax the few of ours that it may hold."""
+    import flax
+    from flax import nnx
+
+    version = tuple(int(x) for x in flax.__version__.split(".")[:3] if x.isdigit())
+    if version < OLDEST:
+        raise UnsupportedError(
+            f"Sortal works on Flax NNX objects of Flax "
+            f"{'.'.join(map(str, OLDEST))} and newer; found {flax.__version__}. "
+            "Write pip install --upgrade flax."
+        )
+    register_variable(nnx.Variable, FlaxVariables())
+    register_node(nnx.Pytree, FlaxObjects())
+    register_node(nnx.State, FlaxStates())
+    for theirs, names in ((nnx, _KINDS), (nnx.optimizer, _OPTIMIZER_KINDS)):
+        for name in names:
+            if hasattr(_kinds, name) and hasattr(theirs, name):
+                pair(getattr(_kinds, name), getattr(theirs, name))
+    _introduce_ours()
+
+
+def _introduce_ours() -> None:
+    from flax import nnx
+    from flax.nnx import graph
+
+    # What it holds of ours is data to it, as its own modules and Variables are.
+    for base in (Node, _kinds.Variable, State):
+        for cls in _with_subclasses(base):
+            nnx.register_data_type(cls)
+    watch_classes(nnx.register_data_type)
+    # As virtual subclasses, the way that Python's ABCs provide: layers of Flax ask
+    # whether what they were given is an Rngs, and then only call and fork it.
+    for ours, theirs in ((rngs.Rngs, nnx.Rngs), (rngs.RngStream, nnx.RngStream)):
+        theirs.register(ours)
+        pair(ours, theirs)
+    graph.register_graph_node_type(
+        State, _state_items, _set_item, _pop_item, _empty, _clear, _fill
+    )
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for below in cls.__subclasses__():
+        yield from _with_subclasses(below)
+
+
+def _state_items(state: State) -> tuple[list[tuple[Any, Any]], None]:
+    return [(key, state[key]) for key in sorted(state, key=paths.order)], None
+
+
+def _set_item(state: State, key: Any, value: Any) -> None:
+    state[key] = value
+
+
+def _pop_item(state: State, key: Any) -> Any:
+    found = state[key]
+    del state[key]
+    return found
+
+
+def _empty(_: None) -> State:
+    return State({})
+
+
+def _clear(state: State) -> None:
+    for key in list(state):
+        del state[key]
+
+
+def _fill(state: State, items: Iterable[tuple[Any, Any]]) -> None:
+    for key, value in items:
+        state[key] = value
+
+
+introduce("flax.nnx", _meet)
