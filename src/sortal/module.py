@@ -229,11 +229,14 @@ def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> 
         )
 
 
-def iter_modules(node: Any, /) -> Iterator[tuple[Path, Module]]:
+def iter_modules(
+    node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Path, Module]]:
     """Every Module once with its first path, children before their holder.
 
     Args:
       node: a Module or a container of modules.
+      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and Module.
@@ -247,11 +250,14 @@ def iter_modules(node: Any, /) -> Iterator[tuple[Path, Module]]:
     return iter_nodes(node, lambda x: isinstance(x, Module))
 
 
-def iter_children(node: Module, /) -> Iterator[tuple[str, Module]]:
+def iter_children(
+    node: Module, /, *, graph: bool | None = None
+) -> Iterator[tuple[str, Module]]:
     """The modules that are attributes of a module, sorted by name.
 
     Args:
       node: a Module.
+      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of attribute name and Module.

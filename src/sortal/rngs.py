@@ -295,7 +295,14 @@ _NO_NODE: Any = object()
 
 
 def split_rngs(
-    node: Any = _NO_NODE, /, *, splits: Split, only: Any = ..., squeeze: bool = False
+    node: Any = _NO_NODE,
+    /,
+    *,
+    splits: Split,
+    only: Any = ...,
+    squeeze: bool = False,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
 ) -> Any:
     """Turns the keys of a model's streams, in place, into arrays of keys.
 
@@ -305,6 +312,8 @@ def split_rngs(
       splits: the number or shape of keys.
       only: which streams, as a filter over their Variables; a name is a tag.
       squeeze: keep no axis; for ``splits=1``.
+      graph: taken for NNX code, of no effect.
+      graph_updates: likewise.
 
     Returns:
       An RngBackups, usable with ``with`` or ``restore_rngs``; or the decorator.
@@ -346,12 +355,21 @@ def split_rngs(
     return RngBackups(backups)
 
 
-def fork_rngs(node: Any, /, *, split: Any = None) -> RngBackups:
+def fork_rngs(
+    node: Any,
+    /,
+    *,
+    split: Any = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> RngBackups:
     """Gives a model's streams new keys in place, each derived from the old one.
 
     Args:
       node: a Module, Rngs or container.
       split: None, a number or shape of keys, or a mapping from filters to these.
+      graph: taken for NNX code, of no effect.
+      graph_updates: likewise.
 
     Returns:
       An RngBackups, usable with ``with`` or ``restore_rngs``.
@@ -401,6 +419,7 @@ def reseed(
     policy: str | Callable[[Path, jax.Array, tuple[int, ...]], jax.Array] = (
         "scalars_only"
     ),
+    graph: bool | None = None,
     **stream_keys: Any,
 ) -> None:
     """Gives a model's streams, by name, new keys and counts of zero, in place.
@@ -410,6 +429,7 @@ def reseed(
       policy: what to do with streams that hold several keys: ``"scalars_only"`` is an
         error, ``"match_shape"`` splits the new key; or a function of (path, key,
         shape) that returns the keys.
+      graph: taken for NNX code, of no effect.
       **stream_keys: seeds or keys by stream name.
 
     Raises:
