@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import gc
+import importlib
 import pickle
 import weakref
 from collections import OrderedDict, namedtuple

@@ -54,6 +54,7 @@ ORDER = (
     "sortal.policy",
     "sortal.transforms.traced",
     "sortal.transforms.lift",
+    "sortal.transforms.axis_names",
     "sortal.transforms.prefixes",
     "sortal.transforms.shardings",
     "sortal.transforms.donate",

@@ -24,8 +24,7 @@ _OWN = "to_nnx__"
 
 
 class _Held:
-    """A Linen module as a static value: Linen compares its modules, but a field that
-    is a list keeps them from being hashed."""
+    """A Linen module as a static value; a list in its fields leaves it unhashable."""
 
     def __init__(self, module: Any):
         self.module = module
