@@ -116,7 +116,7 @@ def test_a_path_key_prints_as_subscripts_and_compares_by_path():
     assert key == paths.PathKey(("layers", 0, "kernel"))
     assert key != paths.PathKey(("layers", 1, "kernel"))
     assert key != ("layers", 0, "kernel")
-    assert len({key, paths.PathKey(key.key)}) == 1
+    assert len({key, paths.PathKey(key.path)}) == 1
     assert pickle.loads(pickle.dumps(key)) == key
 
 

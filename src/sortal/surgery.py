@@ -28,7 +28,7 @@ from sortal.statics import Metadata
 from sortal.variable import check_writable, describe
 
 
-def state(node: Any, /, *filters: Any, graph: bool | None = None) -> Any:
+def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     """A snapshot of the leaves that filters take.
 
     Editing the snapshot never edits the model. Each leaf goes to the first filter that
@@ -85,7 +85,7 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
     return bind(node).graphdef
 
 
-def split(node: Any, /, *filters: Any, graph: bool | None = None) -> tuple[Any, ...]:
+def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...]:
     """Divides a model into its GraphDef and one State for each filter.
 
     Args:
@@ -321,7 +321,7 @@ def _shown(value: Any) -> str:
     return describe(jax.tree.map(lambda x: x, value))
 
 
-def pop(node: Any, /, *filters: Any) -> Any:
+def pop(node: Any, *filters: Any) -> Any:
     """Removes the leaves that filters take from a live model, and returns them.
 
     Args:
@@ -383,7 +383,6 @@ def pop(node: Any, /, *filters: Any) -> Any:
 
 def clone(
     node: Any,
-    /,
     variables: bool = True,
     *,
     arrays: bool = False,
@@ -414,7 +413,7 @@ def clone(
     return merge(definition, jax.tree.map(jnp.copy, leaves) if arrays else leaves)
 
 
-def variables(node: Any, /, *filters: Any, graph: bool | None = None) -> Any:
+def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     """The live Variables themselves, by path: writing to one writes to the model.
 
     Args:

@@ -16,7 +16,7 @@ from sortal.surgery import merge, split
 _STATIC = {"tx"}
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass_transform(frozen_default=True)
 class TrainState:
     """Everything a training step changes, as a value that steps return anew.
 
@@ -147,7 +147,7 @@ class _Caller:
 
 
 def _register(cls: Any) -> None:
-    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made = dataclasses.dataclass(frozen=True)(cls)
     static = {
         f.name
         for f in dataclasses.fields(made)

@@ -41,7 +41,6 @@ _REDUCE = (
 
 def vmap(
     f: Any = _NO_FUNCTION,
-    /,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_name: Hashable | None = None,

@@ -35,7 +35,6 @@ _KEPT = 16
 
 def scan(
     f: Any = _NO_FUNCTION,
-    /,
     *,
     length: int | None = None,
     reverse: bool = False,
