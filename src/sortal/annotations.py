@@ -38,7 +38,7 @@ class VariableMetadata:
     """
 
     raw_value: Any
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 def with_metadata(
@@ -78,7 +78,7 @@ def with_metadata(
 
     @functools.wraps(initializer)
     def wrapper(*args: Any, **kwargs: Any) -> VariableMetadata:
-        return VariableMetadata(initializer(*args, **kwargs), metadata)
+        return VariableMetadata(initializer(*args, **kwargs), metadata=metadata)
 
     return wrapper
 

@@ -132,7 +132,6 @@ def vmap(
 
 def shard_map(
     f: Any = _NO_FUNCTION,
-    /,
     *,
     mesh: Any = None,
     in_specs: Any,
