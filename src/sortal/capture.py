@@ -97,7 +97,8 @@ def _put_in(module: Module, leaves: list[tuple[Path, Any]]) -> None:
     for path, leaf in leaves:
         holder: Any = module
         for key in path[:-1]:
-            holder = getattr(holder, key) if isinstance(holder, Node) else holder[key]
+            attribute = isinstance(holder, Node)
+            holder = getattr(holder, str(key)) if attribute else holder[key]
         if isinstance(holder, Node):
             setattr(holder, str(path[-1]), leaf)
         else:

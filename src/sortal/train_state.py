@@ -67,7 +67,8 @@ class TrainState:
         Returns:
           The TrainState.
         """
-        return cls(
+        make: Any = cls
+        return make(
             graphdef=graphdef,
             params=params,
             opt_state=tx.init(params),

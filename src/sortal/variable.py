@@ -98,7 +98,7 @@ class Variable(ArrayFace, OldNames, Generic[A]):
         if "get_value" in vars(cls):
             _read_by_method(cls)
         if "set_value" in vars(cls):
-            cls.__setitem__ = _set_item_by_method
+            _write_by_method(cls)
         cls._own_options = options
         merged: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
@@ -406,8 +406,9 @@ def _read_by_method(kind: Any) -> None:
     kind.__getitem__ = lambda self, index: self.get_value(index=index)
 
 
-def _set_item_by_method(variable: Any, index: Any, new: Any) -> None:
-    variable.set_value(plain(new), index=index)
+def _write_by_method(kind: Any) -> None:
+    """Makes a write to a part ask the kind's own ``set_value``."""
+    kind.__setitem__ = lambda self, at, new: self.set_value(plain(new), index=at)
 
 
 def describe(value: Any) -> str:

@@ -78,7 +78,8 @@ def _wrapper() -> Any:
             if first:
                 self._keep(module)
             else:
-                mine: Any = meta.unbox(unfreeze(self.variables))
+                kept: Any = self.variables
+                mine: Any = meta.unbox(unfreeze(kept))
                 update(module, *mine.values())
             method = nnx_method or "__call__"
             if isinstance(method, str):

@@ -68,11 +68,11 @@ class ToNNX(Module):
                 f"{type(module).__name__}."
             )
         self.to_nnx__held = static(_Held(module))
+        self.to_nnx__rngs: Rngs | None = None
         if isinstance(rngs, Rngs):
-            rngs = rngs.fork()
+            self.to_nnx__rngs = rngs.fork()
         elif rngs is not None:
-            rngs = Rngs(params=rngs)
-        self.to_nnx__rngs = rngs
+            self.to_nnx__rngs = Rngs(params=rngs)
 
     @property
     def to_nnx__module(self) -> Any:
@@ -167,6 +167,7 @@ def _keys(rngs: Any) -> dict[str, Any]:
 
 def _store(module: ToNNX, path: Path, variable: Variable) -> None:
     *above, last = path
+    old: Any
     if not above:
         old = get_dict(module).get(str(last))
     else:

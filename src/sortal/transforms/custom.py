@@ -368,8 +368,8 @@ def custom_vjp(
       A function with a method ``defvjp(fwd, bwd)``.
 
     Raises:
-      ArgumentError: ``fun`` is a bound method or module; at a call: no rules are set, or
-        one returns something of another form.
+      ArgumentError: ``fun`` is a bound method or module; at a call: no rules are set,
+        or one returns something of another form.
       GradientError: when differentiated: paths, shapes or dtypes of cotangents do not
         fit, all of them listed; or ``fun`` and ``fwd`` change different leaves.
 
