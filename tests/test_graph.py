@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
 import pickle
 import weakref
 from collections import OrderedDict, namedtuple
@@ -18,8 +19,10 @@ from flax import nnx as flax_nnx
 
 import sortal
 from models import Count, Holder, Linear, Net, objects, portrait
-from sortal import graph
 from sortal.errors import StructureError, TraceError
+
+# As an attribute, `sortal.graph` is the table of names that NNX code has under it.
+graph = importlib.import_module("sortal.graph")
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import fnmatch
 import pickle
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import sortal
 from sortal import paths
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, EntryError
 from strategies import KEYS, Box
 
 keys = st.one_of(st.sampled_from(KEYS), st.integers(), st.text(max_size=3))
@@ -116,7 +117,7 @@ def test_a_path_key_prints_as_subscripts_and_compares_by_path():
     assert key == paths.PathKey(("layers", 0, "kernel"))
     assert key != paths.PathKey(("layers", 1, "kernel"))
     assert key != ("layers", 0, "kernel")
-    assert len({key, paths.PathKey(key.key)}) == 1
+    assert len({key, paths.PathKey(key.path)}) == 1
     assert pickle.loads(pickle.dumps(key)) == key
 
 
@@ -156,3 +157,24 @@ def test_very_deep_objects_end_the_search():
     assert found is not None
     assert found[-2:] == ("inner", "w")
     assert len(found) <= 26
+
+
+def test_a_path_entry_read_as_one_level_says_what_to_write() -> None:
+    for name in ("key", "idx", "name"):
+        with pytest.raises(
+            EntryError,
+            match=rf"entry.{name} of a JAX key path is one level's, but "
+            r"\['layers'\]\[0\] is one entry for the whole path of a leaf. Write "
+            r"entry.path, which is "
+            r"\('layers', 0\); or nnx.map_state\(",
+        ):
+            getattr(paths.PathKey(("layers", 0)), name)
+    assert not hasattr(paths.PathKey(("layers", 0)), "key")
+    with pytest.raises(AttributeError):
+        paths.PathKey(("layers", 0)).other  # noqa: B018
+
+
+def test_a_path_of_one_level_is_an_entry_of_jax() -> None:
+    one, two = paths.entries([("kernel",), ("layers", 0)])
+    assert one == jax.tree_util.DictKey("kernel")
+    assert two == paths.PathKey(("layers", 0))

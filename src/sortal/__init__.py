@@ -1,11 +1,28 @@
 """Sortal: say what each array is, once; everything else follows from its kind."""
 
+from sortal import bridge as bridge
 from sortal import errors as errors
+from sortal import filterlib as filterlib
+from sortal import graphlib as graph
+from sortal import graphlib as graphlib
 from sortal import interop as interop
 from sortal import metrics as metrics
+from sortal import module as module
 from sortal import nn as nn
 from sortal import optimizer as optimizer
+from sortal import pytreelib as pytreelib
+from sortal import rnglib as rnglib
+from sortal import spmd as spmd
 from sortal import statelib as statelib
+from sortal import tracers as tracers
+from sortal import transforms as transforms
+from sortal import traversals as traversals
+from sortal import variablelib as variablelib
+from sortal.annotations import PARTITION_NAME as PARTITION_NAME
+from sortal.annotations import VariableMetadata as VariableMetadata
+from sortal.annotations import with_metadata as with_metadata
+from sortal.annotations import with_partitioning as with_partitioning
+from sortal.capture import capture as capture
 from sortal.containers import Dict as Dict
 from sortal.containers import List as List
 from sortal.containers import Sequential as Sequential
@@ -29,8 +46,15 @@ from sortal.filters import Under as Under
 from sortal.filters import WithTag as WithTag
 from sortal.filters import to_filter as to_filter
 from sortal.graphdef import GraphDef as GraphDef
+from sortal.inspect.display import display as display
 from sortal.inspect.text import explain as explain
 from sortal.inspect.text import tabulate as tabulate
+from sortal.kind_names import register_variable_name as register_variable_name
+from sortal.kind_names import variable_name_from_type as variable_name_from_type
+from sortal.kind_names import variable_type_from_name as variable_type_from_name
+from sortal.mesh_axes import logical_axis_rules as logical_axis_rules
+from sortal.mesh_axes import use_eager_sharding as use_eager_sharding
+from sortal.mesh_axes import using_eager_sharding as using_eager_sharding
 from sortal.metrics import Metric as Metric
 from sortal.metrics import MultiMetric as MultiMetric
 from sortal.module import Module as Module
@@ -93,7 +117,12 @@ from sortal.rngs import reseed as reseed
 from sortal.rngs import restore_rngs as restore_rngs
 from sortal.rngs import split_rngs as split_rngs
 from sortal.rules import Rule as Rule
+from sortal.spmd import as_abstract as as_abstract
+from sortal.spmd import get_abstract_model as get_abstract_model
+from sortal.spmd import get_named_sharding as get_named_sharding
+from sortal.spmd import get_partition_spec as get_partition_spec
 from sortal.state import FlatState as FlatState
+from sortal.state import State as GraphState
 from sortal.state import State as State
 from sortal.statelib import filter_state as filter_state
 from sortal.statelib import from_flat_state as from_flat_state
@@ -113,6 +142,7 @@ from sortal.surgery import split as split
 from sortal.surgery import state as state
 from sortal.surgery import update as update
 from sortal.surgery import variables as variables
+from sortal.train_state import TrainState as TrainState
 from sortal.transforms.autodiff import DiffState as DiffState
 from sortal.transforms.autodiff import grad as grad
 from sortal.transforms.autodiff import value_and_grad as value_and_grad
@@ -132,6 +162,8 @@ from sortal.transforms.derivatives import make_jaxpr as make_jaxpr
 from sortal.transforms.derivatives import vjp as vjp
 from sortal.transforms.mapping import shard_map as shard_map
 from sortal.transforms.mapping import vmap as vmap
+from sortal.transforms.partial import cached_partial as cached_partial
+from sortal.transforms.partial import jit_partial as jit_partial
 from sortal.transforms.prefixes import Carry as Carry
 from sortal.transforms.prefixes import StateAxes as StateAxes
 from sortal.transforms.prefixes import StateSharding as StateSharding
@@ -139,6 +171,7 @@ from sortal.transforms.prefixes import StateSpecs as StateSpecs
 from sortal.transforms.retrace import RetraceWarning as RetraceWarning
 from sortal.transforms.retrace import explain_retrace as explain_retrace
 from sortal.transforms.scan import scan as scan
+from sortal.variable import A as A
 from sortal.variable import BatchStat as BatchStat
 from sortal.variable import Cache as Cache
 from sortal.variable import Intermediate as Intermediate
@@ -152,3 +185,4 @@ from sortal.variable import RngKey as RngKey
 from sortal.variable import RngState as RngState
 from sortal.variable import Variable as Variable
 from sortal.variable import VariableState as VariableState
+from sortal.view import view as view

@@ -76,6 +76,10 @@ class PathAttributeError(PathError, AttributeError):
     """A path reached by attribute access that a State does not have."""
 
 
+class EntryError(SortalError, AttributeError):
+    """An entry of a JAX key path was read as one level, but is a whole path."""
+
+
 class AxisError(SortalError, ValueError):
     """A leaf cannot go through a map or loop the way its axis, spec or role says."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -338,6 +339,8 @@ class GraphDef(_Interned):
         self._steps: list[Step] | None = None
 
     memo = Schema.memo
+    # Annotations name the model: `GraphDef[Model]`.
+    __class_getitem__ = classmethod(types.GenericAlias)
 
     def diff(self, other: GraphDef) -> list[Difference]:
         """What differs from ``other``, path by path.

@@ -14,6 +14,7 @@ from sortal.errors import ArgumentError, VariableError
 from sortal.filters import to_filter
 from sortal.graph import plan_of
 from sortal.graphdef import GraphDef
+from sortal.kind_names import variable_type_from_name
 from sortal.nodes import Node, get_dict
 from sortal.paths import Path, PathKey
 from sortal.surgery import iter_nodes
@@ -89,7 +90,7 @@ class Module(Pytree):
 
     def sow(
         self,
-        variable_type: type[Variable],
+        variable_type: type[Variable] | str,
         name: str,
         value: Any,
         reduce_fn: Callable[[Any, Any], Any] = lambda old, new: (*old, new),
@@ -98,7 +99,8 @@ class Module(Pytree):
         """Records a value of a call under ``self.<name>``, to be ``pop``ped later.
 
         Args:
-          variable_type: the kind to record it as, such as ``Intermediate``.
+          variable_type: the kind to record it as, such as ``Intermediate``, or the
+            name of one, such as ``"intermediates"``.
           name: the attribute.
           value: an array or pytree.
           reduce_fn: joins what is recorded so far and the value; appends to a tuple
@@ -111,6 +113,8 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
+        if isinstance(variable_type, str):
+            variable_type = variable_type_from_name(variable_type, allow_register=True)
         found = get_dict(self).get(name)
         if found is None:
             recorded = reduce_fn(init_fn(), value)
@@ -124,14 +128,14 @@ class Module(Pytree):
         self,
         name: str,
         value: Any,
-        variable_type: type[Variable] = Perturbation,
+        variable_type: type[Variable] | str = Perturbation,
     ) -> Any:
         """Adds a Variable of zeros to a value, so that its gradient can be taken.
 
         Args:
           name: the attribute that holds the zeros; made at the first call.
           value: an array or pytree.
-          variable_type: the kind of the zeros.
+          variable_type: the kind of the zeros, or the name of one.
 
         Returns:
           The value plus what the attribute holds.
@@ -139,6 +143,8 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
+        if isinstance(variable_type, str):
+            variable_type = variable_type_from_name(variable_type, allow_register=True)
         found = get_dict(self).get(name)
         if found is None:
             found = variable_type(jax.tree.map(jnp.zeros_like, value))
@@ -229,11 +235,14 @@ def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> 
         )
 
 
-def iter_modules(node: Any, /) -> Iterator[tuple[Path, Module]]:
+def iter_modules(
+    node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Path, Module]]:
     """Every Module once with its first path, children before their holder.
 
     Args:
       node: a Module or a container of modules.
+      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and Module.
@@ -247,11 +256,14 @@ def iter_modules(node: Any, /) -> Iterator[tuple[Path, Module]]:
     return iter_nodes(node, lambda x: isinstance(x, Module))
 
 
-def iter_children(node: Module, /) -> Iterator[tuple[str, Module]]:
+def iter_children(
+    node: Module, /, *, graph: bool | None = None
+) -> Iterator[tuple[str, Module]]:
     """The modules that are attributes of a module, sorted by name.
 
     Args:
       node: a Module.
+      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of attribute name and Module.

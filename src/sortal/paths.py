@@ -9,7 +9,9 @@ import types
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from sortal.errors import ArgumentError
+from jax.tree_util import DictKey
+
+from sortal.errors import ArgumentError, EntryError
 
 Path = tuple[Hashable, ...]
 
@@ -128,24 +130,50 @@ class PathKey:
     Example:
       >>> str(PathKey(("layers", 0)))
       "['layers'][0]"
+      >>> PathKey(("layers", 0)).path
+      ('layers', 0)
     """
 
-    __slots__ = ("key",)
+    __slots__ = ("path",)
 
     def __init__(self, path: Path):
-        self.key = path
+        self.path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"key", "idx", "name"}:
+            # Code written for one entry a level would compare it and find nothing.
+            raise EntryError(
+                f"entry.{name} of a JAX key path is one level's, but {self} is one "
+                "entry for the whole path of a leaf. Write entry.path, which is "
+                f"{self.path!r}; or nnx.map_state(lambda path, leaf: ..., state); or "
+                "map over nnx.to_pure_dict(state), whose key paths have an entry for "
+                "each level."
+            )
+        raise AttributeError(name)
 
     def __str__(self) -> str:
-        return "".join(f"[{k!r}]" for k in self.key)
+        return "".join(f"[{k!r}]" for k in self.path)
 
     def __repr__(self) -> str:
-        return f"PathKey({self.key!r})"
+        return f"PathKey({self.path!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PathKey) and other.key == self.key
+        return isinstance(other, PathKey) and other.path == self.path
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash(self.path)
+
+
+def entries(at: Iterable[Path]) -> list[Any]:
+    """A JAX key-path entry for each path.
+
+    Args:
+      at: paths.
+
+    Returns:
+      JAX's own ``DictKey`` where a path has one level, else a PathKey.
+    """
+    return [DictKey(path[0]) if len(path) == 1 else PathKey(path) for path in at]
 
 
 def locate(*targets: Any) -> list[Path | None]:

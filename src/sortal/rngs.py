@@ -311,7 +311,14 @@ _NO_NODE: Any = object()
 
 
 def split_rngs(
-    node: Any = _NO_NODE, /, *, splits: Split, only: Any = ..., squeeze: bool = False
+    node: Any = _NO_NODE,
+    /,
+    *,
+    splits: Split,
+    only: Any = ...,
+    squeeze: bool = False,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
 ) -> Any:
     """Turns the keys of a model's streams, in place, into arrays of keys.
 
@@ -321,6 +328,8 @@ def split_rngs(
       splits: the number or shape of keys.
       only: which streams, as a filter over their Variables; a name is a tag.
       squeeze: keep no axis; for ``splits=1``.
+      graph: taken for NNX code, of no effect.
+      graph_updates: likewise.
 
     Returns:
       An RngBackups, usable with ``with`` or ``restore_rngs``; or the decorator.
@@ -362,12 +371,21 @@ def split_rngs(
     return RngBackups(backups)
 
 
-def fork_rngs(node: Any, /, *, split: Any = None) -> RngBackups:
+def fork_rngs(
+    node: Any,
+    /,
+    *,
+    split: Any = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> RngBackups:
     """Gives a model's streams new keys in place, each derived from the old one.
 
     Args:
       node: a Module, Rngs or container.
       split: None, a number or shape of keys, or a mapping from filters to these.
+      graph: taken for NNX code, of no effect.
+      graph_updates: likewise.
 
     Returns:
       An RngBackups, usable with ``with`` or ``restore_rngs``.
@@ -417,6 +435,7 @@ def reseed(
     policy: str | Callable[[Path, jax.Array, tuple[int, ...]], jax.Array] = (
         "scalars_only"
     ),
+    graph: bool | None = None,
     **stream_keys: Any,
 ) -> None:
     """Gives a model's streams, by name, new keys and counts of zero, in place.
@@ -426,6 +445,7 @@ def reseed(
       policy: what to do with streams that hold several keys: ``"scalars_only"`` is an
         error, ``"match_shape"`` splits the new key; or a function of (path, key,
         shape) that returns the keys.
+      graph: taken for NNX code, of no effect.
       **stream_keys: seeds or keys by stream name.
 
     Raises:
@@ -446,7 +466,9 @@ def reseed(
         )
     seeds = Rngs(**stream_keys)
     found = [(p, s) for p, s in _streams(node, ...) if s.tag in stream_keys]
-    several = [f"{show(p)} {describe(s.key.get_value())}" for p, s in found if s.key.shape]
+    several = [
+        f"{show(p)} {describe(s.key.get_value())}" for p, s in found if s.key.shape
+    ]
     if policy == "scalars_only" and several:
         raise RngError(
             f"reseed found streams with several keys: {', '.join(several)}. Pass "

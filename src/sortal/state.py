@@ -21,7 +21,7 @@ from sortal.graph import own
 from sortal.graphdef import Schema, check_exhaustive, kind_name, select
 from sortal.nested import equal, locate_all, nest, ordered, walk
 from sortal.nodes import Handler, register_node
-from sortal.paths import Path, PathKey, show
+from sortal.paths import Path, PathKey, entries, show
 from sortal.statics import EMPTY, edits
 from sortal.variable import (
     Variable,
@@ -536,7 +536,8 @@ def _flatten(state: State) -> tuple[list[Any], _Layout]:
 
 def _flatten_with_keys(state: State) -> tuple[list[Any], _Layout]:
     leaves, layout = _flatten(state)
-    return list(zip(map(PathKey, layout.paths), leaves, strict=True)), layout
+    keys = layout.schema.memo("entries", lambda: entries(layout.paths))
+    return list(zip(keys, leaves, strict=True)), layout
 
 
 def _unflatten(layout: _Layout, children: Any) -> State:

@@ -27,11 +27,11 @@ def to_flat_state(state: Any) -> FlatState:
     return as_state(state).flat_state()
 
 
-def from_flat_state(flat: Any) -> State:
+def from_flat_state(flat_state: Any) -> State:
     """The State of pairs of path and leaf.
 
     Args:
-      flat: a FlatState, a mapping by path, or pairs.
+      flat_state: a FlatState, a mapping by path, or pairs.
 
     Returns:
       The State.
@@ -41,7 +41,7 @@ def from_flat_state(flat: Any) -> State:
       >>> nnx.from_flat_state({("a", 0): 1})["a"][0]
       1
     """
-    return State.from_flat_path(flat)
+    return State.from_flat_path(flat_state)
 
 
 def to_pure_dict(state: Any, extract_fn: Callable[[Any], Any] | None = None) -> dict:

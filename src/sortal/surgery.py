@@ -28,7 +28,7 @@ from sortal.statics import Metadata
 from sortal.variable import check_writable, describe
 
 
-def state(node: Any, /, *filters: Any) -> Any:
+def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     """A snapshot of the leaves that filters take.
 
     Editing the snapshot never edits the model. Each leaf goes to the first filter that
@@ -37,6 +37,7 @@ def state(node: Any, /, *filters: Any) -> Any:
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: kinds, tags, ``...``, Filter objects; everything if absent.
+      graph: taken for NNX code, of no effect.
 
     Returns:
       A State, or a tuple with one State for each filter where there are several.
@@ -63,11 +64,12 @@ def state(node: Any, /, *filters: Any) -> Any:
     return states[0] if len(states) == 1 else states
 
 
-def graphdef(node: Any, /) -> GraphDef:
+def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
     """The description of everything but the values.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
+      graph: taken for NNX code, of no effect.
 
     Returns:
       The GraphDef; one and the same object for equal structures.
@@ -83,12 +85,13 @@ def graphdef(node: Any, /) -> GraphDef:
     return bind(node).graphdef
 
 
-def split(node: Any, /, *filters: Any) -> tuple[Any, ...]:
+def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...]:
     """Divides a model into its GraphDef and one State for each filter.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: together they must take every leaf; everything if absent.
+      graph: taken for NNX code, of no effect.
 
     Returns:
       ``(graphdef, state, ...)``.
@@ -318,7 +321,7 @@ def _shown(value: Any) -> str:
     return describe(jax.tree.map(lambda x: x, value))
 
 
-def pop(node: Any, /, *filters: Any) -> Any:
+def pop(node: Any, *filters: Any) -> Any:
     """Removes the leaves that filters take from a live model, and returns them.
 
     Args:
@@ -372,13 +375,21 @@ def pop(node: Any, /, *filters: Any) -> Any:
     return taken
 
 
-def clone(node: Any, /, *, arrays: bool = False) -> Any:
-    """A new model of the same structure and values, with Variables of its own.
+def clone(
+    node: Any,
+    variables: bool = True,
+    *,
+    arrays: bool = False,
+    graph: bool | None = None,
+) -> Any:
+    """A new model of the same structure and values.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
+      variables: whether it has Variables of its own; False shares the old model's.
       arrays: True also copies the arrays, so that donating one model's buffers leaves
         the other's alive.
+      graph: taken for NNX code, of no effect.
 
     Returns:
       The new model.
@@ -389,16 +400,20 @@ def clone(node: Any, /, *, arrays: bool = False) -> Any:
       >>> nnx.clone(model).kernel is model.kernel
       False
     """
+    if not variables:
+        plan = bind(node)
+        return plan.graphdef.build(plan.view())[0]
     definition, leaves = split(node)
     return merge(definition, jax.tree.map(jnp.copy, leaves) if arrays else leaves)
 
 
-def variables(node: Any, /, *filters: Any) -> Any:
+def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     """The live Variables themselves, by path: writing to one writes to the model.
 
     Args:
       node: a Module, or a container of Modules and Variables.
       *filters: as for ``state``.
+      graph: taken for NNX code, of no effect.
 
     Returns:
       A State of the live Variables, or a tuple with one for each filter.
@@ -425,11 +440,14 @@ def variables(node: Any, /, *filters: Any) -> Any:
     return states[0] if len(states) == 1 else states
 
 
-def iter_graph(node: Any, /) -> Iterator[tuple[Path, Any]]:
+def iter_graph(
+    node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Path, Any]]:
     """Every node and leaf once with its first path, children before their holder.
 
     Args:
       node: any root.
+      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and object; static values are left out.

@@ -11,8 +11,11 @@ import numpy as np
 
 from sortal import paths
 from sortal._jax import current_trace, register_pytree
+from sortal.annotations import HOOKS, VariableMetadata, normalised, refuse_hooks
 from sortal.errors import TraceError, VariableAttributeError, VariableError
 from sortal.foreign import handler_of_kind, note_class
+from sortal.mesh_axes import placed
+from sortal.old_names import OldNames
 from sortal.operators import ArrayFace, plain, with_item
 from sortal.statics import EMPTY, Metadata, edits, is_hashable
 
@@ -33,7 +36,7 @@ _OPTIONS = frozenset(
 )
 
 
-class Variable(ArrayFace, Generic[A]):
+class Variable(ArrayFace, OldNames, Generic[A]):
     """A mutable box for one value, whose class is the value's kind.
 
     A kind of one's own is one line, ``class BatchStat(Variable): pass``; class
@@ -43,10 +46,12 @@ class Variable(ArrayFace, Generic[A]):
     Args:
       value: an array of any shape and dtype, or a small pytree of arrays. Kept as it
         is: nothing is converted or copied.
-      **metadata: hashable values kept beside it, part of the structure.
+      **metadata: hashable values kept beside it, part of the structure. Where
+        ``out_sharding`` names its axes and there is a mesh, the value is put there.
 
     Raises:
-      VariableError: the value is itself a Variable, or metadata cannot be hashed.
+      VariableError: the value is itself a Variable, or metadata cannot be hashed or
+        is a hook.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,8 +79,12 @@ class Variable(ArrayFace, Generic[A]):
                 "Variable holds a plain value. Write "
                 f"{type(self).__name__}(variable.value), or share the Variable itself."
             )
-        _begin(self, value)
-        _init_metadata(self, _frozen(type(self), metadata) if metadata else EMPTY)
+        while isinstance(value, VariableMetadata):
+            metadata.update(value.metadata)
+            value = value.raw_value
+        frozen = _frozen(type(self), metadata) if metadata else EMPTY
+        _begin(self, placed(value, frozen) if metadata else value)
+        _init_metadata(self, frozen)
         _init_trace(self, current_trace())
 
     def __init_subclass__(cls, **options: Any):
@@ -86,6 +95,11 @@ class Variable(ArrayFace, Generic[A]):
                 f"class {cls.__name__}: unknown kind option {', '.join(unknown)}. "
                 f"The options are {', '.join(sorted(_OPTIONS))}."
             )
+        refuse_hooks(f"class {cls.__name__}", [n for n in HOOKS if n in vars(cls)])
+        if "get_value" in vars(cls):
+            _read_by_method(cls)
+        if "set_value" in vars(cls):
+            _write_by_method(cls)
         cls._own_options = options
         merged: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
@@ -115,7 +129,7 @@ class Variable(ArrayFace, Generic[A]):
         Returns:
           The value or the part.
         """
-        return self._value if index is _MISSING else self[index]
+        return self._value if index is _MISSING else _item(self._value, index)
 
     def set_value(self, value: Any, *, index: Any = _MISSING) -> None:
         """Replaces the value, or a part of it.
@@ -129,8 +143,7 @@ class Variable(ArrayFace, Generic[A]):
           VariableError: the new value is a Variable where a whole value is due.
         """
         if index is not _MISSING:
-            self[index] = value
-            return
+            value = with_item(self._value, index, value)
         if isinstance(value, Variable):
             raise VariableError(
                 f"the value of a {type(self).__name__} cannot be a "
@@ -148,10 +161,7 @@ class Variable(ArrayFace, Generic[A]):
             raise foreign_write([self._place])
 
     def __getitem__(self, index: Any) -> Any:
-        value: Any = self._value
-        if index is Ellipsis and not isinstance(value, np.ndarray):
-            return value
-        return value[index]
+        return _item(self._value, index)
 
     def __setitem__(self, index: Any, new: Any) -> None:
         self._check_writable()
@@ -171,15 +181,22 @@ class Variable(ArrayFace, Generic[A]):
         new = self._value if value is _MISSING else plain(value)
         return make(type(self), new, _frozen(type(self), merged))
 
-    copy = replace
+    copy = to_state = replace
 
     # ---------------------------------------------------------- metadata
-    def get_metadata(self, name: str | None = None, default: Any = _MISSING) -> Any:
+    def get_metadata(
+        self,
+        name: str | None = None,
+        default: Any = _MISSING,
+        *,
+        exclude_required: bool | None = None,
+    ) -> Any:
         """Returns one entry of the metadata, or all of it as a new dict.
 
         Args:
           name: the entry; all if absent.
           default: what to return where the entry is not there.
+          exclude_required: taken for NNX code; Sortal keeps no entries of its own.
 
         Returns:
           The entry's value, or the dict.
@@ -430,6 +447,23 @@ def check_writable(objects: Iterable[Any]) -> None:
         raise foreign_write(x._place for x in foreign)
 
 
+def _item(value: Any, index: Any) -> Any:
+    if index is Ellipsis and not isinstance(value, np.ndarray):
+        return value
+    return value[index]
+
+
+def _read_by_method(kind: Any) -> None:
+    """Makes every way to read a Variable ask the kind's own ``get_value``."""
+    kind.value = property(lambda self: self.get_value(), Variable.value.fset)
+    kind.__getitem__ = lambda self, index: self.get_value(index=index)
+
+
+def _write_by_method(kind: Any) -> None:
+    """Makes a write to a part ask the kind's own ``set_value``."""
+    kind.__setitem__ = lambda self, at, new: self.set_value(plain(new), index=at)
+
+
 def describe(value: Any) -> str:
     """A short text for a value: ``float32[3,4]`` for an array, else its repr.
 
@@ -449,6 +483,7 @@ def describe(value: Any) -> str:
 def _frozen(kind: type, metadata: Any) -> Metadata:
     if isinstance(metadata, Metadata):
         return metadata
+    metadata = normalised(kind.__name__, metadata)
     try:
         return Metadata.of(metadata)
     except TypeError:

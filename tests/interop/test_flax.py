@@ -358,9 +358,7 @@ def test_a_model_goes_back_and_forth_between_the_two_jits():
     for name, jits in ways.items():
         model = Net(nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-        losses = [
-            float(jits[i % len(jits)](model, optimizer, X)) for i in range(6)
-        ]
+        losses = [float(jits[i % len(jits)](model, optimizer, X)) for i in range(6)]
         found[name] = losses, nnx.state((model, optimizer))
     assert found["both"][0] == found["flax"][0]
     assert_same(found["both"][1], found["flax"][1])

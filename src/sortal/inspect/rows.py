@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sortal import variable as _kinds
-from sortal.foreign import is_kind, same_kind
 from sortal.filters import At, Filter, OfType, WithTag, to_filter
+from sortal.foreign import is_kind, same_kind
 from sortal.graph import bind
 from sortal.graphdef import LEAF, NODE, Entry, GraphDef, join
 from sortal.paths import Path, show

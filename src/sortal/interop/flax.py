@@ -121,7 +121,8 @@ class FlaxObjects(Handler):
 
     def keys(self, obj: Any) -> Sequence[Any]:
         """The attributes' names; integers in a List, under whose digits Flax may
-        keep them."""
+        keep them.
+        """
         names = [n for n in vars(obj) if not str(n).startswith(_PRIVATE)]
         if getattr(type(obj), "_pytree__has_int_keys", False):
             names = [int(n) if str(n).isdigit() else n for n in names]
@@ -149,7 +150,7 @@ class FlaxObjects(Handler):
         roles = {}
         for key, child in zip(keys, self.children(obj, keys), strict=True):
             name = key if key in status else str(key)
-            if name in status and status[name]:
+            if status.get(name):
                 # None is an empty tree for Flax as for JAX, marked or not.
                 role = "data" if child is not None else ""
             else:

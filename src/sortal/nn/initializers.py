@@ -31,6 +31,7 @@ from jax.nn.initializers import xavier_uniform as xavier_uniform
 from jax.nn.initializers import zeros as zeros
 from jax.typing import DTypeLike
 
+from sortal.annotations import VariableMetadata
 from sortal.errors import ArgumentError
 from sortal.nn.dtypes import name_of
 from sortal.rngs import Rngs, is_rngs
@@ -155,7 +156,11 @@ def new_param(
             f"initialisers and is none itself. Call it first, as in "
             f"{name}_init=nnx.initializers.lecun_normal()."
         )
-    param = Param(value, **metadata)
-    if init_shape is not None:
-        param.value = jnp.reshape(param.value, shape)
-    return param
+    return Param(value if init_shape is None else _shaped(value, shape), **metadata)
+
+
+def _shaped(value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, VariableMetadata):
+        inner = _shaped(value.raw_value, shape)
+        return VariableMetadata(inner, metadata=value.metadata)
+    return jnp.reshape(value, shape)

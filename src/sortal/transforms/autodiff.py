@@ -38,7 +38,7 @@ class DiffState(NamedTuple):
     filter: Any
 
 
-def grad(f: Any = _NO_FUNCTION, /, argnums: Any = 0, **options: Any) -> Any:
+def grad(f: Any = _NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
     """The gradient of a scalar function of modules, as a State of the same paths.
 
     Args:
@@ -75,7 +75,6 @@ def grad(f: Any = _NO_FUNCTION, /, argnums: Any = 0, **options: Any) -> Any:
 
 def value_and_grad(
     f: Any = _NO_FUNCTION,
-    /,
     argnums: Any = 0,
     *,
     has_aux: bool = False,

@@ -146,8 +146,7 @@ def _traced(
 
 
 def jit(
-    fn: Any = _NO_FUNCTION,
-    /,
+    fun: Any = _NO_FUNCTION,
     *,
     donate: Any = None,
     on_retrace: str = "ignore",
@@ -162,7 +161,7 @@ def jit(
     exception leaves everything as it was.
 
     Args:
-      fn: the function; without it a decorator is returned.
+      fun: the function; without it a decorator is returned.
       donate: a filter, or a Policy, whose ``donate`` column is read; the leaves that
         it takes, of all Modules and Variables among the arguments, give their buffers
         to the call and get new ones back. True
@@ -207,14 +206,14 @@ def jit(
     """
     options.pop("graph", None)
     options.pop("graph_updates", None)
-    if fn is _NO_FUNCTION:
+    if fun is _NO_FUNCTION:
         return lambda f: Jitted(f, options, donate, on_retrace)
-    if not callable(fn):
+    if not callable(fun):
         raise ArgumentError(
-            f"jit takes a function or a callable Module; found {fn!r}. Options go by "
+            f"jit takes a function or a callable Module; found {fun!r}. Options go by "
             "keyword: jit(f, static_argnums=...)."
         )
-    return Jitted(fn, options, donate, on_retrace)
+    return Jitted(fun, options, donate, on_retrace)
 
 
 def _shift(options: dict[str, Any], by: int) -> dict[str, Any]:
@@ -234,7 +233,6 @@ def _shift(options: dict[str, Any], by: int) -> dict[str, Any]:
 
 def remat(
     f: Any = _NO_FUNCTION,
-    /,
     *,
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,

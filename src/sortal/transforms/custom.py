@@ -332,8 +332,7 @@ def _zero(x: Any) -> Any:
 
 
 def custom_vjp(
-    f: Any = _NO_FUNCTION,
-    /,
+    fun: Any = _NO_FUNCTION,
     nondiff_argnums: Any = (),
     *,
     graph: bool | None = None,
@@ -349,7 +348,7 @@ def custom_vjp(
     kinds and integers have no cotangent. A Variable that two arguments share gets the
     sum of what both are given.
 
-    What ``f`` or ``fwd`` changes is changed in the live modules, and must be the same
+    What ``fun`` or ``fwd`` changes is changed in the live modules, and must be the same
     in both. Values so changed, and modules returned, carry no cotangent: ``bwd`` finds
     None in the place of modules in ``cotangent``.
 
@@ -358,7 +357,7 @@ def custom_vjp(
     that of the output alone, and ``updates_g`` is never passed.
 
     Args:
-      f: the function; its arguments can all go by position. Without it a decorator is
+      fun: the function; its arguments can all go by position. Without it a decorator is
         returned.
       nondiff_argnums: positions not differentiated by; a ``DiffState`` among them says
         instead which leaves of a module are differentiated by, in the place of Param.
@@ -369,10 +368,10 @@ def custom_vjp(
       A function with a method ``defvjp(fwd, bwd)``.
 
     Raises:
-      ArgumentError: ``f`` is a bound method or module; at a call: no rules are set, or
-        one returns something of another form.
+      ArgumentError: ``fun`` is a bound method or module; at a call: no rules are set,
+        or one returns something of another form.
       GradientError: when differentiated: paths, shapes or dtypes of cotangents do not
-        fit, all of them listed; or ``f`` and ``fwd`` change different leaves.
+        fit, all of them listed; or ``fun`` and ``fwd`` change different leaves.
 
     Example:
       >>> import jax.numpy as jnp
@@ -392,9 +391,9 @@ def custom_vjp(
       >>> float(nnx.grad(scaled)(Scale(), 3.0)["w"].value)
       30.0
     """
-    if f is _NO_FUNCTION:
+    if fun is _NO_FUNCTION:
         return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums)
-    return CustomVJP(f, nondiff_argnums)
+    return CustomVJP(fun, nondiff_argnums)
 
 
 def custom_jvp(f: Any = _NO_FUNCTION, /, nondiff_argnums: Any = ()) -> Any:

@@ -14,8 +14,8 @@ from jax.core import Tracer
 
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.nested import equal
 from sortal.graph import has_plan
+from sortal.nested import equal
 from sortal.paths import show
 from sortal.state import FlatState, as_state
 from sortal.surgery import state

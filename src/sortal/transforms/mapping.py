@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from sortal.graph import held
 from sortal.graphdef import Schema
 from sortal.policy import Policy, answers
 from sortal.rules import written
+from sortal.transforms.axis_names import NOTHING, named
 from sortal.transforms.lift import Entered, leave, refuse_unknown, unbind
 from sortal.transforms.prefixes import (
     Spread,
@@ -31,7 +32,6 @@ from sortal.transforms.traced import Carrier, Exit, Result, run
 from sortal.variable import describe
 
 _NO_FUNCTION: Any = object()
-_OF_NNX = ("transform_metadata",)
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
     "or declare how replicas are reduced to one: class Kind(Variable, reduce='mean'), "
@@ -41,12 +41,12 @@ _REDUCE = (
 
 def vmap(
     f: Any = _NO_FUNCTION,
-    /,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
+    transform_metadata: Mapping[str, Any] = NOTHING,
     **ignored: Any,
 ) -> Any:
     """``jax.vmap`` for functions of modules, with an axis for each kind.
@@ -67,8 +67,9 @@ def vmap(
       axis_name: see ``jax.vmap``.
       axis_size: see ``jax.vmap``; needed where no argument has an axis.
       spmd_axis_name: see ``jax.vmap``.
-      **ignored: ``transform_metadata``, ``graph`` and ``graph_updates`` are taken for
-        NNX code, of no effect.
+      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
+        Variables come out stacked, where their metadata names their axes.
+      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator.
@@ -94,7 +95,7 @@ def vmap(
       >>> nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, jnp.ones(2)).shape
       (5, 3)
     """
-    refuse_unknown("vmap", ignored, _OF_NNX)
+    refuse_unknown("vmap", ignored)
     if f is _NO_FUNCTION:
         return functools.partial(
             vmap,
@@ -103,6 +104,7 @@ def vmap(
             axis_name=axis_name,
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
+            transform_metadata=transform_metadata,
         )
     fn, first = unbind(f)
 
@@ -121,14 +123,15 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )
-        return leave(entered, call.result(*mapped(entered.args, entered.kwargs)))
+        result = call.result(*mapped(entered.args, entered.kwargs))
+        result.exit = named(result.exit, call.new, transform_metadata)
+        return leave(entered, result)
 
     return wrapper
 
 
 def shard_map(
     f: Any = _NO_FUNCTION,
-    /,
     *,
     mesh: Any = None,
     in_specs: Any,
@@ -179,7 +182,7 @@ def shard_map(
       >>> forward(model, jnp.ones((4, 2))).shape
       (4, 3)
     """
-    refuse_unknown("shard_map", options, (*_OF_NNX, *_OF_JAX))
+    refuse_unknown("shard_map", options, _OF_JAX)
     options = {k: v for k, v in options.items() if k in _OF_JAX}
     if f is _NO_FUNCTION:
         return functools.partial(
@@ -361,7 +364,9 @@ class _Call:
         self.routes: list[tuple[int, int, Any]] = []
         self.lists: list[list[Any]] = [[] for _ in self.lanes]
         self.problems: dict[_Fault, list[str]] = {}
-        for leaf in [*self._written(result), *self._fresh(result)]:
+        fresh = list(self._fresh(result))
+        self.new = [leaf.answer for leaf in fresh]
+        for leaf in [*self._written(result), *fresh]:
             answer, post, value = self.settle(leaf)
             lane = self.lanes.index(answer)
             self.routes.append((lane, len(self.lists[lane]), post))

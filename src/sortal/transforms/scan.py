@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from sortal._jax import outside_traces
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.statics import is_hashable
+from sortal.transforms.axis_names import NOTHING, named
 from sortal.transforms.captures import captures
 from sortal.transforms.compile import jit
 from sortal.transforms.lift import leave, refuse_unknown, unbind
@@ -34,7 +35,6 @@ _KEPT = 16
 
 def scan(
     f: Any = _NO_FUNCTION,
-    /,
     *,
     length: int | None = None,
     reverse: bool = False,
@@ -42,6 +42,7 @@ def scan(
     _split_transpose: bool = False,
     in_axes: Any = (Carry, 0),
     out_axes: Any = (Carry, 0),
+    transform_metadata: Mapping[str, Any] = NOTHING,
     **ignored: Any,
 ) -> Any:
     """``jax.lax.scan`` for functions of modules, with a role for each kind.
@@ -61,8 +62,9 @@ def scan(
         ``Policy``, or a tree of the last four. At most one argument is ``Carry``.
       out_axes: ``Carry`` for the next carry, and ints for what is stacked: one of
         these, or a tuple.
-      **ignored: ``transform_metadata``, ``graph`` and ``graph_updates`` are taken for
-        NNX code, of no effect.
+      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
+        Variables come out stacked, where their metadata names their axes.
+      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
@@ -88,7 +90,7 @@ def scan(
       >>> forward(layers, jnp.ones((1, 2))).shape
       (1, 2)
     """
-    refuse_unknown("scan", ignored, ("transform_metadata",))
+    refuse_unknown("scan", ignored)
     options = {
         "length": length,
         "reverse": reverse,
@@ -96,7 +98,9 @@ def scan(
         "_split_transpose": _split_transpose,
     }
     if f is _NO_FUNCTION:
-        return functools.partial(scan, in_axes=in_axes, out_axes=out_axes, **options)
+        axes = {"in_axes": in_axes, "out_axes": out_axes}
+        metadata = {"transform_metadata": transform_metadata}
+        return functools.partial(scan, **axes, **metadata, **options)
     fn, first = unbind(f)
     held = len(first)
 
@@ -105,7 +109,7 @@ def scan(
         call = _Scan(fn, Operands(args), given, out_axes)
         call.check_lengths(length, held)
         carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
-        return call.finish(carry, ys)
+        return call.finish(carry, ys, transform_metadata)
 
     # JAX knows a loop again by its step, which is another function at each call.
     kept: dict[Any, Any] = {}
@@ -340,7 +344,7 @@ class _Scan:
                 f"{listing(unstacked)}\nGive an int, or return it in the carry."
             )
 
-    def finish(self, carry: Any, ys: Any) -> Any:
+    def finish(self, carry: Any, ys: Any, metadata: Mapping[str, Any]) -> Any:
         """Brings what all steps did to the live objects; returns the output."""
         tree, carried = carry
         stacked, written, fresh = ys
@@ -349,6 +353,7 @@ class _Scan:
             last[k] = _from_front(value, self.roles[k])
         written = tuple(sorted(self.written))
         exit = Exit(written, self.exit.outputs, self.exit.edits)
+        exit = named(exit, self.new, metadata)
         values = [last[k] for k in written]
         fresh = [_from_front(x, a) for x, a in zip(fresh, self.new, strict=True)]
         stacked = jtu.tree_map(

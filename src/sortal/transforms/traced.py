@@ -430,9 +430,7 @@ def _edits(
         and after.schema.metadata[i] is not before.schema.metadata[k]
     )
     fresh = [
-        value_of(x)
-        for x, k in zip(currently, leaf_from, strict=True)
-        if k is None
+        value_of(x) for x, k in zip(currently, leaf_from, strict=True) if k is None
     ]
     at = after.records[0].entries[1].ref
     entries = after.records[at].entries if isinstance(at, int) else ()

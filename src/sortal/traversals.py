@@ -1,0 +1,139 @@
+"""Nested mappings flattened to one level and back, as NNX code does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sortal.errors import ArgumentError
+
+IsLeaf = Callable[[tuple[Any, ...], Any], bool]
+
+
+class _Empty:
+    def __repr__(self) -> str:
+        return "empty_node"
+
+
+empty_node: Any = _Empty()
+"""Stands for an empty mapping in a flattened one."""
+
+
+def flatten_mapping(
+    xs: Mapping[Any, Any],
+    /,
+    *,
+    keep_empty_nodes: bool = False,
+    is_leaf: IsLeaf | None = None,
+    sep: str | None = None,
+) -> dict[Any, Any]:
+    """A nested mapping as one dict from paths to leaves.
+
+    Args:
+      xs: a nested mapping, such as a State.
+      keep_empty_nodes: whether empty mappings are kept, as ``empty_node``.
+      is_leaf: takes a path and a mapping; True where it is to be kept whole.
+      sep: joins the keys of a path to one string; paths are tuples if absent.
+
+    Returns:
+      The dict.
+
+    Raises:
+      ArgumentError: ``xs`` is no mapping, or ``sep`` is given and a key is no string.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.traversals.flatten_mapping({"a": {"b": 1}, "c": 2}, sep="/")
+      {'a/b': 1, 'c': 2}
+    """
+    found = {}
+    for path, leaf in _walk(xs, (), is_leaf):
+        if leaf is empty_node and (not keep_empty_nodes or path == ()):
+            continue
+        found[_join(path, sep)] = leaf
+    return found
+
+
+def flatten_to_sequence(
+    xs: Mapping[Any, Any], /, *, is_leaf: IsLeaf | None = None
+) -> list[tuple[Any, Any]]:
+    """A nested mapping as a list of pairs of path and leaf.
+
+    Args:
+      xs: a nested mapping, such as a State.
+      is_leaf: takes a path and a mapping; True where it is to be kept whole.
+
+    Returns:
+      The pairs; empty mappings are left out.
+
+    Raises:
+      ArgumentError: ``xs`` is no mapping.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.traversals.flatten_to_sequence({"a": {"b": 1}, "c": 2})
+      [(('a', 'b'), 1), (('c',), 2)]
+    """
+    return [pair for pair in _walk(xs, (), is_leaf) if pair[1] is not empty_node]
+
+
+def unflatten_mapping(xs: Any, /, *, sep: str | None = None) -> dict[Any, Any]:
+    """Nested dicts of leaves with paths; the inverse of ``flatten_mapping``.
+
+    Args:
+      xs: a mapping from paths to leaves, or pairs of them.
+      sep: what joins the keys of a path; paths are tuples if absent.
+
+    Returns:
+      The nested dicts.
+
+    Raises:
+      ArgumentError: ``xs`` is neither a mapping nor iterable.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.traversals.unflatten_mapping({("a", "b"): 1, ("c",): 2})
+      {'a': {'b': 1}, 'c': 2}
+    """
+    if not isinstance(xs, Iterable):
+        raise ArgumentError(
+            f"unflatten_mapping takes a mapping of paths to leaves, or pairs of them; "
+            f"found a {type(xs).__name__}."
+        )
+    nested: dict[Any, Any] = {}
+    for key, leaf in xs.items() if isinstance(xs, Mapping) else xs:
+        *above, last = key if sep is None else key.split(sep)
+        at = nested
+        for part in above:
+            at = at.setdefault(part, {})
+        at[last] = {} if leaf is empty_node else leaf
+    return nested
+
+
+def _walk(xs: Any, path: tuple[Any, ...], is_leaf: IsLeaf | None) -> Any:
+    if not isinstance(xs, Mapping):
+        if path == ():
+            raise ArgumentError(
+                f"a nested mapping is due, such as a State or a dict; found a "
+                f"{type(xs).__name__}."
+            )
+        yield path, xs
+    elif is_leaf and is_leaf(path, xs):
+        yield path, xs
+    elif not xs:
+        yield path, empty_node
+    else:
+        for key, value in xs.items():
+            yield from _walk(value, (*path, key), is_leaf)
+
+
+def _join(path: tuple[Any, ...], sep: str | None) -> Any:
+    if sep is None:
+        return path
+    try:
+        return sep.join(path)
+    except TypeError:
+        raise ArgumentError(
+            f"sep={sep!r} joins keys that are strings; found the path {path}. Leave "
+            "sep out, or write sep.join(map(str, path))."
+        ) from None
