@@ -39,6 +39,7 @@ ORDER = (
     "sortal.filters",
     "sortal.nodes",
     "sortal.graphdef",
+    "sortal.leaves",
     "sortal.graph",
     "sortal.traversals",
     "sortal.nested",

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
 from sortal.filters import to_filter
-from sortal.graph import Leaves, bind, store_all
+from sortal.graph import bind
 from sortal.graphdef import Schema
+from sortal.leaves import Leaves, store_all
 from sortal.module import Pytree
 from sortal.nodes import static
 from sortal.state import State, as_state, snapshot

@@ -7,7 +7,7 @@ imported, and what is here costs a look-up by type.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from sortal.statics import Metadata
 
@@ -48,7 +48,7 @@ class VariableHandler:
 
 _unmet: dict[str, Callable[[], None]] = {}
 """Modules that define the classes of libraries not yet met, and what to do then."""
-_listeners: list[Callable[[type], None]] = []
+_listeners: list[Callable[[type], Any]] = []
 _handlers: dict[type, VariableHandler] = {}
 _found: dict[type, VariableHandler | None] = {}
 _twins: dict[type, type] = {}
@@ -102,7 +102,7 @@ def _learn(module: str) -> None:
         raise
 
 
-def watch_classes(listener: Callable[[type], None]) -> None:
+def watch_classes(listener: Callable[[type], Any]) -> None:
     """Has a function called with each class of ours that is made from now on.
 
     Args:
@@ -176,7 +176,7 @@ def ancestry(kind: type) -> Iterator[type]:
             yield twin
 
 
-def is_kind(kind: Kind, wanted: type) -> bool:
+def is_kind(kind: Kind, wanted: type) -> TypeGuard[type]:
     """Whether leaves of ``kind`` are leaves of ``wanted``, in either library's words.
 
     Args:

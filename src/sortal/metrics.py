@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from sortal.errors import ArgumentError, listing
-from sortal.graph import bind, store_all
+from sortal.graph import bind
+from sortal.leaves import store_all
 from sortal.module import Pytree
 from sortal.surgery import split
 from sortal.variable import Variable, describe, value_of

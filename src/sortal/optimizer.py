@@ -12,8 +12,9 @@ import numpy as np
 
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
-from sortal.graph import Leaves, Slot, bind, store_all
+from sortal.graph import bind
 from sortal.graphdef import Kind, Schema, plain_leaf_schema
+from sortal.leaves import Leaves, Slot, store_all
 from sortal.module import Pytree
 from sortal.nodes import static
 from sortal.policy import UNSET, Policy

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -271,12 +271,12 @@ def _takes(chosen: Any, path: Path, stream: RngStream) -> bool:
     return chosen((*path, "key"), stream.key) and chosen((*path, "count"), stream.count)
 
 
-def is_rngs(x: Any) -> bool:
+def is_rngs(x: Any) -> TypeGuard[Rngs]:
     """Whether ``x`` is an Rngs, of Sortal or of another library."""
     return is_kind(type(x), Rngs)
 
 
-def is_stream(x: Any) -> bool:
+def is_stream(x: Any) -> TypeGuard[RngStream]:
     """Whether ``x`` is a stream of random keys, of Sortal or of another library."""
     return is_kind(type(x), RngStream)
 

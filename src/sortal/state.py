@@ -17,8 +17,8 @@ import jax
 
 from sortal._jax import current_trace, register_pytree
 from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
-from sortal.graph import own
 from sortal.graphdef import Schema, check_exhaustive, kind_name, select
+from sortal.leaves import own
 from sortal.nested import equal, locate_all, nest, ordered, walk
 from sortal.nodes import Handler, register_node
 from sortal.paths import Path, PathKey, entries, show

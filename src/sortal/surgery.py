@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sortal.errors import MergeError, StructureError, UpdateError, listing
 from sortal.foreign import same_kind
-from sortal.graph import Leaves, Slot, Walk, bind, held, own, store_all
+from sortal.graph import Walk, bind
 from sortal.graphdef import (
     LEAF,
     NODE,
@@ -22,6 +22,7 @@ from sortal.graphdef import (
     join,
     kind_name,
 )
+from sortal.leaves import Leaves, Slot, held, own, store_all
 from sortal.paths import Path, show
 from sortal.state import State, as_state, snapshot
 from sortal.statics import Metadata

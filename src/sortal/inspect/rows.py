@@ -490,9 +490,9 @@ def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
         if not is_kind(kind, Param):
             continue
         built_in = _BUILT_IN.get(kind.__name__)
-        if same_kind(kind, built_in):
-            continue
-        if built_in is not None or _RECORDED.search(kind.__name__):
+        if (built_in or _RECORDED.search(kind.__name__)) and not same_kind(
+            kind, built_in
+        ):
             at = [show(row.path) for row in group]
             yield (
                 f"{group[0].label} is a subclass of Param, so that wrt=Param trains "
@@ -510,9 +510,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _and(names: Sequence[str]) -> str:
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 # ------------------------------------------------------------------ changes

@@ -120,9 +120,7 @@ class FlaxObjects(Handler):
     root = True
 
     def keys(self, obj: Any) -> Sequence[Any]:
-        """The attributes' names; integers in a List, under whose digits Flax may
-        keep them.
-        """
+        """The attributes' names; a List's are integers, kept by Flax as digits."""
         names = [n for n in vars(obj) if not str(n).startswith(_PRIVATE)]
         if getattr(type(obj), "_pytree__has_int_keys", False):
             names = [int(n) if str(n).isdigit() else n for n in names]

@@ -17,8 +17,9 @@ import jax
 from jax.core import Tracer
 
 from sortal.errors import ArgumentError
-from sortal.graph import Walk, bind, has_plan, held, identity, store_all
+from sortal.graph import Walk, bind, has_plan
 from sortal.graphdef import NODE, Entry, GraphDef, Step, fill
+from sortal.leaves import held, identity, store_all
 from sortal.nodes import handler_of, is_root
 from sortal.paths import show
 from sortal.transforms.traced import (

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec, Sharding
 
 from sortal._jax import differs_in_vmap, varying_axes
 from sortal.errors import ArgumentError, AxisError, listing
-from sortal.graph import held
 from sortal.graphdef import Schema
+from sortal.leaves import held
 from sortal.policy import Policy, answers
 from sortal.rules import written
 from sortal.transforms.axis_names import NOTHING, named

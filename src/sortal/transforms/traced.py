@@ -10,8 +10,9 @@ import jax
 import jax.tree_util as jtu
 
 from sortal._jax import register_pytree
-from sortal.graph import Slot, Walk, held
+from sortal.graph import Walk
 from sortal.graphdef import LEAF, NODE, STATIC, Entry, GraphDef
+from sortal.leaves import Slot, held
 from sortal.nodes import handler_of, is_root
 from sortal.paths import Path, PathKey
 from sortal.state import State
