@@ -87,6 +87,7 @@ ORDER = (
     "sortal.checkpoint.store",
     "sortal.checkpoint.manager",
     "sortal.checkpoint",
+    "sortal.inspect.naming",
     "sortal.inspect.rows",
     "sortal.inspect.text",
     "sortal.inspect.html",

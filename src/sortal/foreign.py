@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, TypeGuard
 
+import jax
+
 from sortal.statics import Metadata
 
 Kind = type | None
@@ -48,6 +50,7 @@ class VariableHandler:
 
 _unmet: dict[str, Callable[[], None]] = {}
 """Modules that define the classes of libraries not yet met, and what to do then."""
+_words: dict[type, Callable[[Any], Any]] = {}
 _listeners: list[Callable[[type], Any]] = []
 _handlers: dict[type, VariableHandler] = {}
 _found: dict[type, VariableHandler | None] = {}
@@ -119,6 +122,39 @@ def note_class(cls: type) -> None:
     """
     for listener in _listeners:
         listener(cls)
+
+
+def translate(theirs: type, into_ours: Callable[[Any], Any]) -> None:
+    """Has instances of a class, or the class itself, taken where one of ours is due.
+
+    Args:
+      theirs: a class of another library, such as its ``StateAxes``.
+      into_ours: takes the instance or class, returns what it means here.
+    """
+    _words[theirs] = into_ours
+
+
+def in_our_words(tree: Any) -> Any:
+    """Axes, shardings and the like, as the user wrote them, in the words of Sortal.
+
+    Args:
+      tree: any pytree of them.
+
+    Returns:
+      The tree, with what other libraries have for the same replaced.
+    """
+    return jax.tree.map(
+        lambda x: _words[_class(x)](x) if _is_word(x) else x, tree, is_leaf=_is_word
+    )
+
+
+def _class(x: Any) -> type:
+    return x if isinstance(x, type) else type(x)
+
+
+def _is_word(x: Any) -> bool:
+    meet(_class(x))
+    return _class(x) in _words
 
 
 def register_variable(base: type, handler: VariableHandler) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sortal as nnx
 from sortal.inspect import differences, facts, kinds, leaves
-from sortal.inspect.rows import full_name, labels, show_value
+from sortal.inspect.rows import show_value
 
 
 class BatchStat(nnx.Variable):
@@ -120,23 +120,6 @@ def test_parameters_come_first_and_unlabelled_arrays_last():
 
 
 # ------------------------------------------------------------------------- labels
-
-
-def test_kinds_of_one_name_are_told_apart_by_module_and_else_by_number():
-    def local():
-        class BatchStat(nnx.Variable):
-            pass
-
-        return BatchStat
-
-    one, two = local(), local()
-    named = labels([nnx.BatchStat, BatchStat, nnx.Param])
-    assert named[nnx.BatchStat] == "sortal.BatchStat"
-    assert named[BatchStat] == "test_rows.BatchStat"
-    assert named[nnx.Param] == "Param"
-    assert labels([BatchStat, one])[one] == full_name(one)
-    assert full_name(one).endswith("local.<locals>.BatchStat")
-    assert labels([one, two])[two].endswith("BatchStat #2")
 
 
 # ------------------------------------------------------------------------ filters

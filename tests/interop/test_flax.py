@@ -451,6 +451,27 @@ def stacked(lib: Any) -> Any:
     return y, nnx.state(model), grads
 
 
+def test_axes_and_the_like_may_be_written_in_the_words_of_flax():
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    axes = nnx.StateAxes({nnx.Param: None, ...: 0})
+    mapped = sortal.vmap(lambda m, x: m(x), in_axes=(axes, 0))
+    np.testing.assert_allclose(mapped(model, X), model(X), rtol=1e-6)
+    by = nnx.DiffState(0, nnx.PathContains("bias"))
+    grads = sortal.grad(lambda m: m(X).sum(), argnums=by)(model)
+    assert grads.paths() == (("bias",),)
+    shared = nnx.StateAxes({...: None})
+    _, ys = sortal.scan(
+        lambda m, x: (m(x).sum() + x, x),
+        in_axes=(shared, nnx.Carry),
+        out_axes=(nnx.Carry, 0),
+        length=3,
+    )(model, jnp.ones(4))
+    assert ys.shape == (3, 4)
+    shardings = nnx.StateSharding({...: None})
+    call = sortal.jit(lambda m, x: m(x), in_shardings=(shardings, None))
+    np.testing.assert_allclose(call(model, X), model(X), rtol=1e-6)
+
+
 def test_layers_made_by_vmap_and_scanned_equal_those_of_flax():
     (y, state, grads), (y2, state2, grads2) = stacked(sortal), stacked(nnx)
     np.testing.assert_array_equal(y, y2)

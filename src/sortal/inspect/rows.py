@@ -11,24 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal import variable as _kinds
 from sortal.filters import At, Filter, OfType, WithTag, to_filter
 from sortal.foreign import is_kind, same_kind
 from sortal.graph import bind
 from sortal.graphdef import LEAF, NODE, Entry, GraphDef, join
+from sortal.inspect.naming import BUILT_IN, full_name, labels
 from sortal.paths import Path, show
 from sortal.state import State
 from sortal.surgery import state as state_of
 from sortal.variable import Param, Variable, describe
 
 Kind = type | None
-UNLABELLED = "unlabelled array"
 
-_BUILT_IN: dict[str, type] = {
-    name: kind
-    for name, kind in vars(_kinds).items()
-    if isinstance(kind, type) and issubclass(kind, Variable) and kind.__name__ == name
-}
 # Words in a kind's name that speak of a value which is recorded, not learned.
 _RECORDED = re.compile(
     r"stat(istic)?s?$|stats?[A-Z_]|running|moving|average|ema$|cache|buffer|count|"
@@ -224,64 +218,6 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
     return {path: tuple(others) for path, others in found.items()}
 
 
-def labels(kinds: Iterable[Kind]) -> dict[Kind, str]:
-    """A name for each kind that tells it from the others.
-
-    Args:
-      kinds: classes, or None for unlabelled arrays.
-
-    Returns:
-      Kind to name: bare where it is unique, else with its module.
-
-    Example:
-      >>> import sortal as nnx
-      >>> class BatchStat(nnx.Variable): pass
-      >>> sorted(labels([nnx.BatchStat, BatchStat, nnx.Param, None]).values())[1:]
-      ['rows.BatchStat', 'sortal.BatchStat', 'unlabelled array']
-    """
-    kinds = list(dict.fromkeys(kinds))
-    found: dict[Kind, str] = {}
-    for kind in kinds:
-        if kind is None:
-            found[kind] = UNLABELLED
-            continue
-        same = [k for k in kinds if k is not None and k.__name__ == kind.__name__]
-        found[kind] = kind.__name__ if len(same) == 1 else _qualified(kind, same)
-    return found
-
-
-def _qualified(kind: type, same: Sequence[type]) -> str:
-    for name in (_short_name, full_name):
-        if [name(k) for k in same].count(name(kind)) == 1:
-            return name(kind)
-    return f"{full_name(kind)} #{same.index(kind) + 1}"
-
-
-def _short_name(kind: type) -> str:
-    if kind is _BUILT_IN.get(kind.__name__):
-        return f"sortal.{kind.__name__}"
-    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
-
-
-def full_name(kind: type) -> str:
-    """A kind with the module that defines it; built-in ones as users write them.
-
-    Args:
-      kind: a class.
-
-    Returns:
-      The name.
-
-    Example:
-      >>> import sortal as nnx
-      >>> full_name(nnx.BatchStat)
-      'sortal.BatchStat'
-    """
-    if kind is _BUILT_IN.get(kind.__name__):
-        return f"sortal.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 # -------------------------------------------------------------------- kinds
 def kinds(model: Any) -> tuple[KindRow, ...]:
     """The leaves of a model counted by kind: parameters first, unlabelled last.
@@ -463,7 +399,7 @@ def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
         if not any(same_kind(kind, other) for other in group):
             group.append(kind)
     for name, group in groups.items():
-        built_in = _BUILT_IN.get(name)
+        built_in = BUILT_IN.get(name)
         if built_in and not any(same_kind(built_in, other) for other in group):
             group.insert(0, built_in)
         if len(group) > 1:
@@ -489,7 +425,7 @@ def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
     for kind, group in _by_kind(rows).items():
         if not is_kind(kind, Param):
             continue
-        built_in = _BUILT_IN.get(kind.__name__)
+        built_in = BUILT_IN.get(kind.__name__)
         if (built_in or _RECORDED.search(kind.__name__)) and not same_kind(
             kind, built_in
         ):

@@ -16,14 +16,17 @@ from sortal._jax import current_trace
 from sortal.errors import UnsupportedError
 from sortal.foreign import (
     VariableHandler,
+    in_our_words,
     introduce,
     pair,
     register_variable,
+    translate,
     watch_classes,
 )
 from sortal.nodes import Handler, Node, register_node
 from sortal.state import State
 from sortal.statics import Metadata, is_hashable
+from sortal.transforms import autodiff, prefixes
 
 OLDEST = (0, 12, 0)
 _PRIVATE = "_pytree__"
@@ -258,7 +261,17 @@ def _meet() -> None:
         for name in names:
             if hasattr(_kinds, name) and hasattr(theirs, name):
                 pair(getattr(_kinds, name), getattr(theirs, name))
+    translate(nnx.Carry, lambda _: prefixes.Carry)
+    translate(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
+    translate(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))
+    translate(
+        nnx.StateSharding, lambda x: _by_kind(prefixes.StateSharding, x, x.shardings)
+    )
     _introduce_ours()
+
+
+def _by_kind(ours: type, theirs: Any, answers: Iterable[Any]) -> Any:
+    return ours(dict(zip(theirs.filters, map(in_our_words, answers), strict=True)))
 
 
 def _introduce_ours() -> None:

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
+from sortal.foreign import in_our_words
 from sortal.state import snapshot
 from sortal.transforms.lift import Entered, identity, leave, unbind
 from sortal.transforms.traced import Carrier, Result, find_carriers, run
@@ -164,6 +165,8 @@ def _several(argnums: Any) -> bool:
 
 
 def _read(argnum: Any, wrt: Any) -> DiffState:
+    if not isinstance(argnum, DiffState):
+        argnum = in_our_words(argnum)
     if isinstance(argnum, DiffState):
         return DiffState(argnum.argnum, to_filter(argnum.filter))
     if isinstance(argnum, int) and not isinstance(argnum, bool):

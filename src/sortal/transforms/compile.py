@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from sortal.errors import ArgumentError, StaleBufferError, listing
+from sortal.foreign import in_our_words
 from sortal.surgery import merge, split
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.lift import (
@@ -39,6 +40,8 @@ class Jitted:
     ):
         self._fn, self._first = unbind(fn)
         options = _shift(options, len(self._first))
+        for name in {"in_shardings", "out_shardings"} & options.keys():
+            options[name] = in_our_words(options[name])
         self._static, _ = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )

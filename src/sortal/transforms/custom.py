@@ -14,6 +14,7 @@ import numpy as np
 
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
+from sortal.foreign import in_our_words
 from sortal.transforms.autodiff import (
     DiffState,
     FlatCall,
@@ -170,7 +171,7 @@ class _Custom:
         """Filters by position, and the positions not differentiated by."""
         filters: dict[int, Any] = {}
         fixed: list[int] = []
-        for x in self.nondiff:
+        for x in map(in_our_words, self.nondiff):
             i = x.argnum if isinstance(x, DiffState) else x
             at = i + n if i < 0 else i
             if not 0 <= at < n:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from sortal._jax import differs_in_vmap, varying_axes
 from sortal.errors import ArgumentError, AxisError, listing
+from sortal.foreign import in_our_words
 from sortal.graphdef import Schema
 from sortal.leaves import held
 from sortal.policy import Policy, answers
@@ -96,6 +97,7 @@ def vmap(
       (5, 3)
     """
     refuse_unknown("vmap", ignored)
+    in_axes, out_axes = in_our_words((in_axes, out_axes))
     if f is _NO_FUNCTION:
         return functools.partial(
             vmap,
@@ -183,6 +185,7 @@ def shard_map(
       (4, 3)
     """
     refuse_unknown("shard_map", options, _OF_JAX)
+    in_specs, out_specs = in_our_words((in_specs, out_specs))
     options = {k: v for k, v in options.items() if k in _OF_JAX}
     if f is _NO_FUNCTION:
         return functools.partial(

@@ -13,6 +13,7 @@ import numpy as np
 
 from sortal._jax import outside_traces
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
+from sortal.foreign import in_our_words
 from sortal.statics import is_hashable
 from sortal.transforms.axis_names import NOTHING, named
 from sortal.transforms.captures import captures
@@ -91,6 +92,7 @@ def scan(
       (1, 2)
     """
     refuse_unknown("scan", ignored)
+    in_axes, out_axes = in_our_words((in_axes, out_axes))
     options = {
         "length": length,
         "reverse": reverse,
