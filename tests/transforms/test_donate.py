@@ -57,7 +57,7 @@ PARAMS = KERNELS | {"layers.0.bias", "layers.1.bias", "norm.scale"}
         (lambda path, leaf: path[-1] == "bias", {"layers.0.bias", "layers.1.bias"}),
         (..., PARAMS | {"norm.mean", "calls"}),
     ],
-    ids=str,
+    ids=["kind", "path", "union", "several", "dtype", "function", "all"],
 )
 def test_the_leaves_that_a_filter_takes_and_no_others_are_donated(
     donate: Any, expected: set[str]
