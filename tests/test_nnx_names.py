@@ -57,6 +57,9 @@ NAMES = """
     jit_partial using_eager_sharding fori_loop while_loop switch custom_vjp shard_map
     logical_axis_rules graph.split graph.merge graph.state graph.update graph.clone
     traversals.flatten_to_sequence filterlib.to_predicate rnglib.split_rngs
+    nn.linear.Linear nn.linear.LinearGeneral nn.linear.Conv nn.linear.ConvTranspose
+    nn.linear.Embed nn.linear.Einsum nn.linear.default_embed_init
+    nn.linear.default_kernel_init nn.normalization.RMSNorm nn.activations.gelu
 """.split()
 # Layers that are being written. A name that is there is compared like any other.
 NOT_YET = frozenset(

@@ -76,7 +76,7 @@ def test_metadata_is_kept_on_the_parameter_it_is_for() -> None:
         bias_metadata={"note": "b"},
         rngs=nnx.Rngs(0),
     )
-    assert layer.kernel.get_metadata() == {"sharding": ("data", None)}
+    assert layer.kernel.get_metadata() == {"out_sharding": ("data", None)}
     assert layer.bias is not None
     assert layer.bias.get_metadata() == {"note": "b"}
 

@@ -14,6 +14,11 @@ from jax.typing import DTypeLike
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
+
+# NNX code looks for these here too.
+from sortal.nn.conv import Conv as Conv
+from sortal.nn.conv import ConvTranspose as ConvTranspose
+from sortal.nn.embedding import Embed as Embed
 from sortal.nn.initializers import (
     NO_METADATA,
     Initializer,
@@ -23,6 +28,7 @@ from sortal.nn.initializers import (
     default_kernel_init,
     new_param,
 )
+from sortal.nn.initializers import default_embed_init as default_embed_init
 from sortal.rngs import Rngs
 from sortal.variable import Param, describe
 
