@@ -23,6 +23,7 @@ from sortal.foreign import (
     translate,
     watch_classes,
 )
+from sortal.nn.lora import LoRAParam
 from sortal.nodes import Handler, Node, register_node
 from sortal.state import State
 from sortal.statics import Metadata, is_hashable
@@ -31,8 +32,7 @@ from sortal.transforms import autodiff, prefixes
 OLDEST = (0, 12, 0)
 _PRIVATE = "_pytree__"
 _KINDS = (
-    "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount "
-    "LoRAParam"
+    "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount"
 ).split()
 _OPTIMIZER_KINDS = ("OptState", "OptArray", "OptVariable")
 
@@ -259,8 +259,8 @@ def _meet() -> None:
     register_node(nnx.State, FlaxStates())
     for theirs, names in ((nnx, _KINDS), (nnx.optimizer, _OPTIMIZER_KINDS)):
         for name in names:
-            if hasattr(_kinds, name) and hasattr(theirs, name):
-                pair(getattr(_kinds, name), getattr(theirs, name))
+            pair(getattr(_kinds, name), getattr(theirs, name))
+    pair(LoRAParam, nnx.LoRAParam)
     translate(nnx.Carry, lambda _: prefixes.Carry)
     translate(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
     translate(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))

@@ -27,7 +27,7 @@ from sortal.nn.initializers import (
 )
 from sortal.nn.linear import LinearGeneral
 from sortal.nn.normalization import LayerNorm
-from sortal.rngs import Rngs, RngStream
+from sortal.rngs import Rngs, RngStream, is_rngs
 from sortal.variable import Cache, describe
 
 
