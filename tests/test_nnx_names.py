@@ -62,10 +62,6 @@ NAMES = """
     nn.linear.default_kernel_init nn.normalization.RMSNorm nn.activations.gelu
 """.split()
 # Layers that are being written. A name that is there is compared like any other.
-NOT_YET = frozenset(
-    "MultiHeadAttention LoRAParam dot_product_attention LoRA nn.attention LSTMCell "
-    "make_attention_mask GRUCell".split()
-)
 # What Flax's signature has and ours has not, by name and argument, and why.
 DIFFERENT = {
     ("merge", "recreate_variables"): "merge always makes new Variables",
@@ -122,11 +118,7 @@ def refused(ours: Any, theirs: Any) -> set[str]:
 def test_a_name_that_real_code_uses_is_there_and_takes_flax_arguments(
     name: str,
 ) -> None:
-    try:
-        ours = find(sortal, name)
-    except AttributeError:
-        assert name in NOT_YET
-        pytest.skip("a layer that is being written")
+    ours = find(sortal, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         theirs = find(flax_nnx, name)
