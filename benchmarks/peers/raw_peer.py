@@ -35,7 +35,7 @@ def build(shape: w.Shape) -> tuple[Any, ...]:
 
 
 def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
-    """Calls for the compiled rows; the others have no counterpart."""
+    """Calls for the compiled rows, and for scaling the least that a snapshot can be."""
     live = list(build(shape))
     noop = jax.jit(lambda leaves: None)
     plus = jax.jit(lambda leaves: [x + 1 for x in leaves])
@@ -48,6 +48,9 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
         w.NOOP: lambda: noop(live[0]),
         w.STEP: step,
     }
+    if isinstance(shape, w.Cells):
+        # One new reference to each array: what no snapshot of them can do without.
+        calls[w.STATE] = live[0].copy
     return {row: {LABEL: calls[row]} for row in wanted if row in calls}
 
 
