@@ -39,16 +39,6 @@ from parity import (
 )
 from sortal.tables import Table, plain
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Spends no time on fast code: what is compared is which operations are done."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 # Columns of the table, and their headings; other dtypes than these share a column.
 COLUMNS = {
     "arguments": "args>",
