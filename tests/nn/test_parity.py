@@ -39,16 +39,6 @@ from parity import (
 )
 from sortal.tables import Table, plain
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Spends no time on fast code: what is compared is which operations are done."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 # Columns of the table, and their headings; other dtypes than these share a column.
 COLUMNS = {
     "arguments": "args>",
@@ -92,12 +82,9 @@ MIXED = [
     "PReLU: slope",
     "LoRA: plain",
     "LoRALinear: dtypes",
-    "OptimizedLSTMCell: step",
     "GRUCell: step",
     "SimpleCell: residual",
-    "RNN: reversed",
     "MultiHeadAttention: dropout",
-    "MultiHeadAttention: decoding",
     "RoPE: plain",
 ]
 
@@ -127,7 +114,6 @@ def test_a_step_of_mixed_precision_has_the_bits_that_flax_gives(name: str) -> No
     agree(name, "mixed", lambda nnx: observe(nnx, CASES[name], "mixed"))
 
 
-@sowing
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
@@ -139,12 +125,10 @@ def test_a_step_of_mixed_precision_has_the_bits_that_flax_gives(name: str) -> No
         ("LayerNorm: plain", "bfloat16"),
         ("RMSNorm: mask", "bfloat16"),
         ("InstanceNorm: plain", "bfloat16"),
-        ("SpectralNorm: plain", "inferred"),
         ("PReLU: plain", "bfloat16"),
         ("LoRALinear: plain", "inferred"),
         ("GRUCell: step", "bfloat16"),
         ("MultiHeadAttention: dropout", "bfloat16"),
-        ("MultiHeadAttention: weights kept", "bfloat16"),
     ],
 )
 def test_other_precisions_have_the_bits_that_flax_gives(
