@@ -210,10 +210,11 @@ class _Matching:
         return Fit(pairs, filled, kept)
 
     def _pair(self, i: int, c: Candidate) -> list[Pair]:
-        name, kind, like = self.schema.describe(i), self.schema.kinds[i], []
+        kind, like = self.schema.kinds[i], []
         try:
             live = describe(self.values[i], like)
         except UnsavableError as e:
+            name = self.schema.describe(i)
             self.faults.append(f"type: {name} holds {e} in the model")
             return []
         if c.kind is not ANY_KIND and c.kind is not kind:
@@ -224,8 +225,8 @@ class _Matching:
             return []
         if what := difference(c.value, live, self._may_cast):
             self.faults.append(
-                f"{what}: {name} is {live.shown} in the model, {c.value.shown} in the "
-                "checkpoint"
+                f"{what}: {self.schema.describe(i)} is {live.shown} in the model, "
+                f"{c.value.shown} in the checkpoint"
             )
             return []
         return [Pair(i, live, like, c.value)]

@@ -247,10 +247,10 @@ def fingerprint(graphdef: GraphDef) -> str:
     def compute() -> str:
         schema = graphdef.schema
         rows = [
-            f"{show(p)}: {kind_name(None) if k is None else qualified(k)}"
-            for p, k in zip(schema.paths, schema.kinds, strict=True)
+            f"{p!r}: {kind_name(None) if k is None else qualified(k)}"
+            for p, k in zip(map(encode_path, schema.paths), schema.kinds, strict=True)
         ]
-        rows += [f"{show(a)} = {show(b)}" for a, b in aliases_of(graphdef)]
+        rows += [f"{a!r} = {b!r}" for a, b in aliases_of(graphdef)]
         if graphdef.records:
             rows += [f"node {qualified(r.cls)}" for r in graphdef.records]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -22,7 +22,7 @@ from sortal.checkpoint.manifest import (
     chunk_files,
     storage_dtype,
 )
-from sortal.checkpoint.values import Array, numpy_dtype
+from sortal.checkpoint.values import Array, dtype_name, numpy_dtype
 from sortal.errors import DamagedError
 
 CHUNK = 4 << 20
@@ -244,8 +244,9 @@ def on_host(data: Any) -> np.ndarray:
     host = np.asarray(data)
     if host.dtype.byteorder not in "=|":
         host = host.astype(host.dtype.newbyteorder("="))
-    stored = storage_dtype(host.dtype.name)
-    return host if stored == host.dtype.name else host.view(stored)
+    name = dtype_name(host.dtype)
+    stored = storage_dtype(name)
+    return host if stored == name else host.view(stored)
 
 
 def as_bytes(host: np.ndarray) -> np.ndarray:

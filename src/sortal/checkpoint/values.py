@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -113,9 +114,21 @@ class UnsavableError(TypeError):
     """Part of a value is of a type that a checkpoint cannot hold."""
 
 
+@functools.lru_cache(maxsize=256)
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype of a name in ``DTYPES``."""
     return jnp.dtype(name)
+
+
+@functools.lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype; kept, because NumPy works each out anew."""
+    return dtype.name
+
+
+@functools.lru_cache(maxsize=256)
+def _is_key(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def arrays(tree: Tree) -> Iterator[Array]:
@@ -191,15 +204,16 @@ def _describe_array(value: Any, live: list[Any]) -> Array:
     form = _form(value)
     key, sharding = None, getattr(value, "sharding", None)
     shape, dtype = value.shape, value.dtype
-    if form == "jax" and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if form == "jax" and _is_key(dtype):
         key, dtype = _key_of(value), np.dtype(np.uint32)
         if not isinstance(value, jax.ShapeDtypeStruct):
             value = jax.random.key_data(value)
-    if dtype.name not in DTYPES:
+    name = dtype_name(dtype)
+    if name not in DTYPES:
         raise UnsavableError(f"an array of dtype {dtype}")
     live.append(value)
     weak = bool(getattr(value, "weak_type", False))
-    return Array(tuple(shape), dtype.name, form, weak, key, spec_of(sharding))
+    return Array(tuple(shape), name, form, weak, key, spec_of(sharding))
 
 
 def _form(value: Any) -> str:
