@@ -26,7 +26,7 @@ import numpy as np
 
 import sortal
 from benchmarks.report import Row, Table, facts, facts_text
-from sortal.checkpoint.files import sync_folder
+from sortal.checkpoint.files import sync
 
 State = dict[str, Any]
 Contender = tuple[Callable[[Path, State], None], Callable[[Path, State], Any]]
@@ -40,7 +40,7 @@ def _raw_save(at: Path, state: State) -> None:
             file.write(np.asarray(value))
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(at)
+    sync(at)
 
 
 def _raw_restore(at: Path, state: State) -> Any:
@@ -56,7 +56,7 @@ def _safetensors_save(at: Path, state: State) -> None:
 
     at.mkdir()
     save_file({k: np.asarray(v) for k, v in state.items()}, at / "data")
-    sync_folder(at)
+    sync(at)
     with (at / "data").open("rb") as file:
         os.fsync(file.fileno())
 

@@ -68,6 +68,13 @@ def steps(directory: Path) -> list[int]:
     return sorted(n for n in found if (directory / str(n) / _manifest.NAME).is_file())
 
 
+def step_of(folder: Path) -> int:
+    """The step whose folder this is, by its name."""
+    if not _STEP.fullmatch(folder.name):
+        raise DamagedError(f"{folder} does not have the number of a step as its name.")
+    return int(folder.name)
+
+
 def read_manifest(directory: Path, step: int) -> Manifest:
     """The manifest of a committed step.
 
@@ -102,9 +109,9 @@ def read_manifest(directory: Path, step: int) -> Manifest:
 
 
 # ------------------------------------------------------------------------ durability
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a loss of power."""
-    at = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a loss of power."""
+    at = os.open(path, os.O_RDONLY)
     try:
         os.fsync(at)
     finally:
@@ -112,7 +119,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Writes a new file whose content survives; its name does after ``sync_folder``."""
+    """Writes a new file whose content survives; its name does after ``sync``."""
     with file.open("xb") as opened:
         opened.write(data)
         opened.flush()
@@ -124,16 +131,14 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
     Args:
       directory: where the steps are.
-      manifest: what to commit; its arrays are written and synced.
+      manifest: what to commit; its folder and arrays are on disk already.
     """
     folder = directory / str(manifest.step)
     temporary = unfinished(folder, manifest)
     temporary.unlink(missing_ok=True)
     write_file(temporary, _manifest.to_bytes(manifest))
-    sync_folder(folder)
     temporary.replace(folder / _manifest.NAME)
-    sync_folder(folder)
-    sync_folder(directory)
+    sync(folder)
 
 
 def unfinished(folder: Path, manifest: Manifest) -> Path:
@@ -145,7 +150,7 @@ def forget(directory: Path, step: int) -> None:
     """Deletes a step: first it stops to count, then its files go."""
     folder = directory / str(step)
     (folder / _manifest.NAME).unlink()
-    sync_folder(folder)
+    sync(folder)
     clean_step(folder, keep=None)
 
 
@@ -176,7 +181,7 @@ def clean_step(folder: Path, keep: str | None) -> None:
     if keep is None:
         with contextlib.suppress(OSError):  # something of somebody else is in it
             folder.rmdir()
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def is_ours(name: str) -> bool:
@@ -203,7 +208,7 @@ class Lock:
             made = [p for p in (directory, *directory.parents) if not p.exists()]
             directory.mkdir(parents=True, exist_ok=True)
             for folder in made:
-                sync_folder(folder.parent)
+                sync(folder.parent)
             self._file = (directory / LOCK).open("a+", encoding="utf-8")
         except OSError as e:
             raise SaveError(f"cannot write to {directory}: {e}") from e

@@ -9,12 +9,13 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sortal.checkpoint.files import sync_folder, write_file
+from sortal.checkpoint.files import sync
 from sortal.checkpoint.manifest import (
     File,
     Manifest,
@@ -214,21 +215,30 @@ def prepare(root: Path, arrays: dict[str, Stored], groups: Iterable[str]) -> Non
       arrays: what will be in it.
       groups: the folders of kinds.
     """
-    write_file(root / "zarr.json", GROUP_JSON)
+    (root / "zarr.json").write_bytes(GROUP_JSON)
     for group in groups:
         (root / group).mkdir()
-        write_file(root / group / "zarr.json", GROUP_JSON)
+        (root / group / "zarr.json").write_bytes(GROUP_JSON)
     for name, stored in arrays.items():
         (root / name).mkdir()
         data = json.dumps(zarr_json(stored)).encode()
-        write_file(root / name / "zarr.json", data)
+        (root / name / "zarr.json").write_bytes(data)
 
 
 def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
-    """Makes the names of all folders below ``root`` survive."""
-    for name in (*arrays, *groups):
-        sync_folder(root / name)
-    sync_folder(root)
+    """Makes all that ``prepare`` made survive, and the names of chunks."""
+    folders = [root, *(root / name for name in (*groups, *arrays))]
+    above = [root.parent, root.parent.parent]
+    # At once, because a file system writes many such wishes down in one go.
+    with ThreadPoolExecutor(8) as pool:
+        everything = (*folders, *(f / "zarr.json" for f in folders), *above)
+        list(pool.map(sync, everything))
+
+
+def chunk_slices(name: str, stored: Stored) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """The file of each chunk of an array, and the part of the array that it holds."""
+    tiles = _tiles(stored.shape, stored.chunks)
+    return zip(chunk_files(name, stored), tiles, strict=True)
 
 
 def _tiles(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice, ...]]:
@@ -308,13 +318,13 @@ class Reader:
           One line for each file that is missing, of another size or another save, or
           whose metadata is damaged.
         """
-        files = [
+        names = list(names)
+        groups = dict.fromkeys(name.partition("/")[0] for name in names)
+        files = ["zarr.json", *(f"{name}/zarr.json" for name in (*groups, *names))]
+        files += [
             file
             for name in names
-            for file in (
-                f"{name}/zarr.json",
-                *chunk_files(name, self._manifest.arrays[name]),
-            )
+            for file in chunk_files(name, self._manifest.arrays[name])
         ]
         return [f"{file}: {fault}" for file in files if (fault := self.fault(file))]
 
