@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a hundredth of the size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
-    parser.add_argument("--only", default="large,small,memory", help="by comma")
+    parser.add_argument("--only", default="large,small,memory")
     parser.add_argument("--contenders", help="by comma; all if absent")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

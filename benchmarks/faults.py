@@ -189,6 +189,7 @@ def kills(where: Path, times: int, same_step: bool, wait: bool) -> Counter[str]:
     rng = random.Random(same_step + 2 * wait)  # noqa: S311 - no secrets here
     found: Counter[str] = Counter()
     committed: dict[int, int] = {}
+    where.mkdir(exist_ok=True)
     if same_step:
         first = model(1000 * 0 + 1, 6.0)
         sortal.save(where, first, step=1, metadata={"generation": 0})
@@ -222,11 +223,11 @@ def _kill(
     assert child.stdout.readline() == "ready\n"
     time.sleep(after)
     child.kill()
-    for line in child.stdout.read().splitlines():
+    told, _ = child.communicate()
+    for line in told.splitlines():
         if line.startswith("done ") and len(line.split()) == 3:
             _, step, number = line.split()
             committed[int(step)] = int(number)
-    child.wait()
 
 
 def _aftermath(where: Path, committed: dict[int, int]) -> Iterator[str]:
@@ -346,8 +347,11 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         rows += [
             (
-                f"kill -9, {50 // share}, {'same step' if same else 'fresh step'}, "
-                f"{'synchronous' if wait else 'asynchronous'}",
+                (
+                    f"kill -9, {max(1, 50 // share)}, "
+                    f"{'same step' if same else 'fresh step'}, "
+                    f"{'synchronous' if wait else 'asynchronous'}"
+                ),
                 lambda p, s=same, w=wait: kills(p, max(1, 50 // share), s, w),
             )
             for same in (False, True)

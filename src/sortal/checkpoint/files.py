@@ -61,7 +61,7 @@ def step_number(step: Any) -> int:
 def steps(directory: Path) -> list[int]:
     """The committed steps in a directory, in rising order; none if it is not there."""
     try:
-        names = os.listdir(directory)
+        names = [p.name for p in directory.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [int(name) for name in names if _STEP.fullmatch(name)]
@@ -156,11 +156,11 @@ def forget(directory: Path, step: int) -> None:
 
 def clean(directory: Path) -> None:
     """Removes what killed saves and deletions left behind, and nothing else."""
-    for name in os.listdir(directory):
-        folder = directory / name
+    for folder in directory.iterdir():
+        name = folder.name
         if not _STEP.fullmatch(name) or not folder.is_dir():
             continue
-        ours = [f for f in os.listdir(folder) if is_ours(f)]
+        ours = [p.name for p in folder.iterdir() if is_ours(p.name)]
         committed = (folder / _manifest.NAME).is_file()
         if committed and len(ours) == 1 and _FOLDER.fullmatch(ours[0]):
             continue
@@ -173,9 +173,8 @@ def clean(directory: Path) -> None:
 
 def clean_step(folder: Path, keep: str | None) -> None:
     """Removes the folders of arrays in a step, but one; and the step if that is all."""
-    for name in os.listdir(folder):
-        if name != keep and is_ours(name):
-            path = folder / name
+    for path in list(folder.iterdir()):
+        if path.name != keep and is_ours(path.name):
             remove = shutil.rmtree if path.is_dir() else Path.unlink
             remove(path)
     if keep is None:

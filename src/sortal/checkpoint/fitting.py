@@ -1,4 +1,4 @@
-"""Which leaf of a checkpoint goes to which leaf of a model, and all that does not fit."""
+"""Which leaf of a checkpoint goes to which of a model, and all that does not fit."""
 
 from __future__ import annotations
 
@@ -184,8 +184,8 @@ class _Matching:
         extra = [c for c in extra if c.path not in known]
         if self.options.only is not None and not self.chosen and not extra:
             raise _NothingError(
-                f"only={self.options.only!r} takes no leaf, neither of the model nor "
-                "of the checkpoint."
+                f"only={to_filter(self.options.only)!r} takes no leaf, neither of the "
+                "model nor of the checkpoint."
             )
         alias = self._aliases(by_path, tied)
         pairs, filled, kept = [], {}, []
@@ -324,8 +324,10 @@ class _Matching:
 _ADVICE: tuple[tuple[set[str], str], ...] = (
     (
         {"missing", "unknown"},
-        "If leaves have other names, say rename={'old.**': 'new.**'}; if they are to "
-        "be left as they are, partial=True; if they come from elsewhere, fill=.",
+        (
+            "If leaves have other names, say rename={'old.**': 'new.**'}; if they are "
+            "to be left as they are, partial=True; if they come from elsewhere, fill=."
+        ),
     ),
     ({"dtype"}, "cast=True converts floats to floats and integers to integers."),
     ({"kind"}, "A kind that moved or was renamed: kinds={'old.module.Name': Name}."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,8 +24,17 @@ from sortal.checkpoint.values import (
     with_arrays,
 )
 from sortal.errors import SaveError, listing
+from sortal.filters import to_filter
 from sortal.graph import bind
-from sortal.graphdef import NODE, GraphDef, Schema, facts_of, join, kind_name, select
+from sortal.graphdef import (
+    NODE,
+    Entry,
+    GraphDef,
+    Schema,
+    join,
+    kind_name,
+    select,
+)
 from sortal.paths import show
 from sortal.policy import Policy, answers
 
@@ -74,8 +83,8 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     chosen = [i for i in chosen if said[i] != "drop"]
     if len(schema) and not chosen:
         raise SaveError(
-            f"nothing to save: only={only!r} and the policy take none of the "
-            f"{len(schema)} leaves:\n{listing(map(schema.describe, range(len(schema))))}"
+            f"nothing to save: {_taken_by(only)} takes none of the {len(schema)} "
+            f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
         )
     trees, live = _described(schema, chosen, values)
     kinds, number = _kinds([schema.kinds[i] for i in chosen])
@@ -98,6 +107,10 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
         frozenset(place.shared),
         fingerprint(plan.graphdef),
     )
+
+
+def _taken_by(only: Any) -> str:
+    return "the policy" if only is None else f"only={to_filter(only)!r}"
 
 
 def _described(
@@ -126,8 +139,6 @@ def _not_there(live: list[Any]) -> str:
     for x in live:
         if isinstance(x, jax.ShapeDtypeStruct):
             return "a shape without values"
-        if isinstance(x, jax.core.Tracer):
-            return "a tracer: save outside of jit and other transforms"
         if isinstance(x, jax.Array) and x.is_deleted():
             return "its buffer was donated to a call and is gone"
     return ""
@@ -218,21 +229,20 @@ def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
 def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
     paths = graphdef.schema.paths
     found = [(path, paths[number]) for path, number in graphdef.aliases]
-    if graphdef.root.what == NODE:
-        seen = {graphdef.root.ref: ()}
-        todo: list[tuple[int, Path]] = [(graphdef.root.ref, ())]
-        while todo:
-            number, path = todo.pop()
-            record = graphdef.records[number]
-            for entry in reversed(record.entries):
-                if entry.what != NODE:
-                    continue
-                below = join(record, path, entry.key)
-                if entry.ref in seen:
-                    found.append((below, seen[entry.ref]))
-                else:
-                    seen[entry.ref] = below
-                    todo.append((entry.ref, below))
+    seen: dict[int, Path] = {}
+    # In the order of the walk, whose first path to a node is its own.
+    todo: list[tuple[Entry, Path]] = [(graphdef.root, ())]
+    while todo:
+        entry, path = todo.pop()
+        if entry.what != NODE:
+            continue
+        if entry.ref in seen:
+            found.append((path, seen[entry.ref]))
+            continue
+        seen[entry.ref] = path
+        record = graphdef.records[entry.ref]
+        below = [(e, join(record, path, e.key)) for e in record.entries]
+        todo += reversed(below)
     pairs = ((encode_path(a), encode_path(b)) for a, b in found)
     return tuple(sorted(pairs, key=lambda pair: tuple(map(show, pair))))
 
@@ -361,7 +371,7 @@ def check_json(what: str, x: Any) -> None:
         elif type(x) is list:
             todo += [(f"{at}[{i}]", v) for i, v in enumerate(x)]
         elif type(x) is float:
-            if x != x or x in (float("inf"), float("-inf")):
+            if not math.isfinite(x):
                 faults.append(f"{at}: {x}")
         elif x is not None and type(x) not in (str, int, bool):
             faults.append(f"{at}: a {type(x).__name__}")
@@ -371,4 +381,3 @@ def check_json(what: str, x: Any) -> None:
             f"{listing(sorted(faults))}\nUse lists, dicts with strings as keys, "
             "strings, bools, None and finite numbers."
         )
-    json.dumps(x)

@@ -128,7 +128,7 @@ def _jobs(wants: Sequence[Want], put: _Putter, found: list[Any]) -> Iterator[_Jo
         else:
             packs.setdefault(place.array, []).append(i)
     for name, numbers in packs.items():
-        numbers.sort(key=lambda i: wants[i].array.place.offset)  # type: ignore
+        numbers.sort(key=lambda i: wants[i].array.place.offset)  # type: ignore[union-attr]
         for window in _windows(wants, numbers):
             yield _packed(name, wants, window, put, found)
 
@@ -189,7 +189,7 @@ def _own(want: Want, i: int, put: _Putter, found: list[Any]) -> Iterator[_Job]:
             slice(a or 0, n if b is None else b)
             for (a, b), n in zip(part, shape, strict=True)
         )
-        yield _Job(array.place.array, at, dtype, keep(part))  # type: ignore
+        yield _Job(array.place.array, at, dtype, keep(part))  # type: ignore[union-attr]
 
 
 _Part = tuple[tuple[int | None, int | None], ...]

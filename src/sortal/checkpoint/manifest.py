@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import datetime
+import datetime as dt
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sortal.checkpoint.values import (
@@ -31,6 +32,7 @@ _HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","manifest":', b"}\n"
 _SEGMENT = re.compile(r"[A-Za-z0-9_%~+=@-][A-Za-z0-9_.%~+=@-]{0,199}")
 
 Path = tuple[Any, ...]
+_EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Kind(NamedTuple):
@@ -50,7 +52,7 @@ class Leaf(NamedTuple):
     path: Path
     kind: int
     value: Tree
-    metadata: dict[str, Any] = {}
+    metadata: Mapping[str, Any] = _EMPTY
     passing: bool = False
 
 
@@ -81,8 +83,8 @@ class Manifest(NamedTuple):
     files: dict[str, File]
     graphdef: str
     metadata: Any = None
-    metrics: dict[str, float] = {}
-    versions: dict[str, str] = {}
+    metrics: Mapping[str, float] = _EMPTY
+    versions: Mapping[str, str] = _EMPTY
     created: str = ""
 
     def kind_of(self, leaf: Leaf) -> Kind:
@@ -101,7 +103,7 @@ def short(kind: Kind) -> str:
 
 def now() -> str:
     """The time, as manifests have it."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 # ---------------------------------------------------------------------------- writing
@@ -126,7 +128,7 @@ def _to_json(m: Manifest) -> dict[str, Any]:
         "version": VERSION,
         "step": m.step,
         "created": m.created,
-        "versions": m.versions,
+        "versions": dict(m.versions),
         "graphdef": m.graphdef,
         "metadata": m.metadata,
         "metrics": {k: float(v).hex() for k, v in m.metrics.items()},
@@ -151,7 +153,7 @@ def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
         "value": _tree_to_json(leaf.value),
     }
     if leaf.metadata:
-        found["metadata"] = leaf.metadata
+        found["metadata"] = dict(leaf.metadata)
     if leaf.passing:
         found["keep"] = "last"
     return found
@@ -294,7 +296,7 @@ def _check_whole(m: Manifest) -> None:
     due |= set(m.files) & {"zarr.json", *(f"{k.group}/zarr.json" for k in m.kinds)}
     due |= {f"{name}/zarr.json" for name in m.arrays}
     if due != set(m.files):
-        odd = sorted(due ^ set(m.files))[0]
+        odd = min(due ^ set(m.files))
         raise _FormError(f"the files are not those of the arrays: {odd}")
 
 

@@ -8,11 +8,27 @@ from typing import Any
 
 import jax
 
-from sortal._jax import coordinator
-from sortal.errors import CheckpointError
+from sortal._jax import coordinator, outside_traces
+from sortal.errors import CheckpointError, TraceError
 
 _calls = itertools.count()
 _MILLISECONDS = 600_000
+
+
+def not_in_a_trace(verb: str) -> None:
+    """Refuses to work inside a transform, where it would be done once, on compiling.
+
+    Args:
+      verb: what is not to be done there.
+
+    Raises:
+      TraceError: a transform is being traced.
+    """
+    if not outside_traces():
+        raise TraceError(
+            f"{verb} inside a transform would run once, when it is traced, and not "
+            "when the compiled function is called. Call it outside."
+        )
 
 
 class Group:

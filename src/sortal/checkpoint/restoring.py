@@ -15,9 +15,8 @@ from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
 from sortal.checkpoint.layout import qualified
 from sortal.checkpoint.loading import Want, load, wanted
 from sortal.checkpoint.manifest import Kind, Leaf, Manifest, short
-
 from sortal.checkpoint.pending import settle
-from sortal.checkpoint.processes import Group
+from sortal.checkpoint.processes import Group, not_in_a_trace
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype
 from sortal.errors import (
@@ -62,7 +61,7 @@ class Restored(NamedTuple):
 
     step: int
     metadata: Any
-    metrics: dict[str, float]
+    metrics: Mapping[str, float]
     path: Path
     leaves: tuple[ModelPath, ...]
     kept: tuple[ModelPath, ...]
@@ -112,7 +111,7 @@ def restore(
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: the checkpoint does not fit the model; every difference is listed.
-      TraceError: the model belongs to another trace than the current one.
+      TraceError: it is called inside a transform.
       FilterError: ``only`` is no filter.
 
     Example:
@@ -131,6 +130,7 @@ def restore(
     group = Group(f"restoring from {directory}")
     number, fault = -1, ""
     try:
+        not_in_a_trace("restore")
         settle(directory)
         number = find_step(directory, step) if group.leads else -1
     except SortalError as e:
@@ -328,6 +328,7 @@ def load_state(
       )
     """
     directory = Path(directory).absolute()
+    not_in_a_trace("load_state")
     settle(directory)
     number = find_step(directory, step)
     manifest = files.read_manifest(directory, number)
@@ -336,8 +337,8 @@ def load_state(
     leaves = [x for x in manifest.leaves if _takes(only, x, classes[x.kind])]
     if only is not None and not leaves:
         raise RestoreError(
-            f"only={only!r} takes none of the leaves of step {number} of {directory}:\n"
-            + listing(map(manifest.describe, manifest.leaves))
+            f"only={to_filter(only)!r} takes none of the leaves of step {number} of "
+            f"{directory}:\n" + listing(map(manifest.describe, manifest.leaves))
         )
     alone = [
         f"{manifest.describe(x)}: {x.value.shown}" for x in leaves if _needs_model(x)
@@ -375,7 +376,7 @@ def _takes(only: Any, leaf: Leaf, kind: Any) -> bool:
     chosen = to_filter(only)
     if not chosen.structural:
         raise RestoreError(
-            f"only={only!r} looks at values, which are not read yet; use kinds, tags "
+            f"only={chosen!r} looks at values, which are not read yet; use kinds, tags "
             "and paths."
         )
     return chosen.test(leaf.path, kind, leaf.metadata, None)

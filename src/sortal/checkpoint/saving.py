@@ -15,7 +15,7 @@ from sortal.checkpoint import files
 from sortal.checkpoint.layout import Layout, check_json, lay_out
 from sortal.checkpoint.manifest import Manifest, now
 from sortal.checkpoint.pending import Saving, settle
-from sortal.checkpoint.processes import Group
+from sortal.checkpoint.processes import Group, not_in_a_trace
 from sortal.checkpoint.store import Writer, fingerprints, prepare, sync_tree
 from sortal.checkpoint.values import arrays
 from sortal.errors import CheckpointError, SaveError
@@ -60,6 +60,7 @@ def save(
       ArgumentError: the step is no whole number.
       SaveError: something cannot be saved or written; nothing was committed.
       WriterError: another writer is at work in the directory.
+      TraceError: it is called inside a transform.
       FilterError: ``only`` is no filter.
 
     Example:
@@ -115,6 +116,7 @@ def begin(
     Returns:
       The Saving.
     """
+    not_in_a_trace("save")
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
     layout, held, folder, fault = None, None, "", ""
