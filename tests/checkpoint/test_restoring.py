@@ -455,7 +455,7 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
     with pytest.raises(NoCheckpointError, match=r"no checkpoint in .*\.$"):
         nnx.restore(tmp_path, nnx.Rngs(0))
     nnx.save(tmp_path, nnx.Rngs(0), step=3)
-    with pytest.raises(NoCheckpointError, match="no step 4 .*: 3"):
+    with pytest.raises(NoCheckpointError, match=r"no step 4 .*: 3"):
         nnx.restore(tmp_path, nnx.Rngs(0), step=4)
     with pytest.raises(FileNotFoundError):
         nnx.load_state(tmp_path, step=4)

@@ -189,9 +189,9 @@ class Writer:
     def _buffer(self, size: int) -> np.ndarray:
         while not self._buffers and len(self._flying) >= _IN_FLIGHT:
             self._land()
-        found = self._buffers.pop() if self._buffers else None
-        fits = found is not None and found.size >= size
-        return found[:size] if fits else np.empty(size, np.uint8)
+        if self._buffers and self._buffers[-1].size >= size:
+            return self._buffers.pop()[:size]
+        return np.empty(size, np.uint8)
 
     def _fly(self, to: Any, data: np.ndarray, reuse: bool = False) -> None:
         while len(self._flying) >= _IN_FLIGHT:
