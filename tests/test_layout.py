@@ -86,6 +86,7 @@ ORDER = (
     "sortal.nn",
     "sortal.interop.*",
     "sortal.interop",
+    "sortal.inspect.stored",
     "sortal",
     "sortal.demo.*",
     "sortal.demo",
@@ -95,8 +96,6 @@ ORDER = (
 UNWRITTEN = {
     "sortal.sharding",
     "sortal.inspect.html",
-    "sortal.interop.*",
-    "sortal.interop",
 }
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}

@@ -62,6 +62,24 @@ def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Wa
     return Want(path, array, "jax", live.dtype, live.weak, sharding, committed)
 
 
+def host_value(want: Want, host: np.ndarray) -> Any:
+    """An array that is in host memory already, as it is wanted.
+
+    Args:
+      want: what it is to become.
+      host: all of it; for PRNG keys their words.
+
+    Returns:
+      The array.
+
+    Raises:
+      RestoreError: its numbers do not fit the dtype that they are cast to.
+    """
+    memory = host_memory(want.array.stored_shape, numpy_dtype(want.array.dtype))
+    memory[...] = host
+    return _Putter().whole(want, memory)
+
+
 class _Job(NamedTuple):
     """One read, and what to do with what was read."""
 
