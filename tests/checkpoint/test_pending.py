@@ -1,4 +1,4 @@
-"""Saves beside the program: safe from what it does next, and their failures are told."""
+"""Saves beside the program: safe from what it does next, and failures are told."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_what_happens_to_the_model_meanwhile_is_not_saved(tmp_path, held):
     root["small"] = raw[:3]
     del values
     saving = nnx.save(tmp_path, root, step=0, wait=False)
-    assert not saving.done and "under way" in repr(saving)
+    assert not saving.done
+    assert "under way" in repr(saving)
     step = jax.jit(lambda xs: [x * 0 for x in xs], donate_argnums=0)
     for name, new in zip(
         ("x0", "x1"), step([root["x0"].value, root["x1"].value]), strict=True
@@ -54,7 +55,8 @@ def test_what_happens_to_the_model_meanwhile_is_not_saved(tmp_path, held):
     found = nnx.load_state(tmp_path)
     assert [float(found[f"x{i}"].value.min()) for i in range(3)] == [1, 2, 3]
     assert [float(found[f"x{i}"].value.max()) for i in range(3)] == [1, 2, 3]
-    assert found["numpy"].min() == 4 and found["small"].min() == 4
+    assert found["numpy"].min() == 4
+    assert found["small"].min() == 4
     assert len(filled) == 8
 
 

@@ -450,7 +450,7 @@ def test_only_may_look_at_shapes_when_there_is_a_model(tmp_path):
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
-    with pytest.raises(NoCheckpointError, match="which does not exist"):
+    with pytest.raises(NoCheckpointError, match="which is no folder"):
         nnx.restore(tmp_path / "no", nnx.Rngs(0))
     with pytest.raises(NoCheckpointError, match=r"no checkpoint in .*\.$"):
         nnx.restore(tmp_path, nnx.Rngs(0))

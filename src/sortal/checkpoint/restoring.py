@@ -182,7 +182,7 @@ def find_step(directory: Path, step: int | str) -> int:
         return files.step_number(step)
     found = files.steps(directory)
     if not found:
-        there = "" if directory.is_dir() else ", which does not exist"
+        there = "" if directory.is_dir() else ", which is no folder"
         raise NoCheckpointError(f"no checkpoint in {directory}{there}.")
     return found[-1]
 

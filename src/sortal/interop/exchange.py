@@ -204,11 +204,14 @@ def _described(e: Entry, live: Any) -> Array:
     """What an entry is; words of uint32 are keys where the model has keys."""
     if isinstance(live, (jax.Array, jax.ShapeDtypeStruct)):
         mine = describe(live, [])
-        if isinstance(mine, Array) and mine.key and e.dtype == "uint32":
-            if e.shape == mine.stored_shape:
-                return mine
+        keys = isinstance(mine, Array) and mine.key is not None
+        if keys and e.dtype == "uint32" and e.shape == mine.stored_shape:
+            return mine
+        if keys and e.dtype == f"key<{mine.key.impl}>" and e.shape == mine.shape:
+            return mine
     if e.dtype.startswith("key<"):
-        return Array((*e.shape, e.nbytes), "uint32", "numpy")
+        words = e.nbytes // 4 // max(1, e.elements)
+        return Array((*e.shape, words), "uint32", "numpy")
     return Array(e.shape, e.dtype, "numpy")
 
 
@@ -304,17 +307,17 @@ def _words(x: Any) -> np.ndarray:
 
 
 def _theirs(entries: list[Entry], names: Names) -> list[Entry]:
-    found = []
-    for e in entries:
-        for ours, theirs in names.items():
-            pattern, axes = theirs if isinstance(theirs, tuple) else (theirs, None)
-            new = translate(ours, pattern, e.name)
-            if new is not None:
-                back = None if axes is None else tuple(map(int, np.argsort(axes)))
-                e = _turned(e._replace(name=new), back)
-                break
-        found.append(e)
-    return found
+    return [_their(e, names) for e in entries]
+
+
+def _their(e: Entry, names: Names) -> Entry:
+    for ours, theirs in names.items():
+        pattern, axes = theirs if isinstance(theirs, tuple) else (theirs, None)
+        new = translate(ours, pattern, e.name)
+        if new is not None:
+            back = None if axes is None else tuple(map(int, np.argsort(axes)))
+            return _turned(e._replace(name=new), back)
+    return e
 
 
 def write_arrays(path: Path, entries: list[Entry]) -> None:
