@@ -89,9 +89,8 @@ def _report(stored: Any, options: argparse.Namespace) -> tuple[Any, int]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=options.json
-    ) as bar:
+    hidden = options.json or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ _OWN = frozenset(
     "complex64 complex128".split()
 )
 
+_FAULTS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy and zipfile raise for files that are no archives of arrays."""
+
 
 def read(path: Path) -> Opened:
     """Opens an archive.
@@ -35,9 +49,10 @@ def read(path: Path) -> Opened:
       DamagedError: it is no archive, damaged, or holds objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because NumPy leaves a file that it cannot read open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             entries = [_entry(path, archive.zip, name) for name in archive.files]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
+    except _FAULTS as e:
         raise DamagedError(f"{path} is no archive of arrays, or damaged: {e}") from e
     return Opened(path, "npz", {}, entries)
 
@@ -55,9 +70,9 @@ def _entry(path: Path, archive: Any, name: str) -> Entry:
 
     def get() -> np.ndarray:
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 return found[name]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        except _FAULTS as e:
             raise DamagedError(f"{path}: {name} is damaged: {e}") from e
 
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
