@@ -83,8 +83,17 @@ ORDER = (
     "sortal.ema",
     "sortal.metrics",
     "sortal.sharding",
+    "sortal.checkpoint.values",
     "sortal.checkpoint.manifest",
+    "sortal.checkpoint.files",
     "sortal.checkpoint.store",
+    "sortal.checkpoint.processes",
+    "sortal.checkpoint.pending",
+    "sortal.checkpoint.layout",
+    "sortal.checkpoint.saving",
+    "sortal.checkpoint.fitting",
+    "sortal.checkpoint.loading",
+    "sortal.checkpoint.restoring",
     "sortal.checkpoint.manager",
     "sortal.checkpoint",
     "sortal.inspect.naming",
@@ -100,6 +109,7 @@ ORDER = (
     "sortal.interop",
     "sortal.bridge.*",
     "sortal.bridge",
+    "sortal.inspect.stored",
     "sortal",
     "sortal.demo.*",
     "sortal.demo",
@@ -108,10 +118,6 @@ ORDER = (
 # it out here.
 UNWRITTEN = {
     "sortal.sharding",
-    "sortal.checkpoint.manifest",
-    "sortal.checkpoint.store",
-    "sortal.checkpoint.manager",
-    "sortal.checkpoint",
     "sortal.inspect.html",
 }
 # A command is an entry point: what it runs is above it only for as long as it runs.

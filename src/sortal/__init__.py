@@ -23,6 +23,12 @@ from sortal.annotations import VariableMetadata as VariableMetadata
 from sortal.annotations import with_metadata as with_metadata
 from sortal.annotations import with_partitioning as with_partitioning
 from sortal.capture import capture as capture
+from sortal.checkpoint.manager import Checkpoints as Checkpoints
+from sortal.checkpoint.pending import Saving as Saving
+from sortal.checkpoint.restoring import Restored as Restored
+from sortal.checkpoint.restoring import load_state as load_state
+from sortal.checkpoint.restoring import restore as restore
+from sortal.checkpoint.saving import save as save
 from sortal.containers import Dict as Dict
 from sortal.containers import List as List
 from sortal.containers import Sequential as Sequential

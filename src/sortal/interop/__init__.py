@@ -1,3 +1,3 @@
-"""Other libraries' objects, taken as they are; each is met when its classes turn up."""
+"""Other libraries' objects and files: objects taken as they are, files converted."""
 
 from sortal.interop import flax as flax
