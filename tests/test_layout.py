@@ -75,6 +75,7 @@ ORDER = (
     "sortal.inspect",
     "sortal.nn.*",
     "sortal.nn",
+    "sortal.decoding",
     "sortal.interop.*",
     "sortal.interop",
     "sortal",

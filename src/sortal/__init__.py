@@ -1,5 +1,6 @@
 """Sortal: say what each array is, once; everything else follows from its kind."""
 
+from sortal import decoding as decoding
 from sortal import errors as errors
 from sortal import metrics as metrics
 from sortal import nn as nn
@@ -63,8 +64,13 @@ from sortal.nn.activations import softplus as softplus
 from sortal.nn.activations import standardize as standardize
 from sortal.nn.activations import swish as swish
 from sortal.nn.activations import tanh as tanh
+from sortal.nn.cache import KVCache as KVCache
+from sortal.nn.cache import check_room as check_room
 from sortal.nn.conv import Conv as Conv
 from sortal.nn.conv import ConvTranspose as ConvTranspose
+from sortal.nn.decoder import DecoderAttention as DecoderAttention
+from sortal.nn.decoder import init_cache as init_cache
+from sortal.nn.decoder import reset_cache as reset_cache
 from sortal.nn.embedding import Embed as Embed
 from sortal.nn.initializers import Initializer as Initializer
 from sortal.nn.linear import Einsum as Einsum
@@ -78,6 +84,7 @@ from sortal.nn.pooling import avg_pool as avg_pool
 from sortal.nn.pooling import max_pool as max_pool
 from sortal.nn.pooling import min_pool as min_pool
 from sortal.nn.pooling import pool as pool
+from sortal.nn.rotary import rotary as rotary
 from sortal.nn.stochastic import Dropout as Dropout
 from sortal.nodes import data as data
 from sortal.nodes import register_node as register_node
