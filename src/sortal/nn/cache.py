@@ -164,7 +164,7 @@ class KVCache(Module):
             held[...] = jnp.where(chosen, jnp.zeros((), held.dtype), held[...])
 
     def _slots(self, start: jax.Array, counts: jax.Array, new: int) -> jax.Array:
-        """The slot of each new token, (batch, new); ``length`` where it is to be lost."""
+        """The slot of each new token, (batch, new); ``length`` for those not written."""
         steps = jnp.arange(new, dtype=jnp.int32)
         slots = start[:, None] + steps
         written = steps < counts[:, None]
@@ -236,8 +236,8 @@ def check_room(model: Any, tokens: Any) -> None:
     if rows:
         raise CacheError(
             "a cache of fixed length has no room for all tokens; nothing was "
-            f"written:\n{listing(rows)}\nMake longer ones with init_cache(model, batch, "
-            "length), let them forget the oldest token with init_cache(..., "
+            f"written:\n{listing(rows)}\nMake longer ones with init_cache(model, "
+            "batch, length), let them forget the oldest token with init_cache(..., "
             "ring=True), or begin anew with reset_cache(model)."
         )
 
