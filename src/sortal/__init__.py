@@ -39,6 +39,7 @@ from sortal.module import dataclass as dataclass
 from sortal.module import iter_children as iter_children
 from sortal.module import iter_modules as iter_modules
 from sortal.nn import initializers as initializers
+from sortal.nn.activations import PReLU as PReLU
 from sortal.nn.activations import celu as celu
 from sortal.nn.activations import elu as elu
 from sortal.nn.activations import gelu as gelu
@@ -64,6 +65,17 @@ from sortal.nn.activations import softplus as softplus
 from sortal.nn.activations import standardize as standardize
 from sortal.nn.activations import swish as swish
 from sortal.nn.activations import tanh as tanh
+from sortal.nn.attention import RoPE as RoPE
+from sortal.nn.attention import combine_masks as combine_masks
+from sortal.nn.attention import dot_product_attention as dot_product_attention
+from sortal.nn.attention import (
+    dot_product_attention_weights as dot_product_attention_weights,
+)
+from sortal.nn.attention import (
+    dot_product_attention_with_rope as dot_product_attention_with_rope,
+)
+from sortal.nn.attention import make_attention_mask as make_attention_mask
+from sortal.nn.attention import make_causal_mask as make_causal_mask
 from sortal.nn.cache import KVCache as KVCache
 from sortal.nn.cache import check_room as check_room
 from sortal.nn.conv import Conv as Conv
@@ -76,14 +88,29 @@ from sortal.nn.initializers import Initializer as Initializer
 from sortal.nn.linear import Einsum as Einsum
 from sortal.nn.linear import Linear as Linear
 from sortal.nn.linear import LinearGeneral as LinearGeneral
+from sortal.nn.lora import LoRA as LoRA
+from sortal.nn.lora import LoRALinear as LoRALinear
+from sortal.nn.lora import LoRAParam as LoRAParam
+from sortal.nn.multihead import MultiHeadAttention as MultiHeadAttention
 from sortal.nn.normalization import BatchNorm as BatchNorm
 from sortal.nn.normalization import GroupNorm as GroupNorm
+from sortal.nn.normalization import InstanceNorm as InstanceNorm
 from sortal.nn.normalization import LayerNorm as LayerNorm
 from sortal.nn.normalization import RMSNorm as RMSNorm
 from sortal.nn.pooling import avg_pool as avg_pool
 from sortal.nn.pooling import max_pool as max_pool
 from sortal.nn.pooling import min_pool as min_pool
 from sortal.nn.pooling import pool as pool
+from sortal.nn.recurrent import GRUCell as GRUCell
+from sortal.nn.recurrent import LSTMCell as LSTMCell
+from sortal.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
+from sortal.nn.recurrent import RNNCellBase as RNNCellBase
+from sortal.nn.recurrent import SimpleCell as SimpleCell
+from sortal.nn.reparameterization import SpectralNorm as SpectralNorm
+from sortal.nn.reparameterization import WeightNorm as WeightNorm
+from sortal.nn.rnn import RNN as RNN
+from sortal.nn.rnn import Bidirectional as Bidirectional
+from sortal.nn.rnn import flip_sequences as flip_sequences
 from sortal.nn.rotary import rotary as rotary
 from sortal.nn.stochastic import Dropout as Dropout
 from sortal.nodes import data as data

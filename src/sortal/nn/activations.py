@@ -1,5 +1,11 @@
-"""Activation functions: those of JAX, under the names that NNX gives them."""
+"""Activation functions: those of JAX, under the names that NNX gives them; PReLU."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from jax.nn import celu as celu
 from jax.nn import elu as elu
 from jax.nn import gelu as gelu
@@ -25,3 +31,67 @@ from jax.nn import softplus as softplus
 from jax.nn import standardize as standardize
 from jax.nn import swish as swish
 from jax.numpy import tanh as tanh
+from jax.typing import DTypeLike
+
+from sortal.module import Module
+from sortal.nn import dtypes
+from sortal.nn.initializers import NO_METADATA, Metadata
+from sortal.variable import Param
+
+
+class PReLU(Module):
+    """``x`` where it is not negative, and a learned multiple of it elsewhere.
+
+    Args:
+      negative_slope_init: the multiple to begin with.
+      dtype: dtype of the computation; that of the input if absent, in which the slope
+        is then taken.
+      param_dtype: dtype of the slope.
+      promote_dtype: what casts (inputs, negative_slope) to ``dtype``.
+      negative_slope_metadata: metadata of the slope.
+
+    References:
+      He et al., "Delving deep into rectifiers", arXiv:1502.01852, equation 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.PReLU(0.5)(jnp.array([-2.0, 3.0]))
+      Array([-1.,  3.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        negative_slope_init: float = 0.01,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+        negative_slope_metadata: Metadata = NO_METADATA,
+    ):
+        self.negative_slope = Param(
+            jnp.asarray(negative_slope_init, dtype=param_dtype),
+            **negative_slope_metadata,
+        )
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: array of any shape.
+
+        Returns:
+          Array of the shape of the input.
+
+        Raises:
+          ArgumentError: the input is no array.
+        """
+        x = dtypes.as_array(self, inputs)
+        if self.dtype is None:
+            slope = jnp.asarray(self.negative_slope[...], x.dtype)
+        else:
+            x, slope = dtypes.promote(self, x, self.negative_slope)
+        return jnp.where(x >= 0, x, slope * x)

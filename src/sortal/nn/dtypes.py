@@ -140,6 +140,12 @@ def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
         )
 
 
+_SETS: dict[str, str] = dict.fromkeys(
+    ["deterministic", "use_running_average"],
+    "Write model.train() or model.eval(). ",
+)
+
+
 def resolve_flag(layer: Any, name: str, given: bool | None) -> bool:
     """A flag of a call, or the layer's own where the call leaves it open.
 
@@ -158,8 +164,8 @@ def resolve_flag(layer: Any, name: str, given: bool | None) -> bool:
     if found is None:
         raise ArgumentError(
             f"{name_of(layer)} does not know its {name}: it is None in the layer and "
-            f"was not passed to the call. Write model.train() or model.eval(), or "
-            f"pass {name}=True or False to the constructor or the call."
+            f"was not passed to the call. {_SETS.get(name, '')}Pass {name}=True or "
+            "False to the constructor or the call."
         )
     return bool(found)
 

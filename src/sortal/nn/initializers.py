@@ -34,7 +34,7 @@ from jax.typing import DTypeLike
 from sortal.errors import ArgumentError
 from sortal.nn.dtypes import name_of
 from sortal.rngs import Rngs
-from sortal.variable import Param, describe
+from sortal.variable import Param, Variable, describe
 
 Initializer = jax.nn.initializers.Initializer | Callable[..., Any]
 """Takes a key, a shape and a dtype; returns an array."""
@@ -102,6 +102,25 @@ def _is_size(number: Any) -> bool:
         return False
 
 
+def check_rngs(layer: Any, name: str, rngs: Any) -> None:
+    """Refuses what is no Rngs where one is needed.
+
+    Args:
+      layer: the layer under construction, for the message.
+      name: what is to be initialised, for the message.
+      rngs: the streams.
+
+    Raises:
+      ArgumentError: they are none.
+    """
+    if not isinstance(rngs, Rngs):
+        owner = name_of(layer)
+        raise ArgumentError(
+            f"{owner} needs an Rngs to initialise its {name}; found rngs="
+            f"{describe(rngs)}. Write {owner}(..., rngs=nnx.Rngs(0))."
+        )
+
+
 def new_param(
     layer: Any,
     name: str,
@@ -112,7 +131,9 @@ def new_param(
     metadata: Metadata = NO_METADATA,
     *,
     init_shape: tuple[int, ...] | None = None,
-) -> Param[jax.Array]:
+    kind: type[Variable] = Param,
+    argument: str | None = None,
+) -> Any:
     """A parameter of a layer, initialised with the next key of the stream ``params``.
 
     Args:
@@ -122,27 +143,25 @@ def new_param(
       rngs: the streams.
       shape: the parameter's shape.
       dtype: the parameter's dtype.
-      metadata: the Param's metadata.
+      metadata: the parameter's metadata.
       init_shape: the shape that the initialiser sees where its notion of fan-in and
         fan-out needs another one.
+      kind: the parameter's kind.
+      argument: what the layer calls its initialiser; ``<name>_init`` if absent.
 
     Returns:
-      The Param.
+      The parameter.
 
     Raises:
       ArgumentError: ``rngs`` is no Rngs, or ``init`` is no initialiser.
     """
-    owner = name_of(layer)
-    if not isinstance(rngs, Rngs):
-        raise ArgumentError(
-            f"{owner} needs an Rngs to initialise its {name}; found rngs="
-            f"{describe(rngs)}. Write {owner}(..., rngs=nnx.Rngs(0))."
-        )
+    owner, argument = name_of(layer), argument or f"{name}_init"
+    check_rngs(layer, name, rngs)
     if not callable(init):
         raise ArgumentError(
-            f"{owner}: {name}_init must be a function of (key, shape, dtype); found "
+            f"{owner}: {argument} must be a function of (key, shape, dtype); found "
             f"{describe(init)}. For a fixed value write "
-            f"{name}_init=nnx.initializers.constant(value)."
+            f"{argument}=nnx.initializers.constant(value)."
         )
     key = rngs.params()
     # Where there is nothing to fill, some versions of JAX divide by a fan-in of zero.
@@ -151,11 +170,11 @@ def new_param(
     )
     if inspect.isfunction(value):
         raise ArgumentError(
-            f"{owner}: {name}_init returned a function instead of an array: it makes "
+            f"{owner}: {argument} returned a function instead of an array: it makes "
             f"initialisers and is none itself. Call it first, as in "
-            f"{name}_init=nnx.initializers.lecun_normal()."
+            f"{argument}=nnx.initializers.lecun_normal()."
         )
-    param = Param(value, **metadata)
+    param = kind(value, **metadata)
     if init_shape is not None:
         param.value = jnp.reshape(param.value, shape)
     return param

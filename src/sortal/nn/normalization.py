@@ -1,184 +1,29 @@
-"""BatchNorm, LayerNorm, RMSNorm and GroupNorm: one core, four choices of axes."""
+"""BatchNorm, LayerNorm, RMSNorm, InstanceNorm and GroupNorm: five choices of axes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
 from sortal.errors import ArgumentError
-from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
     Initializer,
     Metadata,
     check_sizes,
-    new_param,
     ones,
     zeros,
 )
+from sortal.nn.moments import Axes, Norm
 from sortal.rngs import Rngs
-from sortal.variable import BatchStat, Param, describe
-
-Axes = int | Sequence[int]
+from sortal.variable import BatchStat, describe
 
 
-class _Norm(Module):
-    """Statistics over some axes, and a scale and bias along others."""
-
-    _affine: ClassVar[tuple[str, ...]] = ("scale", "bias")
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        epsilon: float,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        use_bias: bool,
-        use_scale: bool,
-        bias_init: Initializer,
-        scale_init: Initializer,
-        axis_name: str | None,
-        axis_index_groups: Any,
-        use_fast_variance: bool,
-        promote_dtype: dtypes.PromoteDtype,
-        rngs: Rngs,
-        bias_metadata: Metadata,
-        scale_metadata: Metadata,
-    ):
-        check_sizes(self, num_features=num_features)
-        shape = (num_features,)
-        self.scale: Param[jax.Array] | None = None
-        if use_scale:
-            self.scale = new_param(
-                self, "scale", scale_init, rngs, shape, param_dtype, scale_metadata
-            )
-        self.bias: Param[jax.Array] | None = None
-        if use_bias:
-            self.bias = new_param(
-                self, "bias", bias_init, rngs, shape, param_dtype, bias_metadata
-            )
-        self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
-
-    def _promoted(self, inputs: Any, features: Axes, *statistics: Any) -> Any:
-        """Input, statistics and affine parameters in one dtype, and feature axes."""
-        affine = [getattr(self, name) for name in self._affine]
-        x, *arrays = dtypes.promote(self, inputs, *statistics, *affine)
-        axes = self._axes(x, features)
-        found = math.prod(x.shape[a] for a in axes)
-        for array in arrays:
-            if array is not None and array.size != found:
-                raise ArgumentError(
-                    f"{dtypes.name_of(self)} has parameters for {array.size} features "
-                    f"on axes {features} of its input; found an input {describe(x)}."
-                )
-        return x, *arrays, axes
-
-    def _axes(self, x: Any, axes: Axes) -> tuple[int, ...]:
-        """Axes counted from the front, in order, each once."""
-        given = axes if isinstance(axes, Sequence) else (axes,)
-        if not all(-x.ndim <= a < x.ndim for a in given):
-            raise ArgumentError(
-                f"{dtypes.name_of(self)} works on axes {axes}, which its input "
-                f"{describe(x)} does not have."
-            )
-        return tuple(sorted({a % x.ndim for a in given}))
-
-    def _statistics(
-        self, x: Any, axes: tuple[int, ...], mask: Any, *, centred: bool = True
-    ) -> tuple[Any, Any]:
-        """Mean and variance over ``axes``, in float32 or better."""
-        if mask is not None:
-            mask = self._broadcast_mask(mask, x)
-        dtype = jnp.result_type(x) if self.dtype is None else self.dtype
-        x = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
-        if not centred:
-            (variance,) = self._means(axes, mask, _squared(x))
-            return jnp.zeros_like(variance), variance
-        if not self.use_fast_variance:
-            (mean,) = self._means(axes, mask, x)
-            deviation = x - jnp.expand_dims(mean, axes)
-            return mean, *self._means(axes, mask, _squared(deviation))
-        mean, square = self._means(axes, mask, x, _squared(x))
-        # Rounding can make a variance that is zero come out negative.
-        return mean, jnp.maximum(0.0, square - _squared(mean))
-
-    def _means(self, axes: tuple[int, ...], mask: Any, *arrays: Any) -> tuple[Any, ...]:
-        means = tuple(jnp.mean(a, axes, where=mask) for a in arrays)
-        if self.axis_name is None:
-            return means
-        # One collective for all.
-        stacked = lax.pmean(
-            jnp.stack(means), self.axis_name, axis_index_groups=self.axis_index_groups
-        )
-        return tuple(stacked[i] for i in range(len(means)))
-
-    def _broadcast_mask(self, mask: Any, x: Any) -> Any:
-        mask = dtypes.as_array(self, mask)
-        try:
-            return jnp.broadcast_to(mask, x.shape)
-        except ValueError:
-            raise ArgumentError(
-                f"{dtypes.name_of(self)}: the mask must broadcast to the input "
-                f"{describe(x)}; found {describe(mask)}."
-            ) from None
-
-    def _normalized(
-        self,
-        x: Any,
-        mean: Any,
-        variance: Any,
-        axes: tuple[int, ...],
-        features: tuple[int, ...],
-        scale: Any,
-        bias: Any = None,
-    ) -> jax.Array:
-        """``(x - mean) / sqrt(variance + epsilon) * scale + bias``."""
-        kept = [1 if i in axes else n for i, n in enumerate(x.shape)]
-        learned = [n if i in features else 1 for i, n in enumerate(x.shape)]
-        y = x - mean.reshape(kept)
-        factor = lax.rsqrt(variance.reshape(kept) + self.epsilon)
-        if scale is not None:
-            factor = factor * scale.reshape(learned)
-        y = y * factor
-        if bias is not None:
-            y = y + bias.reshape(learned)
-        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        return jnp.asarray(y, dtype)
-
-    def _over(
-        self, inputs: Any, axes: Axes, features: Axes, mask: Any, **options: Any
-    ) -> jax.Array:
-        """Normalises with the statistics of the input itself."""
-        x, *affine, learned = self._promoted(inputs, features)
-        reduced = self._axes(x, axes)
-        mean, variance = self._statistics(x, reduced, mask, **options)
-        return self._normalized(x, mean, variance, reduced, learned, *affine)
-
-
-def _squared(x: Any) -> Any:
-    if jnp.iscomplexobj(x):
-        return lax.square(lax.real(x)) + lax.square(lax.imag(x))
-    return lax.square(x)
-
-
-class BatchNorm(_Norm):
+class BatchNorm(Norm):
     """Normalises each feature by its statistics over the batch, and keeps their mean.
 
     In training, statistics are those of the input, and the running ones are updated:
@@ -226,6 +71,10 @@ class BatchNorm(_Norm):
       (1, 2)
     """
 
+    use_running_average: bool | None
+    axis: int
+    momentum: float
+
     def __init__(
         self,
         num_features: int,
@@ -248,19 +97,9 @@ class BatchNorm(_Norm):
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
-        super().__init__(
-            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
-            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
-            scale_init=scale_init, axis_name=axis_name,
-            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-        )  # fmt: skip
+        self._begin(locals())
         self.mean = BatchStat(jnp.zeros((num_features,), jnp.float32))
         self.var = BatchStat(jnp.ones((num_features,), jnp.float32))
-        self.use_running_average = use_running_average
-        self.axis = axis
-        self.momentum = momentum
 
     def __call__(
         self,
@@ -296,8 +135,17 @@ class BatchNorm(_Norm):
             self.var[...] = keep * self.var[...] + (1 - keep) * var
         return self._normalized(x, mean, var, axes, features, *affine)
 
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets what is given, as ``view`` does on copies of modules.
 
-class LayerNorm(_Norm):
+        Args:
+          use_running_average: whether to use the running statistics.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class LayerNorm(Norm):
     """Normalises each example by the statistics of its own features.
 
     Args:
@@ -334,6 +182,9 @@ class LayerNorm(_Norm):
       Array([[-1.22,  0.  ,  1.22]], dtype=float32)
     """
 
+    reduction_axes: Axes
+    feature_axes: Axes
+
     def __init__(
         self,
         num_features: int,
@@ -355,16 +206,7 @@ class LayerNorm(_Norm):
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
-        super().__init__(
-            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
-            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
-            scale_init=scale_init, axis_name=axis_name,
-            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-        )  # fmt: skip
-        self.reduction_axes = reduction_axes
-        self.feature_axes = feature_axes
+        self._begin(locals())
 
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
         """Applies the layer.
@@ -382,7 +224,7 @@ class LayerNorm(_Norm):
         return self._over(x, self.reduction_axes, self.feature_axes, mask)
 
 
-class RMSNorm(_Norm):
+class RMSNorm(Norm):
     """Divides each example by the root mean square of its own features.
 
     Args:
@@ -417,7 +259,8 @@ class RMSNorm(_Norm):
       Array([[0.2, 1.4]], dtype=float32)
     """
 
-    _affine = ("scale",)
+    reduction_axes: Axes
+    feature_axes: Axes
 
     def __init__(
         self,
@@ -437,16 +280,10 @@ class RMSNorm(_Norm):
         rngs: Rngs,
         scale_metadata: Metadata = NO_METADATA,
     ):
-        super().__init__(
-            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
-            use_bias=False, use_scale=use_scale, bias_init=zeros,
-            scale_init=scale_init, axis_name=axis_name,
-            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=NO_METADATA,
-            scale_metadata=scale_metadata,
-        )  # fmt: skip
-        self.reduction_axes = reduction_axes
-        self.feature_axes = feature_axes
+        self._begin(locals())
+
+    def _cast(self, inputs: Any, *statistics: Any) -> Any:
+        return *dtypes.promote(self, inputs, *statistics, self.scale), None
 
     def __call__(self, x: Any, mask: Any = None) -> jax.Array:
         """Applies the layer.
@@ -465,7 +302,93 @@ class RMSNorm(_Norm):
         return self._over(x, axes, features, mask, centred=False)
 
 
-class GroupNorm(_Norm):
+class InstanceNorm(Norm):
+    """Normalises each feature of each example by its statistics over all other axes.
+
+    Args:
+      num_features: number of features.
+      epsilon: added to the variance.
+      dtype: dtype of the result; that which input and parameters promote to if absent.
+      param_dtype: dtype of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initialiser of ``bias``, of shape (num_features,).
+      scale_init: initialiser of ``scale``, of shape (num_features,).
+      feature_axes: axes along which scale and bias vary; not the first, that of the
+        batch.
+      axis_name: name of a mapped axis over whose members statistics are averaged.
+      axis_index_groups: groups of indices of that axis to average among.
+      use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
+      promote_dtype: what casts (inputs, scale, bias) to one dtype.
+      rngs: gives the keys of stream ``params``.
+      bias_metadata: metadata of the bias.
+      scale_metadata: metadata of the scale.
+
+    Raises:
+      ArgumentError: ``num_features`` is no whole number, or ``rngs`` no Rngs; at a
+        call, the input has another number of features, or features on its first axis.
+
+    References:
+      Ulyanov, Vedaldi and Lempitsky, "Instance normalization", arXiv:1607.08022,
+      equation 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> layer = nnx.InstanceNorm(2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[[0.0, 10.0], [2.0, 30.0]]])).round(2).tolist()
+      [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+
+    feature_axes: Axes
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+        rngs: Rngs,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
+    ):
+        self._begin(locals())
+
+    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          x: array (batch, ...) with num_features elements along ``feature_axes``.
+          mask: booleans that broadcast to ``x``; statistics leave False elements out.
+
+        Returns:
+          Array of the shape of ``x``.
+
+        Raises:
+          ArgumentError: ``x`` or the mask does not fit.
+        """
+        x, *affine, features = self._promoted(x, self.feature_axes)
+        if 0 in features:
+            raise ArgumentError(
+                "InstanceNorm: the first axis is that of the batch, and cannot be "
+                f"among feature_axes={self.feature_axes}; found an input {describe(x)}."
+            )
+        axes = tuple(i for i in range(1, x.ndim) if i not in features)
+        mean, variance = self._statistics(x, axes, mask)
+        return self._normalized(x, mean, variance, axes, features, *affine)
+
+
+class GroupNorm(Norm):
     """Normalises groups of an example's features by the statistics of the group.
 
     Args:
@@ -504,6 +427,8 @@ class GroupNorm(_Norm):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    reduction_axes: Axes | None
+
     def __init__(
         self,
         num_features: int,
@@ -526,33 +451,10 @@ class GroupNorm(_Norm):
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
-        if (num_groups is None) == (group_size is None):
-            raise ArgumentError(
-                "GroupNorm needs num_groups or group_size, not both; found num_groups="
-                f"{num_groups} and group_size={group_size}. With group_size= write "
-                "num_groups=None."
-            )
-        name, divisor = "num_groups", num_groups
-        if divisor is None:
-            name, divisor = "group_size", group_size
-        check_sizes(self, num_features=num_features, **{name: divisor})
-        if not divisor or num_features % divisor:
-            raise ArgumentError(
-                f"GroupNorm: {name}={divisor} does not divide num_features="
-                f"{num_features}."
-            )
-        super().__init__(
-            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
-            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
-            scale_init=scale_init, axis_name=axis_name,
-            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-        )  # fmt: skip
-        quotient = num_features // divisor
-        self.num_groups = divisor if group_size is None else quotient
-        self.group_size = quotient if group_size is None else divisor
-        self.reduction_axes = reduction_axes
+        _check_groups(num_features, num_groups, group_size)
+        self._begin(locals())
+        self.num_groups = num_groups or num_features // (group_size or 1)
+        self.group_size = group_size or num_features // (num_groups or 1)
         self.feature_axis = -1
 
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -587,3 +489,20 @@ class GroupNorm(_Norm):
             jnp.repeat(s, self.group_size, axis=-1) for s in (mean, variance)
         )
         return self._normalized(x, mean, variance, others, features, *affine)
+
+
+def _check_groups(num_features: int, num_groups: Any, group_size: Any) -> None:
+    if (num_groups is None) == (group_size is None):
+        raise ArgumentError(
+            "GroupNorm needs num_groups or group_size, not both; found num_groups="
+            f"{num_groups} and group_size={group_size}. With group_size= write "
+            "num_groups=None."
+        )
+    name, divisor = "num_groups", num_groups
+    if divisor is None:
+        name, divisor = "group_size", group_size
+    check_sizes("GroupNorm", num_features=num_features, **{name: divisor})
+    if not divisor or num_features % divisor:
+        raise ArgumentError(
+            f"GroupNorm: {name}={divisor} does not divide num_features={num_features}."
+        )

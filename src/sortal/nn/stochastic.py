@@ -110,6 +110,15 @@ class Dropout(Module):
         mask = jnp.broadcast_to(mask, x.shape)
         return lax.select(mask, x / keep, jnp.zeros_like(x))
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets what is given, as ``view`` does on copies of modules.
+
+        Args:
+          deterministic: whether to return the input as it is.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def _key(self, rngs: Any) -> jax.Array:
         if isinstance(rngs, Rngs):
             return rngs[self.rng_collection]()

@@ -1,0 +1,554 @@
+"""Attention as functions: weights, their sum, masks and rotary positions."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from sortal.errors import ArgumentError
+from sortal.module import Module
+from sortal.nn import dtypes
+from sortal.variable import Intermediate, Variable, describe
+
+
+def dot_product_attention_weights(
+    query: Any,
+    key: Any,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    module: Module | None = None,
+    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+    is_causal: bool = False,
+) -> jax.Array:
+    """How much each query attends to each key: ``softmax(query @ key / sqrt(depth))``.
+
+    Args:
+      query: array (*batch, queries, heads, depth).
+      key: array (*batch, keys, kv_heads, depth); ``kv_heads`` divides ``heads``, and
+        each of its heads serves as many in a row of the query's.
+      bias: added to the logits; broadcasts to (*batch, heads, queries, keys).
+      mask: True or nonzero where a query may attend to a key; broadcasts likewise.
+      broadcast_dropout: whether all batch indices and heads lose the same weights.
+      dropout_rng: key for dropout.
+      dropout_rate: the probability that a weight is dropped, from 0 to less than 1.
+      deterministic: True drops nothing.
+      dtype: dtype of the computation; that which query and key promote to if absent.
+      precision: as for ``jax.numpy.einsum``.
+      module: where the weights are recorded, as ``attention_weights``, an
+        Intermediate.
+      promote_dtype: what casts (query, key) to one dtype.
+      is_causal: whether the query of place i attends to keys 0 to i only.
+
+    Returns:
+      Array (*batch, heads, queries, keys).
+
+    Raises:
+      ArgumentError: shapes do not fit one another, the rate is out of range, or there
+        is no key for dropout.
+
+    References:
+      Vaswani et al., "Attention is all you need", arXiv:1706.03762, equation 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> x = jnp.ones((2, 1, 4))
+      >>> nnx.dot_product_attention_weights(x, x, is_causal=True)[0].tolist()
+      [[1.0, 0.0], [0.5, 0.5]]
+    """
+    drops = not deterministic and dropout_rate > 0
+    _check_dropout(dropout_rate, dropout_rng if drops else "not needed")
+    query, key = promote_dtype((query, key), dtype=dtype)
+    dtype = query.dtype
+    _check_operands(query, key)
+    mask, bias = (_check_weights(x, query, key) for x in (mask, bias))
+    query = query / jnp.sqrt(query.shape[-1]).astype(dtype)
+    weights = _logits(query, key, precision)
+    if bias is not None:
+        weights = weights + bias
+    masks = [] if mask is None else [mask]
+    if is_causal:
+        masks.append(jnp.tril(jnp.ones(weights.shape[-2:], dtype)))
+    if masks:
+        allowed = masks[0].astype(bool)
+        for other in masks[1:]:
+            allowed = jnp.logical_and(allowed, other)
+        weights = jnp.where(allowed, weights, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(weights).astype(dtype)
+    if module is not None:
+        module.sow(Intermediate, "attention_weights", weights)
+    if drops:
+        shape = weights.shape
+        if broadcast_dropout:
+            shape = (*(1 for _ in shape[:-2]), *shape[-2:])
+        keep = 1.0 - dropout_rate
+        kept = jax.random.bernoulli(dropout_rng, keep, shape)
+        weights = weights * (kept.astype(dtype) / jnp.asarray(keep, dtype=dtype))
+    return weights
+
+
+def _logits(query: Any, key: Any, precision: Any) -> Any:
+    """Products of queries and keys; heads of the key serve groups of the query's."""
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if heads == kv_heads:
+        return jnp.einsum("...qhd,...khd->...hqk", query, key, precision=precision)
+    grouped = (*query.shape[:-2], kv_heads, heads // kv_heads, query.shape[-1])
+    weights = jnp.einsum(
+        "...qhgd,...kh1d->...hgqk",
+        query.reshape(grouped),
+        jnp.expand_dims(key, -2),
+        precision=precision,
+    )
+    return weights.reshape((*weights.shape[:-4], heads, *weights.shape[-2:]))
+
+
+def _mixed(weights: Any, value: Any, precision: Any) -> Any:
+    """Values summed with the weights; heads of the value serve groups of weights."""
+    heads, kv_heads = weights.shape[-3], value.shape[-2]
+    if heads == kv_heads:
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
+    grouped = (*weights.shape[:-3], kv_heads, heads // kv_heads, *weights.shape[-2:])
+    out = jnp.einsum(
+        "...hgqk,...kh1d->...qhgd",
+        weights.reshape(grouped),
+        jnp.expand_dims(value, -2),
+        precision=precision,
+    )
+    return out.reshape((*out.shape[:-3], heads, out.shape[-1]))
+
+
+def _check_dropout(rate: float, key: Any) -> None:
+    if not 0.0 <= rate < 1.0:
+        raise ArgumentError(
+            "attention: dropout_rate is the probability that a weight is dropped, from "
+            f"0 to less than 1; found {rate!r}."
+        )
+    if key is None:
+        raise ArgumentError(
+            f"attention has nothing to draw from: dropout_rate={rate} and "
+            "deterministic=False need a key. Pass dropout_rng=key, or "
+            "deterministic=True."
+        )
+
+
+def _check_operands(query: Any, key: Any, value: Any = None) -> None:
+    """Refuses queries, keys and values that do not fit one another."""
+    others = {"key": key} if value is None else {"key": key, "value": value}
+    found = ", ".join(
+        f"{n}={describe(x)}" for n, x in {"query": query, **others}.items()
+    )
+    batch = query.shape[:-3]
+    if query.ndim < 3 or any(
+        x.ndim != query.ndim or x.shape[:-3] != batch for x in others.values()
+    ):
+        raise ArgumentError(
+            "attention needs arrays (*batch, length, heads, depth) of one batch shape; "
+            f"found {found}."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ArgumentError(
+            f"attention: query and key must have one depth, the last axis; found "
+            f"{found}."
+        )
+    if value is not None and key.shape[-3] != value.shape[-3]:
+        raise ArgumentError(
+            f"attention: there must be as many values as keys, on axis -3; found "
+            f"{found}."
+        )
+    if any(not x.shape[-2] or query.shape[-2] % x.shape[-2] for x in others.values()):
+        raise ArgumentError(
+            "attention: the heads of key and value, on axis -2, must divide those of "
+            f"the query; found {found}."
+        )
+
+
+def _check_weights(x: Any, query: Any, key: Any) -> Any:
+    """A mask or bias, known to broadcast to the weights."""
+    if x is None:
+        return None
+    x = dtypes.as_array("attention", x)
+    heads, length = query.shape[-2], query.shape[-3]
+    shape = (*query.shape[:-3], heads, length, key.shape[-3])
+    pairs = zip(reversed(x.shape), reversed(shape), strict=False)
+    if x.ndim > len(shape) or any(n not in (1, m) for n, m in pairs):
+        raise ArgumentError(
+            "attention: masks and biases must broadcast to (*batch, heads, queries, "
+            f"keys), here {shape}; found {describe(x)}."
+        )
+    return x
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    module: Module | None = None,
+    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+    is_causal: bool = False,
+) -> jax.Array:
+    """Values summed with the weights of ``dot_product_attention_weights``.
+
+    Without dropout and without ``module``, ``jax.nn.dot_product_attention`` does it.
+
+    Args:
+      query: array (*batch, queries, heads, depth).
+      key: array (*batch, keys, kv_heads, depth); ``kv_heads`` divides ``heads``, and
+        each of its heads serves as many in a row of the query's.
+      value: array (*batch, keys, kv_heads, value_depth).
+      bias: added to the logits; broadcasts to (*batch, heads, queries, keys).
+      mask: True or nonzero where a query may attend to a key; broadcasts likewise.
+      broadcast_dropout: whether all batch indices and heads lose the same weights.
+      dropout_rng: key for dropout.
+      dropout_rate: the probability that a weight is dropped, from 0 to less than 1.
+      deterministic: True drops nothing.
+      dtype: dtype of the computation; that which the three promote to if absent.
+      precision: as for ``jax.numpy.einsum``.
+      module: where the weights are recorded, as ``attention_weights``, an
+        Intermediate.
+      promote_dtype: what casts (query, key, value) to one dtype.
+      is_causal: whether the query of place i attends to keys 0 to i only.
+
+    Returns:
+      Array (*batch, queries, heads, value_depth).
+
+    Raises:
+      ArgumentError: shapes do not fit one another, the rate is out of range, or there
+        is no key for dropout.
+
+    References:
+      Vaswani et al., "Attention is all you need", arXiv:1706.03762, equation 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> q, kv = jnp.ones((5, 7, 4, 8)), jnp.ones((5, 9, 2, 8))
+      >>> nnx.dot_product_attention(q, kv, kv).shape
+      (5, 7, 4, 8)
+    """
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    _check_operands(query, key, value)
+    named = _named_precision(precision)
+    if dropout_rate == 0.0 and module is None and named is not None:
+        mask, bias = (_check_weights(x, query, key) for x in (mask, bias))
+        with named:
+            return _fused(query, key, value, bias, mask, is_causal)
+    weights = dot_product_attention_weights(
+        query, key, bias, mask, broadcast_dropout, dropout_rng, dropout_rate,
+        deterministic, query.dtype, precision, module, promote_dtype, is_causal,
+    )  # fmt: skip
+    return _mixed(weights, value, precision)
+
+
+def _named_precision(precision: Any) -> Any:
+    """A context in which JAX's own attention has the precision; None where none is.
+
+    That function takes no precision, but what it calls follows JAX's default.
+    """
+    if precision is None:
+        return contextlib.nullcontext()
+    if isinstance(precision, (str, lax.Precision)):
+        name = lax.Precision(precision).name.lower()
+        return jax.default_matmul_precision(name)
+    return None
+
+
+def _fused(
+    query: Any, key: Any, value: Any, bias: Any, mask: Any, is_causal: bool
+) -> jax.Array:
+    """JAX's attention, which knows one batch axis at most, over any number."""
+    batch = query.shape[:-3]
+
+    def flat(x: Any, tail: int = 3) -> Any:
+        return jnp.reshape(x, (math.prod(batch), *x.shape[-tail:]))
+
+    def spread(x: Any) -> Any:
+        if x is None:
+            return None
+        x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+        if len(batch) > 1:
+            x = flat(jnp.broadcast_to(x, (*batch, *x.shape[-3:])))
+        return x
+
+    bias, mask = spread(bias), spread(mask)
+    if mask is not None:
+        mask = mask.astype(bool)
+    if len(batch) > 1:
+        query, key, value = flat(query), flat(key), flat(value)
+    out = jax.nn.dot_product_attention(
+        query, key, value, bias, mask, is_causal=is_causal
+    )
+    return jnp.reshape(out, (*batch, *out.shape[-3:])) if len(batch) > 1 else out
+
+
+def make_attention_mask(
+    query_input: Any,
+    key_input: Any,
+    pairwise_fn: Callable[..., Any] = jnp.multiply,
+    extra_batch_dims: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """A mask for attention from what is known of each query and of each key.
+
+    Args:
+      query_input: array (*batch, queries), such as 1 for words and 0 for padding.
+      key_input: array (*batch, keys).
+      pairwise_fn: makes one entry of an entry of each; broadcasts.
+      extra_batch_dims: how many axes of size 1 to put in front.
+      dtype: dtype of the mask.
+
+    Returns:
+      Array (*ones, *batch, 1, queries, keys).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> words = jnp.array([1, 1, 0])
+      >>> nnx.make_attention_mask(words, words, dtype=int)[0].tolist()
+      [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    """
+    mask = pairwise_fn(
+        jnp.expand_dims(query_input, axis=-1), jnp.expand_dims(key_input, axis=-2)
+    )
+    mask = jnp.expand_dims(mask, axis=-3)
+    mask = jnp.expand_dims(mask, axis=tuple(range(extra_batch_dims)))
+    return mask.astype(dtype)
+
+
+def make_causal_mask(
+    x: Any, extra_batch_dims: int = 0, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """A mask under which each place of a sequence attends to itself and those before.
+
+    Args:
+      x: array (*batch, length), of which only the shape counts.
+      extra_batch_dims: how many axes of size 1 to put in front.
+      dtype: dtype of the mask.
+
+    Returns:
+      Array (*ones, *batch, 1, length, length).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.make_causal_mask(jnp.zeros(3), dtype=int)[0].tolist()
+      [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    """
+    places = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)
+    return make_attention_mask(
+        places, places, jnp.greater_equal, extra_batch_dims, dtype
+    )
+
+
+def combine_masks(*masks: Any, dtype: DTypeLike = jnp.float32) -> jax.Array | None:
+    """The mask that allows what all of several masks allow.
+
+    Args:
+      *masks: arrays that broadcast to one another, of one rank; None is left out.
+      dtype: dtype of the mask.
+
+    Returns:
+      The mask; None if there is none to combine.
+
+    Raises:
+      ArgumentError: the masks differ in rank.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> nnx.combine_masks(jnp.array([1, 1, 0]), None, jnp.array([0, 1, 1]), dtype=int)
+      Array([0, 1, 0], dtype=int32)
+    """
+    given = [m for m in masks if m is not None]
+    if not given:
+        return None
+    if len({jnp.ndim(m) for m in given}) > 1:
+        raise ArgumentError(
+            "combine_masks needs masks of one rank, such as (*batch, heads, queries, "
+            f"keys) with ones for axes that are shared; found "
+            f"{', '.join(map(describe, given))}."
+        )
+    mask = given[0]
+    for other in given[1:]:
+        mask = jnp.logical_and(mask, other)
+    return jnp.asarray(mask).astype(dtype)
+
+
+class RoPE(Module):
+    """Rotary positions: turns pairs of features by angles that grow with the place.
+
+    Feature i is paired with feature i + depth / 2, and turned at place p by the angle
+    ``p * theta ** (-2 i / depth)``.
+
+    Args:
+      theta: the base of the angles.
+      embedding_size: depth of the heads, even; given together with ``max_seq_len`` to
+        keep tables of sine and cosine, as Variables.
+      max_seq_len: how many places the tables are for.
+
+    Raises:
+      ArgumentError: one of the two sizes without the other, or an odd depth; at a
+        call, the input has another depth, or more places than the tables.
+
+    References:
+      Su et al., "RoFormer: enhanced transformer with rotary position embedding",
+      arXiv:2104.09864, equation 34.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> rope = nnx.RoPE()
+      >>> query, key = jnp.ones((2, 1, 5, 4))
+      >>> product = rope(query) @ rope(key).mT  # depends on distances alone
+      >>> bool(jnp.allclose(product[0, 0, 1], product[0, 3, 4]))
+      True
+    """
+
+    def __init__(
+        self,
+        theta: float = 10000.0,
+        embedding_size: int | None = None,
+        max_seq_len: int | None = None,
+    ):
+        if (embedding_size is None) != (max_seq_len is None):
+            raise ArgumentError(
+                "RoPE keeps tables where embedding_size and max_seq_len are both "
+                f"given; found embedding_size={embedding_size} and max_seq_len="
+                f"{max_seq_len}. Give both, or neither."
+            )
+        self.theta = theta
+        self.cached_sin: Variable[jax.Array] | None = None
+        self.cached_cos: Variable[jax.Array] | None = None
+        if embedding_size is not None and max_seq_len is not None:
+            sin, cos = self._angles(embedding_size, jnp.arange(float(max_seq_len)))
+            self.cached_sin, self.cached_cos = Variable(sin), Variable(cos)
+
+    def _angles(self, depth: int, positions: Any) -> tuple[jax.Array, jax.Array]:
+        if depth <= 0 or depth % 2:
+            raise ArgumentError(
+                f"RoPE turns pairs of features, so their number must be even; found "
+                f"{depth}."
+            )
+        frequencies = 1.0 / (self.theta ** (jnp.arange(0.0, depth, 2) / depth))
+        angles = jnp.expand_dims(positions, -1) * frequencies
+        return jnp.sin(angles), jnp.cos(angles)
+
+    def __call__(self, x: Any, input_positions: Any = None) -> jax.Array:
+        """Turns the features of each place.
+
+        Args:
+          x: array (..., length, depth).
+          input_positions: array (..., length) of places that broadcasts to the leading
+            axes of ``x``; 0, 1, ... if absent.
+
+        Returns:
+          Array of the shape of ``x``.
+
+        Raises:
+          ArgumentError: the depth is odd or not that of the tables; there are more
+            places than the tables are for; or not one position for each place.
+        """
+        x = dtypes.as_array(self, x)
+        sin, cos = self._at(x, input_positions)
+        sin, cos = (jnp.concatenate([t, t], axis=-1) for t in (sin, cos))
+        half = x.shape[-1] // 2
+        turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+        return x * cos + turned * sin
+
+    def _at(self, x: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
+        """Sine and cosine for the places of ``x``, each (..., length, depth / 2)."""
+        length, depth = x.shape[-2:]
+        if positions is not None:
+            positions = dtypes.as_array(self, positions)
+            if positions.ndim == 0 or positions.shape[-1] != length:
+                raise ArgumentError(
+                    f"RoPE needs one position for each of {length} places; found "
+                    f"input_positions {describe(positions)} for an input {describe(x)}."
+                )
+            return self._angles(depth, positions)
+        if self.cached_sin is None or self.cached_cos is None:
+            return self._angles(depth, jnp.arange(float(length)))
+        sin, cos = self.cached_sin[...], self.cached_cos[...]
+        if length > sin.shape[0] or depth != 2 * sin.shape[1]:
+            raise ArgumentError(
+                f"RoPE has tables for {sin.shape[0]} places of {2 * sin.shape[1]} "
+                f"features; found an input {describe(x)}. Build it for that, or "
+                "without embedding_size and max_seq_len."
+            )
+        return sin[:length], cos[:length]
+
+
+def dot_product_attention_with_rope(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    rope: RoPE,
+    input_positions: Any = None,
+    **kwargs: Any,
+) -> jax.Array:
+    """``dot_product_attention`` of a query and key turned by their places.
+
+    For ``MultiHeadAttention(attention_fn=)``, with ``rope`` given by
+    ``functools.partial``.
+
+    Args:
+      query: array (*batch, queries, heads, depth).
+      key: array (*batch, keys, kv_heads, depth).
+      value: array (*batch, keys, kv_heads, value_depth).
+      rope: what turns them.
+      input_positions: the places of the queries, (queries,) or (*batch, queries); 0,
+        1, ... if absent. They are those of the keys too where there are as many keys
+        as queries; else, as with a cache, the keys are at 0, 1, ...
+      **kwargs: further arguments of ``dot_product_attention``.
+
+    Returns:
+      Array (*batch, queries, heads, value_depth).
+
+    Raises:
+      ArgumentError: as for ``RoPE`` and ``dot_product_attention``.
+
+    Example:
+      >>> import functools
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> layer = nnx.MultiHeadAttention(
+      ...     num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0),
+      ...     attention_fn=functools.partial(
+      ...         nnx.dot_product_attention_with_rope, rope=nnx.RoPE()
+      ...     ),
+      ... )
+      >>> layer(jnp.ones((5, 3, 8))).shape
+      (5, 3, 8)
+    """
+    together = query.shape[-3] == key.shape[-3]
+    query = _turned(rope, query, input_positions)
+    key = _turned(rope, key, input_positions if together else None)
+    return dot_product_attention(query, key, value, **kwargs)
+
+
+def _turned(rope: RoPE, x: Any, positions: Any) -> jax.Array:
+    """Turns (*batch, length, heads, depth), all heads alike."""
+    if positions is not None:
+        positions = jnp.expand_dims(positions, -2)
+    return jnp.swapaxes(rope(jnp.swapaxes(x, -3, -2), positions), -3, -2)

@@ -1,0 +1,157 @@
+"""What all norms share: moments over some axes, scale and bias along others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from sortal.errors import ArgumentError
+from sortal.module import Module
+from sortal.nn import dtypes
+from sortal.nn.initializers import NO_METADATA, check_sizes, new_param
+from sortal.variable import Param, describe
+
+Axes = int | Sequence[int]
+
+
+class Norm(Module):
+    """Base of the norms: their settings, parameters and arithmetic."""
+
+    epsilon: float
+    dtype: DTypeLike | None
+    axis_name: str | None
+    axis_index_groups: Any
+    use_fast_variance: bool
+    promote_dtype: dtypes.PromoteDtype
+    scale: Param[jax.Array] | None
+    bias: Param[jax.Array] | None
+
+    def _begin(self, arguments: Mapping[str, Any]) -> None:
+        """Makes the parameters and keeps the settings.
+
+        Args:
+          arguments: what the constructor was called with, by name: its ``locals()``.
+        """
+        given = {n: x for n, x in arguments.items() if n not in {"self", "rngs"}}
+        check_sizes(self, num_features=given["num_features"])
+        for name in ("scale", "bias"):
+            init = given.pop(f"{name}_init", None)
+            metadata = given.pop(f"{name}_metadata", NO_METADATA)
+            shape, dtype = (given["num_features"],), given["param_dtype"]
+            param = None
+            if given.get(f"use_{name}", False):
+                rngs = arguments["rngs"]
+                param = new_param(self, name, init, rngs, shape, dtype, metadata)
+            setattr(self, name, param)
+        for name, setting in given.items():
+            setattr(self, name, setting)
+
+    def _promoted(self, inputs: Any, features: Axes, *statistics: Any) -> Any:
+        """Input, statistics and affine parameters in one dtype, and feature axes."""
+        x, *arrays = self._cast(inputs, *statistics)
+        axes = self._axes(x, features)
+        found = math.prod(x.shape[a] for a in axes)
+        for array in arrays:
+            if array is not None and array.size != found:
+                raise ArgumentError(
+                    f"{dtypes.name_of(self)} has parameters for {array.size} features "
+                    f"on axes {features} of its input; found an input {describe(x)}."
+                )
+        return x, *arrays, axes
+
+    def _cast(self, inputs: Any, *statistics: Any) -> Any:
+        """Input, statistics, scale and bias, as the layer promotes them."""
+        return dtypes.promote(self, inputs, *statistics, self.scale, self.bias)
+
+    def _axes(self, x: Any, axes: Axes) -> tuple[int, ...]:
+        """Axes counted from the front, in order, each once."""
+        given = axes if isinstance(axes, Sequence) else (axes,)
+        if not all(-x.ndim <= a < x.ndim for a in given):
+            raise ArgumentError(
+                f"{dtypes.name_of(self)} works on axes {axes}, which its input "
+                f"{describe(x)} does not have."
+            )
+        return tuple(sorted({a % x.ndim for a in given}))
+
+    def _statistics(
+        self, x: Any, axes: tuple[int, ...], mask: Any, *, centred: bool = True
+    ) -> tuple[Any, Any]:
+        """Mean and variance over ``axes``, in float32 or better."""
+        if mask is not None:
+            mask = self._broadcast_mask(mask, x)
+        dtype = jnp.result_type(x) if self.dtype is None else self.dtype
+        x = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+        if not centred:
+            (variance,) = self._means(axes, mask, _squared(x))
+            return jnp.zeros_like(variance), variance
+        if not self.use_fast_variance:
+            (mean,) = self._means(axes, mask, x)
+            deviation = x - jnp.expand_dims(mean, axes)
+            return mean, *self._means(axes, mask, _squared(deviation))
+        mean, square = self._means(axes, mask, x, _squared(x))
+        # Rounding can make a variance that is zero come out negative.
+        return mean, jnp.maximum(0.0, square - _squared(mean))
+
+    def _means(self, axes: tuple[int, ...], mask: Any, *arrays: Any) -> tuple[Any, ...]:
+        means = tuple(jnp.mean(a, axes, where=mask) for a in arrays)
+        if self.axis_name is None:
+            return means
+        # One collective for all.
+        stacked = lax.pmean(
+            jnp.stack(means), self.axis_name, axis_index_groups=self.axis_index_groups
+        )
+        return tuple(stacked[i] for i in range(len(means)))
+
+    def _broadcast_mask(self, mask: Any, x: Any) -> Any:
+        mask = dtypes.as_array(self, mask)
+        try:
+            return jnp.broadcast_to(mask, x.shape)
+        except ValueError:
+            raise ArgumentError(
+                f"{dtypes.name_of(self)}: the mask must broadcast to the input "
+                f"{describe(x)}; found {describe(mask)}."
+            ) from None
+
+    def _normalized(
+        self,
+        x: Any,
+        mean: Any,
+        variance: Any,
+        axes: tuple[int, ...],
+        features: tuple[int, ...],
+        scale: Any,
+        bias: Any = None,
+    ) -> jax.Array:
+        """``(x - mean) / sqrt(variance + epsilon) * scale + bias``."""
+        kept = [1 if i in axes else n for i, n in enumerate(x.shape)]
+        learned = [n if i in features else 1 for i, n in enumerate(x.shape)]
+        y = x - mean.reshape(kept)
+        factor = lax.rsqrt(variance.reshape(kept) + self.epsilon)
+        if scale is not None:
+            factor = factor * scale.reshape(learned)
+        y = y * factor
+        if bias is not None:
+            y = y + bias.reshape(learned)
+        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        return jnp.asarray(y, dtype)
+
+    def _over(
+        self, inputs: Any, axes: Axes, features: Axes, mask: Any, **options: Any
+    ) -> jax.Array:
+        """Normalises with the statistics of the input itself."""
+        x, *affine, learned = self._promoted(inputs, features)
+        reduced = self._axes(x, axes)
+        mean, variance = self._statistics(x, reduced, mask, **options)
+        return self._normalized(x, mean, variance, reduced, learned, *affine)
+
+
+def _squared(x: Any) -> Any:
+    if jnp.iscomplexobj(x):
+        return lax.square(lax.real(x)) + lax.square(lax.imag(x))
+    return lax.square(x)

@@ -1,0 +1,363 @@
+"""RNN and Bidirectional: cells applied along a sequence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sortal.errors import ArgumentError
+from sortal.filters import All
+from sortal.module import Module
+from sortal.nn import dtypes
+from sortal.nn.recurrent import RNNCellBase
+from sortal.rngs import Rngs, RngStream, split_rngs
+from sortal.transforms.prefixes import Carry, StateAxes
+from sortal.transforms.scan import scan
+from sortal.variable import RngState, describe
+
+
+class RNN(Module):
+    """Applies a cell along a sequence, by ``scan``.
+
+    Args:
+      cell: the cell.
+      time_major: whether the first axis is time; else it is the one before the
+        features.
+      return_carry: whether calls return the last carry too.
+      reverse: whether to go through the sequence from its end.
+      keep_order: whether outputs lie in the order of the inputs, where ``reverse``.
+      unroll: how many steps to compile into one turn of the loop.
+      state_axes: a role in the scan for each kind of the cell, as ``StateAxes``;
+        ``Carry`` for all if absent.
+      broadcast_rngs: which streams of the cell draw the same at each step, as a
+        filter.
+      rngs: streams, of which a fork of ``carry`` makes new carries; True for a stream
+        of seed 0, False for none.
+
+    Raises:
+      ArgumentError: ``rngs`` is none of these; at a call, the input has too few axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> rnn = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True)
+      >>> carry, y = rnn(jnp.ones((2, 5, 3)))
+      >>> carry.shape, y.shape
+      ((2, 4), (2, 5, 4))
+    """
+
+    def __init__(
+        self,
+        cell: RNNCellBase,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        unroll: int = 1,
+        state_axes: Mapping[Any, Any] | StateAxes | None = None,
+        broadcast_rngs: Any = None,
+        rngs: Rngs | RngStream | bool = True,
+    ):
+        self.cell = cell
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.reverse = reverse
+        self.keep_order = keep_order
+        self.unroll = unroll
+        self.rngs = _carry_stream("RNN", rngs)
+        self.state_axes = _as_axes(state_axes or {...: Carry})
+        self.broadcast_rngs = broadcast_rngs
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        initial_carry: Any = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        rngs: Rngs | RngStream | None = None,
+    ) -> Any:
+        """Applies the cell at each time.
+
+        Args:
+          inputs: array (*batch, time, *features), or (time, *batch, *features) where
+            ``time_major``.
+          initial_carry: the carry before the first step; the cell's
+            ``initialize_carry`` if absent.
+          seq_lengths: integers (*batch,): the rest of each sequence is padding, which
+            stays at the end when reversed and has no part in the carry returned.
+          return_carry: whether to return the last carry; the layer's own if absent.
+          time_major: which axis is time; the layer's own if absent.
+          reverse: whether to begin at the end; the layer's own if absent.
+          keep_order: whether outputs keep the inputs' order; the layer's own if absent.
+          rngs: streams, of which ``carry`` is forked, or a stream, for a new carry; the
+            layer's own if absent.
+
+        Returns:
+          The outputs, time where it is in the inputs; or the last carry, (*batch, ...),
+          and the outputs.
+
+        Raises:
+          ArgumentError: the input has too few axes, or lengths are not one for each
+            sequence.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        x = dtypes.as_array(self, inputs)
+        n_batch = x.ndim - self.cell.num_feature_axes - 1
+        if n_batch < 0:
+            raise ArgumentError(
+                f"RNN needs an input of at least {self.cell.num_feature_axes + 1} "
+                f"axes, time and features; found {describe(x)}."
+            )
+        axis = 0 if time_major else n_batch
+        step_shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+        if seq_lengths is not None:
+            seq_lengths = _checked_lengths(seq_lengths, step_shape[:n_batch])
+        flip = functools.partial(
+            flip_sequences,
+            seq_lengths=seq_lengths,
+            num_batch_dims=n_batch,
+            time_major=time_major,
+        )
+        carry = initial_carry
+        if carry is None:
+            rngs = self.rngs if rngs is None else rngs
+            stream = rngs.carry.fork() if isinstance(rngs, Rngs) else rngs
+            carry = self.cell.initialize_carry(step_shape, stream)
+        keep_all = seq_lengths is not None and return_carry
+        last, outputs = self._scanned(carry, flip(x) if reverse else x, axis, keep_all)
+        if keep_all:
+            outputs, carries = outputs
+            last = _last_carry(carries, carry, seq_lengths)
+        if reverse and keep_order:
+            outputs = jax.tree.map(flip, outputs)
+        return (last, outputs) if return_carry else outputs
+
+    def _scanned(self, carry: Any, x: Any, axis: int, keep_all: bool) -> Any:
+        """The last carry, and the outputs or the pair of outputs and all carries."""
+        steps = _scan(keep_all, axis, self.unroll, self._axes())
+        # Drawing new keys at each call of the layer, but the same at each step.
+        options = {"splits": 1, "only": self.broadcast_rngs, "squeeze": True}
+        with split_rngs(self.cell, **options):
+            return steps(self.cell, carry, x)
+
+    def _axes(self) -> StateAxes:
+        shared = All(RngState, self.broadcast_rngs)
+        return StateAxes([(shared, None), *self.state_axes.items()])
+
+
+def _as_axes(axes: Mapping[Any, Any] | StateAxes) -> StateAxes:
+    return axes if isinstance(axes, StateAxes) else StateAxes(axes)
+
+
+def _step(cell: RNNCellBase, carry: Any, x: Any) -> Any:
+    return cell(carry, x)
+
+
+def _step_keeping_all(cell: RNNCellBase, carry: Any, x: Any) -> Any:
+    carry, y = cell(carry, x)
+    return carry, (y, carry)
+
+
+@functools.lru_cache(maxsize=64)
+def _scan(keep_all: bool, axis: int, unroll: int, axes: StateAxes) -> Any:
+    """The scan of a cell: one object for each form, which keeps what it compiled."""
+    return scan(
+        _step_keeping_all if keep_all else _step,
+        in_axes=(axes, Carry, axis),
+        out_axes=(Carry, (axis, 0) if keep_all else axis),
+        unroll=unroll,
+    )
+
+
+def _carry_stream(owner: str, rngs: Any) -> RngStream | None:
+    """The stream that a layer keeps for new carries."""
+    if rngs is True:
+        return RngStream(0, tag="carry")
+    if isinstance(rngs, Rngs):
+        return rngs.carry.fork()
+    if isinstance(rngs, RngStream):
+        return rngs
+    if rngs is False:
+        return None
+    raise ArgumentError(
+        f"{owner}: rngs must be an Rngs, a stream, True or False; found "
+        f"{describe(rngs)}. Write rngs=nnx.Rngs(0)."
+    )
+
+
+def _checked_lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != batch or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ArgumentError(
+            f"RNN: seq_lengths must be integers of the batch's shape {batch}; found "
+            f"{describe(lengths)}."
+        )
+    return lengths
+
+
+def _last_carry(carries: Any, initial: Any, lengths: Any) -> Any:
+    """Of all carries, time in front, the one after the last step of each sequence."""
+    last = jnp.maximum(lengths - 1, 0)
+
+    def pick(every: Any, start: Any) -> Any:
+        tail = every.ndim - 1 - last.ndim
+        index = last.reshape((1, *last.shape, *(1 for _ in range(tail))))
+        found = jnp.take_along_axis(every, index, axis=0)[0]
+        empty = (lengths == 0).reshape(index.shape[1:])
+        return jnp.where(empty, start, found)
+
+    return jax.tree.map(pick, carries, initial)
+
+
+def flip_sequences(
+    inputs: Any, seq_lengths: Any, num_batch_dims: int, time_major: bool
+) -> jax.Array:
+    """Reverses sequences in time; their padding stays at the end.
+
+    Args:
+      inputs: array (*batch, time, ...), or (time, *batch, ...) where ``time_major``.
+      seq_lengths: integers (*batch,), the lengths without padding; None where there is
+        none.
+      num_batch_dims: how many axes are the batch.
+      time_major: whether time is in front.
+
+    Returns:
+      Array of the shape of ``inputs``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> x = jnp.array([[1, 0, 0], [2, 3, 0], [4, 5, 6]])
+      >>> nnx.flip_sequences(x, jnp.array([1, 2, 3]), 1, False).tolist()
+      [[1, 0, 0], [3, 2, 0], [6, 5, 4]]
+    """
+    axis = 0 if time_major else num_batch_dims
+    if seq_lengths is None:
+        return jnp.flip(inputs, axis=axis)
+    steps = inputs.shape[axis]
+    backwards = jnp.arange(steps - 1, -1, -1)
+    places = backwards.reshape(
+        [-1 if i == axis else 1 for i in range(num_batch_dims + 1)]
+    )
+    places = (places + jnp.expand_dims(jnp.asarray(seq_lengths), axis)) % steps
+    places = places.reshape(places.shape + (1,) * (inputs.ndim - places.ndim))
+    return jnp.take_along_axis(inputs, places, axis=axis)
+
+
+def _concatenated(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.concatenate([a, b], axis=-1)
+
+
+class Bidirectional(Module):
+    """Goes through a sequence in both directions, and joins the outputs.
+
+    Args:
+      forward_rnn: an RNN, or what is called like one.
+      backward_rnn: another one, called with ``reverse=True`` and ``keep_order=True``.
+        The same one shares its parameters.
+      merge_fn: joins two outputs of one time; puts their features side by side if not
+        given.
+      time_major: whether the first axis is time.
+      return_carry: whether calls return the last carries too.
+      rngs: streams, of which a fork of ``carry`` makes new carries; a stream; True for
+        one of seed 0, False for none.
+
+    Raises:
+      ArgumentError: ``rngs`` is none of these.
+
+    References:
+      Schuster and Paliwal, "Bidirectional recurrent neural networks", IEEE
+      Transactions on Signal Processing 45 (1997).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> cells = [nnx.GRUCell(3, 4, rngs=rngs) for _ in range(2)]
+      >>> layer = nnx.Bidirectional(*map(nnx.RNN, cells))
+      >>> layer(jnp.ones((2, 5, 3))).shape
+      (2, 5, 8)
+    """
+
+    def __init__(
+        self,
+        forward_rnn: Callable[..., Any],
+        backward_rnn: Callable[..., Any],
+        *,
+        merge_fn: Callable[[jax.Array, jax.Array], jax.Array] = _concatenated,
+        time_major: bool = False,
+        return_carry: bool = False,
+        rngs: Rngs | RngStream | bool = True,
+    ):
+        self.forward_rnn = forward_rnn
+        self.backward_rnn = backward_rnn
+        self.merge_fn = merge_fn
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.rngs = _carry_stream("Bidirectional", rngs)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        initial_carry: tuple[Any, Any] | None = None,
+        rngs: Rngs | RngStream | None = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Applies both.
+
+        Args:
+          inputs: array (*batch, time, *features), or (time, *batch, *features) where
+            ``time_major``.
+          initial_carry: the pair of carries before the first step.
+          rngs: streams or a stream for new carries of ``forward_rnn``; the layer's own
+            if absent. ``backward_rnn`` has its own.
+          seq_lengths: integers (*batch,): the rest of each sequence is padding.
+          return_carry: whether to return the last carries; the layer's own if absent.
+          time_major: which axis is time; the layer's own if absent.
+          reverse: taken as by an RNN, of no effect.
+          keep_order: taken as by an RNN, of no effect.
+
+        Returns:
+          The outputs; or the pair of last carries, and the outputs.
+
+        Raises:
+          ArgumentError: as for ``RNN``.
+        """
+        rngs = self.rngs if rngs is None else rngs
+        first, second = (None, None) if initial_carry is None else initial_carry
+        options = {
+            "seq_lengths": seq_lengths,
+            "return_carry": True,
+            "time_major": self.time_major if time_major is None else time_major,
+        }
+        carry_forward, forward = self.forward_rnn(
+            inputs,
+            initial_carry=first,
+            rngs=rngs.carry if isinstance(rngs, Rngs) else rngs,
+            reverse=False,
+            **options,
+        )
+        carry_backward, backward = self.backward_rnn(
+            inputs, initial_carry=second, reverse=True, keep_order=True, **options
+        )
+        outputs = jax.tree.map(self.merge_fn, forward, backward)
+        if self.return_carry if return_carry is None else return_carry:
+            return (carry_forward, carry_backward), outputs
+        return outputs
