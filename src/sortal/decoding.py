@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -210,13 +210,27 @@ def generate(
     call = _Call(model, prompts, max_new_tokens, rngs, temperature, top_k, top_p, stop)
     if call.steps == 0:
         return np.zeros((len(call.lengths), 0), np.int32)
-    rngs, static = call.rngs, call.static
-    first = prefill(model, rngs, call.tokens, call.lengths, call.dynamic, static=static)
-    tokens, failed = _loop(
-        model, rngs, *first, call.dynamic, steps=call.steps, static=static
+    rngs, choice, top_k = call.rngs, call.choice, call.top_k
+    first = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
+    tokens, failed = decode_all(
+        model, rngs, *first, choice, steps=call.steps, top_k=top_k
     )
     _check(np.asarray(failed))
     return np.asarray(tokens)
+
+
+class Choice(NamedTuple):
+    """What decides on tokens and may change without anything being compiled again.
+
+    Attributes:
+      temperature: as for ``sample``.
+      top_p: as for ``sample``.
+      stop: int32 (number,): tokens that end a sequence; or None.
+    """
+
+    temperature: Any = None
+    top_p: Any = None
+    stop: Any = None
 
 
 class _Call:
@@ -252,9 +266,12 @@ class _Call:
         check_room(model, self.lengths + max(steps - 1, 0))
         greedy = temperature == 0
         self.rngs = None if greedy else rngs
-        # Numbers enter as arrays, so that other ones need no other program.
-        self.dynamic = (None, None) if greedy else (temperature, top_p)
-        self.static = (None if greedy else top_k, tuple(map(int, stop)))
+        self.choice = Choice(
+            temperature=None if greedy else temperature,
+            top_p=None if greedy or top_p == 1 else top_p,
+            stop=np.asarray(stop, np.int32) if len(stop) else None,
+        )
+        self.top_k = None if greedy else top_k
 
 
 def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -320,60 +337,104 @@ def _advance(
     tokens: Any,
     lengths: Any,
     done: Any,
-    dynamic: Any,
-    static: Any,
+    choice: Choice,
+    top_k: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One token for each sequence: the token, which have ended, which have failed."""
-    (temperature, top_p), (top_k, stop) = dynamic, static
     logits = model.next_logits(tokens, lengths)
     key = None if rngs is None else rngs.sample()
-    new = sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
+    heat, top_p, stop = choice
+    new = sample(logits, key, temperature=heat, top_k=top_k, top_p=top_p)
     failed = (new == NO_TOKEN) & ~done
     new = jnp.where(done, NO_TOKEN, new)
-    if stop:
-        done |= jnp.isin(new, jnp.array(stop, jnp.int32))
+    if stop is not None:
+        done |= jnp.isin(new, stop)
     return new, done, failed
 
 
 def _follow(
-    model: Any, rngs: Any, tokens: Any, done: Any, dynamic: Any, static: Any
+    model: Any, rngs: Any, tokens: Any, done: Any, choice: Choice, top_k: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``_advance`` by the one token that each sequence got last."""
     lengths = jnp.where(done, 0, 1).astype(jnp.int32)
-    return _advance(model, rngs, tokens[:, None], lengths, done, dynamic, static)
+    return _advance(model, rngs, tokens[:, None], lengths, done, choice, top_k)
 
 
-@functools.partial(jit, donate=Cache, static_argnames="static")
+@functools.partial(jit, donate=Cache, static_argnames="top_k")
 def prefill(
-    model: Any, rngs: Any, tokens: Any, lengths: Any, dynamic: Any, *, static: Any
-) -> Any:
-    """The compiled step from prompts to their first tokens."""
-    done = jnp.zeros(lengths.shape, bool)
-    return _advance(model, rngs, tokens, lengths, done, dynamic, static)
-
-
-@functools.partial(jit, donate=Cache, static_argnames="static")
-def decode(
-    model: Any, rngs: Any, tokens: Any, done: Any, dynamic: Any, *, static: Any
-) -> Any:
-    """The compiled step from one token of each sequence to the next."""
-    return _follow(model, rngs, tokens, done, dynamic, static)
-
-
-@functools.partial(jit, donate=Cache, static_argnames=("steps", "static"))
-def _loop(
     model: Any,
     rngs: Any,
-    new: Any,
+    tokens: Any,
+    lengths: Any,
+    choice: Choice,
+    *,
+    top_k: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The compiled step from prompts to their first tokens, as ``stream`` makes it.
+
+    Args:
+      model: a Decoder with caches, which are donated.
+      rngs: where keys come from, or None.
+      tokens: int32 (batch, length).
+      lengths: int32 (batch,).
+      choice: what decides on tokens.
+      top_k: as for ``sample``.
+
+    Returns:
+      The tokens, int32 (batch,); which sequences have ended; which gave NaN.
+    """
+    done = jnp.zeros(lengths.shape, bool)
+    return _advance(model, rngs, tokens, lengths, done, choice, top_k)
+
+
+@functools.partial(jit, donate=Cache, static_argnames="top_k")
+def decode(
+    model: Any, rngs: Any, tokens: Any, done: Any, choice: Choice, *, top_k: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The compiled step from one token of each sequence to the next.
+
+    Args:
+      model: as for ``prefill``.
+      rngs: as for ``prefill``.
+      tokens: int32 (batch,).
+      done: booleans (batch,): which have ended; their caches are left alone.
+      choice: as for ``prefill``.
+      top_k: as for ``sample``.
+
+    Returns:
+      As ``prefill``.
+    """
+    return _follow(model, rngs, tokens, done, choice, top_k)
+
+
+@functools.partial(jit, donate=Cache, static_argnames=("steps", "top_k"))
+def decode_all(
+    model: Any,
+    rngs: Any,
+    tokens: Any,
     done: Any,
     failed: Any,
-    dynamic: Any,
+    choice: Choice,
     *,
     steps: int,
-    static: Any,
+    top_k: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """All tokens from the first ones on, as one program."""
-    out = jnp.full((len(new), steps), NO_TOKEN, jnp.int32).at[:, 0].set(new)
+    """All tokens from the first ones on, as one program.
+
+    Args:
+      model: as for ``prefill``.
+      rngs: as for ``prefill``.
+      tokens: what ``prefill`` returned first.
+      done: the second.
+      failed: the third.
+      choice: as for ``prefill``.
+      steps: how many tokens at most, the first ones included.
+      top_k: as for ``sample``.
+
+    Returns:
+      The tokens, int32 (batch, steps), and which sequences gave NaN.
+    """
+    out = jnp.full((len(tokens), steps), NO_TOKEN, jnp.int32).at[:, 0].set(tokens)
 
     def goes_on(state: Any) -> jax.Array:
         *_, done, failed, i = state
@@ -381,10 +442,10 @@ def _loop(
 
     def body(state: Any) -> Any:
         model, rngs, out, new, done, _, i = state
-        new, done, failed = _follow(model, rngs, new, done, dynamic, static)
+        new, done, failed = _follow(model, rngs, new, done, choice, top_k)
         return model, rngs, out.at[:, i].set(new), new, done, failed, i + 1
 
-    state = (model, rngs, out, new, done, failed, jnp.int32(1))
+    state = (model, rngs, out, tokens, done, failed, jnp.int32(1))
     _, _, out, _, _, failed, _ = while_loop(goes_on, body, state)
     return out, failed
 
@@ -392,16 +453,15 @@ def _loop(
 def _steps(call: _Call) -> Iterator[np.ndarray]:
     if call.steps == 0:
         return
-    fixed = {"static": call.static}
-    model, rngs, dynamic = call.model, call.rngs, call.dynamic
-    ahead: Any = prefill(model, rngs, call.tokens, call.lengths, dynamic, **fixed)
+    model, rngs, choice, top_k = call.model, call.rngs, call.choice, call.top_k
+    ahead = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
     for left in range(call.steps - 1, -1, -1):
         new, done, failed = ahead
         # The next step is on its way before this token is read, unless whether there
         # is a next one hangs on it.
-        more = left > 0 and not (call.static[1] and bool(done.all()))
+        more = left > 0 and not (choice.stop is not None and bool(done.all()))
         if more:
-            ahead = decode(model, rngs, new, done, dynamic, **fixed)
+            ahead = decode(model, rngs, new, done, choice, top_k=top_k)
         _check(np.asarray(failed))
         yield np.asarray(new)
         if not more:

@@ -164,7 +164,7 @@ class KVCache(Module):
             held[...] = jnp.where(chosen, jnp.zeros((), held.dtype), held[...])
 
     def _slots(self, start: jax.Array, counts: jax.Array, new: int) -> jax.Array:
-        """The slot of each new token, (batch, new); ``length`` for those not written."""
+        """The slot of each new token, (batch, new); ``length`` where not written."""
         steps = jnp.arange(new, dtype=jnp.int32)
         slots = start[:, None] + steps
         written = steps < counts[:, None]
@@ -188,7 +188,7 @@ class KVCache(Module):
             raise ArgumentError(
                 f"this KVCache holds keys and values ({batch}, {heads}, tokens, "
                 f"{features}) of (batch, heads, tokens, features); found keys "
-                f"{describe(keys)} and values {describe(values)}. Make a cache for "
+                f"{describe(keys)} and values {describe(values)}. Make caches for "
                 "another batch with init_cache(model, batch, length)."
             )
 
