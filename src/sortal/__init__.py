@@ -6,6 +6,12 @@ from sortal import metrics as metrics
 from sortal import nn as nn
 from sortal import optimizer as optimizer
 from sortal import statelib as statelib
+from sortal.checkpoint.manager import Checkpoints as Checkpoints
+from sortal.checkpoint.pending import Saving as Saving
+from sortal.checkpoint.restoring import Restored as Restored
+from sortal.checkpoint.restoring import load_state as load_state
+from sortal.checkpoint.restoring import restore as restore
+from sortal.checkpoint.saving import save as save
 from sortal.containers import Dict as Dict
 from sortal.containers import List as List
 from sortal.containers import Sequential as Sequential

@@ -12,7 +12,11 @@ import jax.tree_util as jtu
 # this?", but builds a Python object with a Python `__eq__` at each call; every write
 # to a Variable asks. `trace_ctx` gives the object that it wraps, which is compared
 # by identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
-from jax._src.core import trace_ctx
+# Nothing public lets processes agree from a thread of their own: the functions of
+# `multihost_utils` run a computation on all devices, which must be the main thread's.
+from jax._src import distributed
+from jax._src.core import ShapedArray, trace_ctx
+from jax._src.interpreters import pxla
 
 # Nothing public says whether a value differs between the replicas of a vmap; JAX itself
 # finds out in the same way when it checks out_axes=None.
@@ -76,3 +80,30 @@ def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes along which a value inside ``jax.shard_map`` may differ."""
     found = getattr(jax.typeof(value), "manual_axis_type", None)
     return frozenset() if found is None else found.varying
+
+
+def put_pieces(
+    like: Any, sharding: Any, pieces: list[Any], devices: list[Any], committed: bool
+) -> Any:
+    """An array of pieces of host memory, one for each device that is to hold one.
+
+    Nothing public makes an uncommitted array, or a weakly typed one, from host memory;
+    and ``jax.device_put`` costs three times as much for each small array.
+
+    Args:
+      like: shape, dtype and ``weak_type`` of the whole.
+      sharding: how it lies on devices.
+      pieces: NumPy arrays, one for each device.
+      devices: the devices, in the order of the pieces.
+      committed: whether the array is bound to its devices.
+
+    Returns:
+      The array.
+    """
+    aval = ShapedArray(like.shape, like.dtype, weak_type=like.weak_type)
+    return pxla.batched_device_put(aval, sharding, pieces, devices, committed)
+
+
+def coordinator() -> Any:
+    """The client through which the processes of one program tell each other things."""
+    return distributed.global_state.client

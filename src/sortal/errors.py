@@ -110,6 +110,32 @@ class RngAttributeError(RngError, AttributeError, KeyError):
     __str__ = SortalError.__str__
 
 
+class CheckpointError(SortalError, RuntimeError):
+    """A checkpoint could not be written, found, read or fitted to a model."""
+
+
+class SaveError(CheckpointError):
+    """A save failed, or what it was given cannot be saved; nothing was committed."""
+
+
+class WriterError(SaveError):
+    """Another writer is at work in the directory."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint, or no such step, where one was looked for."""
+
+    __str__ = SortalError.__str__
+
+
+class DamagedError(CheckpointError, ValueError):
+    """A file is missing, damaged, foreign, or not what was written."""
+
+
+class RestoreError(CheckpointError, ValueError):
+    """A checkpoint does not fit the model; the model was left as it was."""
+
+
 def listing(rows: Iterable[str]) -> str:
     """Indents ``rows`` one a line, cut with a count where they are very many.
 

@@ -1,0 +1,249 @@
+"""Files that survive: commits by rename, locks, steps on disk, and what kills leave."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sortal.checkpoint import manifest as _manifest
+from sortal.checkpoint.manifest import Manifest
+from sortal.errors import (
+    ArgumentError,
+    DamagedError,
+    NoCheckpointError,
+    SaveError,
+    WriterError,
+)
+
+LOCK = ".lock"
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+_FOLDER = re.compile(r"arrays-[0-9a-f]{16}")
+_UNFINISHED = re.compile(r"\.manifest-[0-9a-f]{16}")
+
+
+def new_folder() -> str:
+    """A name for the folder of the arrays of one save; never given twice."""
+    return f"arrays-{secrets.token_hex(8)}"
+
+
+def step_number(step: Any) -> int:
+    """Checks the number of a step.
+
+    Args:
+      step: an integer, zero or more.
+
+    Returns:
+      The number.
+
+    Raises:
+      ArgumentError: it is something else.
+    """
+    try:
+        number = step.__index__()
+    except (AttributeError, TypeError):
+        number = -1
+    if isinstance(step, bool) or not 0 <= number < 10**18:
+        raise ArgumentError(
+            f"a step is a whole number, zero or more; found {step!r}. Write for "
+            "example step=1000."
+        )
+    return number
+
+
+# ----------------------------------------------------------------------------- steps
+def steps(directory: Path) -> list[int]:
+    """The committed steps in a directory, in rising order; none if it is not there."""
+    try:
+        names = [p.name for p in directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [int(name) for name in names if _STEP.fullmatch(name)]
+    return sorted(n for n in found if (directory / str(n) / _manifest.NAME).is_file())
+
+
+def step_of(folder: Path) -> int:
+    """The step whose folder this is, by its name."""
+    if not _STEP.fullmatch(folder.name):
+        raise DamagedError(f"{folder} does not have the number of a step as its name.")
+    return int(folder.name)
+
+
+def read_manifest(directory: Path, step: int) -> Manifest:
+    """The manifest of a committed step.
+
+    Args:
+      directory: where the steps are.
+      step: which.
+
+    Returns:
+      The Manifest.
+
+    Raises:
+      NoCheckpointError: the step is not there, or was never committed.
+      DamagedError: it is damaged, or that of another step.
+    """
+    folder = directory / str(step)
+    try:
+        data = (folder / _manifest.NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        found = ", ".join(map(str, steps(directory))) or "none"
+        raise NoCheckpointError(
+            f"no step {step} in {directory}; the steps there are: {found}."
+        ) from None
+    except OSError as e:
+        raise DamagedError(f"{folder / _manifest.NAME} cannot be read: {e}") from e
+    manifest = _manifest.from_bytes(data, str(folder / _manifest.NAME))
+    if manifest.step != step:
+        raise DamagedError(
+            f"{folder} holds step {manifest.step}: it was renamed or copied. Give it "
+            "the name of its step."
+        )
+    return manifest
+
+
+# ------------------------------------------------------------------------ durability
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a loss of power."""
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Writes a new file whose content survives; its name does after ``sync``."""
+    with file.open("xb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def commit(directory: Path, manifest: Manifest) -> None:
+    """Makes a step count: from here on readers find this manifest, or the old one.
+
+    Args:
+      directory: where the steps are.
+      manifest: what to commit; its folder and arrays are on disk already.
+    """
+    folder = directory / str(manifest.step)
+    temporary = unfinished(folder, manifest)
+    temporary.unlink(missing_ok=True)
+    write_file(temporary, _manifest.to_bytes(manifest))
+    temporary.replace(folder / _manifest.NAME)
+    sync(folder)
+
+
+def unfinished(folder: Path, manifest: Manifest) -> Path:
+    """Where a manifest is written before it gets its name."""
+    return folder / f".manifest-{manifest.folder.removeprefix('arrays-')}"
+
+
+def forget(directory: Path, step: int) -> None:
+    """Deletes a step: first it stops to count, then its files go."""
+    folder = directory / str(step)
+    (folder / _manifest.NAME).unlink()
+    sync(folder)
+    clean_step(folder, keep=None)
+
+
+def clean(directory: Path) -> None:
+    """Removes what killed saves and deletions left behind, and nothing else."""
+    for folder in directory.iterdir():
+        name = folder.name
+        if not _STEP.fullmatch(name) or not folder.is_dir():
+            continue
+        ours = [p.name for p in folder.iterdir() if is_ours(p.name)]
+        committed = (folder / _manifest.NAME).is_file()
+        if committed and len(ours) == 1 and _FOLDER.fullmatch(ours[0]):
+            continue
+        try:
+            keep = read_manifest(directory, int(name)).folder if committed else None
+        except DamagedError:
+            continue  # what belongs to it cannot be known, so all is kept
+        clean_step(folder, keep)
+
+
+def clean_step(folder: Path, keep: str | None) -> None:
+    """Removes the folders of arrays in a step, but one; and the step if that is all."""
+    for path in list(folder.iterdir()):
+        if path.name != keep and is_ours(path.name):
+            remove = shutil.rmtree if path.is_dir() else Path.unlink
+            remove(path)
+    if keep is None:
+        with contextlib.suppress(OSError):  # something of somebody else is in it
+            folder.rmdir()
+    sync(folder.parent)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name in the folder of a step is one that only a save gives."""
+    return bool(_FOLDER.fullmatch(name) or _UNFINISHED.fullmatch(name))
+
+
+# ---------------------------------------------------------------------------- writers
+class Lock:
+    """The right to write to a directory; the system takes it back from dead owners.
+
+    Args:
+      directory: where; it is made if need be.
+
+    Raises:
+      WriterError: somebody else has it.
+      SaveError: the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: Path):
+        import fcntl
+
+        try:
+            made = [p for p in (directory, *directory.parents) if not p.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                sync(folder.parent)
+            self._file = (directory / LOCK).open("a+", encoding="utf-8")
+        except OSError as e:
+            raise SaveError(f"cannot write to {directory}: {e}") from e
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read(200).strip() or "unknown"
+            self._file.close()
+            raise WriterError(
+                f"another writer is at work in {directory} ({owner}). One directory "
+                "has one writer: close the other Checkpoints, or save elsewhere."
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Gives the right back."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def as_save_error(what: str, outcome: str = "") -> Iterator[None]:
+    """Turns what the system and TensorStore say into a SaveError.
+
+    Args:
+      what: what was being done, for the message.
+      outcome: what that means.
+
+    Raises:
+      SaveError: something went wrong inside.
+    """
+    try:
+        yield
+    except SaveError:
+        raise
+    except (OSError, ValueError, RuntimeError) as e:
+        raise SaveError(f"{what} failed{outcome}: {e}") from e

@@ -1,0 +1,438 @@
+"""Which leaf of a checkpoint goes to which of a model, and all that does not fit."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sortal.checkpoint.layout import aliases_of, encode_path
+from sortal.checkpoint.manifest import Path
+from sortal.checkpoint.values import (
+    Array,
+    Plain,
+    Tree,
+    UnsavableError,
+    arrays,
+    describe,
+    difference,
+)
+from sortal.errors import RestoreError, listing
+from sortal.filters import to_filter
+from sortal.graph import Slot
+from sortal.graphdef import Schema, kind_name, select
+from sortal.paths import show
+from sortal.policy import Policy, answers
+from sortal.state import as_state
+from sortal.statics import EMPTY
+from sortal.variable import make
+
+ANY_KIND: Any = object()
+"""The kind of leaves from formats that know no kinds: fits every kind."""
+
+
+class Candidate(NamedTuple):
+    """A leaf that a checkpoint, or another file, has to give."""
+
+    path: Path
+    kind: Any
+    value: Tree
+
+
+class Options(NamedTuple):
+    """What ``restore`` is allowed to do."""
+
+    only: Any = None
+    policy: Policy | None = None
+    partial: bool = False
+    rename: Mapping[str, str] | None = None
+    cast: bool = False
+    fill: Any = None
+
+
+class Pair(NamedTuple):
+    """A leaf of the model by number, what it is now, and what it is given."""
+
+    at: int
+    live: Tree
+    like: list[Any]
+    """The live arrays."""
+    stored: Tree
+
+
+class Fit(NamedTuple):
+    """What a restore will do."""
+
+    pairs: list[Pair]
+    filled: dict[int, Any]
+    kept: list[int]
+    """Leaves that stay as they are, because the checkpoint has none for them."""
+
+
+def fit(
+    plan: Any,
+    given: Sequence[Candidate],
+    tied: Iterable[tuple[Path, Path]] | None,
+    options: Options,
+    where: str,
+) -> Fit:
+    """Matches a checkpoint with a model.
+
+    Args:
+      plan: the plan of the model.
+      given: the leaves that are there.
+      tied: pairs of a path and the path of what is met there again; None where the
+        format does not say.
+      options: what is allowed.
+      where: the checkpoint, for messages.
+
+    Returns:
+      The Fit.
+
+    Raises:
+      RestoreError: they do not fit; everything that does not is listed.
+      FilterError: ``only`` is no filter.
+    """
+    matching = _Matching(plan, options)
+    try:
+        given, tied = matching.renamed(given, tied)
+        found = matching.match(given, tied)
+    except _NothingError as e:
+        raise RestoreError(f"{where}: {e}") from None
+    if matching.faults:
+        raise RestoreError(
+            f"{where} does not fit the model, which was left as it was; "
+            f"{len(matching.faults)} differences:\n{listing(matching.faults)}\n"
+            + "\n".join(matching.advice())
+        )
+    return found
+
+
+class _NothingError(Exception):
+    """A filter or pattern does nothing."""
+
+
+class _Matching:
+    """One comparison, and the faults that it finds."""
+
+    def __init__(self, plan: Any, options: Options):
+        self.plan, self.options = plan, options
+        self.schema: Schema = plan.graphdef.schema
+        self.faults: list[str] = []
+        self.values = plan.values()
+        self.chosen = self._chosen()
+
+    def _chosen(self) -> dict[Path, int]:
+        schema, view = self.schema, self.plan.view
+        said = answers("checkpoint", schema, self.options.policy, view, default="keep")
+        at = range(len(schema))
+        if self.options.only is not None:
+            at = select(schema, (self.options.only,), view).parts[0][1]
+        return {encode_path(schema.paths[i]): i for i in at if said[i] != "drop"}
+
+    # ---------------------------------------------------------------- what is given
+    def renamed(
+        self, given: Sequence[Candidate], tied: Any
+    ) -> tuple[list[Candidate], Any]:
+        """The leaves given under the paths that the model has for them."""
+        table = self.options.rename or {}
+        used: set[str] = set()
+
+        def new(path: Path) -> Path:
+            for old, pattern in table.items():
+                if (found := translate(old, pattern, path)) is not None:
+                    used.add(old)
+                    return found
+            return path
+
+        moved = [c._replace(path=new(c.path)) for c in given]
+        if idle := [f"{old!r}: {table[old]!r}" for old in table if old not in used]:
+            raise _NothingError(
+                f"rename= has patterns that fit no path in the checkpoint:\n"
+                f"{listing(idle)}\nIts paths are:\n"
+                + listing(show(c.path) for c in given)
+            )
+        if tied is not None:
+            tied = {new(a): new(b) for a, b in tied}
+        return moved, tied
+
+    def _takes(self, candidate: Candidate) -> bool:
+        if self.options.only is None or candidate.kind is ANY_KIND:
+            return True
+        chosen = to_filter(self.options.only)
+        leaf = None
+        if not chosen.structural:
+            leaf = _abstract(candidate.value)
+            if candidate.kind is not None:
+                leaf = make(candidate.kind, leaf, EMPTY)
+        return chosen.test(candidate.path, candidate.kind, {}, leaf)
+
+    # ---------------------------------------------------------------------- matching
+    def match(self, given: Sequence[Candidate], tied: Any) -> Fit:
+        """Finds the pairs, and notes all faults."""
+        known = set(map(encode_path, self.schema.paths))
+        by_path: dict[Path, Candidate] = {}
+        for c in given:
+            if c.path in by_path:
+                self.faults.append(f"given twice, after renaming: {show(c.path)}")
+            by_path[c.path] = c
+        extra = [c for c in given if c.path not in self.chosen and self._takes(c)]
+        # A leaf that the model has and leaves out by its policy or filter is no fault.
+        extra = [c for c in extra if c.path not in known]
+        if self.options.only is not None and not self.chosen and not extra:
+            raise _NothingError(
+                f"only={to_filter(self.options.only)!r} takes no leaf, neither of the "
+                "model nor of the checkpoint."
+            )
+        alias = self._aliases(by_path, tied)
+        pairs, filled, kept = [], {}, []
+        for path, i in self.chosen.items():
+            c = by_path.get(path)
+            if c is None and self.options.partial:
+                c = by_path.get(_through(path, tied or {}))
+            if c is not None:
+                pairs += self._pair(i, c)
+            elif not _below(path, alias):
+                self._missing(i, filled, kept)
+        if not self.options.partial:
+            self.faults += [
+                f"unknown: {_describe(c)}" for c in extra if not _below(c.path, alias)
+            ]
+        self._writable([p.at for p in pairs] + list(filled))
+        if self.chosen and not pairs and not filled and not self.faults:
+            raise _NothingError(
+                "it has no leaf in common with the model, so that nothing would be "
+                "restored. Its paths are:\n" + listing(show(c.path) for c in given)
+            )
+        return Fit(pairs, filled, kept)
+
+    def _pair(self, i: int, c: Candidate) -> list[Pair]:
+        kind, like = self.schema.kinds[i], []
+        try:
+            live = describe(self.values[i], like)
+        except UnsavableError as e:
+            name = self.schema.describe(i)
+            self.faults.append(f"type: {name} holds {e} in the model")
+            return []
+        if c.kind is not ANY_KIND and c.kind is not kind:
+            self.faults.append(
+                f"kind: {show(c.path)} is {_article(kind, c.kind)} in the model, "
+                f"{_article(c.kind, kind)} in the checkpoint"
+            )
+            return []
+        if what := difference(c.value, live, self._may_cast):
+            self.faults.append(
+                f"{what}: {self.schema.describe(i)} is {live.shown} in the model, "
+                f"{c.value.shown} in the checkpoint"
+            )
+            return []
+        return [Pair(i, live, like, c.value)]
+
+    def _may_cast(self, stored: str, live: str) -> bool:
+        if not self.options.cast:
+            return False
+        kinds = (jnp.floating, jnp.integer, jnp.complexfloating)
+        both = (jnp.dtype(stored), jnp.dtype(live))
+        return any(all(jnp.issubdtype(d, k) for d in both) for k in kinds)
+
+    def _missing(self, i: int, filled: dict[int, Any], kept: list[int]) -> None:
+        name = self.schema.describe(i)
+        if self.options.fill is not None:
+            found = self._filling(i)
+            if found is not _ABSENT:
+                filled[i] = found
+                return
+        leaves = jax.tree.leaves(self.values[i])
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+        if self.options.partial and not abstract:
+            kept.append(i)
+            return
+        why = ", and the model holds no value to keep" if self.options.partial else ""
+        shown = "" if not leaves else f", {self._shown(i)}"
+        self.faults.append(f"missing: {name}{shown}{why}")
+
+    def _shown(self, i: int) -> str:
+        try:
+            return describe(self.values[i], []).shown
+        except UnsavableError:
+            return type(self.values[i]).__name__
+
+    def _filling(self, i: int) -> Any:
+        path, kind, fill = self.schema.paths[i], self.schema.kinds[i], self.options.fill
+        if callable(fill) and not isinstance(fill, Mapping):
+            found = fill(path, kind)
+        else:
+            state = as_state(fill)
+            at = state.schema.index.get(path)
+            if at is None:
+                return _ABSENT
+            found = state.values_list()[at]
+        try:
+            wrong = difference(
+                describe(found, []), describe(self.values[i], []), self._may_cast
+            )
+        except UnsavableError as e:
+            wrong = str(e)
+        if wrong:
+            self.faults.append(
+                f"fill: {self.schema.describe(i)} is {self._shown(i)} in the model, "
+                f"and fill= gives something of another {wrong}"
+            )
+        return found
+
+    # ----------------------------------------------------------------------- aliases
+    def _aliases(self, by_path: dict[Path, Candidate], tied: Any) -> set[Path]:
+        """Notes what is shared on one side only; the paths that this accounts for."""
+        if tied is None:
+            return set()
+        ours = dict(aliases_of(self.plan.graphdef))
+        considered = {p[:n] for p in self.chosen for n in range(len(p) + 1)}
+        considered &= {p[:n] for p in by_path for n in range(len(p) + 1)}
+        odd = set()
+        for path in dict.fromkeys([*ours, *tied]):
+            mine, theirs = ours.get(path), tied.get(path)
+            if mine == theirs or not ({mine, theirs} & considered):
+                continue
+            if self.options.partial:
+                continue
+            odd.add(path)
+            self.faults.append(
+                f"alias: {show(path)} is {_tie(mine)} in the model, {_tie(theirs)} in "
+                "the checkpoint"
+            )
+        return odd
+
+    def _writable(self, at: list[int]) -> None:
+        for i in at:
+            leaf = self.plan.leaves[i]
+            if type(leaf) is Slot and not leaf.writable:
+                self.faults.append(
+                    f"cannot be written: {self.schema.describe(i)} is in a tuple or "
+                    "other value"
+                )
+
+    # ------------------------------------------------------------------------ advice
+    def advice(self) -> list[str]:
+        """What can be written instead, for the sorts of faults there are."""
+        words = {fault.partition(":")[0] for fault in self.faults}
+        return [text for keys, text in _ADVICE if words & keys]
+
+
+_ADVICE: tuple[tuple[set[str], str], ...] = (
+    (
+        {"missing", "unknown"},
+        (
+            "If leaves have other names, say rename={'old.**': 'new.**'}; if they are "
+            "to be left as they are, partial=True; if they come from elsewhere, fill=."
+        ),
+    ),
+    ({"dtype"}, "cast=True converts floats to floats and integers to integers."),
+    ({"kind"}, "A kind that moved or was renamed: kinds={'old.module.Name': Name}."),
+    ({"alias"}, "partial=True lets what is shared differ."),
+    (
+        {"shape", "structure", "type"},
+        "only=, with a filter, leaves out what must not be restored.",
+    ),
+)
+_ABSENT: Any = object()
+
+
+def _below(path: Path, prefixes: set[Path]) -> bool:
+    return (
+        any(path[:n] in prefixes for n in range(len(path) + 1)) if prefixes else False
+    )
+
+
+def _through(path: Path, tied: Mapping[Path, Path]) -> Path:
+    """The path of the owner of what a checkpoint has at an alias."""
+    for n in range(len(path), 0, -1):
+        if path[:n] in tied:
+            return (*tied[path[:n]], *path[n:])
+    return path
+
+
+def _tie(owner: Path | None) -> str:
+    return "nothing shared" if owner is None else f"the same as {show(owner)}"
+
+
+def _describe(c: Candidate) -> str:
+    kind = "" if c.kind is ANY_KIND else f" ({kind_name(c.kind)})"
+    return f"{show(c.path)}{kind}, {c.value.shown}"
+
+
+def _article(kind: Any, other: Any) -> str:
+    name = kind_name(kind)
+    if kind is not None and name == kind_name(other):
+        name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+
+
+def _abstract(tree: Tree) -> Any:
+    """Something with the shape and dtype of a stored value, for filters to look at."""
+    if isinstance(tree, Array):
+        dtype = jnp.dtype(tree.dtype)
+        if tree.key is not None:
+            dtype = jax.random.key(0, impl=tree.key.impl).dtype
+        return jax.ShapeDtypeStruct(tree.shape, dtype)
+    if isinstance(tree, Plain):
+        return tree.value
+    return [_abstract(a) for a in arrays(tree)]
+
+
+# --------------------------------------------------------------------------- renaming
+def translate(old: str, new: str, path: Path) -> Path | None:
+    """The new path of a leaf, by a pair of globs such as ``enc.**`` and ``encoder.**``.
+
+    Args:
+      old: a pattern as ``At`` takes it.
+      new: a pattern with as many ``*`` and ``**``; each stands for what the one of the
+        same place in ``old`` took.
+      path: the path.
+
+    Returns:
+      The new path; None where ``old`` does not fit ``path``.
+
+    Raises:
+      RestoreError: the patterns do not have the same wild cards.
+
+    Example:
+      >>> translate("enc.*.w", "layers.*.kernel", ("enc", 3, "w"))
+      ('layers', 3, 'kernel')
+    """
+    wild = [part for part in old.split(".") if "*" in part]
+    if [p for p in new.split(".") if "*" in p] != wild or set(wild) - {"*", "**"}:
+        raise RestoreError(
+            f"rename= {{{old!r}: {new!r}}}: both patterns must have the same wild "
+            "cards, * or **, in the same order, each a whole entry."
+        )
+    taken = _taken(tuple(old.split(".")), path)
+    if taken is None:
+        return None
+    parts: list[Any] = []
+    for part in new.split("."):
+        if part in ("*", "**"):
+            parts += taken.pop(0)
+        else:
+            parts.append(int(part) if part.isascii() and part.isdigit() else part)
+    return tuple(parts)
+
+
+def _taken(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
+    """What each wild card of a pattern takes of a path; None where it does not fit."""
+    if not pattern:
+        return [] if not path else None
+    head, rest = pattern[0], pattern[1:]
+    if head == "**":
+        for n in range(len(path) + 1):
+            if (found := _taken(rest, path[n:])) is not None:
+                return [path[:n], *found]
+        return None
+    if not path or not fnmatch.fnmatchcase(str(path[0]), head):
+        return None
+    found = _taken(rest, path[1:])
+    if found is None or head != "*":
+        return found
+    return [path[:1], *found]

@@ -1,0 +1,383 @@
+"""What a save will write: leaves chosen, described, and given their places on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sortal.checkpoint.manifest import Kind, Leaf, Path, Stored
+from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
+from sortal.checkpoint.values import (
+    PLAIN,
+    Array,
+    Place,
+    Tree,
+    UnsavableError,
+    arrays,
+    describe,
+    with_arrays,
+)
+from sortal.errors import SaveError, listing
+from sortal.filters import to_filter
+from sortal.graph import bind
+from sortal.graphdef import (
+    NODE,
+    Entry,
+    GraphDef,
+    Schema,
+    join,
+    kind_name,
+    select,
+)
+from sortal.paths import show
+from sortal.policy import Policy, answers
+
+
+class Layout(NamedTuple):
+    """Everything about a save but the bytes, and where these come from."""
+
+    kinds: tuple[Kind, ...]
+    leaves: tuple[Leaf, ...]
+    aliases: tuple[tuple[Path, Path], ...]
+    arrays: dict[str, Stored]
+    packs: dict[str, list[tuple[int, Any]]]
+    """For each pack its arrays, with their offsets."""
+    own: dict[str, list[Piece]]
+    """The pieces here of arrays that are stored by themselves."""
+    shared: frozenset[str]
+    """Those of them that several processes write to."""
+    graphdef: str
+
+
+def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
+    """Decides what is saved, and where each array goes.
+
+    Args:
+      root: a Module, or a container of Modules, Variables and arrays.
+      only: a filter, or None for all leaves.
+      policy: a Policy, whose column ``checkpoint`` is read, or None.
+      pin: whether the values must stay as they are after this call, whatever the
+        program does with the model.
+
+    Returns:
+      The Layout.
+
+    Raises:
+      SaveError: nothing is chosen, or something cannot be saved; all of it is listed.
+      FilterError: ``only`` is no filter.
+      PolicyError: a kind or a Variable has an answer that says nothing.
+    """
+    plan = bind(root)
+    schema, values = plan.graphdef.schema, plan.values()
+    _refuse_statics(root)
+    chosen = range(len(schema))
+    if only is not None:
+        chosen = select(schema, (only,), plan.view).parts[0][1]
+    said = answers("checkpoint", schema, policy, plan.view, default="keep")
+    chosen = [i for i in chosen if said[i] != "drop"]
+    if len(schema) and not chosen:
+        raise SaveError(
+            f"nothing to save: {_taken_by(only)} takes none of the {len(schema)} "
+            f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
+        )
+    trees, live = _described(schema, chosen, values)
+    kinds, number = _kinds([schema.kinds[i] for i in chosen])
+    place = _Places(pin)
+    leaves = []
+    for i, tree in zip(chosen, trees, strict=True):
+        kind, passing = number[schema.kinds[i]], said[i] == "keep-last"
+        path = encode_path(schema.paths[i])
+        group = kinds[kind].group
+        new = place.all(tree, live, group, path, passing)
+        metadata = _plain_metadata(schema.metadata[i])
+        leaves.append(Leaf(path, kind, new, metadata, passing))
+    return Layout(
+        kinds,
+        tuple(leaves),
+        aliases_of(plan.graphdef),
+        place.stored(),
+        place.packs,
+        place.own,
+        frozenset(place.shared),
+        fingerprint(plan.graphdef),
+    )
+
+
+def _taken_by(only: Any) -> str:
+    return "the policy" if only is None else f"only={to_filter(only)!r}"
+
+
+def _described(
+    schema: Schema, chosen: list[int], values: list[Any]
+) -> tuple[list[Tree], Iterator[Any]]:
+    """Takes the values of leaves apart, or says of all that cannot be saved."""
+    trees, live, faults = [], [], []
+    for i in chosen:
+        before = len(live)
+        try:
+            trees.append(describe(values[i], live))
+        except UnsavableError as e:
+            faults.append(f"{schema.describe(i)}: {e}")
+        if what := _not_there(live[before:]):
+            faults.append(f"{schema.describe(i)}: {what}")
+    if faults:
+        raise SaveError(
+            "a checkpoint holds arrays, Python scalars, strings, and pytrees of these; "
+            f"found:\n{listing(faults)}\nNothing was saved. Leave them out with only=, "
+            "or put what they say into metadata=."
+        )
+    return trees, iter(live)
+
+
+def _not_there(live: list[Any]) -> str:
+    for x in live:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return "a shape without values"
+        if isinstance(x, jax.Array) and x.is_deleted():
+            return "its buffer was donated to a call and is gone"
+    return ""
+
+
+def _refuse_statics(root: Any) -> None:
+    """What hangs as a plain number beside models looks saved, and would not be."""
+    found: list[str] = []
+    todo: list[tuple[Path, Any]] = [((), root)]
+    while todo:
+        path, x = todo.pop()
+        if type(x) is dict:
+            todo += [((*path, key), child) for key, child in x.items()]
+        elif type(x) in (list, tuple):
+            todo += [((*path, i), child) for i, child in enumerate(x)]
+        elif type(x) in PLAIN or isinstance(x, np.generic):
+            found.append(f"{show(path)}: {x!r:.60}")
+    if found:
+        raise SaveError(
+            "numbers and strings that hang in plain containers are settings, which no "
+            f"checkpoint holds; found:\n{listing(sorted(found))}\nPut them into "
+            "metadata=, or into Variables."
+        )
+
+
+def _plain_metadata(metadata: Any) -> dict[str, Any]:
+    plain = (str, int, bool, type(None))
+    return {k: v for k, v in metadata.items() if type(v) in plain} if metadata else {}
+
+
+# ------------------------------------------------------------------ kinds and paths
+def qualified(cls: type) -> str:
+    """The name of a class with its module."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _kinds(found: list[Any]) -> tuple[tuple[Kind, ...], dict[Any, int]]:
+    number: dict[Any, int] = {}
+    kinds: list[Kind] = []
+    for kind in found:
+        if kind in number:
+            continue
+        taken = {k.group.casefold() for k in kinds}
+        if kind is None:
+            new = Kind(None, (), free("unlabelled", taken))
+        else:
+            bases = [b for b in kind.__mro__[1:] if b.__module__ not in _NO_KINDS]
+            group = free(file_name(kind.__name__), taken)
+            new = Kind(qualified(kind), tuple(map(qualified, bases)), group)
+        number[kind] = len(kinds)
+        kinds.append(new)
+    return tuple(kinds), number
+
+
+_NO_KINDS = frozenset({"builtins", "typing", "sortal.operators"})
+_ODD = re.compile(r"[^A-Za-z0-9_.=@-]")
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file on any system; the same for the same text."""
+    name = _ODD.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+    name = name.replace(".", "%2E", 1) if name.startswith(".") else name
+    if len(name) > 100:
+        name = f"{name[:80]}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return name or "%"
+
+
+def free(name: str, taken: set[str]) -> str:
+    """A name that no other has, also where a system takes capitals for small ones."""
+    found, n = name, 2
+    while found.casefold() in taken:
+        found, n = f"{name}~{n}", n + 1
+    return found
+
+
+def encode_path(path: Any) -> Path:
+    """A path as JSON can hold it: integers, strings, and other keys as text."""
+    return tuple(
+        k if type(k) in (str, int) else f"<{type(k).__name__}> {k!r}" for k in path
+    )
+
+
+def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
+    """Pairs of a path and the path of what is met there again, leaf or node."""
+    return graphdef.memo("checkpoint aliases", lambda: _aliases(graphdef))
+
+
+def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
+    paths = graphdef.schema.paths
+    found = [(path, paths[number]) for path, number in graphdef.aliases]
+    seen: dict[int, Path] = {}
+    # In the order of the walk, whose first path to a node is its own.
+    todo: list[tuple[Entry, Path]] = [(graphdef.root, ())]
+    while todo:
+        entry, path = todo.pop()
+        if entry.what != NODE:
+            continue
+        if entry.ref in seen:
+            found.append((path, seen[entry.ref]))
+            continue
+        seen[entry.ref] = path
+        record = graphdef.records[entry.ref]
+        below = [(e, join(record, path, e.key)) for e in record.entries]
+        todo += reversed(below)
+    pairs = ((encode_path(a), encode_path(b)) for a, b in found)
+    return tuple(sorted(pairs, key=lambda pair: tuple(map(show, pair))))
+
+
+def fingerprint(graphdef: GraphDef) -> str:
+    """A hash of types, kinds and sharing by path; settings are left out.
+
+    A model is saved in training and restored for evaluation, so what ``eval()`` sets
+    must not count.
+    """
+
+    def compute() -> str:
+        schema = graphdef.schema
+        rows = [
+            f"{p!r}: {kind_name(None) if k is None else qualified(k)}"
+            for p, k in zip(map(encode_path, schema.paths), schema.kinds, strict=True)
+        ]
+        rows += [f"{a!r} = {b!r}" for a, b in aliases_of(graphdef)]
+        if graphdef.records:
+            rows += [f"node {qualified(r.cls)}" for r in graphdef.records]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    return graphdef.memo("checkpoint fingerprint", compute)
+
+
+# ---------------------------------------------------------------------------- places
+class _Places:
+    """Gives arrays their places: small ones in packs, others by themselves."""
+
+    def __init__(self, pin: bool):
+        self.packs: dict[str, list[tuple[int, Any]]] = {}
+        self.own: dict[str, list[Piece]] = {}
+        self.shared: set[str] = set()
+        self._ends: dict[str, int] = {}
+        self._stored: dict[str, Stored] = {}
+        self._names: set[str] = set()
+        self._pin = pin
+
+    def all(
+        self, tree: Tree, live: Iterator[Any], group: str, path: Path, passing: bool
+    ) -> Tree:
+        """The value with a place for each of its arrays."""
+        new = [
+            self._place(array, next(live), group, path, passing)
+            for array in arrays(tree)
+        ]
+        return with_arrays(tree, iter(new))
+
+    def _place(
+        self, array: Array, live: Any, group: str, path: Path, passing: bool
+    ) -> Array:
+        size = array.nbytes
+        if size == 0:
+            return array
+        whole, shard = _whole(live)
+        if whole is None or size >= SMALL:
+            last = "~last" if passing else ""
+            packs = {f"{group}/packed".casefold(), f"{group}/packed~last".casefold()}
+            wanted = f"{group}/{file_name(show(path))}{last}"
+            name = free(wanted, self._names | packs)
+            self._names.add(name.casefold())
+            self._stored[name] = stored_array(array, shard)
+            self.own[name] = [self._held(piece) for piece in _pieces(live, whole)]
+            if whole is None:
+                self.shared.add(name)
+            return array._replace(place=Place(name, None))
+        name = f"{group}/{'packed~last' if passing else 'packed'}"
+        at = -(-self._ends.get(name, 0) // ALIGN) * ALIGN
+        self._ends[name] = at + size
+        piece = self._held(Piece((), whole))
+        self.packs.setdefault(name, []).append((at, piece.data))
+        return array._replace(place=Place(name, at))
+
+    def _held(self, piece: Piece) -> Piece:
+        if not self._pin:
+            return piece
+        if isinstance(piece.data, np.ndarray):
+            return piece._replace(data=piece.data.copy())
+        # A view keeps the buffer from being donated; a device's memory is copied.
+        return piece._replace(data=np.asarray(piece.data))
+
+    def stored(self) -> dict[str, Stored]:
+        """Every array to be written, by name."""
+        packs = {name: packed(end) for name, end in self._ends.items()}
+        return {**packs, **self._stored}
+
+
+def _whole(live: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """All of an array as one, where one process has it; and the shape of its shards."""
+    if not isinstance(live, jax.Array):
+        return live, None
+    if live.is_fully_replicated:
+        return live.addressable_data(0), None
+    shard = live.sharding.shard_shape(live.shape)
+    return (live if live.is_fully_addressable else None), shard
+
+
+def _pieces(live: Any, whole: Any) -> list[Piece]:
+    if not isinstance(live, jax.Array) or live.is_fully_replicated:
+        return [Piece((0,) * live.ndim, whole)]
+    return [
+        Piece(tuple(s.start or 0 for s in shard.index), shard.data)
+        for shard in live.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def check_json(what: str, x: Any) -> None:
+    """Refuses what JSON would not give back as it is.
+
+    Args:
+      what: the argument's name, for the message.
+      x: its value.
+
+    Raises:
+      SaveError: something in it is no string, number, bool, None, list or dict with
+        strings as keys; all is listed.
+    """
+    faults: list[str] = []
+    todo: list[tuple[str, Any]] = [(what, x)]
+    while todo:
+        at, x = todo.pop()
+        if type(x) is dict:
+            faults += [f"{at}: the key {k!r}" for k in x if type(k) is not str]
+            todo += [(f"{at}[{k!r}]", v) for k, v in x.items()]
+        elif type(x) is list:
+            todo += [(f"{at}[{i}]", v) for i, v in enumerate(x)]
+        elif type(x) is float:
+            if not math.isfinite(x):
+                faults.append(f"{at}: {x}")
+        elif x is not None and type(x) not in (str, int, bool):
+            faults.append(f"{at}: a {type(x).__name__}")
+    if faults:
+        raise SaveError(
+            f"{what}= must be plain JSON, to come back as it went in; found:\n"
+            f"{listing(sorted(faults))}\nUse lists, dicts with strings as keys, "
+            "strings, bools, None and finite numbers."
+        )

@@ -1,0 +1,283 @@
+"""From storage straight to where arrays are wanted: devices, shards, host memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal._jax import put_pieces
+from sortal.checkpoint.manifest import storage_dtype
+from sortal.checkpoint.store import Reader, host_memory
+from sortal.checkpoint.values import Array, numpy_dtype
+from sortal.errors import RestoreError
+from sortal.paths import show
+
+_WINDOW = 16 << 20
+_AHEAD = 64 << 20
+"""Bytes that may be on their way from storage at a time."""
+
+
+class Want(NamedTuple):
+    """An array of a checkpoint, and what it is to become.
+
+    ``form`` is ``jax``, ``numpy`` or ``scalar``. A ``sharding`` of None is the default
+    device, to which nothing is bound.
+    """
+
+    path: Any
+    array: Array
+    form: str
+    dtype: str
+    weak: bool = False
+    sharding: Any = None
+    committed: bool = False
+
+
+def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Want:
+    """What a live array asks for: its own form, dtype and place.
+
+    Args:
+      path: of the leaf, for messages.
+      array: the array stored.
+      like: the live one; for PRNG keys that are not abstract, their words.
+      live: the live one, described.
+      sharding: where to instead; None if nothing else is said.
+
+    Returns:
+      The Want.
+    """
+    if live.form != "jax":
+        return Want(path, array, live.form, live.dtype)
+    committed = sharding is not None
+    if sharding is None:
+        sharding = getattr(like, "sharding", None)
+        committed = sharding is not None and getattr(like, "committed", True)
+    if not committed and sharding is not None and len(sharding.device_set) == 1:
+        sharding = None
+    return Want(path, array, "jax", live.dtype, live.weak, sharding, committed)
+
+
+class _Job(NamedTuple):
+    """One read, and what to do with what was read."""
+
+    name: str
+    at: tuple[slice, ...]
+    dtype: str
+    then: Callable[[np.ndarray], None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(s.stop - s.start for s in self.at)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * numpy_dtype(self.dtype).itemsize
+
+
+def load(reader: Reader, wants: Sequence[Want]) -> list[Any]:
+    """Reads arrays.
+
+    Args:
+      reader: reads from the step.
+      wants: what to read.
+
+    Returns:
+      The arrays, in order.
+
+    Raises:
+      DamagedError: the bytes are not those that were written.
+      RestoreError: numbers do not fit the dtype that they are cast to.
+    """
+    put = _Putter()
+    found: list[Any] = [None] * len(wants)
+    flying: deque[tuple[_Job, Any, np.ndarray]] = deque()
+    ahead = 0
+
+    def land() -> None:
+        nonlocal ahead
+        job, reading, memory = flying.popleft()
+        reader.wait(reading)
+        ahead -= job.nbytes
+        job.then(memory)
+
+    for job in _jobs(wants, put, found):
+        while flying and ahead + job.nbytes > _AHEAD:
+            land()
+        memory = host_memory(job.shape, numpy_dtype(job.dtype))
+        flying.append((job, reader.read(job.name, job.at, memory), memory))
+        ahead += job.nbytes
+    while flying:
+        land()
+    return found
+
+
+def _jobs(wants: Sequence[Want], put: _Putter, found: list[Any]) -> Iterator[_Job]:
+    packs: dict[str, list[int]] = {}
+    for i, want in enumerate(wants):
+        place = want.array.place
+        if place is None:
+            empty = np.empty(want.array.stored_shape, numpy_dtype(want.array.dtype))
+            found[i] = put.whole(want, empty)
+        elif place.offset is None:
+            yield from _own(want, i, put, found)
+        else:
+            packs.setdefault(place.array, []).append(i)
+    for name, numbers in packs.items():
+        numbers.sort(key=lambda i: wants[i].array.place.offset)  # type: ignore[union-attr]
+        for window in _windows(wants, numbers):
+            yield _packed(name, wants, window, put, found)
+
+
+def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
+    """Arrays of a pack that lie next to each other, up to so many bytes."""
+    window: list[int] = []
+    start = end = 0
+    for i in numbers:
+        offset = wants[i].array.place.offset  # type: ignore[union-attr]
+        after = offset + wants[i].array.nbytes
+        if window and (after - start > _WINDOW or offset - end > _WINDOW // 16):
+            yield window
+            window = []
+        if not window:
+            start = offset
+        window.append(i)
+        end = after
+    if window:
+        yield window
+
+
+def _packed(
+    name: str, wants: Sequence[Want], window: list[int], put: _Putter, found: list[Any]
+) -> _Job:
+    last = wants[window[-1]].array
+    start: Any = wants[window[0]].array.place.offset  # type: ignore[union-attr]
+    end = last.place.offset + last.nbytes  # type: ignore[union-attr, operator]
+
+    def then(memory: np.ndarray) -> None:
+        for i in window:
+            array = wants[i].array
+            at = array.place.offset - start  # type: ignore[union-attr]
+            part = memory[at : at + array.nbytes].view(numpy_dtype(array.dtype))
+            found[i] = put.whole(wants[i], part.reshape(array.stored_shape))
+
+    return _Job(name, (slice(start, end),), "uint8", then)
+
+
+def _own(want: Want, i: int, put: _Putter, found: list[Any]) -> Iterator[_Job]:
+    """Reads each part of an array that some device here is to have, once."""
+    array = want.array
+    shape, dtype = array.stored_shape, storage_dtype(array.dtype)
+    places = put.places(want)
+    parts = list(dict.fromkeys(places.values()))
+    pieces: dict[Any, np.ndarray] = {}
+
+    def keep(part: Any) -> Callable[[np.ndarray], None]:
+        def then(memory: np.ndarray) -> None:
+            pieces[part] = memory.view(numpy_dtype(array.dtype))
+            if len(pieces) == len(parts):
+                found[i] = put.pieces(want, places, pieces)
+
+        return then
+
+    for part in parts:
+        at = tuple(
+            slice(a or 0, n if b is None else b)
+            for (a, b), n in zip(part, shape, strict=True)
+        )
+        yield _Job(array.place.array, at, dtype, keep(part))  # type: ignore[union-attr]
+
+
+_Part = tuple[tuple[int | None, int | None], ...]
+
+
+class _Putter:
+    """Puts host memory where it is wanted."""
+
+    def __init__(self) -> None:
+        default = jax.device_put(np.zeros((), np.float32))
+        self._default = default.sharding
+
+    def places(self, want: Want) -> dict[Any, _Part]:
+        """Which part of the array each device is to have; host memory is one too."""
+        shape = want.array.stored_shape
+        if want.form != "jax":
+            return {None: ((None, None),) * len(shape)}
+        sharding = self._sharding(want)
+        found = sharding.addressable_devices_indices_map(shape)
+        return {
+            device: tuple((s.start, s.stop) for s in at) for device, at in found.items()
+        }
+
+    def _sharding(self, want: Want) -> Any:
+        sharding = self._default if want.sharding is None else want.sharding
+        ranked = (jax.sharding.NamedSharding, jax.sharding.SingleDeviceSharding)
+        # Keys have an axis more than their sharding knows of.
+        if want.array.key is not None and not isinstance(sharding, ranked):
+            return self._default
+        return sharding
+
+    def whole(self, want: Want, host: np.ndarray) -> Any:
+        """The array wanted, of all of it in host memory."""
+        if want.form == "jax" and want.sharding is not None:
+            places = self.places(want)
+            pieces = {
+                part: host[tuple(slice(*ends) for ends in part)]
+                for part in places.values()
+            }
+            return self.pieces(want, places, pieces)
+        if want.form == "jax":
+            devices = list(self._default.device_set)
+            return self._array(want, self._default, [_cast(want, host)], devices)
+        return self.pieces(want, {None: ()}, {(): host})
+
+    def pieces(self, want: Want, places: Any, pieces: dict[Any, np.ndarray]) -> Any:
+        """The array wanted, of the parts that its devices are to have."""
+        cast = {part: _cast(want, host) for part, host in pieces.items()}
+        if want.form != "jax":
+            (host,) = cast.values()
+            own = np.array(host, order="C", copy=True)
+            return own if want.form == "numpy" else own[()]
+        made = [np.ascontiguousarray(cast[p]).reshape(cast[p].shape)
+                for p in places.values()]  # fmt: skip
+        return self._array(want, self._sharding(want), made, list(places))
+
+    def _array(self, want: Want, sharding: Any, made: Any, devices: Any) -> Any:
+        like = _Like(want.array.stored_shape, numpy_dtype(want.dtype), want.weak)
+        array = put_pieces(like, sharding, made, devices, want.committed)
+        if want.array.key is None:
+            return array
+        keys = jax.random.wrap_key_data(array, impl=want.array.key.impl)
+        if want.sharding is not None and sharding is not want.sharding:
+            return jax.device_put(keys, want.sharding)
+        return keys
+
+
+class _Like(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: Any
+    weak_type: bool
+
+
+def _cast(want: Want, host: np.ndarray) -> np.ndarray:
+    """The numbers in the dtype wanted, or a refusal where that would change them."""
+    if want.dtype == want.array.dtype:
+        return host
+    dtype = numpy_dtype(want.dtype)
+    with np.errstate(all="ignore"):
+        new = host.astype(dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            bad = new.astype(host.dtype) != host
+            bad |= (new < 0) != (host < 0)
+        else:
+            bad = np.isfinite(host) & ~np.isfinite(new)
+    if bad.any():
+        raise RestoreError(
+            f"cast: {show(want.path)} has {int(bad.sum())} numbers that {want.dtype} "
+            f"cannot hold, such as {host[bad].flat[0]}; the model was left as it was."
+        )
+    return new

@@ -1,0 +1,449 @@
+"""The manifest: what a checkpoint holds and where; strict, versioned, checksummed."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sortal.checkpoint.values import (
+    DTYPES,
+    Array,
+    Key,
+    Nest,
+    Place,
+    Plain,
+    Tree,
+    arrays,
+)
+from sortal.errors import DamagedError
+from sortal.paths import show
+
+FORMAT, VERSION = "sortal checkpoint", 1
+NAME = "manifest.json"
+_LARGEST = 1 << 30
+_HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","manifest":', b"}\n"
+_SEGMENT = re.compile(r"[A-Za-z0-9_%~+=@-][A-Za-z0-9_.%~+=@-]{0,199}")
+
+Path = tuple[Any, ...]
+_EMPTY: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class Kind(NamedTuple):
+    """A kind by name: its class, the classes it derives from, its folder."""
+
+    name: str | None
+    bases: tuple[str, ...]
+    group: str
+
+
+class Leaf(NamedTuple):
+    """One leaf: its path, the number of its kind, its value and its metadata.
+
+    ``passing`` leaves go when a newer step is saved: the policy says ``keep-last``.
+    """
+
+    path: Path
+    kind: int
+    value: Tree
+    metadata: Mapping[str, Any] = _EMPTY
+    passing: bool = False
+
+
+class Stored(NamedTuple):
+    """One zarr array: dtype, shape, and shape of its chunks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+
+class File(NamedTuple):
+    """What a file must be: its size, and a checksum as ``name:hex``."""
+
+    size: int
+    checksum: str
+
+
+class Manifest(NamedTuple):
+    """All there is to know of one step but the bytes of its arrays."""
+
+    step: int
+    folder: str
+    kinds: tuple[Kind, ...]
+    leaves: tuple[Leaf, ...]
+    aliases: tuple[tuple[Path, Path], ...]
+    arrays: dict[str, Stored]
+    files: dict[str, File]
+    graphdef: str
+    metadata: Any = None
+    metrics: Mapping[str, float] = _EMPTY
+    versions: Mapping[str, str] = _EMPTY
+    created: str = ""
+
+    def kind_of(self, leaf: Leaf) -> Kind:
+        """The kind of a leaf."""
+        return self.kinds[leaf.kind]
+
+    def describe(self, leaf: Leaf) -> str:
+        """``layers.0.kernel (Param)``."""
+        return f"{show(leaf.path)} ({short(self.kind_of(leaf))})"
+
+
+def short(kind: Kind) -> str:
+    """The name of a kind without its module."""
+    return "unlabelled array" if kind.name is None else kind.name.rpartition(".")[2]
+
+
+def now() -> str:
+    """The time, as manifests have it."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------------------- writing
+def to_bytes(manifest: Manifest) -> bytes:
+    """The manifest as the content of its file.
+
+    Args:
+      manifest: what to write.
+
+    Returns:
+      JSON: an object of ``sha256``, the hash of the bytes of the rest, and
+      ``manifest``.
+    """
+    body = json.dumps(_to_json(manifest), separators=(",", ":")).encode()
+    digest = hashlib.sha256(body).hexdigest().encode()
+    return b"".join((_HEAD, digest, _MIDDLE, body, _TAIL))
+
+
+def _to_json(m: Manifest) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": m.step,
+        "created": m.created,
+        "versions": dict(m.versions),
+        "graphdef": m.graphdef,
+        "metadata": m.metadata,
+        "metrics": {k: float(v).hex() for k, v in m.metrics.items()},
+        "folder": m.folder,
+        "kinds": [
+            {"name": k.name, "bases": list(k.bases), "group": k.group} for k in m.kinds
+        ],
+        "leaves": [_leaf_to_json(x) for x in m.leaves],
+        "aliases": [[list(a), list(b)] for a, b in m.aliases],
+        "arrays": {
+            name: {"dtype": a.dtype, "shape": list(a.shape), "chunks": list(a.chunks)}
+            for name, a in m.arrays.items()
+        },
+        "files": {name: list(f) for name, f in m.files.items()},
+    }
+
+
+def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
+    found = {
+        "path": list(leaf.path),
+        "kind": leaf.kind,
+        "value": _tree_to_json(leaf.value),
+    }
+    if leaf.metadata:
+        found["metadata"] = dict(leaf.metadata)
+    if leaf.passing:
+        found["keep"] = "last"
+    return found
+
+
+def _tree_to_json(tree: Tree) -> dict[str, Any]:
+    if isinstance(tree, Plain):
+        return {"plain": _PLAIN[type(tree.value)][0](tree.value)}
+    if isinstance(tree, Nest):
+        found: dict[str, Any] = {"nest": tree.what}
+        if tree.children:
+            found["children"] = list(map(_tree_to_json, tree.children))
+        if tree.what in ("dict", "node") and tree.keys:
+            found["keys"] = list(tree.keys)
+        if tree.name is not None:
+            found["name"] = tree.name
+        return found
+    found = {"shape": list(tree.shape), "dtype": tree.dtype}
+    if tree.form != "jax":
+        found["form"] = tree.form
+    if tree.weak:
+        found["weak"] = True
+    if tree.key is not None:
+        found["key"] = list(tree.key)
+    if tree.sharding is not None:
+        found["sharding"] = tree.sharding
+    if tree.place is not None:
+        found["in"] = tree.place.array
+        if tree.place.offset is not None:
+            found["at"] = tree.place.offset
+    return found
+
+
+def _read_complex(text: Any) -> complex:
+    real, imaginary = text
+    return complex(float.fromhex(real), float.fromhex(imaginary))
+
+
+# To and from JSON, exactly; JSON's own numbers would lose NaN and the like.
+_PLAIN: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    bool: (lambda x: ["bool", x], lambda x: {True: True, False: False}[x]),
+    int: (lambda x: ["int", hex(x)], lambda x: int(x, 16)),
+    float: (lambda x: ["float", x.hex()], float.fromhex),
+    complex: (lambda x: ["complex", [x.real.hex(), x.imag.hex()]], _read_complex),
+    str: (lambda x: ["str", x], str),
+    bytes: (
+        lambda x: ["bytes", base64.b64encode(x).decode()],
+        lambda x: base64.b64decode(x, validate=True),
+    ),
+}
+_READ_PLAIN = {cls.__name__: read for cls, (_, read) in _PLAIN.items()}
+
+
+# ---------------------------------------------------------------------------- reading
+class _FormError(Exception):
+    """What is wrong, and where in the manifest."""
+
+
+def from_bytes(data: bytes, where: str) -> Manifest:
+    """Reads a manifest, and refuses all that is not exactly as written.
+
+    Args:
+      data: the content of the file.
+      where: the file, for messages.
+
+    Returns:
+      The Manifest.
+
+    Raises:
+      DamagedError: it is no manifest, damaged, of a newer version, or contradicts
+        itself.
+    """
+    try:
+        return _read(_body(data))
+    except _FormError as e:
+        raise DamagedError(f"{where}: {e}") from None
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as e:
+        raise DamagedError(
+            f"{where}: not a manifest as Sortal writes it ({type(e).__name__}: {e})"
+        ) from None
+
+
+def _body(data: bytes) -> Any:
+    if len(data) > _LARGEST:
+        raise _FormError(f"larger than any manifest: {len(data):,} bytes")
+    start = len(_HEAD) + 64 + len(_MIDDLE)
+    digest, body = data[len(_HEAD) : len(_HEAD) + 64], data[start : -len(_TAIL)]
+    framed = data[:start] == _HEAD + digest + _MIDDLE and data.endswith(_TAIL)
+    if not framed or len(data) < start + len(_TAIL):
+        raise _FormError(
+            "not a manifest of Sortal, or its first or last bytes are damaged"
+        )
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise _FormError("damaged: its bytes do not have the checksum it states")
+    return json.loads(body)
+
+
+def _read(x: Any) -> Manifest:
+    if type(x) is not dict or x.get("format") != FORMAT:
+        raise _FormError("not a manifest of Sortal")
+    if x["version"] != VERSION:
+        raise _FormError(
+            f"written in version {x['version']!r} of the format, this Sortal reads "
+            f"{VERSION}; install a newer Sortal"
+        )
+    kinds = tuple(_read_kind(k) for k in _a(list, x["kinds"]))
+    stored = {_name(n): _read_stored(a) for n, a in _a(dict, x["arrays"]).items()}
+    files = {_name(n): _read_file(f) for n, f in _a(dict, x["files"]).items()}
+    leaves = tuple(_read_leaf(i, len(kinds)) for i in _a(list, x["leaves"]))
+    manifest = Manifest(
+        _natural(x["step"]),
+        _segment(x["folder"]),
+        kinds,
+        leaves,
+        tuple((_read_path(a), _read_path(b)) for a, b in _a(list, x["aliases"])),
+        stored,
+        files,
+        _a(str, x["graphdef"]),
+        x["metadata"],
+        {_a(str, k): float.fromhex(v) for k, v in _a(dict, x["metrics"]).items()},
+        {_a(str, k): _a(str, v) for k, v in _a(dict, x["versions"]).items()},
+        _a(str, x["created"]),
+    )
+    _check_whole(manifest)
+    return manifest
+
+
+def _check_whole(m: Manifest) -> None:
+    """Whether every array lies where it can, and every file is of an array."""
+    paths = [x.path for x in m.leaves]
+    if len(set(paths)) != len(paths):
+        raise _FormError("two leaves have one path")
+    for leaf in m.leaves:
+        for a in arrays(leaf.value):
+            _check_place(m, leaf, a)
+    # Counted first, so that no small file can ask for a long list.
+    if sum(math.prod(chunk_counts(a)) for a in m.arrays.values()) > len(m.files):
+        raise _FormError("the arrays have more chunks than there are files")
+    due = {chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])}
+    due |= set(m.files) & {"zarr.json", *(f"{k.group}/zarr.json" for k in m.kinds)}
+    due |= {f"{name}/zarr.json" for name in m.arrays}
+    if due != set(m.files):
+        odd = min(due ^ set(m.files))
+        raise _FormError(f"the files are not those of the arrays: {odd}")
+
+
+def _check_place(m: Manifest, leaf: Leaf, a: Array) -> None:
+    if a.place is None:
+        if a.nbytes:
+            raise _FormError(f"{show(leaf.path)} has no place")
+        return
+    stored = m.arrays[a.place.array]
+    if a.place.offset is None:
+        fits = (stored.dtype, stored.shape) == (storage_dtype(a.dtype), a.stored_shape)
+    else:
+        end = a.place.offset + a.nbytes
+        fits = stored.dtype == "uint8" and stored.shape and end <= stored.shape[0]
+    if not fits:
+        raise _FormError(f"{show(leaf.path)} does not lie inside {a.place.array}")
+
+
+def chunk_files(name: str, stored: Stored) -> list[str]:
+    """The files of the chunks of an array, row after row."""
+    found = [f"{name}/c"]
+    for n in chunk_counts(stored):
+        found = [f"{f}.{i}" for f in found for i in range(n)]
+    return found
+
+
+def chunk_counts(stored: Stored) -> list[int]:
+    """How many chunks an array has along each axis."""
+    return [-(-n // c) for n, c in zip(stored.shape, stored.chunks, strict=True)]
+
+
+def storage_dtype(name: str) -> str:
+    """The zarr data type that holds a dtype: others than zarr's own as their bytes."""
+    return name if name in _ZARR else "uint8"
+
+
+_ZARR = frozenset(
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 "
+    "float64 complex64 complex128".split()
+)
+
+
+def _read_kind(x: Any) -> Kind:
+    name = None if x["name"] is None else _a(str, x["name"])
+    bases = tuple(_a(str, b) for b in _a(list, x["bases"]))
+    return Kind(name, bases, _segment(x["group"]))
+
+
+def _read_leaf(x: Any, kinds: int) -> Leaf:
+    kind = _natural(x["kind"])
+    if kind >= kinds:
+        raise _FormError(f"a leaf of kind {kind}, of {kinds}")
+    if x.get("keep", "last") != "last":
+        raise _FormError(f"a leaf that is kept {x['keep']!r}")
+    path, value = _read_path(x["path"]), _read_tree(x["value"], 0)
+    metadata = _a(dict, x.get("metadata", {}))
+    return Leaf(path, kind, value, metadata, "keep" in x)
+
+
+def _read_path(x: Any) -> Path:
+    path = tuple(_a(list, x))
+    for key in path:
+        if type(key) not in (str, int):
+            raise _FormError(f"a path with the entry {key!r}")
+    return path
+
+
+def _read_stored(x: Any) -> Stored:
+    shape, chunks = _shape(x["shape"]), _shape(x["chunks"])
+    if len(shape) != len(chunks) or 0 in chunks or 0 in shape:
+        raise _FormError(f"an array of shape {shape} in chunks of {chunks}")
+    if x["dtype"] not in _ZARR:
+        raise _FormError(f"an array of dtype {x['dtype']!r}")
+    return Stored(x["dtype"], shape, chunks)
+
+
+def _read_file(x: Any) -> File:
+    size, checksum = x
+    if not re.fullmatch(r"crc32c:[0-9a-f]{8}|sha256:[0-9a-f]{64}", checksum):
+        raise _FormError(f"a checksum {checksum!r}")
+    return File(_natural(size), checksum)
+
+
+def _read_tree(x: Any, depth: int) -> Tree:
+    if "shape" in x:
+        return _read_array(x)
+    if "plain" in x:
+        what, value = x["plain"]
+        return Plain(_READ_PLAIN[what](value))
+    what = x["nest"]
+    if what not in ("dict", "list", "tuple", "none", "node"):
+        raise _FormError(f"a value nested in a {what!r}")
+    if depth > 200:
+        raise _FormError("values nested too deep")
+    children = tuple(_read_tree(c, depth + 1) for c in _a(list, x.get("children", [])))
+    keys = tuple(_a(list, x.get("keys", [None] * len(children))))
+    if len(keys) != len(children) or len(set(keys)) < len(keys) != keys.count(None):
+        raise _FormError("a value whose keys are not those of its children")
+    return Nest(what, x.get("name"), keys, children)
+
+
+def _read_array(x: Any) -> Array:
+    if x["dtype"] not in DTYPES:
+        raise _FormError(f"an array of dtype {x['dtype']!r}")
+    form = x.get("form", "jax")
+    if form not in ("jax", "numpy", "scalar"):
+        raise _FormError(f"an array of the form {form!r}")
+    key = x.get("key")
+    if key is not None:
+        impl, words = key
+        key = Key(_a(str, impl), _natural(words))
+        if x["dtype"] != "uint32":
+            raise _FormError("keys that are not made of uint32")
+    place = None
+    if "in" in x:
+        offset = x.get("at")
+        place = Place(_name(x["in"]), None if offset is None else _natural(offset))
+    shape, weak = _shape(x["shape"]), _a(bool, x.get("weak", False))
+    return Array(shape, x["dtype"], form, weak, key, x.get("sharding"), place)
+
+
+def _a(kind: type, x: Any) -> Any:
+    if type(x) is not kind:
+        raise _FormError(f"{x!r:.60} where a {kind.__name__} is due")
+    return x
+
+
+def _natural(x: Any) -> int:
+    if type(x) is not int or not 0 <= x < 1 << 63:
+        raise _FormError(f"{x!r:.60} where a size or number is due")
+    return x
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    shape = tuple(map(_natural, _a(list, x)))
+    if len(shape) > 32 or math.prod(shape) >= 1 << 63:
+        raise _FormError(f"a shape {shape!r:.60}")
+    return shape
+
+
+def _segment(x: Any) -> str:
+    if not _SEGMENT.fullmatch(_a(str, x)):
+        raise _FormError(f"a file name {x!r:.60}")
+    return x
+
+
+def _name(x: Any) -> str:
+    for part in _a(str, x).split("/"):
+        _segment(part)
+    return x

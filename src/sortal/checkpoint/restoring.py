@@ -1,0 +1,444 @@
+"""restore and load_state: reads a step into a model, or into a State of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from sortal.checkpoint import files
+from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
+from sortal.checkpoint.layout import qualified
+from sortal.checkpoint.loading import Want, load, wanted
+from sortal.checkpoint.manifest import Kind, Leaf, Manifest, short
+from sortal.checkpoint.pending import settle
+from sortal.checkpoint.processes import Group, not_in_a_trace
+from sortal.checkpoint.store import Reader
+from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype
+from sortal.errors import (
+    DamagedError,
+    NoCheckpointError,
+    RestoreError,
+    SortalError,
+    listing,
+)
+from sortal.filters import to_filter
+from sortal.graph import Leaves, bind, store_all
+from sortal.graphdef import Schema
+from sortal.paths import Path as ModelPath
+from sortal.paths import show
+from sortal.policy import Policy
+from sortal.state import State
+from sortal.statics import EMPTY, Metadata
+from sortal.transforms.prefixes import column
+from sortal.variable import Variable, make
+
+
+class Restored(NamedTuple):
+    """What ``restore`` did.
+
+    Attributes:
+      step: the step that was read.
+      metadata: what ``save`` was given as metadata.
+      metrics: what a ``Checkpoints`` was given as metrics.
+      path: the folder of the step.
+      leaves: the paths that were restored.
+      kept: the paths that were left as they were, or filled.
+
+    Example:
+      >>> import tempfile
+      >>> import sortal as nnx
+      >>> directory = tempfile.mkdtemp()
+      >>> saving = nnx.save(directory, nnx.Rngs(0), step=3, metadata={"epoch": 1})
+      >>> found = nnx.restore(directory, nnx.Rngs(1))
+      >>> found.step, found.metadata, found.leaves
+      (3, {'epoch': 1}, (('default', 'count'), ('default', 'key')))
+    """
+
+    step: int
+    metadata: Any
+    metrics: Mapping[str, float]
+    path: Path
+    leaves: tuple[ModelPath, ...]
+    kept: tuple[ModelPath, ...]
+
+
+def restore(
+    directory: str | os.PathLike[str],
+    root: Any,
+    /,
+    *,
+    step: int | str = "latest",
+    only: Any = None,
+    policy: Policy | None = None,
+    partial: bool = False,
+    rename: Mapping[str, str] | None = None,
+    cast: bool = False,
+    fill: Any = None,
+    kinds: Mapping[str, type] | None = None,
+    sharding: Any = None,
+) -> Restored:
+    """Reads a step into a live model: all of it, or nothing.
+
+    The model says what is due: each of its leaves takes the value at its path, in its
+    own form, on its own devices. An abstract model (``eval_shape``) becomes a real
+    one. Whatever differs is refused, all of it at once, before anything changes. All
+    processes of a program call it together.
+
+    Args:
+      directory: where the steps are.
+      root: what was given to ``save``, or something of the same structure.
+      step: the number of a step, or ``"latest"``.
+      only: a filter; other leaves are left as they are, and not read.
+      policy: a Policy; leaves whose column ``checkpoint`` says ``drop`` are left.
+      partial: True allows leaves that only one side has, and sharing that differs.
+      rename: from globs of paths in the checkpoint to globs of paths in the model.
+      cast: True converts floats to floats, and integers to integers that can hold them.
+      fill: where leaves come from that the checkpoint lacks: a State, or a function of
+        (path, kind).
+      kinds: from the full names of kinds in the checkpoint to classes here.
+      sharding: where arrays are put instead of where the model has them: a Sharding or
+        PartitionSpec for all, a ``StateSharding``, or a Policy with specs.
+
+    Returns:
+      What was restored.
+
+    Raises:
+      NoCheckpointError: there is no such step.
+      DamagedError: a file is damaged, missing, or not what was written.
+      RestoreError: the checkpoint does not fit the model; every difference is listed.
+      TraceError: it is called inside a transform.
+      FilterError: ``only`` is no filter.
+
+    Example:
+      >>> import tempfile
+      >>> import sortal as nnx
+      >>> directory = tempfile.mkdtemp()
+      >>> saving = nnx.save(directory, nnx.Linear(2, 3, rngs=nnx.Rngs(0)), step=1)
+      >>> model = nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> nnx.restore(directory, model).step
+      1
+      >>> model.kernel.shape
+      (2, 3)
+    """
+    options = Options(only, policy, partial, rename, cast, fill)
+    directory = Path(directory).absolute()
+    group = Group(f"restoring from {directory}")
+    number, fault = -1, ""
+    try:
+        not_in_a_trace("restore")
+        settle(directory)
+        number = find_step(directory, step) if group.leads else -1
+    except SortalError as e:
+        if group.count == 1:
+            raise
+        fault = str(e)
+    number = group.decide("step", number, fault)[0]
+    plan = bind(root)
+    try:
+        manifest = files.read_manifest(directory, number)
+        where = f"step {number} of {directory}"
+        known = _Kinds([k for k in plan.graphdef.schema.kinds if k], kinds or {})
+        given = candidates(manifest, known)
+        found = fit(plan, given, manifest.aliases, options, where)
+        reader = Reader(directory / str(number) / manifest.folder, manifest)
+        leaves, values = read_fit(plan, found, reader, sharding)
+    except SortalError as e:
+        if group.count == 1:
+            raise
+        fault = str(e)
+    group.decide("read", None, fault)
+    store_all([leaves], values)
+    paths = plan.graphdef.schema.paths
+    return Restored(
+        number,
+        manifest.metadata,
+        manifest.metrics,
+        directory / str(number),
+        tuple(paths[p.at] for p in found.pairs),
+        tuple(paths[i] for i in sorted([*found.kept, *found.filled])),
+    )
+
+
+def find_step(directory: Path, step: int | str) -> int:
+    """The number of a step.
+
+    Args:
+      directory: where the steps are.
+      step: its number, or ``"latest"``.
+
+    Returns:
+      The number.
+
+    Raises:
+      NoCheckpointError: there is none.
+      ArgumentError: ``step`` is something else.
+    """
+    if step != "latest":
+        return files.step_number(step)
+    found = files.steps(directory)
+    if not found:
+        there = "" if directory.is_dir() else ", which does not exist"
+        raise NoCheckpointError(f"no checkpoint in {directory}{there}.")
+    return found[-1]
+
+
+def candidates(manifest: Manifest, known: _Kinds) -> list[Candidate]:
+    """The leaves of a checkpoint, with their kinds as classes."""
+    classes = [known.find(k) for k in manifest.kinds]
+    return [Candidate(x.path, classes[x.kind], x.value) for x in manifest.leaves]
+
+
+def read_fit(
+    plan: Any, found: Fit, reader: Reader, sharding: Any
+) -> tuple[Leaves, list[Any]]:
+    """Reads the values that a Fit asks for.
+
+    Args:
+      plan: the plan of the model.
+      found: which leaves take what.
+      reader: reads from the step.
+      sharding: where to, instead of where the model has its arrays, or None.
+
+    Returns:
+      Live leaves, and a value for each.
+
+    Raises:
+      DamagedError: the bytes are not those that were written.
+      RestoreError: numbers cannot be cast, or a sharding does not fit.
+    """
+    schema = plan.graphdef.schema
+    said = _shardings(sharding, schema, plan)
+    wants: list[Want] = []
+    for pair in found.pairs:
+        three = zip(arrays(pair.stored), arrays(pair.live), pair.like, strict=True)
+        for stored, live, like in three:
+            path = schema.paths[pair.at]
+            wants.append(wanted(path, stored, like, live, said[pair.at]))
+    made = iter(read(reader, wants))
+    current = plan.values()
+    values = [build(p.stored, made, current[p.at]) for p in found.pairs]
+    at = [p.at for p in found.pairs] + list(found.filled)
+    return Leaves(plan.leaves[i] for i in at), [*values, *found.filled.values()]
+
+
+def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
+    """Reads arrays, when the files that they are in look as they should.
+
+    Args:
+      reader: reads from the step.
+      wants: what to read.
+
+    Returns:
+      The arrays.
+
+    Raises:
+      DamagedError: a file is missing or not what was written; all that shows without
+        reading their content is listed.
+      RestoreError: an array cannot be what is wanted.
+    """
+    lost = [
+        f"{show(w.path)}: {w.array.dtype}"
+        for w in wants
+        if w.form == "jax" and w.dtype.endswith(("64", "128")) and _cut(w.dtype)
+    ]
+    if lost:
+        raise RestoreError(
+            "JAX holds 64-bit numbers only if told to, and would cut these short:\n"
+            f"{listing(lost)}\nSet jax_enable_x64, or restore into a model of other "
+            "dtypes with cast=True."
+        )
+    places = (w.array.place for w in wants)
+    faults = reader.check(dict.fromkeys(p.array for p in places if p))
+    if faults:
+        raise DamagedError(
+            f"the checkpoint is damaged; nothing was restored:\n{listing(faults)}"
+        )
+    return load(reader, wants)
+
+
+def _cut(name: str) -> bool:
+    dtype = numpy_dtype(name)
+    return jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+def _shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
+    if given is None:
+        return [None] * len(schema)
+    said = column(given, "spec", schema, plan.view)
+    return [_sharding(x) for x in said]
+
+
+def _sharding(said: Any) -> Any:
+    if isinstance(said, jax.sharding.PartitionSpec):
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise RestoreError(
+                f"{said} is a spec, and no mesh is set; use jax.set_mesh(mesh), or "
+                "give a NamedSharding."
+            )
+        return jax.sharding.NamedSharding(mesh, said)
+    return said
+
+
+# ---------------------------------------------------------------------- without a model
+def load_state(
+    directory: str | os.PathLike[str],
+    /,
+    *,
+    step: int | str = "latest",
+    only: Any = None,
+    kinds: Mapping[str, type] | None = None,
+    sharding: Any = None,
+) -> State:
+    """Reads the leaves of a step without a model.
+
+    Args:
+      directory: where the steps are.
+      step: the number of a step, or ``"latest"``.
+      only: a filter; other leaves are not read.
+      kinds: from the full names of kinds in the checkpoint to classes here. A kind
+        whose class is not loaded gets a stand-in, derived from the nearest base that
+        is; nothing is imported.
+      sharding: a Sharding or PartitionSpec for all, a ``StateSharding``, or a Policy;
+        the default device if absent.
+
+    Returns:
+      A State.
+
+    Raises:
+      NoCheckpointError: there is no such step.
+      DamagedError: a file is damaged, missing, or not what was written.
+      RestoreError: a value needs a model to be built, or the filter takes nothing.
+      FilterError: ``only`` is no filter.
+
+    Example:
+      >>> import tempfile
+      >>> import sortal as nnx
+      >>> directory = tempfile.mkdtemp()
+      >>> saving = nnx.save(directory, nnx.BatchNorm(3, rngs=nnx.Rngs(0)), step=1)
+      >>> nnx.load_state(directory, only=nnx.BatchStat)
+      State(
+        mean: BatchStat(float32[3])
+        var: BatchStat(float32[3])
+      )
+    """
+    directory = Path(directory).absolute()
+    not_in_a_trace("load_state")
+    settle(directory)
+    number = find_step(directory, step)
+    manifest = files.read_manifest(directory, number)
+    known = _Kinds([], kinds or {})
+    classes = [known.find(k) for k in manifest.kinds]
+    leaves = [x for x in manifest.leaves if _takes(only, x, classes[x.kind])]
+    if only is not None and not leaves:
+        raise RestoreError(
+            f"only={to_filter(only)!r} takes none of the leaves of step {number} of "
+            f"{directory}:\n" + listing(map(manifest.describe, manifest.leaves))
+        )
+    alone = [
+        f"{manifest.describe(x)}: {x.value.shown}" for x in leaves if _needs_model(x)
+    ]
+    if alone:
+        raise RestoreError(
+            "values of types that only a model can build; restore into a model, or "
+            f"leave them out with only=:\n{listing(alone)}"
+        )
+    schema = Schema.of(
+        [x.path for x in leaves],
+        [classes[x.kind] for x in leaves],
+        [Metadata.of(x.metadata) if x.metadata else EMPTY for x in leaves],
+    )
+    said = [None] * len(leaves)
+    if sharding is not None:
+        said = [_sharding(x) for x in column(sharding, "spec", schema, lambda: leaves)]
+    wants = [
+        Want(x.path, a, a.form, a.dtype, a.weak, to, to is not None)
+        for x, to in zip(leaves, said, strict=True)
+        for a in arrays(x.value)
+    ]
+    reader = Reader(directory / str(number) / manifest.folder, manifest)
+    made = iter(read(reader, wants))
+    values = [build(x.value, made) for x in leaves]
+    return State.from_flat_path(
+        (path, value if kind is None else make(kind, value, metadata))
+        for path, kind, metadata, value in schema.rows(values)
+    )
+
+
+def _takes(only: Any, leaf: Leaf, kind: Any) -> bool:
+    if only is None:
+        return True
+    chosen = to_filter(only)
+    if not chosen.structural:
+        raise RestoreError(
+            f"only={chosen!r} looks at values, which are not read yet; use kinds, tags "
+            "and paths."
+        )
+    return chosen.test(leaf.path, kind, leaf.metadata, None)
+
+
+def _needs_model(leaf: Leaf) -> bool:
+    return any(x.what == "node" for x in _nests(leaf.value))
+
+
+def _nests(tree: Tree) -> Iterator[Nest]:
+    if isinstance(tree, Nest):
+        yield tree
+        for child in tree.children:
+            yield from _nests(child)
+
+
+# ------------------------------------------------------------------------------ kinds
+class _Kinds:
+    """Finds the class of a kind by its name, without importing anything."""
+
+    def __init__(self, here: Sequence[type], given: Mapping[str, type]):
+        self._given = given
+        self._known = _variables() | {qualified(k): k for k in here}
+
+    def find(self, kind: Kind) -> Any:
+        """The class; a stand-in where it is not loaded."""
+        if kind.name is None:
+            return None
+        found = self._given.get(kind.name) or self._known.get(kind.name)
+        return found or self._moved(kind) or self._stand_in(kind)
+
+    def _moved(self, kind: Kind) -> Any:
+        """A class of a program that was run as a script once and imported once."""
+        module, _, name = str(kind.name).rpartition(".")
+        bases = tuple(b.rpartition(".")[2] for b in kind.bases)
+        same = [
+            cls
+            for full, cls in self._known.items()
+            if full.rpartition(".")[2] == name
+            and "__main__" in (module, full.rpartition(".")[0])
+            and tuple(b.__name__ for b in cls.__mro__[1 : len(bases) + 1]) == bases
+        ]
+        return same[0] if len(same) == 1 else None
+
+    def _stand_in(self, kind: Kind) -> Any:
+        bases = (self._known.get(b) for b in kind.bases)
+        base = next((b for b in bases if b is not None), Variable)
+        return _stand_in(kind.name or "", short(kind), base)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stand_in(full: str, name: str, base: type) -> Any:
+    return type(name, (base,), {"__module__": full.rpartition(".")[0], "__slots__": ()})
+
+
+def _variables() -> dict[str, type]:
+    """All kinds that are loaded, by full name; of two of one name, neither."""
+    found: dict[str, Any] = {}
+    todo: list[type] = [Variable]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        name = qualified(cls)
+        found[name] = None if found.get(name, cls) is not cls else cls
+    return {name: cls for name, cls in found.items() if cls is not None}

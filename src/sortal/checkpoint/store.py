@@ -1,0 +1,407 @@
+"""Arrays on disk: zarr 3 with a checksum for each chunk, through TensorStore."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from sortal.checkpoint.files import sync
+from sortal.checkpoint.manifest import (
+    File,
+    Manifest,
+    Stored,
+    chunk_files,
+    storage_dtype,
+)
+from sortal.checkpoint.values import Array, dtype_name, numpy_dtype
+from sortal.errors import DamagedError
+
+CHUNK = 4 << 20
+"""Bytes of a chunk where nothing speaks for more; see decision 0021."""
+_LARGEST_CHUNK = 64 << 20
+_IN_FLIGHT = 5
+SMALL = CHUNK
+"""Arrays of fewer bytes are packed, many in one array of bytes."""
+ALIGN = 64
+"""Where an array may begin in a pack: a multiple of this."""
+_ZEROS = np.zeros(ALIGN, np.uint8)
+
+
+class Piece(NamedTuple):
+    """A part of an array in the memory of one device, and its first index."""
+
+    start: tuple[int, ...]
+    data: Any
+
+
+# --------------------------------------------------------------------------- layout
+def stored_array(array: Array, shard: Sequence[int] | None = None) -> Stored:
+    """How an array is stored by itself.
+
+    Args:
+      array: the array; not empty, and of one axis or more.
+      shard: the shape that each device holds, where several do. Chunks then divide
+        it, so that no two processes write to one file.
+
+    Returns:
+      The Stored.
+    """
+    shape = array.stored_shape
+    whole = tuple(shard) if shard is not None else shape
+    itemsize = numpy_dtype(array.dtype).itemsize
+    most = min(max(CHUNK, math.prod(whole) * itemsize // 32), _LARGEST_CHUNK)
+    chunks = list(whole)
+    for axis, n in enumerate(whole):
+        rest = math.prod(chunks[axis + 1 :]) * itemsize
+        chunks[axis] = _part(n, most // rest, divide=shard is not None)
+        if math.prod(chunks) * itemsize <= most:
+            break
+    return Stored(storage_dtype(array.dtype), shape, tuple(chunks))
+
+
+def _part(n: int, most: int, divide: bool) -> int:
+    most = max(1, min(n, most))
+    if not divide:
+        return most
+    found = next(d for d in range(most, 0, -1) if n % d == 0)
+    return found if found * 8 >= most else n
+
+
+def packed(size: int) -> Stored:
+    """How a pack of ``size`` bytes is stored."""
+    return Stored("uint8", (size,), (min(size, CHUNK),))
+
+
+def zarr_json(stored: Stored) -> dict[str, Any]:
+    """The metadata of an array, as zarr 3 wants it."""
+    dtype = np.dtype(numpy_dtype(stored.dtype))
+    fill: Any = False if stored.dtype == "bool" else 0
+    order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(stored.shape),
+        "data_type": stored.dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": list(stored.chunks)},
+        },
+        # A dot, so that a chunk needs no folders of its own.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": [0.0, 0.0] if stored.dtype.startswith("complex") else fill,
+        "codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
+    }
+
+
+GROUP_JSON = b'{"zarr_format":3,"node_type":"group","attributes":{}}\n'
+
+
+def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
+    import tensorstore as ts
+
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{root / name}/"},
+        "metadata": zarr_json(stored),
+        # zarr takes a chunk that is not there for one of zeros.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+    # What the metadata is, the manifest knows: it is not read again from a file.
+    opened = ts.open(spec, open=True, assume_metadata=True, context=context)
+    return opened.result()
+
+
+def _context(**more: Any) -> Any:
+    import tensorstore as ts
+
+    return ts.Context({"file_io_concurrency": {"limit": _IN_FLIGHT}, **more})
+
+
+# -------------------------------------------------------------------------- writing
+class Writer:
+    """Writes arrays into a new folder, with a few chunks in flight at a time.
+
+    Used by ``with``, at whose end all that was written is on disk.
+
+    Args:
+      root: the folder, which exists.
+    """
+
+    def __init__(self, root: Path):
+        self._root = root
+        # No other writer can be in a folder of this name, so no locks on its files.
+        self._context = _context(file_io_sync=True, file_io_locking={"mode": "none"})
+        self._flying: deque[Any] = deque()
+        self._buffers: list[np.ndarray] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[1] is None:
+            while self._flying:
+                self._land()
+        # What still flies after a failure would appear again once it is cleaned up.
+        for writing, *_ in self._flying:
+            writing.exception()
+
+    def write(self, name: str, stored: Stored, pieces: Iterable[Piece]) -> None:
+        """Writes the pieces of one array that are here."""
+        opened = _open(self._root, name, stored, self._context)
+        for start, data in pieces:
+            host = on_host(data)
+            for at in _tiles(host.shape, stored.chunks):
+                to = tuple(
+                    slice(s.start + o, s.stop + o)
+                    for s, o in zip(at, start, strict=True)
+                )
+                self._fly(opened[to], host[at])
+
+    def pack(self, name: str, stored: Stored, parts: Iterable[tuple[int, Any]]) -> None:
+        """Writes arrays one after the other, each from its offset on."""
+        opened = _open(self._root, name, stored, self._context)
+        chunk, at, done = stored.chunks[0], 0, 0
+        buffer = self._buffer(chunk)
+        for offset, data in parts:
+            for new in (_ZEROS[: offset - at], as_bytes(on_host(data))):
+                left = new
+                while left.size:
+                    taken = min(left.size, done + chunk - at)
+                    buffer[at - done : at - done + taken] = left[:taken]
+                    at, left = at + taken, left[taken:]
+                    if at == done + chunk:
+                        self._fly(opened[done:at], buffer, reuse=True)
+                        buffer, done = self._buffer(chunk), at
+        if at > done:
+            self._fly(opened[done:at], buffer[: at - done])
+
+    def _buffer(self, size: int) -> np.ndarray:
+        while not self._buffers and len(self._flying) >= _IN_FLIGHT:
+            self._land()
+        found = self._buffers.pop() if self._buffers else None
+        fits = found is not None and found.size >= size
+        return found[:size] if fits else np.empty(size, np.uint8)
+
+    def _fly(self, to: Any, data: np.ndarray, reuse: bool = False) -> None:
+        while len(self._flying) >= _IN_FLIGHT:
+            self._land()
+        # TensorStore need not copy what is left alone until it lands.
+        writing = to.write(data, can_reference_source_data_indefinitely=True)
+        self._flying.append((writing, data if reuse else None, data))
+
+    def _land(self) -> None:
+        writing, buffer, _ = self._flying.popleft()
+        writing.result()
+        if buffer is not None:
+            self._buffers.append(buffer)
+
+
+def prepare(root: Path, arrays: dict[str, Stored], groups: Iterable[str]) -> None:
+    """Makes the folders and metadata of all arrays and groups.
+
+    Args:
+      root: the folder, which exists.
+      arrays: what will be in it.
+      groups: the folders of kinds.
+    """
+    (root / "zarr.json").write_bytes(GROUP_JSON)
+    for group in groups:
+        (root / group).mkdir()
+        (root / group / "zarr.json").write_bytes(GROUP_JSON)
+    for name, stored in arrays.items():
+        (root / name).mkdir()
+        data = json.dumps(zarr_json(stored)).encode()
+        (root / name / "zarr.json").write_bytes(data)
+
+
+def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
+    """Makes all that ``prepare`` made survive, and the names of chunks."""
+    folders = [root, *(root / name for name in (*groups, *arrays))]
+    above = [root.parent, root.parent.parent]
+    # At once, because a file system writes many such wishes down in one go.
+    with ThreadPoolExecutor(8) as pool:
+        everything = (*folders, *(f / "zarr.json" for f in folders), *above)
+        list(pool.map(sync, everything))
+
+
+def chunk_slices(name: str, stored: Stored) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """The file of each chunk of an array, and the part of the array that it holds."""
+    tiles = _tiles(stored.shape, stored.chunks)
+    return zip(chunk_files(name, stored), tiles, strict=True)
+
+
+def _tiles(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    ranges = [
+        [slice(i, min(i + c, n)) for i in range(0, n, c)]
+        for n, c in zip(shape, chunks, strict=True)
+    ]
+    return itertools.product(*ranges)
+
+
+def on_host(data: Any) -> np.ndarray:
+    """The array in host memory, in this machine's byte order, as zarr stores it."""
+    host = np.asarray(data)
+    if host.dtype.byteorder not in "=|":
+        host = host.astype(host.dtype.newbyteorder("="))
+    name = dtype_name(host.dtype)
+    stored = storage_dtype(name)
+    return host if stored == name else host.view(stored)
+
+
+def as_bytes(host: np.ndarray) -> np.ndarray:
+    """The elements of an array in order, as bytes."""
+    return np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+
+
+def fingerprints(
+    root: Path, arrays: dict[str, Stored], groups: Iterable[str]
+) -> dict[str, File]:
+    """What every file below ``root`` is, once it is written.
+
+    Args:
+      root: the folder of the arrays.
+      arrays: what is in it.
+      groups: the folders of kinds.
+
+    Returns:
+      A File for each name. A chunk ends in the crc32c of what comes before it.
+    """
+    found = {}
+    for name in ("zarr.json", *(f"{n}/zarr.json" for n in (*groups, *arrays))):
+        data = (root / name).read_bytes()
+        found[name] = File(len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+    for name, stored in arrays.items():
+        for file in chunk_files(name, stored):
+            found[file] = _chunk(root / file)
+    return found
+
+
+def _chunk(file: Path) -> File:
+    with file.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        tail = os.pread(opened.fileno(), 4, max(size - 4, 0))
+    return File(size, f"crc32c:{int.from_bytes(tail, 'little'):08x}")
+
+
+# -------------------------------------------------------------------------- reading
+class Reader:
+    """Reads arrays of one step, and refuses files that are not as written.
+
+    Args:
+      root: the folder of the arrays.
+      manifest: what they must be.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest):
+        self._root, self._manifest = root, manifest
+        self._context = _context()
+        self._opened: dict[str, Any] = {}
+
+    def check(self, names: Iterable[str]) -> list[str]:
+        """Looks at the files of arrays without reading what is in their chunks.
+
+        Args:
+          names: names of arrays.
+
+        Returns:
+          One line for each file that is missing, of another size or another save, or
+          whose metadata is damaged.
+        """
+        names = list(names)
+        groups = dict.fromkeys(name.partition("/")[0] for name in names)
+        files = ["zarr.json", *(f"{name}/zarr.json" for name in (*groups, *names))]
+        files += [
+            file
+            for name in names
+            for file in chunk_files(name, self._manifest.arrays[name])
+        ]
+        return [f"{file}: {fault}" for file in files if (fault := self.fault(file))]
+
+    def fault(self, name: str) -> str:
+        """What is wrong with one file as far as its outside shows; empty if nothing."""
+        due, file = self._manifest.files[name], self._root / name
+        try:
+            if due.checksum.startswith("crc32c:"):
+                found = _chunk(file)
+            else:
+                size = file.stat().st_size
+                if size != due.size:
+                    return f"{size:,} bytes, not {due.size:,}"
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                found = File(size, f"sha256:{digest}")
+        except FileNotFoundError:
+            return "missing"
+        except OSError as e:
+            return f"cannot be read ({e.strerror})"
+        if found.size != due.size:
+            return f"{found.size:,} bytes, not {due.size:,}"
+        return "" if found == due else "not what was written: another checksum"
+
+    def read(self, name: str, at: Sequence[slice], into: np.ndarray) -> Any:
+        """Begins to read a part of an array into memory.
+
+        Args:
+          name: the array.
+          at: which part.
+          into: where to; of the part's shape and the dtype stored.
+
+        Returns:
+          What ``wait`` waits for.
+
+        Raises:
+          DamagedError: there is nothing to read there.
+        """
+        import tensorstore as ts
+
+        if name not in self._opened:
+            stored = self._manifest.arrays[name]
+            self._opened[name] = _open(self._root, name, stored, self._context)
+        to = ts.array(into, dtype=self._opened[name].dtype, copy=False)
+        return name, to.write(self._opened[name][tuple(at)])
+
+    def wait(self, reading: Any) -> None:
+        """Waits for the end of a ``read``.
+
+        Args:
+          reading: what ``read`` returned.
+
+        Raises:
+          DamagedError: the bytes are not those that were written.
+        """
+        name, future = reading
+        try:
+            future.result()
+        except (ValueError, OSError, RuntimeError) as e:
+            raise DamagedError(
+                f"{self._root / name} is damaged; nothing was restored: {e}"
+            ) from e
+
+
+def host_memory(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory to read into that JAX is sure to copy from.
+
+    JAX would keep and use well-aligned memory as it is, and could then neither donate
+    an array of it nor free one of many that share it.
+
+    Args:
+      shape: the shape.
+      dtype: the dtype.
+
+    Returns:
+      An array that begins 16 bytes past a multiple of 64.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 128, np.uint8)
+    start = -raw.ctypes.data % ALIGN + 16
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,336 @@
+"""What the value of a leaf is made of: arrays and plain values, and how they nest."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal._jax import one_level
+from sortal.errors import DamagedError
+from sortal.paths import order
+
+DTYPES = frozenset(
+    "bool int2 int4 int8 int16 int32 int64 uint2 uint4 uint8 uint16 uint32 uint64 "
+    "float16 bfloat16 float32 float64 complex64 complex128 float4_e2m1fn "
+    "float6_e2m3fn float6_e3m2fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz "
+    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
+)
+"""The dtypes that a checkpoint can hold, by name."""
+
+PLAIN = (bool, int, float, complex, str, bytes)
+_DEPTH = 100
+
+
+class Key(NamedTuple):
+    """What makes uint32 words a PRNG key: the implementation, and words per key."""
+
+    impl: str
+    words: int
+
+
+class Place(NamedTuple):
+    """Where bytes are: the name of a stored array, and where they begin in a pack."""
+
+    array: str
+    offset: int | None
+
+
+class Array(NamedTuple):
+    """One array of a value.
+
+    ``form`` is ``jax``, ``numpy`` or ``scalar`` (a NumPy scalar); ``shape`` and
+    ``dtype`` are those of the values stored: for PRNG keys the shape of the array of
+    keys, and uint32.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    form: str = "jax"
+    weak: bool = False
+    key: Key | None = None
+    sharding: Any = None
+    place: Place | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of what is stored; keys have a last axis of words."""
+        return self.shape if self.key is None else (*self.shape, self.key.words)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the values take."""
+        return math.prod(self.stored_shape) * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def shown(self) -> str:
+        """Such as ``float32[3,4]`` or ``key<threefry2x32>[]``."""
+        dtype = self.dtype if self.key is None else f"key<{self.key.impl}>"
+        return f"{dtype}[{','.join(map(str, self.shape))}]"
+
+
+class Plain(NamedTuple):
+    """A Python scalar, string or bytes."""
+
+    value: Any
+
+    @property
+    def shown(self) -> str:
+        """Such as ``int``."""
+        return type(self.value).__name__
+
+
+class Nest(NamedTuple):
+    """A container of values: ``dict``, ``list``, ``tuple``, ``none`` or ``node``.
+
+    ``name`` is the class of a node, any other type registered with JAX. The keys of a
+    dict are in sorted order, as JAX sees them.
+    """
+
+    what: str
+    name: str | None
+    keys: tuple[Any, ...]
+    children: tuple[Any, ...]
+
+    @property
+    def shown(self) -> str:
+        """Such as ``dict(a: float32[3])``."""
+        inside = (
+            x.shown if k is None else f"{k}: {x.shown}"
+            for k, x in zip(self.keys, self.children, strict=True)
+        )
+        return f"{self.name or self.what}({', '.join(inside)})"
+
+
+Tree = Array | Plain | Nest
+
+
+class UnsavableError(TypeError):
+    """Part of a value is of a type that a checkpoint cannot hold."""
+
+
+@functools.lru_cache(maxsize=256)
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of a name in ``DTYPES``."""
+    return jnp.dtype(name)
+
+
+@functools.lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype; kept, because NumPy works each out anew."""
+    return dtype.name
+
+
+@functools.lru_cache(maxsize=256)
+def _is_key(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+def arrays(tree: Tree) -> Iterator[Array]:
+    """All arrays of a value, in order."""
+    if isinstance(tree, Array):
+        yield tree
+    elif isinstance(tree, Nest):
+        for child in tree.children:
+            yield from arrays(child)
+
+
+def with_arrays(tree: Tree, new: Iterator[Array]) -> Tree:
+    """The same value with other arrays, taken in order."""
+    if isinstance(tree, Array):
+        return next(new)
+    if isinstance(tree, Nest):
+        children = tuple(with_arrays(child, new) for child in tree.children)
+        return tree._replace(children=children)
+    return tree
+
+
+# --------------------------------------------------------------------- live values
+def describe(value: Any, live: list[Any]) -> Tree:
+    """Takes a live value apart.
+
+    Args:
+      value: an array, Python scalar, string, or a pytree of these.
+      live: every array found is appended; keys as their words, the rest as it is.
+
+    Returns:
+      The Tree; its arrays have no place yet.
+
+    Raises:
+      UnsavableError: part of it is something else.
+    """
+    return _describe(value, live, 0)
+
+
+def _describe(value: Any, live: list[Any], depth: int) -> Tree:
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        return _describe_array(value, live)
+    cls = type(value)
+    if cls in PLAIN:
+        return Plain(value)
+    if depth > _DEPTH:
+        raise UnsavableError("containers nested more than a hundred deep")
+    if value is None:
+        return Nest("none", None, (), ())
+    if cls is dict:
+        # As JAX does, so that two dicts of the same keys number their arrays alike.
+        items = sorted(value.items(), key=lambda item: order(item[0]))
+        return _nest("dict", None, items, live, depth)
+    if cls is list or cls is tuple:
+        return _nest(cls.__name__, None, [(None, x) for x in value], live, depth)
+    level = one_level(value)
+    if level is None:
+        raise UnsavableError(f"a {cls.__name__}, {value!r:.60}")
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return _nest("node", name, level[0], live, depth)
+
+
+def _nest(what: str, name: str | None, items: Any, live: list[Any], depth: int) -> Nest:
+    keys, children = [], []
+    for key, child in items:
+        if what != "node" and type(key) not in (str, int, type(None)):
+            raise UnsavableError(f"a {what} with the key {key!r}")
+        keys.append(key if type(key) in (str, int, type(None)) else str(key))
+        children.append(_describe(child, live, depth + 1))
+    return Nest(what, name, tuple(keys), tuple(children))
+
+
+def _describe_array(value: Any, live: list[Any]) -> Array:
+    form = _form(value)
+    key, sharding = None, getattr(value, "sharding", None)
+    shape, dtype = value.shape, value.dtype
+    if form == "jax" and _is_key(dtype):
+        key, dtype = _key_of(value), np.dtype(np.uint32)
+        if not isinstance(value, jax.ShapeDtypeStruct):
+            value = jax.random.key_data(value)
+    name = dtype_name(dtype)
+    if name not in DTYPES:
+        raise UnsavableError(f"an array of dtype {dtype}")
+    live.append(value)
+    weak = bool(getattr(value, "weak_type", False))
+    return Array(tuple(shape), name, form, weak, key, spec_of(sharding))
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, np.generic):
+        return "scalar"
+    return "numpy" if isinstance(value, np.ndarray) else "jax"
+
+
+def _key_of(value: Any) -> Key:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        one = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), value.dtype))
+        impl = str(value.dtype).removeprefix("key<").removesuffix(">")
+        impl = _IMPL.get(impl, impl)
+    else:
+        one = jax.eval_shape(jax.random.key_data, jax.typeof(value))
+        impl = str(jax.random.key_impl(value))
+    return Key(impl, one.shape[-1])
+
+
+# How JAX prints the implementations, and their names.
+_IMPL = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+
+
+def spec_of(sharding: Any) -> Any:
+    """A sharding as plain data; None where one device holds the array.
+
+    Args:
+      sharding: a sharding of JAX, or None.
+
+    Returns:
+      ``{"mesh": {axis: size}, "spec": [...]}`` for named shardings, else
+      ``{"text": repr}``.
+    """
+    if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return None
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = [list(x) if isinstance(x, tuple) else _axis(x) for x in sharding.spec]
+        return {"mesh": dict(sharding.mesh.shape), "spec": spec}
+    return {"text": repr(sharding)[:1000]}
+
+
+def _axis(x: Any) -> Any:
+    return x if x is None or isinstance(x, str) else str(x)
+
+
+# -------------------------------------------------------------------- back to live
+def build(tree: Tree, made: Iterator[Any], like: Any = None) -> Any:
+    """Puts a value together.
+
+    Args:
+      tree: what it is made of.
+      made: its arrays, in order.
+      like: a live value of the same structure, which says how to build its nodes.
+
+    Returns:
+      The value.
+
+    Raises:
+      DamagedError: there is a node and no ``like`` to say how to build it.
+    """
+    if isinstance(tree, Array):
+        return next(made)
+    if isinstance(tree, Plain):
+        return tree.value
+    if tree.what == "none":
+        return None
+    if tree.what != "node":
+        inside = _inside(tree, like)
+        items = [build(x, made, y) for x, y in zip(tree.children, inside, strict=True)]
+        if tree.what == "dict":
+            return dict(zip(tree.keys, items, strict=True))
+        return items if tree.what == "list" else tuple(items)
+    level = None if like is None else one_level(like)
+    if level is None:
+        raise DamagedError(
+            f"a value is a {tree.name}, which only a model that has one can build. "
+            "Restore into a model, or leave the leaf out with only=."
+        )
+    pairs, treedef = level
+    items = [build(x, made, y) for x, (_, y) in zip(tree.children, pairs, strict=True)]
+    return jax.tree_util.tree_unflatten(treedef, items)
+
+
+def _inside(tree: Nest, like: Any) -> list[Any]:
+    if like is None:
+        return [None] * len(tree.children)
+    return [like[k] for k in tree.keys] if tree.what == "dict" else list(like)
+
+
+def difference(stored: Tree, live: Tree, cast: Callable[[str, str], bool]) -> str:
+    """How a stored value and a live one disagree, in one word; empty where they fit.
+
+    Args:
+      stored: the value in the checkpoint.
+      live: the value in the model.
+      cast: whether values of one dtype may become those of another.
+
+    Returns:
+      ``structure``, ``type``, ``shape``, ``dtype``, ``PRNG implementation``, or
+      nothing.
+    """
+    if isinstance(stored, Array) and isinstance(live, Array):
+        if stored.shape != live.shape:
+            return "shape"
+        if (stored.key is None) != (live.key is None):
+            return "dtype"
+        if stored.key != live.key:
+            return "PRNG implementation"
+        same = stored.dtype == live.dtype or cast(stored.dtype, live.dtype)
+        return "" if same else "dtype"
+    if isinstance(stored, Plain) and isinstance(live, Plain):
+        return "" if type(stored.value) is type(live.value) else "type"
+    if not (isinstance(stored, Nest) and isinstance(live, Nest)):
+        return "type"
+    if (stored.what, stored.name) != (live.what, live.name):
+        return "structure"
+    if stored.keys != live.keys:
+        return "structure"
+    pairs = zip(stored.children, live.children, strict=True)
+    return next((d for x, y in pairs if (d := difference(x, y, cast))), "")

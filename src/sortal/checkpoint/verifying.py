@@ -1,0 +1,106 @@
+"""verify: reads every byte of a step and compares it with what was written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sortal.checkpoint import files
+from sortal.checkpoint.manifest import NAME, Manifest
+from sortal.checkpoint.restoring import find_step
+from sortal.checkpoint.store import Reader, chunk_slices, host_memory
+from sortal.checkpoint.values import numpy_dtype
+from sortal.errors import DamagedError
+
+
+class Verified(NamedTuple):
+    """What was read, what is wrong with it, and what does not belong there."""
+
+    path: Path
+    files: int
+    bytes: int
+    faults: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Path:
+    """The folder of a step.
+
+    Args:
+      path: the folder itself, or that of all steps.
+      step: which, in the second case.
+
+    Returns:
+      The folder.
+
+    Raises:
+      NoCheckpointError: there is none.
+    """
+    path = Path(path).absolute()
+    if (path / NAME).is_file():
+        return path
+    return path / str(find_step(path, step))
+
+
+def read_step(path: Path) -> Manifest:
+    """The manifest in the folder of a step.
+
+    Args:
+      path: the folder.
+
+    Returns:
+      The Manifest.
+
+    Raises:
+      DamagedError: it is damaged.
+      NoCheckpointError: there is none.
+    """
+    return files.read_manifest(path.parent, files.step_of(path))
+
+
+def verify(
+    path: str | os.PathLike[str],
+    step: int | str = "latest",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verified:
+    """Reads every file of a step.
+
+    Args:
+      path: the folder of the step, or that of all steps.
+      step: which, in the second case.
+      progress: told how many bytes were read, and how many there are.
+
+    Returns:
+      What was found.
+
+    Raises:
+      NoCheckpointError: there is no such step.
+      DamagedError: the manifest itself is damaged.
+    """
+    folder = open_step(path, step)
+    manifest = read_step(folder)
+    root = folder / manifest.folder
+    reader = Reader(root, manifest)
+    faults = [f"{n}: {f}" for n in manifest.files if (f := reader.fault(n))]
+    total = sum(file.size for file in manifest.files.values())
+    done = 0
+    bad = {fault.partition(": ")[0] for fault in faults}
+    for name, stored in manifest.arrays.items():
+        for file, at in chunk_slices(name, stored):
+            if file not in bad:
+                shape = tuple(s.stop - s.start for s in at)
+                memory = host_memory(shape, np.dtype(numpy_dtype(stored.dtype)))
+                try:
+                    reader.wait(reader.read(name, at, memory))
+                except DamagedError as e:
+                    faults.append(f"{file}: damaged ({e.__cause__})")
+            done += manifest.files[file].size
+            progress(done, total)
+    progress(total, total)
+    there = (p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    extra = sorted(set(map(str, there)) - set(manifest.files))
+    return Verified(folder, len(manifest.files) + 1, total, tuple(faults), tuple(extra))

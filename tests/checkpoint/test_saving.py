@@ -1,0 +1,318 @@
+"""save: what is written, what is refused, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sortal as nnx
+from benchmarks import faults
+from sortal.checkpoint import files
+from sortal.errors import ArgumentError, SaveError, StructureError, WriterError
+
+
+class Buffer(nnx.Variable, checkpoint="drop"):
+    pass
+
+
+class Last(nnx.Variable, checkpoint="keep-last"):
+    pass
+
+
+def test_a_step_is_a_folder_with_a_manifest_and_one_group_for_each_kind(tmp_path):
+    root = {"w": nnx.Param(jnp.ones(3)), "m": nnx.BatchStat(jnp.ones(3))}
+    saving = nnx.save(tmp_path, root, step=7)
+    assert saving.path == tmp_path / "7"
+    assert saving.done
+    assert saving.step == 7
+    assert {p.name for p in saving.path.iterdir()} >= {"manifest.json"}
+    (folder,) = saving.path.glob("arrays-*")
+    groups = {p.name for p in folder.iterdir() if p.is_dir()}
+    assert groups == {"Param", "BatchStat"}
+
+
+def test_any_zarr_reader_opens_the_arrays(tmp_path):
+    """The files say for themselves what they are; read by TensorStore alone."""
+    import tensorstore as ts
+
+    value = np.arange(2_100_000, dtype=np.float32).reshape(2100, 1000)
+    nnx.save(tmp_path, {"w": nnx.Param(jnp.asarray(value))}, step=0)
+    (array,) = tmp_path.glob("0/arrays-*/Param/w")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array}/"}}
+    assert len(list(array.glob("c.*"))) > 1
+    assert np.array_equal(ts.open(spec).result().read().result(), value)
+
+
+def test_large_leaves_that_do_not_end_with_a_chunk_come_back(tmp_path):
+    """A pack over several chunks, and arrays whose last chunk is a part of one."""
+    rng = np.random.default_rng(0)
+    sizes = [1_500_000, 7, 1_234_567, 1_100_003, 300_001]
+    root = {
+        f"x{i}": nnx.Param(jnp.asarray(rng.integers(0, 255, n, np.uint8)))
+        for i, n in enumerate(sizes)
+    }
+    root["y"] = nnx.Param(jnp.asarray(rng.standard_normal((1049, 1021, 2), np.float32)))
+    nnx.save(tmp_path, root, step=0)
+    found = nnx.load_state(tmp_path)
+    for name, variable in root.items():
+        assert np.array_equal(found[name].value, variable.value), name
+
+
+def test_only_saves_what_the_filter_takes(tmp_path):
+    nnx.save(tmp_path, nnx.BatchNorm(3, rngs=nnx.Rngs(0)), step=0, only=nnx.Param)
+    assert nnx.load_state(tmp_path).paths() == (("bias",), ("scale",))
+
+
+def test_kinds_policies_and_metadata_say_what_is_dropped(tmp_path):
+    root = {
+        "a": Buffer(jnp.ones(1)),
+        "b": nnx.Cache(jnp.ones(1)),
+        "c": nnx.Param(jnp.ones(1)),
+        "d": nnx.Param(jnp.ones(1), checkpoint="drop"),
+    }
+    policy = nnx.Policy({nnx.Cache: nnx.Rule(checkpoint="drop")})
+    nnx.save(tmp_path, root, step=0, policy=policy)
+    assert nnx.load_state(tmp_path).paths() == (("c",),)
+    # What is not due is left as it is, without a word.
+    root["c"].value = jnp.zeros(1)
+    nnx.restore(tmp_path, root, policy=policy)
+    assert root["c"].value == 1
+
+
+def test_keep_last_goes_when_a_newer_step_is_saved(tmp_path):
+    root = {"a": Last(jnp.ones(3)), "b": nnx.Param(jnp.ones((1100, 1000)))}
+    root["c"] = Last(jnp.full((1100, 1000), 2.0))
+    nnx.save(tmp_path, root, step=1)
+    assert len(nnx.load_state(tmp_path, step=1).paths()) == 3
+    nnx.save(tmp_path, root, step=2)
+    assert nnx.load_state(tmp_path, step=1).paths() == (("b",),)
+    assert len(nnx.load_state(tmp_path, step=2).paths()) == 3
+    left = [p.name for p in tmp_path.glob("1/arrays-*/Last/*")]
+    assert left == ["zarr.json"]
+    with pytest.raises(nnx.errors.RestoreError, match=r"missing: a \(Last\)"):
+        nnx.restore(tmp_path, root, step=1)
+
+
+def test_a_step_saved_again_is_replaced_whole(tmp_path):
+    nnx.save(tmp_path, {"w": nnx.Param(jnp.ones(3)), "x": nnx.Cache(1)}, step=0)
+    nnx.save(tmp_path, {"w": nnx.Param(jnp.zeros(3))}, step=0)
+    assert nnx.load_state(tmp_path).paths() == (("w",),)
+    assert len(list((tmp_path / "0").iterdir())) == 2
+
+
+def test_a_wrong_number_of_a_step_is_refused(tmp_path):
+    for step in (-1, 1.5, True, "3", None, 10**18):
+        with pytest.raises(ArgumentError, match="a step is a whole number, zero or"):
+            nnx.save(tmp_path, nnx.Rngs(0), step=step)
+    assert nnx.save(tmp_path, nnx.Rngs(0), step=np.int64(3)).step == 3
+
+
+def test_all_that_cannot_be_saved_is_listed_and_nothing_is_written(tmp_path):
+    root = {
+        "a": nnx.Param(lambda: 0),
+        "b": nnx.Param(jax.ShapeDtypeStruct((2,), jnp.float32)),
+        "c": nnx.Param({(1, 2): jnp.ones(1)}),
+        "d": np.array(["text"]),
+        "e": nnx.Param(jnp.ones(2)),
+    }
+    jax.jit(lambda x: x + 1, donate_argnums=0)(root["e"].value)
+    with pytest.raises(SaveError) as caught:
+        nnx.save(tmp_path / "new", root, step=0)
+    text = str(caught.value)
+    assert "a (Param): a function, <function" in text
+    assert "b (Param): a shape without values" in text
+    assert "c (Param): a dict with the key (1, 2)" in text
+    assert "d (unlabelled array): an array of dtype <U4" in text
+    assert "e (Param): its buffer was donated to a call and is gone" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_save_inside_a_transform_is_refused(tmp_path):
+    def inside(x):
+        nnx.save(tmp_path, {"w": nnx.Param(x)}, step=0)
+
+    with pytest.raises(nnx.TraceError, match="save inside a transform would run once"):
+        jax.jit(inside)(jnp.ones(2))
+
+
+def test_deep_values_are_refused(tmp_path):
+    value = 1
+    for _ in range(150):
+        value = [value]
+    with pytest.raises(SaveError, match="nested more than a hundred deep"):
+        nnx.save(tmp_path, {"w": nnx.Param(value)}, step=0)
+
+
+def test_numbers_beside_models_are_refused_because_they_would_not_be_saved(tmp_path):
+    root = {"model": nnx.Linear(1, 1, rngs=nnx.Rngs(0)), "data": {"position": 17}}
+    with pytest.raises(SaveError, match=r"data\.position: 17\nPut them into"):
+        nnx.save(tmp_path, root, step=0)
+
+
+def test_a_filter_that_takes_nothing_is_refused(tmp_path):
+    with pytest.raises(
+        SaveError, match=r"only=Cache takes none of the 2 leaves:\n  bias"
+    ):
+        nnx.save(tmp_path, nnx.Linear(1, 1, rngs=nnx.Rngs(0)), step=0, only=nnx.Cache)
+
+
+def test_a_model_without_leaves_is_saved(tmp_path):
+    nnx.save(tmp_path, {"layers": []}, step=0)
+    assert nnx.restore(tmp_path, {"layers": []}).leaves == ()
+
+
+def test_metadata_comes_back_as_it_is_or_is_refused(tmp_path):
+    about = {"epoch": 3, "big": 2**130, "x": [1.5, None, True, {"y": "ä"}]}
+    nnx.save(tmp_path, nnx.Rngs(0), step=0, metadata=about)
+    assert nnx.restore(tmp_path, nnx.Rngs(1)).metadata == about
+    state = np.random.default_rng(0).bit_generator.state
+    nnx.save(tmp_path, nnx.Rngs(0), step=1, metadata=state)
+    assert nnx.restore(tmp_path, nnx.Rngs(1)).metadata == state
+    bad = {"a": (1, 2), 3: np.float32(1), "n": [float("nan")]}
+    with pytest.raises(SaveError) as caught:
+        nnx.save(tmp_path, nnx.Rngs(0), step=2, metadata=bad)
+    assert "metadata: the key 3" in str(caught.value)
+    assert "metadata['a']: a tuple" in str(caught.value)
+    assert "metadata['n'][0]: nan" in str(caught.value)
+
+
+def test_a_static_that_cannot_be_hashed_is_refused_by_path(tmp_path):
+    model = nnx.Module()
+    model.options = bytearray()
+    with pytest.raises(StructureError, match="options"):
+        nnx.save(tmp_path, model, step=0)
+
+
+def test_two_writers_of_one_directory_are_refused(tmp_path):
+    held = files.Lock(tmp_path)
+    with pytest.raises(WriterError, match=r"another writer is at work in .*process \d"):
+        nnx.save(tmp_path, nnx.Rngs(0), step=0)
+    held.release()
+    nnx.save(tmp_path, nnx.Rngs(0), step=0)
+
+
+def test_names_that_file_systems_confuse_stay_apart(tmp_path):
+    """Capitals, dots, slashes, names longer than a file's may be."""
+    big = jnp.arange(1_100_000, dtype=jnp.float32)
+    names = ["W", "w", "..", "a/b", "a b", "x" * 300, "x" * 299 + "y", "packed", "é"]
+    root = {name: nnx.Param(big + i) for i, name in enumerate(names)}
+    nnx.save(tmp_path, root, step=0)
+    found = nnx.load_state(tmp_path)
+    for name in names:
+        assert jnp.array_equal(found[name].value, root[name].value), name
+    inside = {p.resolve().parent.parent for p in tmp_path.rglob("c.*")}
+    assert inside == {next(tmp_path.glob("0/arrays-*/Param")).resolve()}
+
+
+def test_kinds_of_one_name_have_groups_of_their_own(tmp_path):
+    class BatchStat(nnx.Variable):
+        pass
+
+    root = {"a": nnx.BatchStat(jnp.zeros(1)), "b": BatchStat(jnp.ones(1))}
+    nnx.save(tmp_path, root, step=0)
+    root = {"a": nnx.BatchStat(jnp.ones(1)), "b": BatchStat(jnp.zeros(1))}
+    nnx.restore(tmp_path, root)
+    assert root["a"].value == 0
+    assert root["b"].value == 1
+    assert {p.name for p in tmp_path.glob("0/arrays-*/B*")} == {
+        "BatchStat",
+        "BatchStat~2",
+    }
+
+
+# ------------------------------------------------------------------- what goes wrong
+def test_a_full_disk_is_a_clear_error_and_leaves_earlier_steps(tmp_path):
+    found = faults.starved(tmp_path, 6)
+    assert found["refused"]
+    assert found["intact"] == 6
+    assert found["crash"] == found["lost"] == found["left behind"] == 0
+    with (
+        faults.small_files(50_000),
+        pytest.raises(SaveError, match=r"saving step 9 .* failed; nothing was commit"),
+    ):
+        nnx.save(tmp_path, faults.model(1, 1.0), step=9)
+
+
+def test_a_read_only_directory_is_a_clear_error():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with (
+            faults.read_only(folder),
+            pytest.raises(SaveError, match=r"cannot write to .*Permission denied"),
+        ):
+            nnx.save(folder, nnx.Rngs(0), step=0)
+
+
+def test_a_file_in_the_place_of_the_directory_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="cannot write to"):
+        nnx.save(tmp_path / "file", nnx.Rngs(0), step=0)
+
+
+def test_what_others_put_there_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "notes.txt").write_text("mine")
+    (tmp_path / "4").write_text("a file")
+    nnx.save(tmp_path, nnx.Rngs(0), step=1)
+    assert files.steps(tmp_path) == [1]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "3" / "notes.txt").read_text() == "mine"
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_cleaned_up(tmp_path):
+    nnx.save(tmp_path, nnx.Rngs(0), step=1)
+    for step in ("1", "2"):
+        left = tmp_path / step / "arrays-0123456789abcdef"
+        left.mkdir(parents=True)
+        (left / "junk").write_text("")
+        (tmp_path / step / ".manifest-0123456789abcdef").write_text("")
+    assert files.steps(tmp_path) == [1]
+    assert nnx.restore(tmp_path, nnx.Rngs(1)).step == 1
+    nnx.save(tmp_path, nnx.Rngs(0), step=3)
+    assert not list(tmp_path.rglob("*0123456789abcdef*"))
+    assert not (tmp_path / "2").exists()
+    assert nnx.restore(tmp_path, nnx.Rngs(1), step=1).step == 1
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_killed_saves_lose_no_committed_step(tmp_path, same):
+    """In small; ``python -m benchmarks.faults`` does it two hundred times."""
+    for wait in (True, False):
+        found = faults.kills(tmp_path / str(wait), 1, same, wait)
+        assert found["intact"] == 1
+        assert found["left behind"] == 0
+        assert found["lost"] == found["other"] == 0
+
+
+def test_the_manifest_is_json_that_says_where_everything_is(tmp_path):
+    root = {"a": nnx.Param(jnp.ones((2, 3), jnp.bfloat16)), "k": jax.random.key(1)}
+    root["b"] = root["a"]
+    path = nnx.save(tmp_path, root, step=5, metadata={"x": 1}).path
+    found = json.loads((path / "manifest.json").read_text())["manifest"]
+    assert (found["format"], found["version"]) == ("sortal checkpoint", 1)
+    assert found["step"] == 5
+    assert found["metadata"] == {"x": 1}
+    assert found["aliases"] == [[["b"], ["a"]]]
+    assert found["kinds"][0]["name"] == "sortal.variable.Param"
+    assert found["kinds"][0]["bases"] == ["sortal.variable.Variable"]
+    first, second = found["leaves"]
+    assert first["path"] == ["a"]
+    assert first["value"] == {
+        "shape": [2, 3],
+        "dtype": "bfloat16",
+        "in": "Param/packed",
+        "at": 0,
+    }
+    assert second["value"]["key"] == ["threefry2x32", 2]
+    assert {"jax", "numpy", "python", "tensorstore"} <= set(found["versions"])
+    size, checksum = found["files"]["Param/packed/c.0"]
+    assert size == 12 + 4
+    assert checksum.startswith("crc32c:")
