@@ -175,10 +175,12 @@ def memory(config: Config, length: int) -> Table:
         f"Memory of decoding, cache of {length}",
         "MB",
         notes=[
-            "needed: Params and cache. Peak: resident memory at its highest during "
-            "decoding, over what it was after a narrow model of the same depth had "
-            "been compiled, run and dropped. Temp, alias: what "
-            "XLA says of the compiled step.",
+            (
+                "needed: Params and cache. Peak: resident memory at its highest during "
+                "decoding, over what it was after a narrow model of the same depth had "
+                "been compiled, run and dropped. Temp, alias: what XLA says of the "
+                "compiled step."
+            ),
         ],
     )
     for name in NAMES:
@@ -193,11 +195,11 @@ def long(config: Config, tokens: int, length: int) -> Table:
     """Many tokens in one process: compiled programs and memory on the way."""
     found = _child("long", "sortal", config, length, str(tokens))
     rows = [Row(f"after {n:,} tokens", values) for n, values in found]
-    return Table(
-        "Many tokens in one process", "MB", rows,
-        [f"caches of {length} slots are emptied and used again; programs are counted "
-         "by JAX's compilation events"],
-    )  # fmt: skip
+    note = (
+        f"caches of {length} slots are emptied and used again; programs are counted by "
+        "JAX's compilation events"
+    )
+    return Table("Many tokens in one process", "MB", rows, [note])
 
 
 def _child(task: str, name: str, config: Config, length: int, *rest: str) -> Any:

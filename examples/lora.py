@@ -34,14 +34,14 @@ import sortal as nnx
 from sortal.demo import smollm2
 
 TARGETS = "blocks.*.attention.*"
-"""Which Linears get a LoRA: the projections of attention, unless --targets says other."""
+"""Which Linears get a LoRA: the projections of attention, unless --targets is given."""
 
 
 # ---------------------------------------------------------------------- the adapter
 
 
 def places(model: nnx.Module, targets: str) -> list[tuple[Any, str, nnx.Linear]]:
-    """The Linears at paths that fit a glob: who holds each, under which name, and it."""
+    """The Linears at paths that fit a glob: who holds each, its name there, and it."""
     glob = nnx.At(targets)
     at = dict(nnx.iter_modules(model))
     found = [

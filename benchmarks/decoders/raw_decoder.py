@@ -75,10 +75,10 @@ def _advance(config: Config, weights: Any, cache: Any, token: Any) -> Any:
     x = weights["embed"][token]
     turn = _rotation(config, position)
     new = []
-    for block, (keys, values) in zip(weights["blocks"], held, strict=True):
+    for block, pair in zip(weights["blocks"], held, strict=True):
         h = _norm(x, block["attention_norm", "scale"], config.epsilon)
-        mixed, keys, values = _attention(config, block, h, turn, keys, values, position)
-        new.append((keys, values))
+        mixed, *pair_after = _attention(config, block, h, turn, *pair, position)
+        new.append(tuple(pair_after))
         x = x + mixed
         h = _norm(x, block["feed_norm", "scale"], config.epsilon)
         gate, up, down = (block["feed", n, "kernel"] for n in ("gate", "up", "down"))

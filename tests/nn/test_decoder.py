@@ -222,5 +222,5 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(CacheError, match="no KVCache in DecoderAttention"):
         nnx.reset_cache(layer)
     nnx.init_cache(layer, 3, 8)
-    with pytest.raises(ArgumentError, match="cache for 3 sequences; .* Make caches"):
+    with pytest.raises(ArgumentError, match=r"cache for 3 sequences; .* Make caches"):
         layer(inputs())

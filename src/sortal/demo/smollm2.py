@@ -190,7 +190,6 @@ def build(
       UpdateError: a parameter is unknown, or has another shape.
       MergeError: a parameter is missing.
     """
-
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), param_dtype=dtype))
     params = {path: nnx.Param(jnp.asarray(array, dtype)) for path, array in arrays}
     state = nnx.from_flat_state(params)
