@@ -45,7 +45,7 @@ def test_a_text_is_streamed_with_the_kinds_and_the_speed(tiny, capsys) -> None:
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert tiny == [("w.gguf", "float32")]
-    assert re.search(r"Param +10 +[\d,]+ +[\d.]+ kB +float32", out)
+    assert re.search(r"Param +11 +[\d,]+ +[\d.]+ kB +float32", out)
     assert re.search(r"Cache +3 .* float32, int32", out)
     text, last = out.rsplit("\n\n", 1)
     assert "\nabc" in text
