@@ -29,9 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 
 import sortal as nnx
 from sortal.demo import smollm2
+from sortal.inspect import drawn
 
 TARGETS = "blocks.*.attention.*"
 """Which Linears get a LoRA: the projections of attention, unless --targets is given."""
@@ -163,7 +165,7 @@ def run(model: Any, tokens: np.ndarray, options: argparse.Namespace) -> Result:
     add_lora(model, options.targets, options.rank, nnx.Rngs(options.seed))
     optimizer = nnx.Optimizer(model, optax.adamw(options.rate), wrt=nnx.LoRAParam)
     if not options.quiet:
-        print(nnx.tabulate((model, optimizer)).tables()[0])
+        Console().print(drawn(nnx.tabulate((model, optimizer)).tables()[0]))
     measure = nnx.jit(loss_fn)
     before = float(measure(model, rest))
     drawn = batches(

@@ -124,8 +124,8 @@ class Llama(nnx.Module):
         Returns:
           Array (batch, length, features).
         """
-        if not isinstance(tokens, jax.core.Tracer):  # all caches, before any is written
-            nnx.check_room(self, tokens.shape[1] if lengths is None else lengths)
+        # All caches are asked before any is written.
+        nnx.check_room(self, tokens.shape[1] if lengths is None else lengths)
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, lengths)

@@ -157,11 +157,10 @@ class KVCache(Module):
         Args:
           where: booleans (batch,): the sequences to forget; all if absent.
         """
+        chosen = jnp.ones((), bool) if where is None else jnp.asarray(where)
         for held in (self.keys, self.values, self.position):
-            chosen = True if where is None else jnp.asarray(where)
-            if where is not None:
-                chosen = chosen.reshape(-1, *(1,) * (held.ndim - 1))
-            held[...] = jnp.where(chosen, jnp.zeros((), held.dtype), held[...])
+            rows = chosen.reshape(-1, *(1,) * (held.ndim - 1))
+            held[...] = jnp.where(rows, jnp.zeros((), held.dtype), held[...])
 
     def _slots(self, start: jax.Array, counts: jax.Array, new: int) -> jax.Array:
         """The slot of each new token, (batch, new); ``length`` where not written."""
