@@ -168,12 +168,12 @@ def run(model: Any, tokens: np.ndarray, options: argparse.Namespace) -> Result:
         Console().print(drawn(nnx.tabulate((model, optimizer)).tables()[0]))
     measure = nnx.jit(loss_fn)
     before = float(measure(model, rest))
-    drawn = batches(
+    pieces = batches(
         learn, options.batch, options.length, np.random.default_rng(options.seed)
     )
     losses = []
     for i in range(options.steps):
-        losses.append(float(train_step(model, optimizer, next(drawn))))
+        losses.append(float(train_step(model, optimizer, next(pieces))))
         if not options.quiet and (i % 10 == 0 or i == options.steps - 1):
             print(f"step {i:4d}  loss {losses[-1]:.3f}", flush=True)
     after = float(measure(model, rest))
