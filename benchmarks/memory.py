@@ -92,15 +92,15 @@ def measure(name: str, task: str, donate: bool, megabytes: int) -> dict[str, Any
     """
     depth = max(1, round(megabytes * MB / (4 * WIDTH * WIDTH)))
     contender = importlib.import_module(f"benchmarks.stacks.{name}_stack")
-    empty = _resident("VmRSS")
+    empty = resident("VmRSS")
     call, analysis = contender.prepare(task, depth, WIDTH, donate)
     call()
     call()
-    resting = _resident("VmRSS")
-    _reset_peak()
+    resting = resident("VmRSS")
+    reset_peak()
     for _ in range(3):
         call()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     live = sum(x.nbytes for x in jax.live_arrays())
     return {
         "live": live / MB,
@@ -126,14 +126,14 @@ def _analysed(analysis: Callable[[], Any]) -> dict[str, float | None]:
     }
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024 / MB
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -305,3 +305,34 @@ def test_a_scanned_stack_has_the_loss_and_gradients_of_the_unrolled_one():
     for other in (scanned, remat):
         assert other.loss == pytest.approx(unrolled.loss, rel=1e-6)
         assert example["largest_gap"](unrolled, other) < 1e-5
+
+
+# ----------------------------------------------------------------------------- lora
+
+
+def test_lora_learns_its_factors_only_and_saves_them_only():
+    from sortal.demo.llama import Config, Llama
+
+    example = types.SimpleNamespace(**runpy.run_path(str(EXAMPLES / "lora.py")))
+    config = Config(
+        vocabulary=16, features=16, hidden=16, layers=1, heads=2, key_value_heads=1
+    )
+    model = Llama(config, rngs=sortal.Rngs(0), param_dtype=jnp.bfloat16)
+    text = np.tile(np.arange(16, dtype=np.int32), 20)
+    words = "--steps 30 --batch 4 --length 12 --rank 4 --rate 0.02 --quiet"
+    options = example.parse([*words.split(), "--targets", "blocks.*.attention.*"])
+    found = example.run(model, text, options)
+    assert found.losses[-1] < 0.8 * found.losses[0]
+    assert found.held_out[1] < 0.8 * found.held_out[0]
+    assert found.base_unchanged
+    assert found.restored_same
+    assert 0 < found.merged_gap < 0.2
+    factors = sortal.state(model, sortal.LoRAParam)
+    assert len(factors.paths()) == 4 * 2
+    numbers = sum(x.size for x in jax.tree.leaves(factors))
+    # Two moments of Adam for each number trained, and the count of steps.
+    assert 2 * numbers <= found.optimizer_elements <= 2 * numbers + 2
+    whole = 4 * sum(x.size for x in jax.tree.leaves(sortal.state(model)))
+    assert found.adapter_bytes < whole
+    with pytest.raises(sortal.errors.FilterError, match="no Linear has a path"):
+        example.places(model, "nowhere.*")

@@ -105,6 +105,7 @@ ORDER = (
     "sortal.inspect",
     "sortal.nn.*",
     "sortal.nn",
+    "sortal.decoding",
     "sortal.interop.*",
     "sortal.interop",
     "sortal.bridge.*",
@@ -126,8 +127,8 @@ MAY_USE_PRIVATE_JAX = {"sortal._jax"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
 HEAVY = frozenset(
-    "equinox flax hypothesis matplotlib optax orbax pytest rich safetensors scipy "
-    "sklearn tensorstore".split()
+    "equinox flax gguf hypothesis matplotlib optax orbax pytest rich safetensors scipy "
+    "sklearn tensorstore tokenizers".split()
 )
 FILE_LINES = 600
 FUNCTION_LINES = 60

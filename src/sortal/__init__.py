@@ -1,6 +1,7 @@
 """Sortal: say what each array is, once; everything else follows from its kind."""
 
 from sortal import bridge as bridge
+from sortal import decoding as decoding
 from sortal import errors as errors
 from sortal import filterlib as filterlib
 from sortal import graphlib as graph
@@ -106,8 +107,13 @@ from sortal.nn.attention import (
 )
 from sortal.nn.attention import make_attention_mask as make_attention_mask
 from sortal.nn.attention import make_causal_mask as make_causal_mask
+from sortal.nn.cache import KVCache as KVCache
+from sortal.nn.cache import check_room as check_room
 from sortal.nn.conv import Conv as Conv
 from sortal.nn.conv import ConvTranspose as ConvTranspose
+from sortal.nn.decoder import DecoderAttention as DecoderAttention
+from sortal.nn.decoder import init_cache as init_cache
+from sortal.nn.decoder import reset_cache as reset_cache
 from sortal.nn.embedding import Embed as Embed
 from sortal.nn.initializers import Initializer as Initializer
 from sortal.nn.linear import Einsum as Einsum
@@ -136,6 +142,7 @@ from sortal.nn.reparameterization import WeightNorm as WeightNorm
 from sortal.nn.rnn import RNN as RNN
 from sortal.nn.rnn import Bidirectional as Bidirectional
 from sortal.nn.rnn import flip_sequences as flip_sequences
+from sortal.nn.rotary import rotary as rotary
 from sortal.nn.stochastic import Dropout as Dropout
 from sortal.nodes import data as data
 from sortal.nodes import register_node as register_node

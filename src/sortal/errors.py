@@ -88,6 +88,14 @@ class LoopError(SortalError, TypeError):
     """A loop or branch would change what must stay the same from step to step."""
 
 
+class CacheError(SortalError, ValueError):
+    """A cache is not there, or has no room for what would be written to it."""
+
+
+class DecodingError(SortalError, ArithmeticError):
+    """A model gave logits from which no token can be chosen."""
+
+
 class PolicyError(SortalError, ValueError):
     """A Rule or kind says what no pipeline can do, or a leaf has no answer."""
 

