@@ -389,7 +389,9 @@ def attention(**kwargs: Any) -> Callable[..., Any]:
 def turned(rope: Any, x: Any) -> Any:
     """Attention with rotary positions, by the function beside the class."""
     module = sys.modules[type(rope).__module__]
-    return module.dot_product_attention_with_rope(x, x, x, rope=rope)
+    # Of one input in three places, the order in which gradients are added would count.
+    keys = jnp.asarray(random(x.shape, "keys"), x.dtype)
+    return module.dot_product_attention_with_rope(x, keys, keys, rope=rope)
 
 
 def rope(**kwargs: Any) -> Callable[..., Any]:
