@@ -95,6 +95,7 @@ ORDER = (
     "sortal.checkpoint.loading",
     "sortal.checkpoint.restoring",
     "sortal.checkpoint.manager",
+    "sortal.checkpoint.verifying",
     "sortal.checkpoint",
     "sortal.inspect.naming",
     "sortal.inspect.rows",

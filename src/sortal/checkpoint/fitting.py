@@ -22,8 +22,8 @@ from sortal.checkpoint.values import (
 )
 from sortal.errors import RestoreError, listing
 from sortal.filters import to_filter
-from sortal.graph import Slot
 from sortal.graphdef import Schema, kind_name, select
+from sortal.leaves import Slot
 from sortal.paths import show
 from sortal.policy import Policy, answers
 from sortal.state import as_state

@@ -27,8 +27,9 @@ from sortal.errors import (
     listing,
 )
 from sortal.filters import to_filter
-from sortal.graph import Leaves, bind, store_all
+from sortal.graph import bind
 from sortal.graphdef import Schema
+from sortal.leaves import Leaves, store_all
 from sortal.paths import Path as ModelPath
 from sortal.paths import show
 from sortal.policy import Policy

@@ -25,10 +25,11 @@ from sortal.checkpoint.values import (
 )
 from sortal.checkpoint.verifying import open_step, read_step
 from sortal.errors import NoCheckpointError, RestoreError, SaveError, listing
-from sortal.graph import Leaves, bind, store_all
+from sortal.graph import bind
 from sortal.graphdef import select
 from sortal.interop import gguf, npz, orbax, safetensors
 from sortal.interop.entries import Entry, Opened, dotted, of_arrays
+from sortal.leaves import Leaves, store_all
 from sortal.paths import Path as ModelPath
 from sortal.paths import show
 from sortal.state import State
