@@ -235,7 +235,7 @@ def test_a_model_and_optimizer_of_flax_are_saved_and_restored_directly(tmp_path)
         assert np.array_equal(x, y)
 
 
-# --------------------------------------------------------------- hostile and damaged
+# ---------------------------------------------------------------- hostile files
 def test_a_pickle_is_never_run(tmp_path):
     class Evil:
         def __reduce__(self):

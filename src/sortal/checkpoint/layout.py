@@ -25,6 +25,7 @@ from sortal.checkpoint.values import (
 )
 from sortal.errors import SaveError, listing
 from sortal.filters import to_filter
+from sortal.foreign import handler_of_kind
 from sortal.graph import bind
 from sortal.graphdef import (
     NODE,
@@ -37,6 +38,7 @@ from sortal.graphdef import (
 )
 from sortal.paths import show
 from sortal.policy import Policy, answers
+from sortal.variable import Variable
 
 
 class Layout(NamedTuple):
@@ -175,6 +177,15 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def bases_of(kind: type) -> list[type]:
+    """The kinds that a kind derives from, nearest first."""
+    return [
+        base
+        for base in kind.__mro__[1:]
+        if issubclass(base, Variable) or handler_of_kind(base) is not None
+    ]
+
+
 def _kinds(found: list[Any]) -> tuple[tuple[Kind, ...], dict[Any, int]]:
     number: dict[Any, int] = {}
     kinds: list[Kind] = []
@@ -185,7 +196,7 @@ def _kinds(found: list[Any]) -> tuple[tuple[Kind, ...], dict[Any, int]]:
         if kind is None:
             new = Kind(None, (), free("unlabelled", taken))
         else:
-            bases = [b for b in kind.__mro__[1:] if b.__module__ not in _NO_KINDS]
+            bases = bases_of(kind)
             group = free(file_name(kind.__name__), taken)
             new = Kind(qualified(kind), tuple(map(qualified, bases)), group)
         number[kind] = len(kinds)
@@ -193,7 +204,6 @@ def _kinds(found: list[Any]) -> tuple[tuple[Kind, ...], dict[Any, int]]:
     return tuple(kinds), number
 
 
-_NO_KINDS = frozenset({"builtins", "typing", "sortal.operators"})
 _ODD = re.compile(r"[^A-Za-z0-9_.=@-]")
 
 
@@ -285,6 +295,8 @@ class _Places:
         self, tree: Tree, live: Iterator[Any], group: str, path: Path, passing: bool
     ) -> Tree:
         """The value with a place for each of its arrays."""
+        if type(tree) is Array:
+            return self._place(tree, next(live), group, path, passing)
         new = [
             self._place(array, next(live), group, path, passing)
             for array in arrays(tree)
@@ -309,12 +321,12 @@ class _Places:
             if whole is None:
                 self.shared.add(name)
             return array._replace(place=Place(name, None))
-        name = f"{group}/{'packed~last' if passing else 'packed'}"
+        name = f"{group}/packed~last" if passing else f"{group}/packed"
         at = -(-self._ends.get(name, 0) // ALIGN) * ALIGN
         self._ends[name] = at + size
-        piece = self._held(Piece((), whole))
-        self.packs.setdefault(name, []).append((at, piece.data))
-        return array._replace(place=Place(name, at))
+        data = self._held(Piece((), whole)).data if self._pin else whole
+        self.packs.setdefault(name, []).append((at, data))
+        return Array(*array[:-1], Place(name, at))
 
     def _held(self, piece: Piece) -> Piece:
         if not self._pin:

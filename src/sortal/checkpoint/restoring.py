@@ -12,7 +12,7 @@ import jax
 
 from sortal.checkpoint import files
 from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
-from sortal.checkpoint.layout import qualified
+from sortal.checkpoint.layout import bases_of, qualified
 from sortal.checkpoint.loading import Want, load, wanted
 from sortal.checkpoint.manifest import Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
@@ -419,7 +419,7 @@ class _Kinds:
             for full, cls in self._known.items()
             if full.rpartition(".")[2] == name
             and "__main__" in (module, full.rpartition(".")[0])
-            and tuple(b.__name__ for b in cls.__mro__[1 : len(bases) + 1]) == bases
+            and tuple(b.__name__ for b in bases_of(cls)) == bases
         ]
         return same[0] if len(same) == 1 else None
 

@@ -205,11 +205,10 @@ def _described(e: Entry, live: Any) -> Array:
     """What an entry is; words of uint32 are keys where the model has keys."""
     if isinstance(live, (jax.Array, jax.ShapeDtypeStruct)):
         mine = describe(live, [])
-        keys = isinstance(mine, Array) and mine.key is not None
-        if keys and e.dtype == "uint32" and e.shape == mine.stored_shape:
-            return mine
-        if keys and e.dtype == f"key<{mine.key.impl}>" and e.shape == mine.shape:
-            return mine
+        if isinstance(mine, Array) and mine.key is not None:
+            whole = (f"key<{mine.key.impl}>", mine.shape)
+            if (e.dtype, e.shape) in (("uint32", mine.stored_shape), whole):
+                return mine
     if e.dtype.startswith("key<"):
         words = e.nbytes // 4 // max(1, e.elements)
         return Array((*e.shape, words), "uint32", "numpy")

@@ -79,7 +79,7 @@ def _entry(
         found = np.empty(nbytes, np.uint8)
         with path.open("rb") as file:
             file.seek(at)
-            if file.readinto(found) != nbytes:
+            if file.readinto(found.data) != nbytes:
                 raise DamagedError(f"{path} was cut off while it was read")
         return found.view(numpy_dtype(dtype)).reshape(shape)
 
@@ -125,7 +125,7 @@ def write(
                 host = np.ascontiguousarray(e.read())
                 if dtype_name(host.dtype) != e.dtype:  # the other order of bytes
                     host = host.astype(numpy_dtype(e.dtype))
-                file.write(host.reshape(-1).view(np.uint8))
+                file.write(host.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
