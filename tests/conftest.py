@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 
 # Meshes and replicas need several devices, also where there is one.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -21,3 +22,12 @@ hypothesis.settings.register_profile(
     "home", deadline=None, max_examples=50, suppress_health_check=_SLOW
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Spends no time on fast code, where only which operations are done is tested."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -94,7 +94,6 @@ ORDER = (
     "sortal.checkpoint.fitting",
     "sortal.checkpoint.loading",
     "sortal.checkpoint.restoring",
-    "sortal.checkpoint.verifying",
     "sortal.checkpoint.manager",
     "sortal.checkpoint.verifying",
     "sortal.checkpoint",

@@ -1,0 +1,10 @@
+"""Objects and files of others are tested by what they hold, not by how fast."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly(compiled_quickly):
+    yield
