@@ -183,7 +183,7 @@ def _once(save: Any, restore: Any, state: State, at: Path) -> tuple[float, float
 
 
 def peak_memory(quick: bool, where: Path) -> Table:
-    """How far resident memory rises during a synchronous save, over the state's size."""
+    """How far resident memory rises during a synchronous save."""
     words = [sys.executable, "-m", "benchmarks.checkpoints", "--memory", str(where)]
     done = subprocess.run(
         [*words, *(["--quick"] if quick else [])],

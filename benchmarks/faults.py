@@ -148,6 +148,9 @@ def _saver(where: Path, same_step: bool, wait: bool) -> None:
     step = max(_steps(where), default=0)
     generation = int(os.environ["GENERATION"])
     pending = None
+    # What only a first save does is over before the clock runs.
+    with tempfile.TemporaryDirectory() as folder:
+        sortal.save(folder, model(0, 6.0), step=0)
     print("ready", flush=True)
     while True:
         step += not same_step
@@ -317,6 +320,36 @@ def starved(where: Path, times: int) -> Counter[str]:
     return found
 
 
+def resumed(where: Path, times: int) -> Counter[str]:
+    """Training killed at random moments and resumed ends as if it had run through."""
+    rng = random.Random(9)  # noqa: S311 - no secrets here
+    script = Path(__file__).parents[1] / "examples" / "resume.py"
+    words = [sys.executable, str(script), "--epochs", "3", "--every", "7"]
+
+    def start(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*words, str(where / name)], stdout=subprocess.PIPE, text=True
+        )
+
+    due = start("undisturbed").communicate()[0].splitlines()[-1]
+    found: Counter[str] = Counter()
+    for i in range(times):
+        child = start(str(i))
+        assert child.stdout is not None
+        # So many steps are run before it is killed, in the middle of what comes next.
+        for line in child.stdout:
+            word, _, number = line.partition(" ")
+            if word == "step" and int(number) > 8 and rng.random() < 1 / 30:
+                break
+        time.sleep(rng.uniform(0, 0.05))
+        child.kill()
+        child.communicate()
+        again = start(str(i)).communicate()[0].splitlines()
+        found["resumed"] += any(x.startswith("resumed at step") for x in again)
+        found["equal" if again[-1] == due else "other"] += 1
+    return found
+
+
 def _still(where: Path, saved: Model) -> str:
     into = model(0, 1.0)
     sortal.restore(where, into, step=1)
@@ -329,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs all faults and prints a table."""
     parser = argparse.ArgumentParser("benchmarks.faults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few of each")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--saver", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.saver:
@@ -358,6 +392,9 @@ def main(arguments: list[str] | None = None) -> int:
             for wait in (True, False)
         ]
         rows.append(("disk full", lambda p: starved(p, max(4, 100 // share))))
+        times = max(1, 20 // share)
+        rows.append((f"resumed training, {times}", lambda p: resumed(p, times)))
+        rows = [row for row in rows if options.only in row[0]]
         for i, (name, run) in enumerate(rows):
             where = Path(folder) / str(i)
             where.mkdir()

@@ -75,6 +75,7 @@ ORDER = (
     "sortal.checkpoint.fitting",
     "sortal.checkpoint.loading",
     "sortal.checkpoint.restoring",
+    "sortal.checkpoint.verifying",
     "sortal.checkpoint.manager",
     "sortal.checkpoint",
     "sortal.inspect.rows",
@@ -87,6 +88,7 @@ ORDER = (
     "sortal.decoding",
     "sortal.interop.*",
     "sortal.interop",
+    "sortal.inspect.stored",
     "sortal",
     "sortal.demo.*",
     "sortal.demo",
@@ -96,8 +98,6 @@ ORDER = (
 UNWRITTEN = {
     "sortal.sharding",
     "sortal.inspect.html",
-    "sortal.interop.*",
-    "sortal.interop",
 }
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}

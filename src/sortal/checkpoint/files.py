@@ -208,22 +208,23 @@ class Lock:
             directory.mkdir(parents=True, exist_ok=True)
             for folder in made:
                 sync(folder.parent)
-            self._file = (directory / LOCK).open("a+", encoding="utf-8")
+            self._file = (directory / LOCK).open("a+b", buffering=0)
         except OSError as e:
             raise SaveError(f"cannot write to {directory}: {e}") from e
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
-            owner = self._file.read(200).strip() or "unknown"
+            owner = self._file.read(200).decode(errors="replace").strip() or "unknown"
             self._file.close()
             raise WriterError(
                 f"another writer is at work in {directory} ({owner}). One directory "
                 "has one writer: close the other Checkpoints, or save elsewhere."
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+            self._file.truncate(0)
+            me = f"process {os.getpid()} on {socket.gethostname()}\n"
+            self._file.write(me.encode())
 
     def release(self) -> None:
         """Gives the right back."""

@@ -105,7 +105,7 @@ def fit(
     if matching.faults:
         raise RestoreError(
             f"{where} does not fit the model, which was left as it was; "
-            f"{len(matching.faults)} differences:\n{listing(matching.faults)}\n"
+            f"it differs in:\n{listing(matching.faults)}\n"
             + "\n".join(matching.advice())
         )
     return found

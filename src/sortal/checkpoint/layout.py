@@ -285,6 +285,8 @@ class _Places:
         self, tree: Tree, live: Iterator[Any], group: str, path: Path, passing: bool
     ) -> Tree:
         """The value with a place for each of its arrays."""
+        if type(tree) is Array:
+            return self._place(tree, next(live), group, path, passing)
         new = [
             self._place(array, next(live), group, path, passing)
             for array in arrays(tree)
@@ -309,12 +311,12 @@ class _Places:
             if whole is None:
                 self.shared.add(name)
             return array._replace(place=Place(name, None))
-        name = f"{group}/{'packed~last' if passing else 'packed'}"
+        name = f"{group}/packed~last" if passing else f"{group}/packed"
         at = -(-self._ends.get(name, 0) // ALIGN) * ALIGN
         self._ends[name] = at + size
-        piece = self._held(Piece((), whole))
-        self.packs.setdefault(name, []).append((at, piece.data))
-        return array._replace(place=Place(name, at))
+        data = self._held(Piece((), whole)).data if self._pin else whole
+        self.packs.setdefault(name, []).append((at, data))
+        return Array(*array[:-1], Place(name, at))
 
     def _held(self, piece: Piece) -> Piece:
         if not self._pin:

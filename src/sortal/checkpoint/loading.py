@@ -62,6 +62,24 @@ def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Wa
     return Want(path, array, "jax", live.dtype, live.weak, sharding, committed)
 
 
+def host_value(want: Want, host: np.ndarray) -> Any:
+    """An array that is in host memory already, as it is wanted.
+
+    Args:
+      want: what it is to become.
+      host: all of it; for PRNG keys their words.
+
+    Returns:
+      The array.
+
+    Raises:
+      RestoreError: its numbers do not fit the dtype that they are cast to.
+    """
+    memory = host_memory(want.array.stored_shape, numpy_dtype(want.array.dtype))
+    memory[...] = host
+    return _Putter().whole(want, memory)
+
+
 class _Job(NamedTuple):
     """One read, and what to do with what was read."""
 
@@ -124,11 +142,11 @@ def _jobs(wants: Sequence[Want], put: _Putter, found: list[Any]) -> Iterator[_Jo
             empty = np.empty(want.array.stored_shape, numpy_dtype(want.array.dtype))
             found[i] = put.whole(want, empty)
         elif place.offset is None:
-            yield from _own(want, i, put, found)
+            yield from _own(want, place.array, i, put, found)
         else:
             packs.setdefault(place.array, []).append(i)
     for name, numbers in packs.items():
-        numbers.sort(key=lambda i: wants[i].array.place.offset)  # type: ignore[union-attr]
+        numbers.sort(key=lambda i: _span(wants[i].array))
         for window in _windows(wants, numbers):
             yield _packed(name, wants, window, put, found)
 
@@ -138,8 +156,7 @@ def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
     window: list[int] = []
     start = end = 0
     for i in numbers:
-        offset = wants[i].array.place.offset  # type: ignore[union-attr]
-        after = offset + wants[i].array.nbytes
+        offset, after = _span(wants[i].array)
         if window and (after - start > _WINDOW or offset - end > _WINDOW // 16):
             yield window
             window = []
@@ -151,24 +168,32 @@ def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
         yield window
 
 
+def _span(array: Array) -> tuple[int, int]:
+    """Where an array in a pack begins and ends."""
+    offset = array.place.offset if array.place else None
+    start = offset or 0
+    return start, start + array.nbytes
+
+
 def _packed(
     name: str, wants: Sequence[Want], window: list[int], put: _Putter, found: list[Any]
 ) -> _Job:
-    last = wants[window[-1]].array
-    start: Any = wants[window[0]].array.place.offset  # type: ignore[union-attr]
-    end = last.place.offset + last.nbytes  # type: ignore[union-attr, operator]
+    start, _ = _span(wants[window[0]].array)
+    _, end = _span(wants[window[-1]].array)
 
     def then(memory: np.ndarray) -> None:
         for i in window:
             array = wants[i].array
-            at = array.place.offset - start  # type: ignore[union-attr]
-            part = memory[at : at + array.nbytes].view(numpy_dtype(array.dtype))
+            first, last = _span(array)
+            part = memory[first - start : last - start].view(numpy_dtype(array.dtype))
             found[i] = put.whole(wants[i], part.reshape(array.stored_shape))
 
     return _Job(name, (slice(start, end),), "uint8", then)
 
 
-def _own(want: Want, i: int, put: _Putter, found: list[Any]) -> Iterator[_Job]:
+def _own(
+    want: Want, name: str, i: int, put: _Putter, found: list[Any]
+) -> Iterator[_Job]:
     """Reads each part of an array that some device here is to have, once."""
     array = want.array
     shape, dtype = array.stored_shape, storage_dtype(array.dtype)
@@ -189,7 +214,7 @@ def _own(want: Want, i: int, put: _Putter, found: list[Any]) -> Iterator[_Job]:
             slice(a or 0, n if b is None else b)
             for (a, b), n in zip(part, shape, strict=True)
         )
-        yield _Job(array.place.array, at, dtype, keep(part))  # type: ignore[union-attr]
+        yield _Job(name, at, dtype, keep(part))
 
 
 _Part = tuple[tuple[int | None, int | None], ...]

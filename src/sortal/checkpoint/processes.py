@@ -48,7 +48,7 @@ class Group:
         self.index, self.count = jax.process_index(), jax.process_count()
         self._matter = matter
         self._name = f"sortal/{next(_calls)}"
-        self._client = coordinator() if self.count > 1 else None
+        self._client: Any = coordinator() if self.count > 1 else None
         if self.count > 1 and self._client is None:
             raise CheckpointError(
                 f"{self.count} processes run this program and cannot agree on a "

@@ -182,7 +182,7 @@ def find_step(directory: Path, step: int | str) -> int:
         return files.step_number(step)
     found = files.steps(directory)
     if not found:
-        there = "" if directory.is_dir() else ", which does not exist"
+        there = "" if directory.is_dir() else ", which is no folder"
         raise NoCheckpointError(f"no checkpoint in {directory}{there}.")
     return found[-1]
 
@@ -212,7 +212,7 @@ def read_fit(
       RestoreError: numbers cannot be cast, or a sharding does not fit.
     """
     schema = plan.graphdef.schema
-    said = _shardings(sharding, schema, plan)
+    said = shardings(sharding, schema, plan)
     wants: list[Want] = []
     for pair in found.pairs:
         three = zip(arrays(pair.stored), arrays(pair.live), pair.like, strict=True)
@@ -266,7 +266,8 @@ def _cut(name: str) -> bool:
     return jax.dtypes.canonicalize_dtype(dtype) != dtype
 
 
-def _shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
+def shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
+    """Where each leaf of a model is put; None for where the model has it."""
     if given is None:
         return [None] * len(schema)
     said = column(given, "spec", schema, plan.view)

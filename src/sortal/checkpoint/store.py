@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from sortal.checkpoint.manifest import (
     chunk_files,
     storage_dtype,
 )
-from sortal.checkpoint.values import Array, dtype_name, numpy_dtype
+from sortal.checkpoint.values import Array, numpy_dtype
 from sortal.errors import DamagedError
 
 CHUNK = 4 << 20
@@ -174,8 +175,14 @@ class Writer:
         chunk, at, done = stored.chunks[0], 0, 0
         buffer = self._buffer(chunk)
         for offset, data in parts:
-            for new in (_ZEROS[: offset - at], as_bytes(on_host(data))):
-                left = new
+            new = as_bytes(on_host(data))
+            if (end := offset + new.size) < done + chunk:  # nearly always
+                buffer[at - done : offset - done] = 0
+                buffer[offset - done : end - done] = new
+                at = end
+                continue
+            for part in (_ZEROS[: offset - at], new):
+                left = part
                 while left.size:
                     taken = min(left.size, done + chunk - at)
                     buffer[at - done : at - done + taken] = left[:taken]
@@ -189,9 +196,9 @@ class Writer:
     def _buffer(self, size: int) -> np.ndarray:
         while not self._buffers and len(self._flying) >= _IN_FLIGHT:
             self._land()
-        found = self._buffers.pop() if self._buffers else None
-        fits = found is not None and found.size >= size
-        return found[:size] if fits else np.empty(size, np.uint8)
+        if self._buffers and self._buffers[-1].size >= size:
+            return self._buffers.pop()[:size]
+        return np.empty(size, np.uint8)
 
     def _fly(self, to: Any, data: np.ndarray, reuse: bool = False) -> None:
         while len(self._flying) >= _IN_FLIGHT:
@@ -252,11 +259,18 @@ def _tiles(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice,
 def on_host(data: Any) -> np.ndarray:
     """The array in host memory, in this machine's byte order, as zarr stores it."""
     host = np.asarray(data)
-    if host.dtype.byteorder not in "=|":
-        host = host.astype(host.dtype.newbyteorder("="))
-    name = dtype_name(host.dtype)
-    stored = storage_dtype(name)
-    return host if stored == name else host.view(stored)
+    native, stored = _forms(host.dtype)
+    if native is not host.dtype:
+        host = host.astype(native)
+    return host if stored is native else host.view(stored)
+
+
+@functools.lru_cache(maxsize=256)
+def _forms(dtype: np.dtype) -> tuple[np.dtype, np.dtype]:
+    """A dtype in this machine's byte order, and the one that it is stored as."""
+    native = dtype if dtype.isnative else dtype.newbyteorder("=")
+    name = storage_dtype(native.name)
+    return native, native if name == native.name else np.dtype(name)
 
 
 def as_bytes(host: np.ndarray) -> np.ndarray:

@@ -1,0 +1,127 @@
+"""Saves beside the program: safe from what it does next, and failures are told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sortal as nnx
+from benchmarks import faults
+from sortal.checkpoint import pending
+from sortal.errors import SaveError, WriterError
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Saves wait until the event is set."""
+    go = threading.Event()
+    work = pending.Saving._guarded
+
+    def guarded(self):
+        assert go.wait(60)
+        work(self)
+
+    monkeypatch.setattr(pending.Saving, "_guarded", guarded)
+    yield go
+    go.set()
+
+
+def test_what_happens_to_the_model_meanwhile_is_not_saved(tmp_path, held):
+    """Donated, overwritten, deleted, and NumPy memory written to."""
+    values = [jnp.full(5, 1.0), jnp.full(1_200_000, 2.0), jnp.full(7, 3.0)]
+    root = {f"x{i}": nnx.Param(v) for i, v in enumerate(values)}
+    root["numpy"] = raw = np.full(1_200_000, 4.0)
+    root["small"] = raw[:3]
+    del values
+    saving = nnx.save(tmp_path, root, step=0, wait=False)
+    assert not saving.done
+    assert "under way" in repr(saving)
+    step = jax.jit(lambda xs: [x * 0 for x in xs], donate_argnums=0)
+    for name, new in zip(
+        ("x0", "x1"), step([root["x0"].value, root["x1"].value]), strict=True
+    ):
+        root[name].value = new
+    root["x2"].value.delete()
+    raw[:] = 0
+    filled = [jnp.full(1_200_000, 9.0) for _ in range(8)]  # takes what was set free
+    held.set()
+    assert saving.wait().done
+    found = nnx.load_state(tmp_path)
+    assert [float(found[f"x{i}"].value.min()) for i in range(3)] == [1, 2, 3]
+    assert [float(found[f"x{i}"].value.max()) for i in range(3)] == [1, 2, 3]
+    assert found["numpy"].min() == 4
+    assert found["small"].min() == 4
+    assert len(filled) == 8
+
+
+def test_the_directory_is_taken_until_the_end(tmp_path, held):
+    from sortal.checkpoint.files import Lock
+
+    saving = nnx.save(tmp_path, nnx.Rngs(0), step=0, wait=False)
+    with pytest.raises(WriterError):
+        Lock(tmp_path)
+    held.set()
+    saving.wait()
+    Lock(tmp_path).release()
+
+
+def test_a_restore_and_the_next_save_wait_for_it(tmp_path):
+    for step in range(3):
+        nnx.save(tmp_path, nnx.Rngs(step), step=step, wait=False)
+    assert nnx.restore(tmp_path, nnx.Rngs(0)).step == 2
+
+
+def fail(where) -> pending.Saving:
+    with faults.small_files(100):
+        saving = nnx.save(where, faults.model(1), step=4, wait=False)
+        while not saving.done:
+            pass
+    return saving
+
+
+def test_a_failure_is_raised_by_wait(tmp_path):
+    saving = fail(tmp_path)
+    with pytest.raises(SaveError, match=r"the save of step 4 to .*, which ran beside"):
+        saving.wait()
+    assert "failed" in repr(saving)
+    nnx.save(tmp_path, nnx.Rngs(0), step=5)  # told once is told
+
+
+def test_a_failure_that_nobody_waited_for_is_raised_by_the_next_call(tmp_path):
+    for ask in (
+        lambda: nnx.save(tmp_path / "other", nnx.Rngs(0), step=0),
+        lambda: nnx.restore(tmp_path, nnx.Rngs(0)),
+        lambda: nnx.load_state(tmp_path),
+        lambda: nnx.Checkpoints(tmp_path).close(),
+    ):
+        fail(tmp_path)
+        with pytest.raises(SaveError, match="the save of step 4"):
+            ask()
+
+
+def test_at_exit_a_save_is_finished_and_a_failure_is_printed(tmp_path):
+    program = """
+import resource, sys
+import jax.numpy as jnp
+import sortal as nnx
+where = sys.argv[1]
+nnx.save(where + "/good", nnx.Rngs(0), step=1, wait=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+nnx.save(where + "/bad", {"x": nnx.Param(jnp.ones(1_000_000))}, step=2, wait=False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert nnx.restore(tmp_path / "good", nnx.Rngs(1)).step == 1
+    assert "sortal: the save of step 2 to" in done.stderr
+    assert "failed" in done.stderr
+    assert "Traceback" not in done.stderr
