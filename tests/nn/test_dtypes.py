@@ -76,3 +76,13 @@ def test_a_layer_promotes_with_the_function_it_was_given() -> None:
 
     layer = nnx.Linear(2, 1, promote_dtype=keep, rngs=nnx.Rngs(0))
     assert layer(jnp.ones(2)).dtype == jnp.float16
+
+
+def test_a_flag_is_asked_for_with_what_sets_it() -> None:
+    """``train()`` and ``eval()`` are proposed where they would help, and only there."""
+    layer = nnx.Dropout(0.5, deterministic=None)
+    with pytest.raises(ArgumentError, match=r"to the call\. Write model\.train\(\)"):
+        dtypes.resolve_flag(layer, "deterministic", None)
+    layer.decode = None
+    with pytest.raises(ArgumentError, match=r"to the call\. Pass decode=True or False"):
+        dtypes.resolve_flag(layer, "decode", None)

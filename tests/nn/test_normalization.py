@@ -1,4 +1,4 @@
-"""BatchNorm, LayerNorm, RMSNorm and GroupNorm."""
+"""BatchNorm, LayerNorm, RMSNorm, InstanceNorm and GroupNorm."""
 
 from __future__ import annotations
 
@@ -162,6 +162,7 @@ def test_complex_inputs_are_scaled_by_their_modulus() -> None:
         nnx.BatchNorm(3, use_bias=False, use_scale=False, rngs=nnx.Rngs(0)),
         nnx.LayerNorm(3, use_bias=False, rngs=nnx.Rngs(0)),
         nnx.RMSNorm(3, rngs=nnx.Rngs(0)),
+        nnx.InstanceNorm(3, rngs=nnx.Rngs(0)),
         nnx.GroupNorm(3, 3, rngs=nnx.Rngs(0)),
     ],
     ids=lambda layer: type(layer).__name__,
@@ -176,6 +177,28 @@ def test_a_group_norm_without_parameters_knows_its_features() -> None:
     layer = nnx.GroupNorm(4, 2, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
     with pytest.raises(ArgumentError, match=r"for 4 features on axis -1"):
         layer(jnp.ones((2, 6)))
+
+
+def test_instance_norm_normalises_each_feature_of_each_example() -> None:
+    x = normal(4, 5, 3)
+    y = nnx.InstanceNorm(3, rngs=nnx.Rngs(0))(x)
+    close(y.mean(1), jnp.zeros((4, 3)))
+    close(y.var(1), jnp.ones((4, 3)))
+    close(y, nnx.GroupNorm(3, 3, rngs=nnx.Rngs(0))(x))
+
+
+def test_an_instance_norm_keeps_the_first_axis_for_the_batch() -> None:
+    layer = nnx.InstanceNorm(4, feature_axes=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=r"first axis is that of the batch.*axes=0"):
+        layer(jnp.ones((4, 3)))
+
+
+def test_a_view_sets_which_statistics_are_used() -> None:
+    layer = batch_norm()
+    layer.set_view(use_running_average=True)
+    assert layer.use_running_average is True
+    layer.set_view()
+    assert layer.use_running_average is True
 
 
 def test_an_axis_that_is_not_there_is_refused() -> None:

@@ -60,6 +60,13 @@ def test_the_flag_of_a_call_wins_over_that_of_the_layer() -> None:
     assert (layer(X, deterministic=False) == 0).any()
 
 
+def test_a_view_sets_whether_to_drop() -> None:
+    layer = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    layer.set_view(deterministic=True)
+    layer.set_view()
+    assert layer(X) is X
+
+
 def test_a_rate_of_one_drops_all_and_has_a_gradient_of_zero() -> None:
     layer = nnx.Dropout(1.0)
     y, dx = jax.value_and_grad(lambda x: layer(x).sum())(X)

@@ -549,6 +549,5 @@ def dot_product_attention_with_rope(
 
 def _turned(rope: RoPE, x: Any, positions: Any) -> jax.Array:
     """Turns (*batch, length, heads, depth), all heads alike."""
-    if positions is not None:
-        positions = jnp.expand_dims(positions, -2)
-    return jnp.swapaxes(rope(jnp.swapaxes(x, -3, -2), positions), -3, -2)
+    turn = jax.vmap(rope, in_axes=(-2, None), out_axes=-2)
+    return turn(x, None if positions is None else jnp.asarray(positions))

@@ -138,14 +138,14 @@ class RNN(Module):
         keep_all = seq_lengths is not None and return_carry
         last, outputs = self._scanned(carry, flip(x) if reverse else x, axis, keep_all)
         if keep_all:
-            outputs, carries = outputs
+            carries, outputs = outputs
             last = _last_carry(carries, carry, seq_lengths)
         if reverse and keep_order:
             outputs = jax.tree.map(flip, outputs)
         return (last, outputs) if return_carry else outputs
 
     def _scanned(self, carry: Any, x: Any, axis: int, keep_all: bool) -> Any:
-        """The last carry, and the outputs or the pair of outputs and all carries."""
+        """The last carry, and the outputs or the pair of all carries and outputs."""
         steps = _scan(keep_all, axis, self.unroll, self._axes())
         # Drawing new keys at each call of the layer, but the same at each step.
         options = {"splits": 1, "only": self.broadcast_rngs, "squeeze": True}
@@ -167,7 +167,7 @@ def _step(cell: RNNCellBase, carry: Any, x: Any) -> Any:
 
 def _step_keeping_all(cell: RNNCellBase, carry: Any, x: Any) -> Any:
     carry, y = cell(carry, x)
-    return carry, (y, carry)
+    return carry, (carry, y)
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,7 +176,7 @@ def _scan(keep_all: bool, axis: int, unroll: int, axes: StateAxes) -> Any:
     return scan(
         _step_keeping_all if keep_all else _step,
         in_axes=(axes, Carry, axis),
-        out_axes=(Carry, (axis, 0) if keep_all else axis),
+        out_axes=(Carry, (0, axis) if keep_all else axis),
         unroll=unroll,
     )
 
@@ -210,13 +210,12 @@ def _checked_lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
 def _last_carry(carries: Any, initial: Any, lengths: Any) -> Any:
     """Of all carries, time in front, the one after the last step of each sequence."""
     last = jnp.maximum(lengths - 1, 0)
+    places = (last, *jnp.indices(lengths.shape))
 
     def pick(every: Any, start: Any) -> Any:
-        tail = every.ndim - 1 - last.ndim
-        index = last.reshape((1, *last.shape, *(1 for _ in range(tail))))
-        found = jnp.take_along_axis(every, index, axis=0)[0]
-        empty = (lengths == 0).reshape(index.shape[1:])
-        return jnp.where(empty, start, found)
+        tail = (1,) * (every.ndim - 1 - lengths.ndim)
+        empty = (lengths == 0).reshape((*lengths.shape, *tail))
+        return jnp.where(empty, start, every[places])
 
     return jax.tree.map(pick, carries, initial)
 
@@ -256,7 +255,7 @@ def flip_sequences(
     return jnp.take_along_axis(inputs, places, axis=axis)
 
 
-def _concatenated(a: jax.Array, b: jax.Array) -> jax.Array:
+def _concatenate(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a, b], axis=-1)
 
 
@@ -296,7 +295,7 @@ class Bidirectional(Module):
         forward_rnn: Callable[..., Any],
         backward_rnn: Callable[..., Any],
         *,
-        merge_fn: Callable[[jax.Array, jax.Array], jax.Array] = _concatenated,
+        merge_fn: Callable[[jax.Array, jax.Array], jax.Array] = _concatenate,
         time_major: bool = False,
         return_carry: bool = False,
         rngs: Rngs | RngStream | bool = True,
@@ -326,8 +325,8 @@ class Bidirectional(Module):
           inputs: array (*batch, time, *features), or (time, *batch, *features) where
             ``time_major``.
           initial_carry: the pair of carries before the first step.
-          rngs: streams or a stream for new carries of ``forward_rnn``; the layer's own
-            if absent. ``backward_rnn`` has its own.
+          rngs: streams, of which ``carry`` is taken, or a stream, for new carries; the
+            layer's own if absent.
           seq_lengths: integers (*batch,): the rest of each sequence is padding.
           return_carry: whether to return the last carries; the layer's own if absent.
           time_major: which axis is time; the layer's own if absent.
@@ -343,16 +342,13 @@ class Bidirectional(Module):
         rngs = self.rngs if rngs is None else rngs
         first, second = (None, None) if initial_carry is None else initial_carry
         options = {
+            "rngs": rngs.carry if isinstance(rngs, Rngs) else rngs,
             "seq_lengths": seq_lengths,
             "return_carry": True,
             "time_major": self.time_major if time_major is None else time_major,
         }
         carry_forward, forward = self.forward_rnn(
-            inputs,
-            initial_carry=first,
-            rngs=rngs.carry if isinstance(rngs, Rngs) else rngs,
-            reverse=False,
-            **options,
+            inputs, initial_carry=first, reverse=False, **options
         )
         carry_backward, backward = self.backward_rnn(
             inputs, initial_carry=second, reverse=True, keep_order=True, **options

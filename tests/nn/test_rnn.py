@@ -1,0 +1,155 @@
+"""RNN, Bidirectional and flipped sequences."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sortal as nnx
+from sortal.errors import ArgumentError
+
+
+class Sum(nnx.RNNCellBase):
+    """A running sum, which counts its steps."""
+
+    num_feature_axes = 1
+
+    def __init__(self):
+        self.steps = nnx.Variable(jnp.array(0))
+
+    def initialize_carry(self, input_shape, rngs=None, carry_init=None):
+        return jnp.full(input_shape, 100.0)
+
+    def __call__(self, carry, inputs):
+        self.steps[...] += 1
+        return (carry + inputs,) * 2
+
+
+X = jnp.arange(1.0, 7.0).reshape(2, 3, 1)  # two sequences of three steps
+
+
+def test_a_cell_goes_along_time_and_is_left_as_the_last_step_leaves_it() -> None:
+    layer = nnx.RNN(Sum(), return_carry=True)
+    carry, y = layer(X)
+    assert y[..., 0].tolist() == [[101.0, 103.0, 106.0], [104.0, 109.0, 115.0]]
+    np.testing.assert_array_equal(carry, y[:, -1])
+    assert int(layer.cell.steps[...]) == 3
+
+
+def test_time_may_be_in_front() -> None:
+    swapped = nnx.RNN(Sum(), time_major=True)(jnp.swapaxes(X, 0, 1))
+    np.testing.assert_array_equal(jnp.swapaxes(swapped, 0, 1), nnx.RNN(Sum())(X))
+
+
+def test_any_number_of_batch_axes_is_kept_with_lengths_too() -> None:
+    x, lengths = jnp.stack([X, X + 1]), jnp.array([[1, 3], [0, 2]])
+    carry, y = nnx.RNN(Sum(), return_carry=True)(x, seq_lengths=lengths)
+    flat_carry, flat_y = nnx.RNN(Sum(), return_carry=True)(
+        x.reshape(4, 3, 1), seq_lengths=lengths.ravel()
+    )
+    np.testing.assert_array_equal(y.reshape(4, 3, 1), flat_y)
+    np.testing.assert_array_equal(carry.reshape(4, 1), flat_carry)
+
+
+def test_padding_has_no_part_in_the_carry_and_an_empty_sequence_keeps_its_first() -> (
+    None
+):
+    layer = nnx.RNN(Sum(), return_carry=True)
+    start = jnp.array([[1.0], [2.0]])
+    carry, _ = layer(X, initial_carry=start, seq_lengths=jnp.array([0, 2]))
+    assert carry[:, 0].tolist() == [1.0, 2.0 + 4.0 + 5.0]
+
+
+def test_reversed_outputs_lie_backwards_unless_order_is_kept() -> None:
+    lengths = jnp.array([2, 3])
+    back = nnx.RNN(Sum(), reverse=True)(X, seq_lengths=lengths)[..., 0]
+    assert back[0, :2].tolist() == [102.0, 103.0]
+    kept = nnx.RNN(Sum(), reverse=True, keep_order=True)(X, seq_lengths=lengths)[..., 0]
+    assert kept[0, :2].tolist() == [103.0, 102.0]
+    assert kept[1].tolist() == [115.0, 111.0, 106.0]
+
+
+def test_options_of_a_call_win_over_those_of_the_layer() -> None:
+    layer = nnx.RNN(Sum(), return_carry=True, reverse=True, time_major=True)
+    y = layer(X, return_carry=False, reverse=False, time_major=False)
+    np.testing.assert_array_equal(y, nnx.RNN(Sum())(X))
+
+
+def test_an_eager_call_is_traced_once() -> None:
+    """Later calls of any layer of the same form run what the first compiled."""
+    traced = []
+
+    class Cell(Sum):
+        def __call__(self, carry, inputs):
+            traced.append(carry)
+            return super().__call__(carry, inputs)
+
+    nnx.RNN(Cell())(X)
+    count = len(traced)
+    nnx.RNN(Cell())(X + 1)
+    assert len(traced) == count
+
+
+def test_an_error_in_a_step_leaves_the_cell_as_it_was() -> None:
+    class Widening(Sum):
+        def __call__(self, carry, inputs):
+            super().__call__(carry, inputs)
+            return carry.astype(jnp.bfloat16), carry
+
+    layer = nnx.RNN(Widening())
+    with pytest.raises(
+        nnx.errors.LoopError, match=r"carry: float32\[2,1\] -> bfloat16"
+    ):
+        layer(X)
+    assert int(layer.cell.steps[...]) == 0
+
+
+def test_streams_for_carries_come_in_many_forms() -> None:
+    rngs = nnx.Rngs(0, carry=1)
+    assert nnx.RNN(Sum(), rngs=False).rngs is None
+    assert int(nnx.RNN(Sum()).rngs.count[...]) == 0
+    assert nnx.RNN(Sum(), rngs=rngs.carry).rngs is rngs.carry
+    forked = nnx.RNN(Sum(), rngs=rngs).rngs
+    assert forked is not rngs.carry
+    assert int(rngs.carry.count[...]) == 1
+    for make in (nnx.RNN, lambda c, rngs: nnx.Bidirectional(c, c, rngs=rngs)):
+        with pytest.raises(
+            ArgumentError, match=r"rngs must be an Rngs, a stream, True"
+        ):
+            make(Sum(), rngs=3)
+
+
+def test_inputs_and_lengths_that_do_not_fit_are_refused() -> None:
+    layer = nnx.RNN(Sum())
+    with pytest.raises(ArgumentError, match=r"at least 2 axes, time and features"):
+        layer(jnp.ones(3))
+    message = r"integers of the batch's shape \(2,\); found {}"
+    for lengths, shown in ((jnp.ones(2), r"float32\[2\]"), ([1, 2, 3], r"int32\[3\]")):
+        with pytest.raises(ArgumentError, match=message.format(shown)):
+            layer(X, seq_lengths=lengths)
+
+
+def test_both_directions_see_each_sequence_and_not_its_padding() -> None:
+    layer = nnx.Bidirectional(nnx.RNN(Sum()), nnx.RNN(Sum()))
+    padded = X.at[0, 2].set(1000.0)
+    y = layer(padded, seq_lengths=jnp.array([2, 3]))
+    assert y[0, :2].tolist() == [[101.0, 103.0], [103.0, 102.0]]
+    carry, _ = layer(padded, seq_lengths=jnp.array([2, 3]), return_carry=True)
+    assert [c[:, 0].tolist() for c in carry] == [[103.0, 115.0]] * 2
+
+
+def test_outputs_of_both_directions_are_joined_as_said() -> None:
+    layer = nnx.Bidirectional(nnx.RNN(Sum()), nnx.RNN(Sum()), merge_fn=jnp.subtract)
+    start = (jnp.zeros((2, 1)), jnp.ones((2, 1)))
+    y = layer(X, initial_carry=start)
+    assert y[0, :, 0].tolist() == [1.0 - 7.0, 3.0 - 6.0, 6.0 - 4.0]
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_flipping_twice_gives_the_sequence_back(time_major: bool) -> None:
+    x = jnp.arange(24).reshape((3, 2, 4) if time_major else (2, 3, 4))
+    for given in (None, jnp.array([2, 3])):
+        once = nnx.flip_sequences(x, given, 1, time_major)
+        assert not jnp.array_equal(once, x)
+        np.testing.assert_array_equal(nnx.flip_sequences(once, given, 1, time_major), x)
