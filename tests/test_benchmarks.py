@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("optax")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import peers, sections, transforms
+from benchmarks import decode, peers, sections, transforms
 from benchmarks import workload as w
 from benchmarks.__main__ import main
 from benchmarks.report import Row, Table, number, timed_row
@@ -77,6 +77,14 @@ def test_transforms_compute_the_same_in_all_contenders():
 def test_contenders_that_differ_are_not_timed():
     with pytest.raises(AssertionError, match="differ"):
         transforms.agree("row", {"one": lambda: 1.0, "other": lambda: 2.0})
+
+
+def test_decoders_give_the_same_tokens_and_others_are_not_timed():
+    found = {n: decode.load(n, decode.SMALL, 2, 8) for n in ("sortal", "flax", "raw")}
+    decode.agree(found, batch=2, steps=4)
+    wrong = found["raw"]._replace(step=lambda token: token, loop=None)
+    with pytest.raises(AssertionError, match="sortal and raw give different tokens"):
+        decode.agree({"sortal": found["sortal"], "raw": wrong}, batch=2, steps=2)
 
 
 def test_the_command_writes_both_files(tmp_path: Path):

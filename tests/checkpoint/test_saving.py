@@ -282,14 +282,12 @@ def test_leftovers_of_a_killed_save_are_ignored_and_cleaned_up(tmp_path):
     assert nnx.restore(tmp_path, nnx.Rngs(1), step=1).step == 1
 
 
-@pytest.mark.parametrize("same", [False, True])
-def test_killed_saves_lose_no_committed_step(tmp_path, same):
+@pytest.mark.parametrize(("same", "wait"), [(False, False), (True, True)])
+def test_killed_saves_lose_no_committed_step(tmp_path, same, wait):
     """In small; ``python -m benchmarks.faults`` does it two hundred times."""
-    for wait in (True, False):
-        found = faults.kills(tmp_path / str(wait), 1, same, wait)
-        assert found["intact"] == 1
-        assert found["left behind"] == 0
-        assert found["lost"] == found["other"] == 0
+    found = faults.kills(tmp_path, 1, same, wait)
+    assert found["intact"] == 1
+    assert found["left behind"] == found["lost"] == found["other"] == 0
 
 
 def test_the_manifest_is_json_that_says_where_everything_is(tmp_path):
