@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,35 @@ def timed_row(name: str, timings: dict[str, Timing], scale: float = 1.0) -> Row:
 
 
 def _ratios(times: dict[str, float]) -> dict[str, float]:
+    found: dict[str, float] = {}
     ours = times.get("sortal")
-    if not ours:
-        return {}
-    found = {f"{k}/sortal": times[k] / ours for k in ("flax", "equinox") if k in times}
-    if "raw jax" in times:
-        found["sortal/raw"] = ours / times["raw jax"]
+    if ours:
+        found = {
+            f"{k}/sortal": times[k] / ours for k in ("flax", "equinox") if k in times
+        }
+        if "raw jax" in times:
+            found["sortal/raw"] = ours / times["raw jax"]
+    on_flax = overheads(times, "sortal on flax")
+    if on_flax is not None:
+        found["flax/sortal on flax overhead"] = on_flax
     return found
+
+
+def overheads(times: Mapping[str, float], ours: str) -> float | None:
+    """How many times more Flax adds to raw JAX's time than a contender does.
+
+    Args:
+      times: by contender.
+      ours: the contender.
+
+    Returns:
+      The ratio; None where one of the three was not timed.
+    """
+    if not {ours, "flax", "raw jax"} <= times.keys():
+        return None
+    raw = times["raw jax"]
+    added = times[ours] - raw
+    return (times["flax"] - raw) / added if added > 0 else float("inf")
 
 
 def facts() -> dict[str, Any]:

@@ -18,6 +18,12 @@ PEERS_UP_TO = 10_000
 STEP_UP_TO = 10_000
 PEERS_COMPILED_UP_TO = 1_000
 
+ON_FLAX = (
+    "`sortal on flax` calls Sortal on the very models, optimizers and functions of "
+    "`flax`. flax/sortal on flax overhead is what `nnx.jit` adds to raw JAX's time "
+    "over what `sortal.jit` adds."
+)
+
 Peers = Mapping[str, ModuleType]
 
 
@@ -46,6 +52,7 @@ def verbs(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
                 "Compiled calls end when one of their outputs is ready, which is when "
                 "all are. flax/sortal compares with the plain call, `nnx.jit`."
             ),
+            ON_FLAX,
         ],
     )
     for row in w.ROWS:
@@ -140,6 +147,7 @@ def training(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
         f"Training step: {shape.depth} blocks of width {shape.width} with running "
         "statistics, batch 32, Adam",
         "microseconds per step, medians",
+        notes=[ON_FLAX],
     )
     progress("training step")
     calls = collect(peers, lambda p: p.training(shape))

@@ -14,6 +14,8 @@ RATIOS = (
     (w.NOOP, "sortal/raw", 1.3, False),
     (w.STEP, "sortal/raw", 1.3, False),
     ("training step", "sortal/raw", 1.3, False),
+    (w.NOOP, "flax/sortal on flax overhead", 10.0, True),
+    ("training step", "flax/sortal on flax overhead", 10.0, True),
     *((f"{name}, under jit", "sortal/raw", 1.3, False) for name in TRANSFORMS),
     ("grad, eager", "flax/sortal overhead", 5.0, True),
     ("vmap, eager", "flax/sortal overhead", 5.0, True),

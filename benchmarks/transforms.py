@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmarks.networks import STEPS, lists, modules
-from benchmarks.report import Table, timed_row
+from benchmarks.report import Table, overheads, timed_row
 from benchmarks.sections import Peers, progress
 from benchmarks.timing import Effort, compare
 
@@ -79,7 +79,8 @@ def _row(
     agree(row, calls)
     timings = compare(calls, effort)
     found = timed_row(row, timings)
-    found.values["flax/sortal overhead"] = _overheads(timings)
+    medians = {k: t.median for k, t in timings.items()}
+    found.values["flax/sortal overhead"] = overheads(medians, "sortal")
     return found
 
 
@@ -96,14 +97,6 @@ def _makers(peers: Peers) -> dict[str, Callable[[str, int, bool], Call | None]]:
     if "raw" in peers:
         makers["raw jax"] = lists.call
     return makers
-
-
-def _overheads(timings: Any) -> float | None:
-    if not {"sortal", "flax", "raw jax"} <= timings.keys():
-        return None
-    raw = timings["raw jax"].median
-    ours, theirs = timings["sortal"].median - raw, timings["flax"].median - raw
-    return theirs / ours if ours > 0 else float("inf")
 
 
 def agree(row: str, calls: dict[str, Call]) -> None:

@@ -61,6 +61,9 @@ def test_verbs_and_training_have_all_contenders():
     table = sections.verbs(FOUND, TINY, w.Blocks(1))
     assert [row.name for row in table.rows] == list(w.ROWS)
     assert all(row.values["sortal"] for row in table.rows)
+    if "flax" in FOUND:
+        without = [r.name for r in table.rows if "sortal on flax" not in r.values]
+        assert without == [w.LEAVES]
     trained = sections.training(FOUND, TINY, w.Blocks(1))
     assert set(trained.rows[0].values) >= {"sortal", "raw jax", "sortal/raw"}
 
@@ -111,6 +114,15 @@ def test_ratios_and_targets():
     def timing(x):
         return Timing(x, x, 1)
 
+    added = {
+        "sortal on flax": timing(3.0),
+        "flax": timing(25.0),
+        "raw jax": timing(1.0),
+    }
+    row = timed_row(w.NOOP, added)
+    assert row.values["flax/sortal on flax overhead"] == 12.0
+    (line,) = check([Table("t", "us", [row])])
+    assert line.startswith("met: jitted no-op, flax/sortal on flax overhead: 12.00")
     row = timed_row(w.NOOP, {"sortal": timing(2.0), "raw jax": timing(1.0)})
     assert row.values["sortal/raw"] == 2.0
     lines = check([Table("t", "us", [row])])

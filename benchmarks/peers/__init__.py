@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-NAMES = ("sortal", "flax", "equinox", "raw")
-"""``<name>_peer`` is the module; ``raw`` is plain JAX on a flat list of arrays."""
+NAMES = ("sortal", "flax", "sortal_on_flax", "equinox", "raw")
+"""``<name>_peer`` is the module; ``sortal_on_flax`` is Sortal's verbs on the models of
+``flax``, ``raw`` is plain JAX on a flat list of arrays."""
 
 
 def load(names: tuple[str, ...] = NAMES) -> tuple[dict[str, ModuleType], list[str]]:

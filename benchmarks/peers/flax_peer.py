@@ -148,13 +148,14 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
     return found
 
 
-def _variables(*roots: Any) -> list[Any]:
+def variables(*roots: Any) -> list[Any]:
+    """All Variables below the roots."""
     return [v for _, v in nnx.iter_graph(roots) if isinstance(v, nnx.Variable)]
 
 
 def increment(*roots: Any) -> None:
     """Adds one to every leaf."""
-    for variable in _variables(*roots):
+    for variable in variables(*roots):
         variable[...] = variable[...] + 1
 
 
@@ -173,7 +174,7 @@ def _ways(
     found = {}
     for name, way in ways.items():
         roots = build(shape)
-        last = _variables(roots[-1])[-1]
+        last = variables(roots[-1])[-1]
         try:
             called = way(*roots)
             called()
@@ -197,17 +198,23 @@ def _then(
     return both
 
 
-def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
-    """A whole training step in several ways; the call returns the loss."""
+def step_with(value_and_grad: Callable[..., Any]) -> Callable[..., Any]:
+    """A whole training step, still to be compiled; it returns the loss."""
 
     def step(model: Any, adam: Any, x: Any, y: Any) -> Any:
         def loss_of(model: Any) -> Any:
             return ((model(x) - y) ** 2).mean()
 
-        loss, grads = nnx.value_and_grad(loss_of)(model)
+        loss, grads = value_and_grad(loss_of)(model)
         adam.update(model, grads)
         return loss
 
+    return step
+
+
+def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
+    """The training step in several ways; the call returns the loss."""
+    step = step_with(nnx.value_and_grad)
     x, y = w.batch(shape.width)
     plain = nnx.jit(step)
     first, second = build(shape), build(shape)

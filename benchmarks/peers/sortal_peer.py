@@ -151,12 +151,24 @@ def build(shape: w.Shape) -> tuple[Any, ...]:
 def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
     """Calls for each row that is wanted."""
     roots = build(shape)
-    model = roots[0]
+    calls = verbs(roots[0], Cell())
+    calls |= {w.NOOP: noop(roots), w.STEP: _step(roots)}
+    return {row: {LABEL: calls[row]} for row in wanted}
+
+
+def verbs(model: Any, other: Any) -> dict[str, Callable[[], Any]]:
+    """Calls of the verbs on a model, of this library or of Flax, by row.
+
+    Args:
+      model: the model.
+      other: an object that is no part of it, whose attributes are written.
+
+    Returns:
+      The calls.
+    """
     definition, params, rest = sortal.split(model, sortal.Param, ...)
     doubled = jax.tree.map(lambda x: x * 2, params)
     one_of = w.alternate(params, doubled)
-
-    other = Cell()
 
     def edited() -> Any:
         other.features = one_of() is params
@@ -166,7 +178,7 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
         merged = sortal.merge(definition, params, rest)
         return sortal.split(merged, sortal.Param, ...)
 
-    calls: dict[str, Callable[[], Any]] = {
+    return {
         w.STATE: lambda: sortal.state(model),
         w.PARAMS: lambda: sortal.state(model, sortal.Param),
         w.PARAMS_LEAVES: lambda: jax.tree.leaves(sortal.state(model, sortal.Param)),
@@ -177,13 +189,11 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
         w.UPDATE: lambda: sortal.update(model, one_of()),
         w.LEAVES: lambda: jax.tree.leaves(model),
         w.STATE_LEAVES: lambda: jax.tree.leaves(params),
-        w.NOOP: _noop(roots),
-        w.STEP: _step(roots),
     }
-    return {row: {LABEL: calls[row]} for row in wanted}
 
 
-def _noop(roots: tuple[Any, ...]) -> Callable[[], Any]:
+def noop(roots: tuple[Any, ...]) -> Callable[[], Any]:
+    """A compiled call that takes the roots and does nothing."""
     jitted = sortal.jit(lambda *roots: None)
     return lambda: jitted(*roots)
 

@@ -354,14 +354,24 @@ class Open:
     Arrays and the root are not held on to.
     """
 
-    __slots__ = ("_dicts", "_lengths", "_metadata", "_seen", "_theirs")
+    __slots__ = (
+        "_dicts",
+        "_keys",
+        "_lengths",
+        "_metadata",
+        "_seen",
+        "_theirs",
+        "_words",
+    )
 
     def __init__(self, root: Any, dicts: list[dict[Any, Any]], leaves: Leaves):
         self._dicts, self._lengths = dicts, list(map(len, dicts))
         self._seen = [
             _ROOT if x is root else _ARRAY if type(x) in leaf_types else x
-            for x in self._now()
+            for x in self._values()
         ]
+        self._keys = self._every_key()
+        self._words = set(map(type, self._keys)) <= {str}
         theirs: dict[VariableHandler, list[Any]] = {}
         for leaf in leaves:
             if type(leaf) is Foreign:
@@ -369,20 +379,29 @@ class Open:
         self._theirs = list(theirs.items())
         self._metadata = [list(map(dict, h.entries(v))) for h, v in self._theirs]
 
-    def _now(self) -> Iterator[Any]:
-        chain = itertools.chain.from_iterable
-        return itertools.chain(chain(self._dicts), chain(map(dict.values, self._dicts)))
+    def _values(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
+
+    def _every_key(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(self._dicts))
+
+    def _same_keys(self) -> bool:
+        now = self._every_key()
+        # Equal words are one key, and are compared fastest; but 1 == 1.0 == True.
+        return now == self._keys if self._words else all(map(_is, now, self._keys))
 
     def same(self, root: Any) -> bool:
         """Whether they still hold the same, raw arrays in the same places apart."""
         if self._dicts:
             if list(map(len, self._dicts)) != self._lengths:
                 return False
-            if not all(map(operator.is_, self._now(), self._seen)) and not all(
+            if not self._same_keys():
+                return False
+            if not all(map(_is, self._values(), self._seen)) and not all(
                 x is old
                 or (old is _ROOT and x is root)
                 or (old is _ARRAY and type(x) in leaf_types)
-                for x, old in zip(self._now(), self._seen, strict=True)
+                for x, old in zip(self._values(), self._seen, strict=True)
             ):
                 return False
         return not self._theirs or self._metadata == [
@@ -391,6 +410,7 @@ class Open:
 
 
 _ROOT, _ARRAY = object(), object()
+_is = operator.is_
 
 
 class Content:
