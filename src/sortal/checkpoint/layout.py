@@ -347,7 +347,8 @@ def _whole(live: Any) -> tuple[Any, tuple[int, ...] | None]:
     if not isinstance(live, jax.Array):
         return live, None
     if live.is_fully_replicated:
-        return live.addressable_data(0), None
+        alone = len(live.sharding.device_set) == 1
+        return (live if alone else live.addressable_data(0)), None
     shard = live.sharding.shard_shape(live.shape)
     return (live if live.is_fully_addressable else None), shard
 
