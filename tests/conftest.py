@@ -9,6 +9,9 @@ import hypothesis
 import jax
 import pytest
 
+# Programs that made what is kept here, with packages that the tests do not need.
+collect_ignore_glob = ["data/*"]
+
 # Meshes and replicas need several devices, also where there is one.
 jax.config.update("jax_num_cpu_devices", 8)
 

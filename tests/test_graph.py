@@ -19,7 +19,7 @@ from flax import nnx as flax_nnx
 
 import sortal
 from models import Count, Holder, Linear, Net, objects, portrait
-from sortal.errors import StructureError, TraceError
+from sortal.errors import StructureError
 
 # As an attribute, `sortal.graph` is the table of names that NNX code has under it.
 graph = importlib.import_module("sortal.graph")
@@ -543,19 +543,6 @@ def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
         if jnp.issubdtype(mine.dtype, jax.dtypes.prng_key):
             mine, other = jax.random.key_data(mine), jax.random.key_data(other)
         np.testing.assert_array_equal(mine, other, err_msg=str(path))
-
-
-def test_live_objects_of_another_trace_cannot_be_stored_to() -> None:
-    model = Linear(1, 1)
-    before = portrait(model)
-
-    def leak(x: Any) -> Any:
-        graph.store_all([graph.Leaves([model.kernel])], [x])
-        return x
-
-    with pytest.raises(TraceError, match=r"kernel \(Param\)"):
-        jax.jit(leak)(jnp.ones((1, 1)))
-    assert portrait(model) == before
 
 
 def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:

@@ -18,14 +18,14 @@ def test_a_name_is_given_once_unless_it_may_be_overwritten() -> None:
     class Table(nnx.Variable):
         pass
 
-    assert nnx.register_variable_name("tables", Table) is Table
-    assert nnx.register_variable_name("tables", Table) is Table
+    assert nnx.register_variable_name("shelves", Table) is Table
+    assert nnx.register_variable_name("shelves", Table) is Table
     with pytest.raises(
-        ArgumentError, match="the name 'tables' is that of the kind Tab"
+        ArgumentError, match="the name 'shelves' is that of the kind Tab"
     ):
-        nnx.register_variable_name("tables", nnx.Param)
-    nnx.register_variable_name("tables", nnx.Cache, overwrite=True)
-    assert nnx.variable_type_from_name("tables") is nnx.Cache
+        nnx.register_variable_name("shelves", nnx.Param)
+    nnx.register_variable_name("shelves", nnx.Cache, overwrite=True)
+    assert nnx.variable_type_from_name("shelves") is nnx.Cache
 
 
 def test_an_unknown_name_is_refused_or_makes_a_kind() -> None:

@@ -143,6 +143,8 @@ def in_our_words(tree: Any) -> Any:
     Returns:
       The tree, with what other libraries have for the same replaced.
     """
+    if not any(map(_is_word, jax.tree.leaves(tree, is_leaf=_is_word))):
+        return tree  # itself, for the user may change what is in it
     return jax.tree.map(
         lambda x: _words[_class(x)](x) if _is_word(x) else x, tree, is_leaf=_is_word
     )
