@@ -25,6 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 # (its `__init__`) has the package's name.
 ORDER = (
     "sortal.errors",
+    "sortal.late",
     "sortal._jax",
     "sortal.tables",
     "sortal.paths",

@@ -1,12 +1,15 @@
 """Sortal: say what each array is, once; everything else follows from its kind."""
 
-from sortal import bridge as bridge
-from sortal import decoding as decoding
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+# The package before the function of that name, which NNX code calls `remat` too.
+from sortal import checkpoint as _checkpoint
 from sortal import errors as errors
 from sortal import filterlib as filterlib
 from sortal import graphlib as graph
 from sortal import graphlib as graphlib
 from sortal import interop as interop
+from sortal import late as _late
 from sortal import metrics as metrics
 from sortal import module as module
 from sortal import nn as nn
@@ -24,12 +27,6 @@ from sortal.annotations import VariableMetadata as VariableMetadata
 from sortal.annotations import with_metadata as with_metadata
 from sortal.annotations import with_partitioning as with_partitioning
 from sortal.capture import capture as capture
-from sortal.checkpoint.manager import Checkpoints as Checkpoints
-from sortal.checkpoint.pending import Saving as Saving
-from sortal.checkpoint.restoring import Restored as Restored
-from sortal.checkpoint.restoring import load_state as load_state
-from sortal.checkpoint.restoring import restore as restore
-from sortal.checkpoint.saving import save as save
 from sortal.containers import Dict as Dict
 from sortal.containers import List as List
 from sortal.containers import Sequential as Sequential
@@ -53,9 +50,6 @@ from sortal.filters import Under as Under
 from sortal.filters import WithTag as WithTag
 from sortal.filters import to_filter as to_filter
 from sortal.graphdef import GraphDef as GraphDef
-from sortal.inspect.display import display as display
-from sortal.inspect.text import explain as explain
-from sortal.inspect.text import tabulate as tabulate
 from sortal.kind_names import register_variable_name as register_variable_name
 from sortal.kind_names import variable_name_from_type as variable_name_from_type
 from sortal.kind_names import variable_type_from_name as variable_type_from_name
@@ -182,7 +176,6 @@ from sortal.surgery import split as split
 from sortal.surgery import state as state
 from sortal.surgery import update as update
 from sortal.surgery import variables as variables
-from sortal.train_state import TrainState as TrainState
 from sortal.transforms.autodiff import DiffState as DiffState
 from sortal.transforms.autodiff import grad as grad
 from sortal.transforms.autodiff import value_and_grad as value_and_grad
@@ -226,3 +219,24 @@ from sortal.variable import RngState as RngState
 from sortal.variable import Variable as Variable
 from sortal.variable import VariableState as VariableState
 from sortal.view import view as view
+
+if _TYPE_CHECKING:
+    from sortal import bridge as bridge
+    from sortal import decoding as decoding
+    from sortal.checkpoint.manager import Checkpoints as Checkpoints
+    from sortal.checkpoint.pending import Saving as Saving
+    from sortal.checkpoint.restoring import Restored as Restored
+    from sortal.checkpoint.restoring import load_state as load_state
+    from sortal.checkpoint.restoring import restore as restore
+    from sortal.checkpoint.saving import save as save
+    from sortal.inspect.display import display as display
+    from sortal.inspect.text import explain as explain
+    from sortal.inspect.text import tabulate as tabulate
+    from sortal.train_state import TrainState as TrainState
+else:
+
+    def __getattr__(name: str) -> object:
+        return _late.load(globals(), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_late.TABLE})

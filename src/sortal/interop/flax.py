@@ -7,6 +7,7 @@ contents; that has been the same from 0.12.0 on, but for one name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from sortal.state import State
 from sortal.statics import Metadata, is_hashable
 from sortal.transforms import autodiff, prefixes
 
-OLDEST = (0, 12, 0)
+OLDEST = (0, 12)
 _PRIVATE = "_pytree__"
 _KINDS = (
     "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount"
@@ -247,7 +248,7 @@ def _meet() -> None:
     import flax
     from flax import nnx
 
-    version = tuple(int(x) for x in flax.__version__.split(".")[:3] if x.isdigit())
+    version = tuple(map(int, re.findall(r"\d+", flax.__version__)[: len(OLDEST)]))
     if version < OLDEST:
         raise UnsupportedError(
             f"Sortal works on Flax NNX objects of Flax "

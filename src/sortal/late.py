@@ -1,0 +1,47 @@
+"""Names whose files are read when first asked for, so that `import sortal` is light."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import MutableMapping
+from typing import Any
+
+TABLE = {
+    "Checkpoints": "sortal.checkpoint.manager",
+    "Restored": "sortal.checkpoint.restoring",
+    "Saving": "sortal.checkpoint.pending",
+    "TrainState": "sortal.train_state",
+    "bridge": "",
+    "decoding": "",
+    "display": "sortal.inspect.display",
+    "explain": "sortal.inspect.text",
+    "load_state": "sortal.checkpoint.restoring",
+    "restore": "sortal.checkpoint.restoring",
+    "save": "sortal.checkpoint.saving",
+    "tabulate": "sortal.inspect.text",
+}
+"""The file of each name; nothing for a module of that name."""
+
+
+def load(namespace: MutableMapping[str, Any], name: str) -> Any:
+    """What a name of the package stands for, imported now and kept.
+
+    Args:
+      namespace: the package's own.
+      name: the name asked for.
+
+    Returns:
+      The object or module.
+
+    Raises:
+      AttributeError: the package has no such name.
+    """
+    package = namespace["__name__"]
+    if name not in TABLE:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    if TABLE[name]:
+        found = getattr(importlib.import_module(TABLE[name]), name)
+    else:
+        found = importlib.import_module(f"{package}.{name}")
+    namespace[name] = found
+    return found
