@@ -38,7 +38,7 @@ def names_of(table: ModuleType) -> list[str]:
     tree = ast.parse(Path(table.__file__).read_text())
     return [
         alias.asname
-        for node in tree.body
+        for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
         if alias.asname is not None and not alias.asname.startswith("_")
