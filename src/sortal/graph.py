@@ -253,7 +253,8 @@ class Plan:
         dicts = [h.attributes(x) for x, h in silent]
         closed = [x for x, d in zip(silent, dicts, strict=True) if d is None]
         self._containers = list(itertools.starmap(Content, closed))
-        self._open = Open(root, [d for d in dicts if d is not None], self.leaves)
+        opened = Open(root, [d for d in dicts if d is not None], self.leaves)
+        self._open = opened if opened.is_any() else None
         self._parts: dict[Any, Leaves] = {}
         self._picked: dict[Any, Any] = {}
 
@@ -271,7 +272,7 @@ class Plan:
         Where no edit was noted anywhere since the last check, only what can change
         without a note is compared: plain containers, and the number of attributes.
         """
-        if list(map(len, self._dicts)) != self._lengths:
+        if [*map(len, self._dicts)] != self._lengths:
             return False
         if self._checked != edits.last:
             now = edits.last
@@ -280,7 +281,7 @@ class Plan:
             self._checked = now
         if self._containers and not _all_same(self._containers):
             return False
-        return self._open.same(root)
+        return self._open is None or self._open.same(root)
 
     def _same_objects(self, root: Any) -> bool:
         if [x._metadata for x in self._variables()] != self._metadata:
@@ -389,6 +390,10 @@ class Open:
         now = self._every_key()
         # Equal words are one key, and are compared fastest; but 1 == 1.0 == True.
         return now == self._keys if self._words else all(map(_is, now, self._keys))
+
+    def is_any(self) -> bool:
+        """Whether there is anything to compare."""
+        return bool(self._dicts or self._theirs)
 
     def same(self, root: Any) -> bool:
         """Whether they still hold the same, raw arrays in the same places apart."""
@@ -510,6 +515,7 @@ class Bound:
     __slots__ = ("graphdef", "leaves", "part", "pick", "values", "view")
 
     nodes = ()
+    uid = None
 
     def __init__(self, root: Any):
         walk = Walk(root)

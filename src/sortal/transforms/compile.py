@@ -64,7 +64,7 @@ class Jitted:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entered = self._enter(args, kwargs)
+        entered = Entered((*self._first, *args), kwargs, self._static)
         try:
             if self._donation is None or self._donation.is_differentiated(entered):
                 result = self._plain(*entered.args, **entered.kwargs)
@@ -81,13 +81,10 @@ class Jitted:
             ) from e
         return leave(entered, result)
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-        return Entered((*self._first, *args), kwargs, self._static)
-
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        entered = self._enter(args, kwargs)
+        entered = Entered((*self._first, *args), kwargs, self._static)
         if self._donation is None:
             return function(*entered.args, **entered.kwargs)
         return self._donation.call(function, entered)

@@ -51,14 +51,15 @@ class Joint(NamedTuple):
 
 
 _joints: dict[tuple[int, ...], Joint] = {}
+_UNKNOWN: Any = None
 
 
 def _joint(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     if len(plans) == 1:
         return plans[0].graphdef.memo("joint", lambda: _single(plans[0].graphdef))
-    if not all(map(has_plan, roots)):
+    key = tuple([plan.uid for plan in plans])
+    if None in key:
         return _several(roots, plans)
-    key = tuple(plan.uid for plan in plans)
     found = _joints.get(key)
     if found is None:
         if len(_joints) >= 256:
@@ -94,11 +95,6 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     return Joint(graphdef, tickets, tuple(picks), leaf_at, node_at)
 
 
-def _refer(roots: list[Any], root: Any) -> Ref:
-    roots.append(root)
-    return Ref(len(roots) - 1)
-
-
 class Entered:
     """Arguments on their way into a trace, and the live objects they came from."""
 
@@ -116,35 +112,32 @@ class Entered:
         self.roots: list[Any] = []
         self.plans: list[Any] = []
         self.carriers: list[Carrier] = []
-        refer = functools.partial(_refer, self.roots)
-        numbered = [
-            x if i in skip else replace_roots(x, refer) for i, x in enumerate(args)
-        ]
-        named = {
-            k: x if k in skip else replace_roots(x, refer) for k, x in kwargs.items()
+        carry = self._carry
+        self.args = tuple(
+            [x if i in skip else replace_roots(x, carry) for i, x in enumerate(args)]
+        )
+        self.kwargs = {
+            k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
         if self.roots:
-            self._carry()
-            numbered = self._place(numbered, args)
-            named = dict(
-                zip(named, self._place(named.values(), kwargs.values()), strict=True)
-            )
-        self.args, self.kwargs = tuple(numbered), named
+            self._load()
 
-    def _carry(self) -> None:
-        self.plans = list(map(bind, self.roots))
-        self.joint = joint = _joint(self.roots, self.plans)
-        values = [plan.values() for plan in self.plans]
-        for i, pick in enumerate(joint.picks):
-            if pick is not None:
-                values[i] = [values[i][j] for j in pick]
-        self.carriers = list(map(Carrier, values, joint.tickets))
+    def _carry(self, root: Any) -> Carrier:
+        # Loaded when all roots are known: what each brings depends on the others.
+        self.roots.append(root)
+        carrier = Carrier([], _UNKNOWN)
+        self.carriers.append(carrier)
+        return carrier
 
-    def _place(self, new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
-        return [
-            a if a is b else resolve(a, self.carriers)
-            for a, b in zip(new, old, strict=True)
-        ]
+    def _load(self) -> None:
+        self.plans = plans = [bind(root) for root in self.roots]
+        self.joint = joint = _joint(self.roots, plans)
+        for carrier, plan, ticket, pick in zip(
+            self.carriers, plans, joint.tickets, joint.picks, strict=True
+        ):
+            values = plan.values()
+            carrier.values = values if pick is None else [values[j] for j in pick]
+            carrier.ticket = ticket
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
