@@ -25,7 +25,6 @@ from sortal.paths import show
 from sortal.transforms.traced import (
     Carrier,
     Edits,
-    Ref,
     Result,
     Ticket,
     replace_roots,
@@ -132,12 +131,12 @@ class Entered:
     def _load(self) -> None:
         self.plans = plans = [bind(root) for root in self.roots]
         self.joint = joint = _joint(self.roots, plans)
-        for carrier, plan, ticket, pick in zip(
+        for carrier, plan, mine, pick in zip(
             self.carriers, plans, joint.tickets, joint.picks, strict=True
         ):
             values = plan.values()
             carrier.values = values if pick is None else [values[j] for j in pick]
-            carrier.ticket = ticket
+            carrier.ticket = mine
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
