@@ -155,7 +155,7 @@ def measure(
     least: dict[str, list[float]] = {}
     found = dict(contenders())
     if names:
-        found = {name: found[name] for name in names.split(",")}
+        found = {name: found[name] for name in names.split(";")}
     # As in the other benchmarks: what exists before is no concern of the collector.
     gc.collect()
     gc.freeze()
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
     parser.add_argument("--only", default="large,small,memory")
-    parser.add_argument("--contenders", help="by comma; all if absent")
+    parser.add_argument("--contenders", help="by semicolon; all if absent")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.memory:

@@ -14,7 +14,6 @@ from sortal.errors import DamagedError
 
 
 def test_everything_is_on_disk_before_the_manifest_gets_its_name(tmp_path, monkeypatch):
-    """Chunks are synced by TensorStore, which is asked to; the rest is seen here."""
     synced: list[int] = []
     before_commit: list[int] = []
     fsync, replace = os.fsync, Path.replace
@@ -29,27 +28,19 @@ def test_everything_is_on_disk_before_the_manifest_gets_its_name(tmp_path, monke
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "replace", rename)
-    big = nnx.Param(jnp.ones((1100, 1000)))
-    path = nnx.save(tmp_path, {"a": big, "b": nnx.Cache(jnp.ones(2))}, step=0).path
-    chunks = set(path.rglob("c.*"))
-    due = {p.stat().st_ino for p in path.rglob("*") if p not in chunks}
+    root = {
+        "own": nnx.Param(jnp.ones((2100, 1000))),
+        "packed": [nnx.Param(jnp.ones((700, 1000))) for _ in range(2)],
+        "small": nnx.Cache(jnp.ones(2)),
+    }
+    path = nnx.save(tmp_path, root, step=0).path
+    assert len(list(path.rglob("c.*"))) > 5
+    due = {p.stat().st_ino for p in path.rglob("*")}
     due |= {path.stat().st_ino, tmp_path.stat().st_ino}
     assert due <= set(before_commit) | {path.stat().st_ino}
     # The name itself is made to survive by syncing its folder once more.
     assert synced[-1] != synced[0]
     assert path.stat().st_ino in synced[len(before_commit) :]
-
-
-def test_tensorstore_is_asked_to_sync_each_chunk(tmp_path, monkeypatch):
-    from sortal.checkpoint import store
-
-    asked = []
-    context = store._context
-    monkeypatch.setattr(
-        store, "_context", lambda **more: asked.append(more) or context(**more)
-    )
-    nnx.save(tmp_path, nnx.Rngs(0), step=0)
-    assert {"file_io_sync": True, "file_io_locking": {"mode": "none"}} in asked
 
 
 def test_a_deletion_first_makes_the_step_not_count(tmp_path, monkeypatch):
@@ -86,3 +77,32 @@ def test_a_folder_that_is_no_step_is_refused_by_verify(tmp_path):
     nnx.save(tmp_path, nnx.Rngs(0), step=0).path.rename(tmp_path / "copy")
     with pytest.raises(DamagedError, match="does not have the number of a step as its"):
         verify(tmp_path / "copy")
+
+
+def test_syncs_reports_every_fault_and_syncs_the_rest(tmp_path, monkeypatch):
+    seen = []
+
+    def failing(path):
+        seen.append(path.name)
+        if path.name.startswith("bad"):
+            raise OSError(5, f"no {path.name}")
+
+    monkeypatch.setattr(files, "sync", failing)
+    names = ["a", "bad1", "b", "bad2", *map(str, range(20))]
+    syncs = files.Syncs()
+    for name in names:
+        syncs.add(tmp_path / name)
+    assert sorted(str(e) for e in syncs.finish()) == [
+        "[Errno 5] no bad1",
+        "[Errno 5] no bad2",
+    ]
+    assert sorted(seen) == sorted(names)
+
+
+def test_syncs_asks_the_system_about_the_files(tmp_path):
+    (tmp_path / "there").write_bytes(b"x")
+    syncs = files.Syncs()
+    syncs.add(tmp_path / "there")
+    syncs.add(tmp_path / "missing")
+    (fault,) = syncs.finish()
+    assert isinstance(fault, FileNotFoundError)

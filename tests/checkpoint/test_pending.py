@@ -125,3 +125,25 @@ nnx.save(where + "/bad", {"x": nnx.Param(jnp.ones(1_000_000))}, step=2, wait=Fal
     assert "sortal: the save of step 2 to" in done.stderr
     assert "failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_save_that_outlives_the_main_thread_is_committed(tmp_path):
+    """By then the pools of ``concurrent.futures`` take no more work."""
+    program = """
+import sys, time
+import jax.numpy as jnp
+import sortal as nnx
+from sortal.checkpoint import saving
+real = saving.prepare
+saving.prepare = lambda *a: (time.sleep(0.5), real(*a))
+nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3_000_000))}, step=1, wait=False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    found = nnx.load_state(tmp_path)["x"].value
+    np.testing.assert_array_equal(found, np.arange(3_000_000))

@@ -314,3 +314,24 @@ def test_the_manifest_is_json_that_says_where_everything_is(tmp_path):
     size, checksum = found["files"]["Param/packed/c.0"]
     assert size == 12 + 4
     assert checksum.startswith("crc32c:")
+
+
+def test_what_the_disk_does_not_keep_is_a_failed_save(tmp_path, monkeypatch):
+    """A chunk that cannot be synced, as when the disk reports an error late."""
+    root = {"x": nnx.Param(jnp.arange(3_000_000))}
+    nnx.save(tmp_path, root, step=1)
+    real = files.sync
+
+    def failing(path):
+        if path.name == "c.1":
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(files, "sync", failing)
+    with pytest.raises(SaveError, match="Input/output error") as caught:
+        nnx.save(tmp_path, root, step=2)
+    assert "nothing was committed" in str(caught.value)
+    monkeypatch.undo()
+    assert files.steps(tmp_path) == [1]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["1"]
+    assert nnx.restore(tmp_path, root).step == 1

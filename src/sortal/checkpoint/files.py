@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import re
 import secrets
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,41 @@ def sync(path: Path) -> None:
         os.fsync(at)
     finally:
         os.close(at)
+
+
+class Syncs:
+    """Makes many paths survive, some at once, while others are still being written.
+
+    A file system writes several such wishes down in one go. The threads are plain ones:
+    those of ``concurrent.futures`` take no work once the main thread has ended, and a
+    save may outlive it.
+    """
+
+    def __init__(self) -> None:
+        self._due: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._faults: list[OSError] = []
+        self._threads = [threading.Thread(target=self._work) for _ in range(4)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (path := self._due.get()) is not None:
+            try:
+                sync(path)
+            except OSError as e:
+                self._faults.append(e)
+
+    def add(self, path: Path) -> None:
+        """Has a path synced, soon."""
+        self._due.put(path)
+
+    def finish(self) -> list[OSError]:
+        """Waits until all are synced; says what went wrong."""
+        for _ in self._threads:
+            self._due.put(None)
+        for thread in self._threads:
+            thread.join()
+        return self._faults
 
 
 def write_file(file: Path, data: bytes) -> None:

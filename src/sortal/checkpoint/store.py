@@ -10,13 +10,12 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from sortal.checkpoint.files import sync
+from sortal.checkpoint.files import Syncs
 from sortal.checkpoint.manifest import (
     File,
     Manifest,
@@ -142,20 +141,27 @@ class Writer:
     def __init__(self, root: Path):
         self._root = root
         # No other writer can be in a folder of this name, so no locks on its files.
-        self._context = _context(file_io_sync=True, file_io_locking={"mode": "none"})
+        # TensorStore would sync the folder, too, after each chunk.
+        self._context = _context(file_io_sync=False, file_io_locking={"mode": "none"})
         self._flying: deque[Any] = deque()
         self._buffers: list[np.ndarray] = []
+        self._syncs = Syncs()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if exception[1] is None:
-            while self._flying:
-                self._land()
-        # What still flies after a failure would appear again once it is cleaned up.
-        for writing, *_ in self._flying:
-            writing.exception()
+        try:
+            if exception[1] is None:
+                while self._flying:
+                    self._land()
+        finally:
+            # What still flies after a failure would appear again once it is cleaned up.
+            for writing, *_ in self._flying:
+                writing.exception()
+            faults = self._syncs.finish()
+        if faults and exception[1] is None:
+            raise faults[0]
 
     def write(self, name: str, stored: Stored, pieces: Iterable[Piece]) -> None:
         """Writes the pieces of one array that are here."""
@@ -167,12 +173,18 @@ class Writer:
                     slice(s.start + o, s.stop + o)
                     for s, o in zip(at, start, strict=True)
                 )
-                self._fly(opened[to], host[at])
+                self._fly(opened[to], _chunk_file(name, stored, to), host[at])
 
     def pack(self, name: str, stored: Stored, parts: Iterable[tuple[int, Any]]) -> None:
         """Writes arrays one after the other, each from its offset on."""
         opened = _open(self._root, name, stored, self._context)
         chunk, at, done = stored.chunks[0], 0, 0
+
+        def fly(data: np.ndarray, reuse: bool) -> None:
+            span = slice(done, done + data.size)
+            file = _chunk_file(name, stored, (span,))
+            self._fly(opened[span], file, data, reuse)
+
         buffer = self._buffer(chunk)
         for offset, data in parts:
             new = as_bytes(on_host(data))
@@ -188,10 +200,10 @@ class Writer:
                     buffer[at - done : at - done + taken] = left[:taken]
                     at, left = at + taken, left[taken:]
                     if at == done + chunk:
-                        self._fly(opened[done:at], buffer, reuse=True)
+                        fly(buffer, reuse=True)
                         buffer, done = self._buffer(chunk), at
         if at > done:
-            self._fly(opened[done:at], buffer[: at - done])
+            fly(buffer[: at - done], reuse=False)
 
     def _buffer(self, size: int) -> np.ndarray:
         while not self._buffers and len(self._flying) >= _IN_FLIGHT:
@@ -200,16 +212,17 @@ class Writer:
             return self._buffers.pop()[:size]
         return np.empty(size, np.uint8)
 
-    def _fly(self, to: Any, data: np.ndarray, reuse: bool = False) -> None:
+    def _fly(self, to: Any, file: str, data: np.ndarray, reuse: bool = False) -> None:
         while len(self._flying) >= _IN_FLIGHT:
             self._land()
         # TensorStore need not copy what is left alone until it lands.
         writing = to.write(data, can_reference_source_data_indefinitely=True)
-        self._flying.append((writing, data if reuse else None, data))
+        self._flying.append((writing, file, data if reuse else None, data))
 
     def _land(self) -> None:
-        writing, buffer, _ = self._flying.popleft()
+        writing, file, buffer, _ = self._flying.popleft()
         writing.result()
+        self._syncs.add(self._root / file)
         if buffer is not None:
             self._buffers.append(buffer)
 
@@ -236,10 +249,17 @@ def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
     """Makes all that ``prepare`` made survive, and the names of chunks."""
     folders = [root, *(root / name for name in (*groups, *arrays))]
     above = [root.parent, root.parent.parent]
-    # At once, because a file system writes many such wishes down in one go.
-    with ThreadPoolExecutor(8) as pool:
-        everything = (*folders, *(f / "zarr.json" for f in folders), *above)
-        list(pool.map(sync, everything))
+    syncs = Syncs()
+    for path in (*folders, *(f / "zarr.json" for f in folders), *above):
+        syncs.add(path)
+    if faults := syncs.finish():
+        raise faults[0]
+
+
+def _chunk_file(name: str, stored: Stored, at: Sequence[slice]) -> str:
+    """The file of the one chunk that a part of an array begins."""
+    numbers = (s.start // c for s, c in zip(at, stored.chunks, strict=True))
+    return f"{name}/c." + ".".join(map(str, numbers))
 
 
 def chunk_slices(name: str, stored: Stored) -> Iterator[tuple[str, tuple[slice, ...]]]:
