@@ -102,7 +102,9 @@ def test_a_model_made_inside_comes_out_sharded_by_kind():
     model = nnx.jit(Net, out_shardings=BY_KIND)()
     assert model.linear.kernel.value.sharding == COLUMNS
     assert model.linear.bias.value.sharding == WHOLE
-    np.testing.assert_array_equal(model.linear.kernel.value, Net().linear.kernel.value)
+    # Compiled as one program, the last bit may be rounded differently.
+    eager = Net().linear.kernel.value
+    np.testing.assert_allclose(model.linear.kernel.value, eager, rtol=1e-6)
 
 
 def test_filters_that_look_at_values_are_asked_again_for_other_values():
