@@ -10,7 +10,8 @@ import pytest
 
 import sortal as nnx
 from sortal.checkpoint import files
-from sortal.errors import DamagedError
+from sortal.errors import ArgumentError, DamagedError
+from sortal.interop import exchange
 
 
 def test_everything_is_on_disk_before_the_manifest_gets_its_name(tmp_path, monkeypatch):
@@ -106,3 +107,29 @@ def test_syncs_asks_the_system_about_the_files(tmp_path):
     syncs.add(tmp_path / "missing")
     (fault,) = syncs.finish()
     assert isinstance(fault, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda at: nnx.save(at, nnx.Rngs(0), step=0),
+        lambda at: nnx.restore(at, nnx.Rngs(0)),
+        lambda at: nnx.load_state(at),
+        lambda at: nnx.Checkpoints(at),
+        lambda at: exchange.open_arrays(at),
+        lambda at: exchange.export(at, nnx.Rngs(0)),
+    ],
+)
+def test_an_address_is_refused_rather_than_made_a_folder(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for at in ("gs://bucket/run", "s3://bucket/run.npz", Path("gs://bucket/run")):
+        with pytest.raises(ArgumentError, match=r"found the address .(gs|s3):/"):
+            call(at)
+    with pytest.raises(ArgumentError, match=r"found a Linear\. It comes first"):
+        call(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_colon_in_a_name_is_no_address(tmp_path):
+    assert files.local(tmp_path / "a:b" / "c").name == "c"
+    assert files.local("2026-11-25T10:00:00/run").is_absolute()

@@ -28,11 +28,41 @@ LOCK = ".lock"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 _FOLDER = re.compile(r"arrays-[0-9a-f]{16}")
 _UNFINISHED = re.compile(r"\.manifest-[0-9a-f]{16}")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def new_folder() -> str:
     """A name for the folder of the arrays of one save; never given twice."""
     return f"arrays-{secrets.token_hex(8)}"
+
+
+def local(path: Any) -> Path:
+    """A path that the user gave, as an absolute one.
+
+    Args:
+      path: a string or path.
+
+    Returns:
+      The Path.
+
+    Raises:
+      ArgumentError: it is no path, or the address of something remote, of which a
+        folder of that name would be made here.
+    """
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        raise ArgumentError(
+            "a directory or file is a string or a path; found a "
+            f"{type(path).__name__}. It comes first, before the model."
+        ) from None
+    if _URL.match(text):
+        raise ArgumentError(
+            f"checkpoints and files are read and written by the file system; found the "
+            f"address {text!r}. Use a local folder and copy it, or one where the "
+            "storage is mounted."
+        )
+    return Path(text).absolute()
 
 
 def step_number(step: Any) -> int:

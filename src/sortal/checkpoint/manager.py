@@ -6,7 +6,6 @@ import math
 import os
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from sortal.checkpoint import files
@@ -32,7 +31,8 @@ class Checkpoints:
       policy: a Policy, whose column ``checkpoint`` says what is saved.
 
     Raises:
-      ArgumentError: ``keep``, ``keep_every`` or ``mode`` is nothing sensible.
+      ArgumentError: ``keep``, ``keep_every`` or ``mode`` is nothing sensible, or the
+        directory is no path here.
 
     Example:
       >>> import tempfile
@@ -66,7 +66,7 @@ class Checkpoints:
                 "keep and keep_every are numbers from 1 on, or None, and mode is "
                 f"'max' or 'min'; found {', '.join(bad) or f'mode={mode!r}'}."
             )
-        self.directory = Path(directory).absolute()
+        self.directory = files.local(directory)
         self._keep, self._keep_every = keep, keep_every
         self._best, self._mode, self._policy = best, mode, policy
         self._lock: files.Lock | None = None

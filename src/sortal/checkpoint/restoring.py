@@ -109,6 +109,7 @@ def restore(
       What was restored.
 
     Raises:
+      ArgumentError: the directory is no path, or an address such as ``gs://...``.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: the checkpoint does not fit the model; every difference is listed.
@@ -127,7 +128,7 @@ def restore(
       (2, 3)
     """
     options = Options(only, policy, partial, rename, cast, fill)
-    directory = Path(directory).absolute()
+    directory = files.local(directory)
     group = Group(f"restoring from {directory}")
     number, fault = -1, ""
     try:
@@ -313,6 +314,7 @@ def load_state(
       A State.
 
     Raises:
+      ArgumentError: the directory is no path, or an address such as ``gs://...``.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: a value needs a model to be built, or the filter takes nothing.
@@ -329,7 +331,7 @@ def load_state(
         var: BatchStat(float32[3])
       )
     """
-    directory = Path(directory).absolute()
+    directory = files.local(directory)
     not_in_a_trace("load_state")
     settle(directory)
     number = find_step(directory, step)

@@ -57,7 +57,7 @@ def save(
       A Saving, which has the ``path`` of the step.
 
     Raises:
-      ArgumentError: the step is no whole number.
+      ArgumentError: the step is no whole number, or the directory no path here.
       SaveError: something cannot be saved or written; nothing was committed.
       WriterError: another writer is at work in the directory.
       TraceError: it is called inside a transform.
@@ -72,7 +72,7 @@ def save(
       >>> nnx.load_state(directory).paths()
       (('bias',), ('kernel',))
     """
-    directory = Path(directory).absolute()
+    directory = files.local(directory)
     return begin(
         directory, root, files.step_number(step), only=only, policy=policy,
         metadata=metadata, wait=wait, lock=lambda: files.Lock(directory),

@@ -38,9 +38,10 @@ def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Path:
       The folder.
 
     Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
       NoCheckpointError: there is none.
     """
-    path = Path(path).absolute()
+    path = files.local(path)
     if (path / NAME).is_file():
         return path
     return path / str(find_step(path, step))
@@ -78,6 +79,7 @@ def verify(
       What was found.
 
     Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
       NoCheckpointError: there is no such step.
       DamagedError: the manifest itself is damaged.
     """

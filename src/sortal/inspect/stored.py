@@ -300,7 +300,7 @@ def check(path: str, step: int | str, progress: Callable[[int, int], None]) -> C
     try:
         return Checked(verify(path, step, progress))
     except DamagedError as e:
-        where = Path(path).absolute()
+        where = files.local(path)
         return Checked(Verified(where, 0, 0, (f"manifest.json: {e}",), ()))
 
 
@@ -328,9 +328,9 @@ def convert(source: str, target: str, step: int | str = "latest") -> int:
         )
     entries = [_plain(e) for e in opened.entries]
     if target.startswith("orbax:"):
-        write_arrays(Path(target.removeprefix("orbax:")).absolute(), entries)
+        write_arrays(files.local(target.removeprefix("orbax:")), entries)
     elif Path(target).suffix:
-        write_arrays(Path(target).absolute(), entries)
+        write_arrays(files.local(target), entries)
     else:
         number = files.step_number(opened.about.get("step", 0))
         state = State.from_flat_path([(e.name, _value(e)) for e in opened.entries])

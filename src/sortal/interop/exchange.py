@@ -53,10 +53,11 @@ def open_arrays(path: str | os.PathLike[str], step: int | str = "latest") -> Ope
       What is in it; arrays are read when asked for.
 
     Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
     """
-    path = Path(path).absolute()
+    path = files.local(path)
     if not path.exists():
         raise NoCheckpointError(f"there is no {path}.")
     if path.suffix in _SUFFIXES and path.is_file():
@@ -113,6 +114,7 @@ def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> 
       A State of unlabelled NumPy arrays.
 
     Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
 
@@ -161,6 +163,7 @@ def restore_from(
       The paths that were restored.
 
     Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: it does not fit the model; every difference is listed.
@@ -269,6 +272,7 @@ def export(
       only: a filter; all leaves if absent.
 
     Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
       SaveError: something is no array, or the format cannot hold it.
       FilterError: ``only`` is no filter.
 
@@ -293,7 +297,7 @@ def export(
             + (listing(odd) or "  no leaf at all")
         )
     named = [(schema.paths[i], _words(values[i])) for i in at]
-    write_arrays(Path(path).absolute(), _theirs(of_arrays(named), names or {}))
+    write_arrays(files.local(path), _theirs(of_arrays(named), names or {}))
 
 
 def _is_array(x: Any) -> bool:
