@@ -131,8 +131,9 @@ class BatchNorm(Norm):
         if not running:
             mean, var = self._statistics(x, axes, mask)
             keep = self.momentum
-            self.mean[...] = keep * self.mean[...] + (1 - keep) * mean
-            self.var[...] = keep * self.var[...] + (1 - keep) * var
+            for kept, new in ((self.mean, mean), (self.var, var)):
+                moved = keep * kept[...] + (1 - keep) * new
+                kept[...] = moved.astype(kept.dtype)  # float64 inputs are wider
         return self._normalized(x, mean, var, axes, features, *affine)
 
     def set_view(self, use_running_average: bool | None = None) -> None:

@@ -286,7 +286,7 @@ class SpectralNorm(Module):
         sigma = jnp.matmul(jnp.matmul(v, matrix), u.T)[0, 0]
         new = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(value.shape)
         if update_stats:
-            kept_u[...] = u
-            kept_sigma[...] = sigma
+            kept_u[...] = u.astype(kept_u.dtype)
+            kept_sigma[...] = sigma.astype(kept_sigma.dtype)
         dtype = dtypes.canonicalize_dtype(new, u, v, sigma, dtype=self.dtype)
         weight[...] = jnp.asarray(new, dtype)
