@@ -10,7 +10,7 @@ import pytest
 
 import sortal as nnx
 from sortal.checkpoint import files
-from sortal.errors import ArgumentError, DamagedError
+from sortal.errors import ArgumentError
 from sortal.interop import exchange
 
 
@@ -70,14 +70,6 @@ def test_a_failed_replacement_of_a_damaged_step_leaves_its_files(tmp_path):
     with faults.small_files(10), pytest.raises(nnx.errors.SaveError):
         nnx.save(tmp_path, faults.model(0, 1.0), step=0)
     assert set(path.rglob("*")) == there
-
-
-def test_a_folder_that_is_no_step_is_refused_by_verify(tmp_path):
-    from sortal.checkpoint.verifying import verify
-
-    nnx.save(tmp_path, nnx.Rngs(0), step=0).path.rename(tmp_path / "copy")
-    with pytest.raises(DamagedError, match="does not have the number of a step as its"):
-        verify(tmp_path / "copy")
 
 
 def test_syncs_reports_every_fault_and_syncs_the_rest(tmp_path, monkeypatch):

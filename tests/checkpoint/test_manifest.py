@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import random
 
-import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 import sortal as nnx
 from benchmarks import faults
 from sortal.checkpoint import manifest as m
-from sortal.checkpoint.files import read_manifest
 from sortal.checkpoint.manifest import from_bytes, to_bytes
 from sortal.errors import DamagedError
 
@@ -103,7 +100,10 @@ def hostile():
     yield change(["files", "Param/../../x"], [1, "crc32c:00000000"]), "a file name"
     yield change(["files", "Param/more"], [1, "crc32c:00000000"]), "not those of the"
     yield change(["files", "Param/packed/c.0"], [1, "md5:0"]), "a checksum"
+    yield (lambda b: b["files"].pop("zarr.json")), "not those of the arrays: zarr.json"
+    yield (lambda b: b["files"].pop("Param/zarr.json")), "not those of the arrays: Par"
     yield (lambda b: b["leaves"].append(b["leaves"][0])), "two leaves have one path"
+    yield change(["leaves", 0, "metadata"], {"a": [1]}), "the metadata {'a': [1]}"
     yield (lambda b: b.pop("kinds")), "KeyError"
 
 
@@ -149,11 +149,3 @@ def test_python_values_come_back_to_the_bit(found):
     for old, new in zip(trees, back, strict=True):
         assert type(new.value) is type(old.value)
         assert repr(new.value) == repr(old.value)
-
-
-def test_groups_have_names_that_any_system_takes(tmp_path):
-    odd = type("Größe/..", (nnx.Variable,), {"__module__": "x"})
-    nnx.save(tmp_path, {"x": odd(jnp.ones(1))}, step=0)
-    (kind,) = read_manifest(tmp_path, 0).kinds
-    assert kind.group == "Gr%C3%B6%C3%9Fe%2F.."
-    assert math.isfinite(nnx.load_state(tmp_path)["x"].value[0])

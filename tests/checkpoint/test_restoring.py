@@ -231,70 +231,6 @@ def test_a_model_that_was_set_to_evaluation_takes_what_was_saved_in_training(tmp
     assert nnx.restore(tmp_path, model).step == 0
 
 
-def test_all_differences_are_listed_and_nothing_is_changed(tmp_path):
-    class Other(nnx.Variable):
-        pass
-
-    tied = nnx.Param(jnp.ones(1))
-    nnx.save(
-        tmp_path,
-        {
-            "shape": nnx.Param(jnp.ones(3)),
-            "dtype": nnx.Param(jnp.ones(3)),
-            "kind": nnx.Param(jnp.ones(3)),
-            "unknown": nnx.Param(jnp.ones(3)),
-            "type": nnx.Cache(3),
-            "nest": nnx.Cache({"a": 1}),
-            "key": nnx.Cache(jax.random.key(0)),
-            "tied": tied,
-            "untied": tied,
-        },
-        step=0,
-    )
-    into = {
-        "shape": nnx.Param(jnp.zeros((2, 3))),
-        "dtype": nnx.Param(jnp.zeros(3, jnp.int32)),
-        "kind": Other(jnp.zeros(3)),
-        "missing": nnx.Param(jnp.zeros(3)),
-        "type": nnx.Cache(3.0),
-        "nest": nnx.Cache({"b": 1}),
-        "key": nnx.Cache(jax.random.key(0, impl="rbg")),
-        "tied": nnx.Param(jnp.zeros(1)),
-        "untied": nnx.Param(jnp.zeros(1)),
-        "frozen": (jnp.zeros(1),),
-    }
-    with untouched(into), pytest.raises(RestoreError) as caught:
-        nnx.restore(tmp_path, into)
-    text = str(caught.value)
-    assert f"step 0 of {tmp_path} does not fit the model, which was left as it" in text
-    for row in (
-        "shape: shape (Param) is float32[2,3] in the model, float32[3] in the checkp",
-        "dtype: dtype (Param) is int32[3] in the model, float32[3] in the checkpoint",
-        "kind: kind is an Other in the model, a Param in the checkpoint",
-        "missing: missing (Param), float32[3]",
-        "missing: frozen.0 (unlabelled array), float32[1]",
-        "unknown: unknown (Param), float32[3]",
-        "type: type (Cache) is float in the model, int in the checkpoint",
-        "structure: nest (Cache) is dict(b: int) in the model, dict(a: int) in the",
-        "PRNG implementation: key (Cache) is key<rbg>[] in the model, key<threefry",
-        "alias: untied is nothing shared in the model, the same as tied in the check",
-    ):
-        assert row in text, row
-    assert "cast=True" in text
-    assert "rename=" in text
-    assert "kinds=" in text
-
-
-def test_namesakes_among_kinds_are_told_apart(tmp_path):
-    other = type("BatchStat", (nnx.Variable,), {"__module__": "elsewhere"})
-    nnx.save(tmp_path, {"x": nnx.BatchStat(jnp.ones(1))}, step=0)
-    with pytest.raises(
-        RestoreError,
-        match=r"is an elsewhere.BatchStat in the model, a sortal.variable.BatchStat",
-    ):
-        nnx.restore(tmp_path, {"x": other(jnp.ones(1))})
-
-
 def test_a_kind_that_moved_is_named(tmp_path):
     class New(nnx.Variable):
         pass
@@ -314,116 +250,6 @@ def test_a_kind_of_a_script_is_that_of_the_module_it_is_imported_as(tmp_path):
     into = {"x": kind(jnp.zeros(1))}
     nnx.restore(tmp_path, into)
     assert into["x"].value == 1
-
-
-def test_partial_keeps_what_only_one_side_has(tmp_path):
-    nnx.save(
-        tmp_path, {"a": nnx.Param(jnp.ones(1)), "b": nnx.Param(jnp.ones(1))}, step=0
-    )
-    into = {"a": nnx.Param(jnp.zeros(1)), "c": nnx.Param(jnp.zeros(1))}
-    found = nnx.restore(tmp_path, into, partial=True)
-    assert (found.leaves, found.kept) == ((("a",),), (("c",),))
-    assert into["a"].value == 1
-    assert into["c"].value == 0
-    abstract = {
-        "a": nnx.Param(jnp.zeros(1)),
-        "c": nnx.Param(jax.ShapeDtypeStruct((), int)),
-    }
-    with pytest.raises(RestoreError, match=r"missing: c .* holds no value to keep"):
-        nnx.restore(tmp_path, abstract, partial=True)
-
-
-def test_partial_restores_shared_weights_into_models_that_do_not_share(tmp_path):
-    tied = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    nnx.save(tmp_path, {"a": tied, "b": tied}, step=0)
-    into = {k: nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i, k in enumerate("ab", 1)}
-    with pytest.raises(RestoreError, match="alias: b is nothing shared in the model"):
-        nnx.restore(tmp_path, into)
-    nnx.restore(tmp_path, into, partial=True)
-    assert jnp.array_equal(into["b"].kernel.value, tied.kernel.value)
-
-
-def test_a_model_that_shares_what_the_checkpoint_does_not_is_refused(tmp_path):
-    apart = {k: nnx.Param(jnp.ones(1)) for k in "ab"}
-    nnx.save(tmp_path, apart, step=0)
-    one = nnx.Param(jnp.zeros(1))
-    with pytest.raises(RestoreError) as caught:
-        nnx.restore(tmp_path, {"a": one, "b": one})
-    assert "alias: b is the same as a in the model, nothing shared in" in str(
-        caught.value
-    )
-    assert "unknown" not in str(caught.value)
-
-
-def test_nothing_in_common_is_refused_even_if_partial(tmp_path):
-    nnx.save(tmp_path, {"a": nnx.Param(jnp.ones(1))}, step=0)
-    with pytest.raises(RestoreError, match="no leaf in common with the model"):
-        nnx.restore(tmp_path, {"b": nnx.Param(jnp.ones(1))}, partial=True)
-
-
-def test_rename_moves_paths_by_globs(tmp_path):
-    nnx.save(tmp_path, {"enc": Net(0), "head": nnx.Param(jnp.ones(1))}, step=0)
-    into = {"encoder": {"net": Net(1)}, "head": nnx.Param(jnp.zeros(1))}
-    nnx.restore(tmp_path, into, rename={"enc.**": "encoder.net.**"})
-    assert portrait(into["encoder"]["net"]) == portrait(Net(0))
-
-
-def test_a_rename_that_does_nothing_or_cannot_is_refused(tmp_path):
-    nnx.save(
-        tmp_path, {"a": nnx.Param(jnp.ones(1)), "b": nnx.Param(jnp.ones(1))}, step=0
-    )
-    into = {"a": nnx.Param(jnp.zeros(1)), "b": nnx.Param(jnp.ones(1))}
-    with pytest.raises(RestoreError, match=r"fit no path .*\n  'x': 'a'\nIts paths"):
-        nnx.restore(tmp_path, into, rename={"x": "a"})
-    with pytest.raises(RestoreError, match="given twice, after renaming: b"):
-        nnx.restore(tmp_path, into, rename={"a": "b"})
-    with pytest.raises(RestoreError, match="must have the same wild cards"):
-        nnx.restore(tmp_path, into, rename={"a.*": "b.**"})
-    assert into["a"].value == 0
-
-
-def test_cast_converts_numbers_or_says_that_it_cannot(tmp_path):
-    nnx.save(
-        tmp_path,
-        {"f": nnx.Param(jnp.array([1 / 3, 2.0])), "i": nnx.Cache(jnp.array([1, 300]))},
-        step=0,
-    )
-    into = {
-        "f": nnx.Param(jnp.zeros(2, jnp.bfloat16)),
-        "i": nnx.Cache(jnp.zeros(2, jnp.int16)),
-    }
-    nnx.restore(tmp_path, into, cast=True)
-    assert jnp.array_equal(into["f"].value, jnp.array([1 / 3, 2.0], jnp.bfloat16))
-    assert into["i"].value.tolist() == [1, 300]
-    assert into["i"].value.dtype == jnp.int16
-    into["i"].value = jnp.zeros(2, jnp.int8)
-    with untouched(into), pytest.raises(RestoreError, match="1 numbers that int8 cann"):
-        nnx.restore(tmp_path, into, cast=True)
-    into["i"].value = jnp.zeros(2, jnp.float32)
-    with pytest.raises(RestoreError, match="dtype: i"):
-        nnx.restore(tmp_path, into, cast=True)
-
-
-def test_a_float_that_would_become_infinite_is_refused(tmp_path):
-    nnx.save(tmp_path, {"x": nnx.Param(jnp.array([1e30, jnp.inf]))}, step=0)
-    with pytest.raises(RestoreError, match="1 numbers that float16 cannot hold, such"):
-        nnx.restore(tmp_path, {"x": nnx.Param(jnp.zeros(2, jnp.float16))}, cast=True)
-
-
-def test_fill_gives_what_the_checkpoint_lacks(tmp_path):
-    nnx.save(tmp_path, {"a": nnx.Param(jnp.ones(1))}, step=0)
-    into = {"a": nnx.Param(jnp.zeros(1)), "b": nnx.Cache(jnp.zeros(2))}
-    nnx.restore(tmp_path, into, fill=lambda path, kind: jnp.full(2, 7.0))
-    assert into["b"].value.tolist() == [7, 7]
-    other = nnx.state({"b": nnx.Cache(jnp.full(2, 8.0))})
-    found = nnx.restore(tmp_path, into, fill=other)
-    assert into["b"].value.tolist() == [8, 8]
-    assert found.kept == (("b",),)
-    with (
-        untouched(into),
-        pytest.raises(RestoreError, match="something of another shape"),
-    ):
-        nnx.restore(tmp_path, into, fill=lambda path, kind: jnp.ones(3))
 
 
 def test_only_that_takes_nothing_is_refused(tmp_path):
@@ -494,15 +320,6 @@ def test_kinds_whose_class_is_not_loaded_get_a_stand_in(tmp_path):
     assert type(found) is not gone
     assert isinstance(found, nnx.Param)
     assert found.get_metadata("tag") == "t"
-
-
-def test_restored_arrays_can_be_donated(tmp_path):
-    nnx.save(tmp_path, {"x": nnx.Param(jnp.ones(1_200_000))}, step=0)
-    x = nnx.load_state(tmp_path)["x"].value
-    pointer = x.unsafe_buffer_pointer()
-    y = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
-    assert x.is_deleted()
-    assert y.unsafe_buffer_pointer() == pointer
 
 
 # ---------------------------------------------------------------------- elsewhere
@@ -588,18 +405,6 @@ def test_shardings_by_kind_or_policy_say_where_arrays_go(tmp_path):
     assert root["s"].value.sharding.spec == P("x")
     with pytest.raises(RestoreError, match="is a spec, and no mesh is set"):
         nnx.restore(tmp_path, root, sharding=P("x"))
-
-
-def test_the_manifest_says_how_arrays_were_sharded(tmp_path):
-    from sortal.checkpoint import files
-
-    placed = NamedSharding(mesh(2, 4), P(("x", "y"), None))
-    nnx.save(tmp_path, {"w": jax.device_put(jnp.ones((8, 2)), placed)}, step=0)
-    (leaf,) = files.read_manifest(tmp_path, 0).leaves
-    assert leaf.value.sharding == {
-        "mesh": {"x": 2, "y": 4},
-        "spec": [["x", "y"], None],
-    }
 
 
 # -------------------------------------------------------------------------- damage

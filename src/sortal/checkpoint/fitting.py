@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -131,7 +132,11 @@ class _Matching:
         at = range(len(schema))
         if self.options.only is not None:
             at = select(schema, (self.options.only,), view).parts[0][1]
-        return {encode_path(schema.paths[i]): i for i in at if said[i] != "drop"}
+        at = [i for i in at if said[i] != "drop"]
+        paths = [encode_path(schema.paths[i]) for i in at]
+        several = [show(path) for path, n in Counter(paths).items() if n > 1]
+        self.faults += [f"one text for several paths: {path}" for path in several]
+        return dict(zip(paths, at, strict=True))
 
     # ---------------------------------------------------------------- what is given
     def renamed(
@@ -245,18 +250,18 @@ class _Matching:
             if found is not _ABSENT:
                 filled[i] = found
                 return
-        leaves = jax.tree.leaves(self.values[i])
-        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+        live: list[Any] = []
+        shown = self._shown(i, live)
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in live)
         if self.options.partial and not abstract:
             kept.append(i)
             return
         why = ", and the model holds no value to keep" if self.options.partial else ""
-        shown = "" if not leaves else f", {self._shown(i)}"
-        self.faults.append(f"missing: {name}{shown}{why}")
+        self.faults.append(f"missing: {name}, {shown}{why}")
 
-    def _shown(self, i: int) -> str:
+    def _shown(self, i: int, live: list[Any]) -> str:
         try:
-            return describe(self.values[i], []).shown
+            return describe(self.values[i], live).shown
         except UnsavableError:
             return type(self.values[i]).__name__
 
@@ -270,16 +275,21 @@ class _Matching:
             if at is None:
                 return _ABSENT
             found = state.values_list()[at]
+        new: list[Any] = []
         try:
+            # What is given goes in as it is: nothing casts it on the way.
             wrong = difference(
-                describe(found, []), describe(self.values[i], []), self._may_cast
+                describe(found, new), describe(self.values[i], []), lambda *_: False
             )
+            wrong = wrong and f"something of another {wrong}"
         except UnsavableError as e:
             wrong = str(e)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in new):
+            wrong = "a shape without values"
         if wrong:
             self.faults.append(
-                f"fill: {self.schema.describe(i)} is {self._shown(i)} in the model, "
-                f"and fill= gives something of another {wrong}"
+                f"fill: {self.schema.describe(i)} is {self._shown(i, [])} in the "
+                f"model, and fill= gives {wrong}"
             )
         return found
 

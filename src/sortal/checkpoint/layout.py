@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -57,6 +58,9 @@ class Layout(NamedTuple):
     graphdef: str
 
 
+_DEPTH = 100
+
+
 def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     """Decides what is saved, and where each array goes.
 
@@ -99,6 +103,7 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
         new = place.all(tree, live, group, path, passing)
         metadata = _plain_metadata(schema.metadata[i])
         leaves.append(Leaf(path, kind, new, metadata, passing))
+    _refuse_namesakes(leaves)
     return Layout(
         kinds,
         tuple(leaves),
@@ -149,9 +154,14 @@ def _not_there(live: list[Any]) -> str:
 def _refuse_statics(root: Any) -> None:
     """What hangs as a plain number beside models looks saved, and would not be."""
     found: list[str] = []
+    seen: set[int] = set()
     todo: list[tuple[Path, Any]] = [((), root)]
     while todo:
         path, x = todo.pop()
+        if type(x) in (dict, list, tuple):
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
         if type(x) is dict:
             todo += [((*path, key), child) for key, child in x.items()]
         elif type(x) in (list, tuple):
@@ -163,6 +173,16 @@ def _refuse_statics(root: Any) -> None:
             "numbers and strings that hang in plain containers are settings, which no "
             f"checkpoint holds; found:\n{listing(sorted(found))}\nPut them into "
             "metadata=, or into Variables."
+        )
+
+
+def _refuse_namesakes(leaves: list[Leaf]) -> None:
+    """Odd keys are stored as text, by which one leaf must be told from another."""
+    count = Counter(leaf.path for leaf in leaves)
+    if found := [show(path) for path, n in count.items() if n > 1]:
+        raise SaveError(
+            "several leaves have one path once their keys are text; found:\n"
+            f"{listing(found)}\nUse strings or integers as keys."
         )
 
 
@@ -209,11 +229,16 @@ _ODD = re.compile(r"[^A-Za-z0-9_.=@-]")
 
 def file_name(text: str) -> str:
     """A text as the name of a file on any system; the same for the same text."""
-    name = _ODD.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), text)
+    name = _ODD.sub(lambda m: "".join(f"%{b:02X}" for b in _utf8(m[0])), text)
     name = name.replace(".", "%2E", 1) if name.startswith(".") else name
     if len(name) > 100:
-        name = f"{name[:80]}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        name = f"{name[:80]}~{hashlib.sha256(_utf8(text)).hexdigest()[:16]}"
     return name or "%"
+
+
+def _utf8(text: str) -> bytes:
+    # The names that a system gives for bytes of no encoding have halves of pairs.
+    return text.encode(errors="surrogatepass")
 
 
 def free(name: str, taken: set[str]) -> str:
@@ -312,9 +337,10 @@ class _Places:
         whole, shard = _whole(live)
         if whole is None or size >= SMALL:
             last = "~last" if passing else ""
-            packs = {f"{group}/packed".casefold(), f"{group}/packed~last".casefold()}
+            taken = (f"{group}/{x}" for x in ("packed", "packed~last", "zarr.json"))
+            taken = self._names.union(map(str.casefold, taken))
             wanted = f"{group}/{file_name(show(path))}{last}"
-            name = free(wanted, self._names | packs)
+            name = free(wanted, taken)
             self._names.add(name.casefold())
             self._stored[name] = stored_array(array, shard)
             self.own[name] = [self._held(piece) for piece in _pieces(live, whole)]
@@ -374,23 +400,30 @@ def check_json(what: str, x: Any) -> None:
       SaveError: something in it is no string, number, bool, None, list or dict with
         strings as keys; all is listed.
     """
-    faults: list[str] = []
-    todo: list[tuple[str, Any]] = [(what, x)]
-    while todo:
-        at, x = todo.pop()
-        if type(x) is dict:
-            faults += [f"{at}: the key {k!r}" for k in x if type(k) is not str]
-            todo += [(f"{at}[{k!r}]", v) for k, v in x.items()]
-        elif type(x) is list:
-            todo += [(f"{at}[{i}]", v) for i, v in enumerate(x)]
-        elif type(x) is float:
-            if not math.isfinite(x):
-                faults.append(f"{at}: {x}")
-        elif x is not None and type(x) not in (str, int, bool):
-            faults.append(f"{at}: a {type(x).__name__}")
+    faults = list(_not_json(what, x, ()))
     if faults:
         raise SaveError(
             f"{what}= must be plain JSON, to come back as it went in; found:\n"
             f"{listing(sorted(faults))}\nUse lists, dicts with strings as keys, "
             "strings, bools, None and finite numbers."
         )
+
+
+def _not_json(at: str, x: Any, above: tuple[int, ...]) -> Iterator[str]:
+    if id(x) in above:
+        yield f"{at}: something that contains itself"
+    elif len(above) > _DEPTH:
+        yield f"{at}: more than a hundred containers deep"
+    elif type(x) is dict:
+        for key, value in x.items():
+            if type(key) is not str:
+                yield f"{at}: the key {key!r}"
+            yield from _not_json(f"{at}[{key!r}]", value, (*above, id(x)))
+    elif type(x) is list:
+        for i, value in enumerate(x):
+            yield from _not_json(f"{at}[{i}]", value, (*above, id(x)))
+    elif type(x) is float:
+        if not math.isfinite(x):
+            yield f"{at}: {x}"
+    elif x is not None and type(x) not in (str, int, bool):
+        yield f"{at}: a {type(x).__name__}"

@@ -161,9 +161,9 @@ def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
             yield window
             window = []
         if not window:
-            start = offset
+            start, end = offset, after
         window.append(i)
-        end = after
+        end = max(end, after)
     if window:
         yield window
 
@@ -179,7 +179,7 @@ def _packed(
     name: str, wants: Sequence[Want], window: list[int], put: _Putter, found: list[Any]
 ) -> _Job:
     start, _ = _span(wants[window[0]].array)
-    _, end = _span(wants[window[-1]].array)
+    end = max(_span(wants[i].array)[1] for i in window)
 
     def then(memory: np.ndarray) -> None:
         for i in window:
@@ -293,13 +293,23 @@ def _cast(want: Want, host: np.ndarray) -> np.ndarray:
     if want.dtype == want.array.dtype:
         return host
     dtype = numpy_dtype(want.dtype)
+    if host.dtype.isbuiltin != 1:
+        # Types that are not NumPy's own cannot all be cast to one another.
+        whole = jnp.issubdtype(host.dtype, jnp.integer)
+        host = host.astype(np.int16 if whole else np.float32)
     with np.errstate(all="ignore"):
         new = host.astype(dtype)
         if jnp.issubdtype(dtype, jnp.integer):
             bad = new.astype(host.dtype) != host
             bad |= (new < 0) != (host < 0)
         else:
-            bad = np.isfinite(host) & ~np.isfinite(new)
+            finite = np.isfinite(host)
+            bad = finite != np.isfinite(new)
+            if not finite.all():
+                bad |= np.isnan(host) != np.isnan(new)
+            if np.isfinite(np.float32(np.inf).astype(dtype)):
+                # It has no infinity: what is too large has become its largest number.
+                bad |= np.abs(host) > host.dtype.type(jnp.finfo(dtype).max)
     if bad.any():
         raise RestoreError(
             f"cast: {show(want.path)} has {int(bad.sum())} numbers that {want.dtype} "

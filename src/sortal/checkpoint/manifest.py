@@ -293,7 +293,8 @@ def _check_whole(m: Manifest) -> None:
     if sum(math.prod(chunk_counts(a)) for a in m.arrays.values()) > len(m.files):
         raise _FormError("the arrays have more chunks than there are files")
     due = {chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])}
-    due |= set(m.files) & {"zarr.json", *(f"{k.group}/zarr.json" for k in m.kinds)}
+    groups = {k.group for k in m.kinds} | {name.partition("/")[0] for name in m.arrays}
+    due |= {"zarr.json", *(f"{group}/zarr.json" for group in groups)}
     due |= {f"{name}/zarr.json" for name in m.arrays}
     if due != set(m.files):
         odd = min(due ^ set(m.files))
@@ -353,6 +354,8 @@ def _read_leaf(x: Any, kinds: int) -> Leaf:
         raise _FormError(f"a leaf that is kept {x['keep']!r}")
     path, value = _read_path(x["path"]), _read_tree(x["value"], 0)
     metadata = _a(dict, x.get("metadata", {}))
+    if any(type(v) not in (str, int, bool, type(None)) for v in metadata.values()):
+        raise _FormError(f"a leaf with the metadata {metadata!r:.60}")
     return Leaf(path, kind, value, metadata, "keep" in x)
 
 

@@ -197,10 +197,15 @@ def _nest(what: str, name: str | None, items: Any, live: list[Any], depth: int) 
             raise UnsavableError(f"a {what} with the key {key!r}")
         keys.append(key if type(key) in (str, int, type(None)) else str(key))
         children.append(_describe(child, live, depth + 1))
+    if len(set(keys)) < len(keys) != keys.count(None):
+        raise UnsavableError(f"a {name} with several keys of one text: {keys}")
     return Nest(what, name, tuple(keys), tuple(children))
 
 
 def _describe_array(value: Any, live: list[Any]) -> Array:
+    if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+        name = type(value).__name__
+        raise UnsavableError(f"a {name}, of which only the numbers would be kept")
     form = _form(value)
     key, sharding = None, getattr(value, "sharding", None)
     shape, dtype = value.shape, value.dtype
