@@ -1,18 +1,30 @@
-"""What a function refers to besides its arguments, where that can be known.
+"""Transforms called outside of any trace: what is compiled for them, and kept.
 
-A compiled function goes on with the values that it saw when it was traced. Before one
-is kept on the user's behalf, all that could change unseen must be known.
+JAX knows a loop or branch again by its function, which is another one at each call of
+a transform here. The transform is kept under ``jit`` instead. But a compiled function
+goes on with the values that it saw when it was traced; so all that could change unseen
+must be known first.
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
 
-_PLAIN = (str, bytes, int, float, complex, type(None), type(Ellipsis))
+from sortal._jax import outside_traces
+from sortal.statics import static_key
+from sortal.transforms.compile import jit
+
+_KEPT = 256
+_programs: dict[Hashable, Callable[..., Any]] = {}
+_PLAIN = (
+    *(str, bytes, int, float, complex, np.generic, np.dtype),
+    *(type(None), type(Ellipsis)),
+)
 _LIBRARIES = frozenset(
     "builtins chex einops flax functools jax jaxlib math numpy optax sortal".split()
 )
@@ -22,6 +34,37 @@ class _Unknown(Exception):  # noqa: N818 - no error: ends a search
     """Something that may change without anybody noticing."""
 
 
+def kept(
+    call: Callable[..., Any], fixed: Any, also: Any = (), **options: Any
+) -> Callable[..., Any]:
+    """``call`` under ``jit``, the same one while nothing changes that it refers to.
+
+    Args:
+      call: a transform as a function of all that may be traced; besides, it refers to
+        ``fixed`` and ``also`` only, and its code says which transform it is.
+      fixed: the user's functions, and options, in tuples.
+      also: what is compared as a static value is.
+      **options: those of ``jit``.
+
+    Returns:
+      The compiled function; or ``call`` as it is inside of another trace, whose tracers
+      must not be kept, and where ``captures`` knows no key.
+    """
+    known = captures(fixed) if outside_traces() else None
+    if known is None:
+        return call
+    try:
+        key = (call.__code__, known, static_key(also))
+    except TypeError:
+        return call
+    found = _programs.get(key)
+    if found is None:
+        if len(_programs) >= _KEPT:
+            _programs.pop(next(iter(_programs)), None)
+        found = _programs[key] = jit(call, **options)
+    return found
+
+
 def captures(fn: Any) -> Hashable | None:
     """A key that changes whenever something changes that a function refers to.
 
@@ -29,7 +72,7 @@ def captures(fn: Any) -> Hashable | None:
     text by value, functions, classes and parts of well-known libraries by identity.
 
     Args:
-      fn: a function.
+      fn: a function, or several in a tuple.
 
     Returns:
       The key, or None where the function refers to arrays, to objects, or to anything
@@ -56,7 +99,7 @@ def captures(fn: Any) -> Hashable | None:
 
 def _visit(x: Any, found: list[Any], seen: set[int], names: tuple[str, ...]) -> None:
     if isinstance(x, _PLAIN):
-        found.append((type(x), x))
+        found.append(static_key(x))
     elif isinstance(x, type):
         found.append(x)
     elif isinstance(x, types.ModuleType):
@@ -72,6 +115,8 @@ def _visit(x: Any, found: list[Any], seen: set[int], names: tuple[str, ...]) -> 
         _visit(tuple(x.items()), found, seen, names)
     elif isinstance(x, types.FunctionType):
         _visit_function(x, found, seen)
+    elif isinstance(x, functools.partial):
+        _visit((x.func, x.args, x.keywords), found, seen, names)
     elif isinstance(x, (types.BuiltinFunctionType, np.ufunc)):
         found.append(x)
     elif callable(x) and type(x).__module__.partition(".")[0] in ("jax", "jaxlib"):
