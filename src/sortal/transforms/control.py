@@ -126,7 +126,7 @@ def _run(call: Callable[..., Any], fixed: Any, held: Any, *args: Any) -> Any:
     """Calls with what functions were bound to; kept if that is live objects alone."""
     # What functools.partial holds besides may be no array at all.
     live = all(map(is_root, jtu.tree_leaves(held, is_leaf=is_root)))
-    return (kept(call, fixed) if live else call)(held, *args)
+    return (kept(call, fixed, (held, args)) if live else call)(held, *args)
 
 
 class _Loop:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from sortal.statics import is_hashable
+from sortal.transforms import traced
 from sortal.transforms.captures import kept
 from sortal.transforms.lift import (
     Entered,
@@ -16,7 +18,6 @@ from sortal.transforms.lift import (
     refuse_unknown,
     unbind,
 )
-from sortal.transforms.traced import run
 
 _NO_FUNCTION: Any = object()
 
@@ -69,7 +70,7 @@ def remat(
     def call(*args: Any, **kwargs: Any) -> Any:
         entered = Entered(args, kwargs, static)
         rematted = jax.checkpoint(
-            lambda *a, **k: run(fn, a, k),
+            lambda *a, **k: traced.run(fn, a, k),
             prevent_cse=prevent_cse,
             policy=policy,
             static_argnums=at,
@@ -79,9 +80,12 @@ def remat(
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         args = (*first, *args)
-        given = tuple(args[i] for i in at if i < len(args))
-        fixed = (fn, prevent_cse, policy, at, given)
-        return kept(call, fixed, given, static_argnums=at)(*args, **kwargs)
+        chosen = tuple(args[i] for i in at if i < len(args))
+        fixed = (fn, prevent_cse, policy, at, chosen)
+        run = call
+        if is_hashable(chosen):
+            run = kept(call, fixed, (args, kwargs), static_argnums=at)
+        return run(*args, **kwargs)
 
     return wrapper
 

@@ -112,12 +112,11 @@ def scan(
     @functools.wraps(f)
     def wrapper(*args: Any) -> Any:
         given = per_argument("in_axes", in_axes, args)
-        run = steps
+        call = steps
         if all(map(_traceable, given, args)):
-            axes, shape = jtu.tree_flatten((in_axes, out_axes), is_leaf=is_answer)
-            fixed = (fn, held, options, dict(transform_metadata))
-            run = kept(steps, fixed, (*axes, shape))
-        return run(*first, *args)
+            axes = (in_axes, out_axes, dict(transform_metadata))
+            call = kept(steps, (fn, held, options, axes), (first, args))
+        return call(*first, *args)
 
     return wrapper
 
