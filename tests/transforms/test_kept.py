@@ -219,6 +219,17 @@ def test_what_a_static_function_closes_over_has_its_value_of_now(way: Any) -> No
         same(way(lambda m, x: m.activation(x), m, X), X * k)
 
 
+def test_another_with_block_for_names_of_axes_is_seen() -> None:
+    def make(m: Any, x: Any) -> Any:
+        return x if sortal.using_eager_sharding() else -x
+
+    m = Scale()
+    same(by_remat(make, m, X), X)
+    with sortal.use_eager_sharding(False):
+        same(by_remat(make, m, X), -X)
+    same(by_remat(make, m, X), X)
+
+
 @every
 def test_an_error_is_raised_at_every_call_and_leaves_nothing(
     way: Any, traced: Any

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 from sortal._jax import outside_traces
 from sortal.graph import bind
 from sortal.graphdef import STATIC, GraphDef, Schema
+from sortal.mesh_axes import in_force
 from sortal.nodes import is_root
 from sortal.policy import Policy
 from sortal.statics import static_key
@@ -43,7 +44,8 @@ _SLOTS = (
 )
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 _LIBRARIES = frozenset(
-    "builtins chex einops flax functools jax jaxlib math numpy optax sortal".split()
+    "builtins chex einops flax jax jaxlib numpy optax sortal abc collections "
+    "dataclasses functools itertools math operator reprlib typing".split()
 )
 
 
@@ -70,7 +72,7 @@ def kept(
     """
     if not outside_traces():
         return call
-    known = captures((fixed, _referred(given)))
+    known = captures((fixed, in_force(), _referred(given)))
     if known is None:
         return call
     key = (call.__code__, known)
