@@ -51,9 +51,9 @@ def transforms(peers: Peers, effort: Effort, depth: int = 100) -> Table:
             ),
             (
                 "eagerly, JAX compiles a loop or branch anew whenever its function is "
-                "new, as raw JAX's are here, which close over the arrays, and those of "
-                "while_loop and cond in all three; shard_map compiles each operation "
-                f"at each call, and so has {SHALLOW} layers there."
+                "new, as some of raw JAX's are here, which close over the arrays; "
+                "shard_map compiles each operation at each call, and so has "
+                f"{SHALLOW} layers there."
             ),
         ],
     )

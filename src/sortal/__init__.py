@@ -179,10 +179,8 @@ from sortal.surgery import variables as variables
 from sortal.transforms.autodiff import DiffState as DiffState
 from sortal.transforms.autodiff import grad as grad
 from sortal.transforms.autodiff import value_and_grad as value_and_grad
-from sortal.transforms.compile import checkpoint as checkpoint
 from sortal.transforms.compile import eval_shape as eval_shape
 from sortal.transforms.compile import jit as jit
-from sortal.transforms.compile import remat as remat
 from sortal.transforms.control import cond as cond
 from sortal.transforms.control import fori_loop as fori_loop
 from sortal.transforms.control import switch as switch
@@ -201,6 +199,8 @@ from sortal.transforms.prefixes import Carry as Carry
 from sortal.transforms.prefixes import StateAxes as StateAxes
 from sortal.transforms.prefixes import StateSharding as StateSharding
 from sortal.transforms.prefixes import StateSpecs as StateSpecs
+from sortal.transforms.remat import checkpoint as checkpoint
+from sortal.transforms.remat import remat as remat
 from sortal.transforms.retrace import RetraceWarning as RetraceWarning
 from sortal.transforms.retrace import explain_retrace as explain_retrace
 from sortal.transforms.scan import scan as scan

@@ -80,6 +80,11 @@ def using_eager_sharding() -> bool:
     return _eager.get()
 
 
+def in_force() -> tuple[Any, ...]:
+    """What the ``with`` blocks of this file, and those of Flax, say at the moment."""
+    return _rules.get(), _rules_of_flax(), _eager.get()
+
+
 def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
     """The partition spec that names of axes stand for.
 

@@ -1,4 +1,4 @@
-"""jit, remat and eval_shape over modules."""
+"""jit and eval_shape over modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from sortal.transforms.lift import (
     Entered,
     leave,
     named_positions,
-    refuse_unknown,
     stale_buffers,
     unbind,
 )
@@ -229,66 +228,6 @@ def _shift(options: dict[str, Any], by: int) -> dict[str, Any]:
     if isinstance(moved.get("in_shardings"), (tuple, list)):
         moved["in_shardings"] = ((None,) * by) + tuple(moved["in_shardings"])
     return moved
-
-
-def remat(
-    f: Any = _NO_FUNCTION,
-    *,
-    prevent_cse: bool = True,
-    policy: Callable[..., bool] | None = None,
-    static_argnums: int | Sequence[int] = (),
-    **ignored: Any,
-) -> Any:
-    """``jax.checkpoint`` for functions of modules: recomputes instead of storing.
-
-    Args:
-      f: the function; without it a decorator is returned.
-      prevent_cse: see ``jax.checkpoint``.
-      policy: what to store all the same; see ``jax.checkpoint_policies``.
-      static_argnums: positions of arguments that are not traced.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
-
-    Returns:
-      The function, or the decorator.
-
-    Raises:
-      ArgumentError: an unknown keyword.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import sortal as nnx
-      >>> layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-      >>> loss = lambda layer, x: nnx.remat(nnx.Linear.__call__)(layer, x).sum()
-      >>> nnx.grad(loss)(layer, jnp.ones((1, 2))).paths()
-      (('bias',), ('kernel',))
-    """
-    refuse_unknown("remat", ignored)
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            remat,
-            prevent_cse=prevent_cse,
-            policy=policy,
-            static_argnums=static_argnums,
-        )
-    fn, first = unbind(f)
-    static, _ = named_positions(fn, static_argnums, None)
-    static = {i + len(first) for i in static if isinstance(i, int)}
-
-    @functools.wraps(f)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        entered = Entered((*first, *args), kwargs, static)
-        rematted = jax.checkpoint(
-            lambda *a, **k: run(fn, a, k),
-            prevent_cse=prevent_cse,
-            policy=policy,
-            static_argnums=tuple(sorted(static)),
-        )
-        return leave(entered, rematted(*entered.args, **entered.kwargs))
-
-    return wrapper
-
-
-checkpoint = remat
 
 
 def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

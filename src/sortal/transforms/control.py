@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import jax.tree_util as jtu
 
 from sortal.errors import ArgumentError, LoopError, listing
+from sortal.nodes import is_root
+from sortal.transforms.captures import kept
 from sortal.transforms.lift import leave, refuse_unknown, unbind
 from sortal.transforms.operands import Operands, check_types, steady
 from sortal.transforms.traced import Carrier, Exit, Result
@@ -53,28 +56,20 @@ def while_loop(
       3
     """
     refuse_unknown("while_loop", ignored)
-    loop = _Loop("the body of while_loop", body_fun, init_val)
-    condition, held = unbind(cond_fun)
-    if held:
+    body, held = unbind(body_fun)
+    condition, others = unbind(cond_fun)
+    if others:
         raise ArgumentError(
             "the condition of while_loop is a method of a module; pass the module in "
             "init_val, and write cond_fun=lambda value: ..."
         )
 
-    def goes_on(state: Any) -> Any:
-        where = "the condition of while_loop"
-        result = steady(
-            where, loop.operands, loop.value_only(condition), loop.args(state)
-        )
-        if result.exit.written:
-            rows = map(loop.operands.describe, result.exit.written)
-            raise LoopError(
-                f"{where} must not write; it wrote to:\n{listing(rows)}\nWrite in the "
-                "body."
-            )
-        return result.out
+    def call(held: Any, init: Any) -> Any:
+        loop = _Loop("the body of while_loop", body, held, init)
+        goes_on = functools.partial(loop.goes_on, condition)
+        return loop.finish(jax.lax.while_loop(goes_on, loop.step, loop.start()))
 
-    return loop.finish(jax.lax.while_loop(goes_on, loop.step, loop.start()))
+    return _run(call, (body, condition), held, init_val)
 
 
 def fori_loop(
@@ -115,14 +110,23 @@ def fori_loop(
       10
     """
     refuse_unknown("fori_loop", ignored)
-    loop = _Loop("the body of fori_loop", body_fun, init_val)
+    body, held = unbind(body_fun)
 
-    def step(i: Any, state: Any) -> Any:
-        return loop.step(state, i)
+    def call(held: Any, init: Any) -> Any:
+        loop = _Loop("the body of fori_loop", body, held, init)
+        step = loop.numbered_step
+        return loop.finish(
+            jax.lax.fori_loop(lower, upper, step, loop.start(), unroll=unroll)
+        )
 
-    return loop.finish(
-        jax.lax.fori_loop(lower, upper, step, loop.start(), unroll=unroll)
-    )
+    return _run(call, (body, lower, upper, unroll), held, init_val)
+
+
+def _run(call: Callable[..., Any], fixed: Any, held: Any, *args: Any) -> Any:
+    """Calls with what functions were bound to; kept if that is live objects alone."""
+    # What functools.partial holds besides may be no array at all.
+    live = all(map(is_root, jtu.tree_leaves(held, is_leaf=is_root)))
+    return (kept(call, fixed, (held, args)) if live else call)(held, *args)
 
 
 class _Loop:
@@ -132,10 +136,9 @@ class _Loop:
     cost nothing.
     """
 
-    def __init__(self, where: str, body: Callable[..., Any], init: Any):
-        self.where = where
-        self.body, self.held = unbind(body)
-        self.operands = Operands((*self.held, init))
+    def __init__(self, where: str, body: Callable[..., Any], held: Any, init: Any):
+        self.where, self.body = where, body
+        self.operands = Operands((*held, init))
         self.init = self.operands.skeleton(self.operands.entered.args[-1])
         plain = self.operands.plain
         self.fixed = plain[: len(plain) - len(jax.tree.leaves(self.init))]
@@ -150,13 +153,25 @@ class _Loop:
         tree, values = state
         return self.operands.rebuild([*self.fixed, *jax.tree.leaves(tree)], values)
 
-    def value_only(self, fn: Callable[[Any], Any]) -> Callable[..., Any]:
-        """``fn`` of the value as a function of all arguments, returning an array."""
+    def goes_on(self, condition: Callable[[Any], Any], state: Any) -> Any:
+        """What ``condition`` says of the value; it must not write."""
 
         def call(*args: Any) -> Any:
-            return value_of(fn(args[-1]))
+            return value_of(condition(args[-1]))
 
-        return call
+        where = "the condition of while_loop"
+        result = steady(where, self.operands, call, self.args(state))
+        if result.exit.written:
+            rows = map(self.operands.describe, result.exit.written)
+            raise LoopError(
+                f"{where} must not write; it wrote to:\n{listing(rows)}\nWrite in the "
+                "body."
+            )
+        return result.out
+
+    def numbered_step(self, i: Any, state: Any) -> Any:
+        """One step of a loop whose body takes the number of the step first."""
+        return self.step(state, i)
 
     def step(self, state: Any, *first: Any) -> Any:
         """One step of the loop; ``first`` comes before the value."""
@@ -236,12 +251,7 @@ def cond(
     """
     refuse_unknown("cond", ignored)
     where = ("the true branch of cond", "the false branch of cond")
-    branches = _Branches(where, (true_fun, false_fun), operands)
-
-    def call(*state: Any) -> Any:
-        return jax.lax.cond(pred, *branches.functions(), *state)
-
-    return branches.finish(call)
+    return _choose(jax.lax.cond, where, pred, (true_fun, false_fun), operands)
 
 
 def switch(
@@ -276,13 +286,35 @@ def switch(
     refuse_unknown("switch", ignored)
     if not branches:
         raise ArgumentError("switch needs at least one branch.")
-    where = [f"branch {i} of switch" for i in range(len(branches))]
-    several = _Branches(where, branches, operands)
+    where = tuple(f"branch {i} of switch" for i in range(len(branches)))
+    return _choose(_switch, where, index, branches, operands)
 
-    def call(*state: Any) -> Any:
-        return jax.lax.switch(index, several.functions(), *state)
 
-    return several.finish(call)
+def _switch(index: Any, *functions: Any) -> Any:
+    """``jax.lax.switch`` with its arguments in the order of ``cond``'s."""
+    *branches, plain, values = functions
+    return jax.lax.switch(index, branches, plain, values)
+
+
+def _choose(
+    choice: Callable[..., Any],
+    where: tuple[str, ...],
+    which: Any,
+    branches: Sequence[Any],
+    operands: Sequence[Any],
+) -> Any:
+    unbound = [unbind(branch) for branch in branches]
+    fns = tuple(fn for fn, _ in unbound)
+
+    def call(held: Any, which: Any, operands: Any) -> Any:
+        several = _Branches(where, fns, held, operands)
+        return several.finish(
+            lambda *state: choice(which, *several.functions(), *state)
+        )
+
+    held = [first for _, first in unbound]
+    # The names of the branches say which choice it is.
+    return _run(call, (fns, where), held, which, tuple(operands))
 
 
 class _Branches:
@@ -293,15 +325,17 @@ class _Branches:
     """
 
     def __init__(
-        self, where: Sequence[str], branches: Sequence[Any], operands: Sequence[Any]
+        self,
+        where: Sequence[str],
+        branches: Sequence[Any],
+        held: Sequence[Any],
+        operands: Sequence[Any],
     ):
-        unbound = [unbind(branch) for branch in branches]
-        held = [x for _, first in unbound for x in first]
         self.where, self.n = where, len(operands)
-        self.operands = Operands((*operands, *held))
+        self.operands = Operands((*operands, *(x for first in held for x in first)))
         self.calls: list[tuple[Any, range]] = []
         at = self.n
-        for fn, first in unbound:
+        for fn, first in zip(branches, held, strict=True):
             self.calls.append((fn, range(at, at + len(first))))
             at += len(first)
         # What functools.partial holds besides modules may be no array at all.

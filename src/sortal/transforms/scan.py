@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._jax import outside_traces
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.foreign import in_our_words
-from sortal.statics import is_hashable
 from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.captures import captures
-from sortal.transforms.compile import jit
+from sortal.transforms.captures import kept
 from sortal.transforms.lift import leave, refuse_unknown, unbind
 from sortal.transforms.mapping import check_ranks, per_argument
 from sortal.transforms.operands import Operands, check_types, edited, only_added
@@ -31,7 +28,6 @@ from sortal.transforms.traced import Carrier, Exit, Result, resolve, run
 from sortal.variable import describe
 
 _NO_FUNCTION: Any = object()
-_KEPT = 16
 
 
 def scan(
@@ -107,38 +103,22 @@ def scan(
     held = len(first)
 
     def steps(*args: Any) -> Any:
-        given = (*(None for _ in first), *per_argument("in_axes", in_axes, args[held:]))
+        given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
         call = _Scan(fn, Operands(args), given, out_axes)
         call.check_lengths(length, held)
         carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
         return call.finish(carry, ys, transform_metadata)
 
-    # JAX knows a loop again by its step, which is another function at each call.
-    kept: dict[Any, Any] = {}
-
     @functools.wraps(f)
     def wrapper(*args: Any) -> Any:
         given = per_argument("in_axes", in_axes, args)
-        run = steps
-        if outside_traces() and all(map(_traceable, given, args)):
-            run = _compiled(kept, fn, (in_axes, out_axes), steps)
-        return run(*first, *args)
+        call = steps
+        if all(map(_traceable, given, args)):
+            axes = (in_axes, out_axes, dict(transform_metadata))
+            call = kept(steps, (fn, held, options, axes), (first, args))
+        return call(*first, *args)
 
     return wrapper
-
-
-def _compiled(kept: dict[Any, Any], fn: Any, axes: Any, steps: Any) -> Any:
-    """``steps`` under jit, kept while nothing it refers to changes; else as it is."""
-    known = captures(fn)
-    leaves, treedef = jtu.tree_flatten(axes, is_leaf=is_answer)
-    key = (known, treedef, tuple(leaves))
-    if known is None or not is_hashable(key):
-        return steps
-    if key not in kept:
-        if len(kept) >= _KEPT:
-            kept.clear()
-        kept[key] = jit(steps)
-    return kept[key]
 
 
 def _traceable(axis: Any, arg: Any) -> bool:
