@@ -344,9 +344,16 @@ def resumed(where: Path, times: int) -> Counter[str]:
         time.sleep(rng.uniform(0, 0.05))
         child.kill()
         child.communicate()
-        again = start(str(i)).communicate()[0].splitlines()
+        second = start(str(i))
+        again = second.communicate()[0].splitlines()
         found["resumed"] += any(x.startswith("resumed at step") for x in again)
-        found["equal" if again[-1] == due else "other"] += 1
+        if second.returncode:
+            outcome = "crash"
+        else:
+            outcome = "equal" if again[-1] == due else "other"
+        found[outcome] += 1
+        if outcome != "equal":
+            print(f"{outcome} ({second.returncode}):", *again[:1], *again[-2:])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 
@@ -138,3 +139,13 @@ def test_a_compiled_function_is_what_it_wraps():
     known, unknown = jax.jit(helper), jax.jit(lambda x: x * ARRAY)
     assert captures(lambda x: known(x)) is not None
     assert captures(lambda x: unknown(x)) is None
+
+
+def test_what_cannot_be_looked_through_is_unknown():
+    """A list in itself, and a dataclass one of whose fields was never set."""
+    endless = []
+    endless.append(endless)
+    half = dataclasses.make_dataclass("Half", [("rate", float)])
+    unset = half.__new__(half)
+    assert captures(lambda x: x * endless) is None
+    assert captures(lambda x: x * unset) is None

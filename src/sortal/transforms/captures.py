@@ -32,7 +32,7 @@ from sortal.transforms.compile import Jitted, jit
 from sortal.transforms.lift import Joint
 from sortal.transforms.prefixes import ByKind, Carry
 
-_KEPT = 256
+_KEPT = 64
 _programs: dict[Hashable, Callable[..., Any]] = {}
 _PLAIN = (
     *(str, bytes, int, float, complex, np.generic, np.dtype),
@@ -155,7 +155,7 @@ def captures(fn: Any) -> Hashable | None:
         _visit(fn, found, set(), ())
         key = tuple(found)
         hash(key)
-    except (_Unknown, TypeError):
+    except (_Unknown, TypeError, AttributeError, RecursionError):
         return None
     return key
 
