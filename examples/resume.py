@@ -86,7 +86,7 @@ def main() -> None:
         print(f"resumed at step {step}", flush=True)
 
     model.train()
-    while step < options.epochs * in_epoch:
+    while model.epochs < options.epochs:  # the last epoch saved may lack its end
         for images, labels in position.batches(data):
             digits.train_step(model, optimizer, metrics, images, labels)
             step += 1

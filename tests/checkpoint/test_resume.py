@@ -71,3 +71,16 @@ def test_digits_stopped_in_the_middle_end_as_if_they_had_run_through(
     printed.clear()
     assert run("b") == undisturbed
     assert printed[0] == "resumed at step 24"
+
+    def stopped(model):
+        if model.epochs == 1:  # after the last save, before the last thing done
+            raise KeyboardInterrupt
+        end_epoch(model)
+
+    end_epoch = digits.end_epoch
+    monkeypatch.setattr(digits, "end_epoch", stopped)
+    assert run("c") == "step 42"
+    monkeypatch.setattr(digits, "end_epoch", end_epoch)
+    printed.clear()
+    assert run("c") == undisturbed
+    assert printed == ["resumed at step 42", undisturbed]
