@@ -158,11 +158,11 @@ def test_what_is_tied_must_be_tied_alike():
     tied, apart = {"a": one, "b": one}, {"a": nnx.Param(1), "b": nnx.Param(2)}
     both = [(("b",), ("a",))]
     assert set(fitted(tied, {"a": 5}, both)[0]) == {("a",)}
-    assert "alias: b is the same as a in the model, nothing" in refused(
+    assert "alias: b is the same as a in the model, shared with no" in refused(
         tied, {"a": 5, "b": 6}
     )
     text = refused(apart, {"a": 5}, both)
-    assert "alias: b is nothing shared in the model, the same as a in the" in text
+    assert "alias: b is shared with nothing in the model, the same as a in" in text
     assert "missing" not in text
     pairs, _ = fitted(apart, {"a": 5}, both, partial=True)
     assert pairs == {("a",): Plain(5), ("b",): Plain(5)}
@@ -308,7 +308,7 @@ def test_all_differences_are_listed_and_nothing_is_changed(tmp_path):
         "type: type (Cache) is float in the model, int in the checkpoint",
         "structure: nest (Cache) is dict(b: int) in the model, dict(a: int) in the",
         "PRNG implementation: key (Cache) is key<rbg>[] in the model, key<threefry",
-        "alias: untied is nothing shared in the model, the same as tied in the check",
+        "alias: untied is shared with nothing in the model, the same as tied in the",
     ):
         assert row in text, row
     assert "cast=True" in text
@@ -347,7 +347,7 @@ def test_partial_restores_shared_weights_into_models_that_do_not_share(tmp_path)
     tied = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     nnx.save(tmp_path, {"a": tied, "b": tied}, step=0)
     into = {k: nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i, k in enumerate("ab", 1)}
-    with pytest.raises(RestoreError, match="alias: b is nothing shared in the model"):
+    with pytest.raises(RestoreError, match="b is shared with nothing in the model"):
         nnx.restore(tmp_path, into)
     nnx.restore(tmp_path, into, partial=True)
     assert jnp.array_equal(into["b"].kernel.value, tied.kernel.value)
@@ -359,7 +359,7 @@ def test_a_model_that_shares_what_the_checkpoint_does_not_is_refused(tmp_path):
     one = nnx.Param(jnp.zeros(1))
     with pytest.raises(RestoreError) as caught:
         nnx.restore(tmp_path, {"a": one, "b": one})
-    assert "alias: b is the same as a in the model, nothing shared in" in str(
+    assert "alias: b is the same as a in the model, shared with nothing" in str(
         caught.value
     )
     assert "unknown" not in str(caught.value)

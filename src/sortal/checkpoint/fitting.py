@@ -365,7 +365,7 @@ def _through(path: Path, tied: Mapping[Path, Path]) -> Path:
 
 
 def _tie(owner: Path | None) -> str:
-    return "nothing shared" if owner is None else f"the same as {show(owner)}"
+    return "shared with nothing" if owner is None else f"the same as {show(owner)}"
 
 
 def _describe(c: Candidate) -> str:
