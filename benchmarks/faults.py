@@ -324,7 +324,7 @@ def resumed(where: Path, times: int) -> Counter[str]:
     """Training killed at random moments and resumed ends as if it had run through."""
     rng = random.Random(9)  # noqa: S311 - no secrets here
     script = Path(__file__).parents[1] / "examples" / "resume.py"
-    words = [sys.executable, str(script), "--epochs", "3", "--every", "7"]
+    words = [sys.executable, str(script), "--epochs", "8", "--every", "7"]
 
     def start(name: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -336,10 +336,11 @@ def resumed(where: Path, times: int) -> Counter[str]:
     for i in range(times):
         child = start(str(i))
         assert child.stdout is not None
-        # So many steps are run before it is killed, in the middle of what comes next.
+        # Killed at a random step once there is one to go on from, in the middle of
+        # whatever comes next.
         for line in child.stdout:
-            word, _, number = line.partition(" ")
-            if word == "step" and int(number) > 8 and rng.random() < 1 / 30:
+            saved = line.startswith("step ") and _steps(where / str(i))
+            if saved and rng.random() < 1 / 30:
                 break
         time.sleep(rng.uniform(0, 0.05))
         child.kill()
