@@ -206,17 +206,17 @@ def peak_memory(quick: bool, where: Path) -> Table:
 
 
 def _memory_child(quick: bool, where: Path) -> None:
-    from benchmarks.memory import _reset_peak, _resident
+    from benchmarks.memory import reset_peak, resident
 
     # What any first save brings into memory, code and threads, is no part of it.
     warm, state = small(quick=True), large(quick)
     _models.update({id(x): _Model(x) for x in (warm, state)})
     _sortal_save(where / "first", warm)
-    before = _resident("VmRSS")
-    _reset_peak()
+    before = resident("VmRSS")
+    reset_peak()
     _sortal_save(where / "second", state)
     size = sum(v.nbytes for v in state.values()) / 1e6
-    print(_resident("VmHWM") - before, size)
+    print(resident("VmHWM") - before, size)
 
 
 def main(arguments: list[str] | None = None) -> int:

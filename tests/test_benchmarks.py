@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("optax")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import decode, peers, sections, transforms
+from benchmarks import checkpoints, decode, peers, sections, transforms
 from benchmarks import workload as w
 from benchmarks.__main__ import main
 from benchmarks.report import Row, Table, number, timed_row
@@ -70,7 +70,8 @@ def test_verbs_and_training_have_all_contenders():
 
 def test_transforms_compute_the_same_in_all_contenders():
     """Each row refuses contenders that differ, so that all rows come is the claim."""
-    table = transforms.transforms(FOUND, TINY, depth=1)
+    once = Effort(repeats=1, seconds=0.0, warmup=0)
+    table = transforms.transforms(FOUND, once, depth=1)
     rows = [f"{name}, eager" for name in transforms.ROWS]
     rows += [f"{name}, under jit" for name in transforms.ROWS]
     assert [row.name for row in table.rows] == rows
@@ -98,6 +99,15 @@ def test_the_command_writes_both_files(tmp_path: Path):
     data = json.loads(out.with_suffix(".json").read_text())
     assert data["facts"]["python"]
     assert data["tables"][0]["rows"][0]["details"]["sortal"]["calls"] > 0
+
+
+def test_checkpoints_are_timed_and_their_memory_measured(tmp_path, capsys):
+    words = ["--quick", "--contenders", "sortal;raw file + fsync"]
+    assert checkpoints.main([*words, "--directory", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for title in ("## Large: 4 MB", "## Small", "## Memory of a synchronous save"):
+        assert title in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_section_is_refused():
