@@ -19,7 +19,7 @@ from benchmarks.report import Row, Table, number, timed_row
 from benchmarks.targets import check
 from benchmarks.timing import Effort, Timing, compare
 
-TINY = Effort(repeats=1, seconds=0.0, warmup=1)
+TINY = Effort(repeats=1, seconds=0.0, warmup=0)
 FOUND, _ = peers.load()
 
 
@@ -68,10 +68,10 @@ def test_verbs_and_training_have_all_contenders():
     assert set(trained.rows[0].values) >= {"sortal", "raw jax", "sortal/raw"}
 
 
-def test_transforms_compute_the_same_in_all_contenders():
+def test_transforms_compute_what_raw_jax_computes():
     """Each row refuses contenders that differ, so that all rows come is the claim."""
-    once = Effort(repeats=1, seconds=0.0, warmup=0)
-    table = transforms.transforms(FOUND, once, depth=1)
+    two = {name: FOUND[name] for name in ("sortal", "raw")}  # Flax's take a minute
+    table = transforms.transforms(two, TINY, depth=1)
     rows = [f"{name}, eager" for name in transforms.ROWS]
     rows += [f"{name}, under jit" for name in transforms.ROWS]
     assert [row.name for row in table.rows] == rows
