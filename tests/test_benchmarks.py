@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("optax")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import checkpoints, decode, peers, sections, transforms
+from benchmarks import checkpoints, decode, peers, sections, timing, transforms
 from benchmarks import workload as w
 from benchmarks.__main__ import main
 from benchmarks.report import Row, Table, number, timed_row
@@ -21,6 +22,16 @@ from benchmarks.timing import Effort, Timing, compare
 
 TINY = Effort(repeats=1, seconds=0.0, warmup=0)
 FOUND, _ = peers.load()
+
+
+@pytest.fixture(autouse=True)
+def _no_full_collections(monkeypatch):
+    """Nothing is timed here, and what other tests left is much to search through."""
+    still = types.SimpleNamespace(
+        collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None
+    )
+    for module in (timing, checkpoints):
+        monkeypatch.setattr(module, "gc", still)
 
 
 def test_the_model_has_the_size_that_the_table_names():
