@@ -131,7 +131,7 @@ class Leaves(list[Any]):
     def values(self) -> list[Any]:
         """The values of all, in order."""
         if self._cells is not None:
-            return [cell.value for cell in self._cells]
+            return [value for (value,) in self._cells]
         if self._foreign is not None:
             return self._foreign()
         return [x._value for x in self]
@@ -141,9 +141,7 @@ class Leaves(list[Any]):
         if self._cells is None:
             return own(self.values())
         kind = np.ndarray
-        return [
-            v.copy() if (v := c.value).__class__ is kind else v for c in self._cells
-        ]
+        return [v.copy() if v.__class__ is kind else v for (v,) in self._cells]
 
     def ours(self) -> bool:
         """Whether all are known to belong to the current trace."""
@@ -153,7 +151,7 @@ class Leaves(list[Any]):
         """Writes one value into each, without asking which trace owns it."""
         if self._cells is not None:
             for cell, value in zip(self._cells, values, strict=False):
-                cell.value = value
+                cell[0] = value
             return
         for leaf, value in zip(self, values, strict=False):
             write(leaf, value) if isinstance(leaf, Variable) else leaf.write(value)

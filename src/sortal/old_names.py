@@ -36,7 +36,7 @@ class OldNames:
           TraceError: this Variable belongs to another trace than the current one.
         """
         self._check_writable()
-        self._cell.value = value
+        self._cell[0] = value
 
     def copy_from(self: Any, other: Any) -> None:
         """Takes over the value and the metadata of a Variable of the same kind.

@@ -36,15 +36,6 @@ _OPTIONS = frozenset(
 )
 
 
-class Cell:
-    """Where one value lies; plans read and write many in one loop."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
 class Variable(ArrayFace, OldNames, Generic[A]):
     """A mutable box for one value, whose class is the value's kind.
 
@@ -121,7 +112,7 @@ class Variable(ArrayFace, OldNames, Generic[A]):
     @property
     def value(self) -> A:
         """The value held."""
-        return self._cell.value
+        return self._cell[0]
 
     _value = value
 
@@ -159,7 +150,7 @@ class Variable(ArrayFace, OldNames, Generic[A]):
                 f"{type(value).__name__}. Write variable.value = other.value."
             )
         self._check_writable()
-        self._cell.value = value
+        self._cell[0] = value
 
     @property
     def _place(self) -> tuple[Any, paths.Path, str]:
@@ -280,7 +271,7 @@ class Variable(ArrayFace, OldNames, Generic[A]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        value = object.__getattribute__(self, "_cell").value
+        value = object.__getattribute__(self, "_cell")[0]
         metadata = object.__getattribute__(self, "_metadata")
         # The value comes first: metadata named `T` must not shadow transposition.
         found = getattr(value, name, _MISSING)
@@ -340,14 +331,14 @@ _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set
 
 def _begin(variable: Variable[Any], value: Any) -> None:
     try:
-        variable._cell.value = value  # built already: plans may hold the cell
+        variable._cell[0] = value  # built already: plans may hold the cell
     except AttributeError:
-        _init_cell(variable, Cell(value))
+        _init_cell(variable, [value])
 
 
 def write(variable: Variable[Any], value: Any) -> None:
     """Sets a value without asking which trace owns the Variable; for the engine."""
-    variable._cell.value = value
+    variable._cell[0] = value
 
 
 def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
@@ -387,7 +378,7 @@ def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[
             made.append(_handler(kind).make(kind, value, meta))
             continue
         made.append(variable := new(kind))
-        _init_cell(variable, Cell(value))
+        _init_cell(variable, [value])
         _init_metadata(variable, meta)
         _init_trace(variable, trace)
     return made
