@@ -57,16 +57,17 @@ def verbs(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
     )
     # Each model is built once, before any row: one that is built after other rows lies
     # scattered over the heap that they left, and what is last built lies best.
-    built = [peer.operations(shape, w.ROWS) for peer in peers.values()]
+    built = {name: peer.operations(shape, w.ROWS) for name, peer in peers.items()}
     for row in w.ROWS:
         progress(row)
-        calls = {k: f for found in built for k, f in found.get(row, {}).items()}
+        calls = collect(built, lambda found, row=row: found.get(row))
         table.rows.append(timed_row(row, compare(calls, effort)))
     return table
 
 
 def collect(
-    peers: Peers, calls_of: Callable[[Any], dict[str, Callable[[], Any]] | None]
+    peers: Mapping[str, Any],
+    calls_of: Callable[[Any], dict[str, Callable[[], Any]] | None],
 ) -> dict[str, Callable[[], Any]]:
     """The calls of all contenders that have some."""
     calls: dict[str, Callable[[], Any]] = {}

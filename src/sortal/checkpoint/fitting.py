@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sortal.checkpoint.layout import aliases_of, encode_path
+from sortal.checkpoint.layout import aliases_of, encode_path, namesakes
 from sortal.checkpoint.manifest import Path
 from sortal.checkpoint.values import (
     Array,
@@ -134,8 +133,7 @@ class _Matching:
             at = select(schema, (self.options.only,), view).parts[0][1]
         at = [i for i in at if said[i] != "drop"]
         paths = [encode_path(schema.paths[i]) for i in at]
-        several = [show(path) for path, n in Counter(paths).items() if n > 1]
-        self.faults += [f"one text for several paths: {path}" for path in several]
+        self.faults += [f"one text for several paths: {p}" for p in namesakes(paths)]
         return dict(zip(paths, at, strict=True))
 
     # ---------------------------------------------------------------- what is given

@@ -6,15 +6,16 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from sortal.checkpoint.manifest import Kind, Leaf, Path, Stored
+from sortal.checkpoint.manifest import METADATA, Kind, Leaf, Path, Stored
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
 from sortal.checkpoint.values import (
+    DEPTH,
     PLAIN,
     Array,
     Place,
@@ -56,9 +57,6 @@ class Layout(NamedTuple):
     shared: frozenset[str]
     """Those of them that several processes write to."""
     graphdef: str
-
-
-_DEPTH = 100
 
 
 def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
@@ -178,17 +176,20 @@ def _refuse_statics(root: Any) -> None:
 
 def _refuse_namesakes(leaves: list[Leaf]) -> None:
     """Odd keys are stored as text, by which one leaf must be told from another."""
-    count = Counter(leaf.path for leaf in leaves)
-    if found := [show(path) for path, n in count.items() if n > 1]:
+    if found := namesakes(leaf.path for leaf in leaves):
         raise SaveError(
             "several leaves have one path once their keys are text; found:\n"
             f"{listing(found)}\nUse strings or integers as keys."
         )
 
 
+def namesakes(paths: Iterable[Any]) -> list[str]:
+    """The paths, as they are stored, that there are several of."""
+    return [show(path) for path, n in Counter(paths).items() if n > 1]
+
+
 def _plain_metadata(metadata: Any) -> dict[str, Any]:
-    plain = (str, int, bool, type(None))
-    return {k: v for k, v in metadata.items() if type(v) in plain} if metadata else {}
+    return {k: v for k, v in metadata.items() if type(v) in METADATA}
 
 
 # ------------------------------------------------------------------ kinds and paths
@@ -412,7 +413,7 @@ def check_json(what: str, x: Any) -> None:
 def _not_json(at: str, x: Any, above: tuple[int, ...]) -> Iterator[str]:
     if id(x) in above:
         yield f"{at}: something that contains itself"
-    elif len(above) > _DEPTH:
+    elif len(above) > DEPTH:
         yield f"{at}: more than a hundred containers deep"
     elif type(x) is dict:
         for key, value in x.items():

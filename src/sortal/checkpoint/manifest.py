@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import hashlib
+import itertools
 import json
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from sortal.checkpoint.values import (
@@ -41,6 +42,10 @@ class Kind(NamedTuple):
     name: str | None
     bases: tuple[str, ...]
     group: str
+
+
+METADATA = frozenset({str, int, bool, type(None)})
+"""Types of the metadata of a leaf that a manifest holds."""
 
 
 class Leaf(NamedTuple):
@@ -318,10 +323,13 @@ def _check_place(m: Manifest, leaf: Leaf, a: Array) -> None:
 
 def chunk_files(name: str, stored: Stored) -> list[str]:
     """The files of the chunks of an array, row after row."""
-    found = [f"{name}/c"]
-    for n in chunk_counts(stored):
-        found = [f"{f}.{i}" for f in found for i in range(n)]
-    return found
+    places = itertools.product(*map(range, chunk_counts(stored)))
+    return [chunk_file(name, at) for at in places]
+
+
+def chunk_file(name: str, at: Iterable[int]) -> str:
+    """The file of one chunk of an array, given its number along each axis."""
+    return f"{name}/c" + "".join(f".{i}" for i in at)
 
 
 def chunk_counts(stored: Stored) -> list[int]:
@@ -354,7 +362,7 @@ def _read_leaf(x: Any, kinds: int) -> Leaf:
         raise _FormError(f"a leaf that is kept {x['keep']!r}")
     path, value = _read_path(x["path"]), _read_tree(x["value"], 0)
     metadata = _a(dict, x.get("metadata", {}))
-    if any(type(v) not in (str, int, bool, type(None)) for v in metadata.values()):
+    if any(type(v) not in METADATA for v in metadata.values()):
         raise _FormError(f"a leaf with the metadata {metadata!r:.60}")
     return Leaf(path, kind, value, metadata, "keep" in x)
 

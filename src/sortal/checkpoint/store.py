@@ -20,6 +20,7 @@ from sortal.checkpoint.manifest import (
     File,
     Manifest,
     Stored,
+    chunk_file,
     chunk_files,
     storage_dtype,
 )
@@ -173,7 +174,7 @@ class Writer:
                     slice(s.start + o, s.stop + o)
                     for s, o in zip(at, start, strict=True)
                 )
-                self._fly(opened[to], _chunk_file(name, stored, to), host[at])
+                self._fly(opened[to], _file_of(name, stored, to), host[at])
 
     def pack(self, name: str, stored: Stored, parts: Iterable[tuple[int, Any]]) -> None:
         """Writes arrays one after the other, each from its offset on."""
@@ -182,7 +183,7 @@ class Writer:
 
         def fly(data: np.ndarray, reuse: bool) -> None:
             span = slice(done, done + data.size)
-            file = _chunk_file(name, stored, (span,))
+            file = _file_of(name, stored, (span,))
             self._fly(opened[span], file, data, reuse)
 
         buffer = self._buffer(chunk)
@@ -256,10 +257,10 @@ def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
         raise faults[0]
 
 
-def _chunk_file(name: str, stored: Stored, at: Sequence[slice]) -> str:
+def _file_of(name: str, stored: Stored, at: Sequence[slice]) -> str:
     """The file of the one chunk that a part of an array begins."""
     numbers = (s.start // c for s, c in zip(at, stored.chunks, strict=True))
-    return f"{name}/c." + ".".join(map(str, numbers))
+    return chunk_file(name, numbers)
 
 
 def chunk_slices(name: str, stored: Stored) -> Iterator[tuple[str, tuple[slice, ...]]]:

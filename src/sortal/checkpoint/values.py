@@ -24,7 +24,8 @@ DTYPES = frozenset(
 """The dtypes that a checkpoint can hold, by name."""
 
 PLAIN = (bool, int, float, complex, str, bytes)
-_DEPTH = 100
+DEPTH = 100
+"""Containers in containers, at most."""
 
 
 class Key(NamedTuple):
@@ -173,7 +174,7 @@ def _describe(value: Any, live: list[Any], depth: int) -> Tree:
     cls = type(value)
     if cls in PLAIN:
         return Plain(value)
-    if depth > _DEPTH:
+    if depth > DEPTH:
         raise UnsavableError("containers nested more than a hundred deep")
     if value is None:
         return Nest("none", None, (), ())

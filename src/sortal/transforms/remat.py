@@ -64,7 +64,6 @@ def remat(
     fn, first = unbind(f)
     static, _ = named_positions(fn, static_argnums, None)
     static = {i + len(first) for i in static if isinstance(i, int)}
-
     at = tuple(sorted(static))
 
     def call(*args: Any, **kwargs: Any) -> Any:
