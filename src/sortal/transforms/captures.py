@@ -28,7 +28,7 @@ from sortal._engine.nodes import is_root
 from sortal._engine.statics import static_key
 from sortal.policy.policy import Policy
 from sortal.sharding.mesh_axes import in_force
-from sortal.transforms._adapter.binding import Joint
+from sortal.transforms._adapter.binding import AliasMap
 from sortal.transforms._adapter.prefixes import ByKind, Carry
 from sortal.transforms.compile import Jitted, jit
 
@@ -40,7 +40,7 @@ _PLAIN = (
 )
 _SLOTS = (
     *(types.MemberDescriptorType, types.GetSetDescriptorType),
-    type(Joint.graphdef),  # a field of a NamedTuple
+    type(AliasMap.graphdef),  # a field of a NamedTuple
 )
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 _LIBRARIES = frozenset(

@@ -12,9 +12,13 @@ import jax.tree_util as jtu
 from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe, value_of
 from sortal.errors import ArgumentError, LoopError, listing
-from sortal.transforms._adapter.binding import leave, refuse_unknown, unbind
+from sortal.transforms._adapter.binding import refuse_unknown, unbind, write_back
 from sortal.transforms._adapter.operands import Operands, check_types, steady
-from sortal.transforms._adapter.tracing import Carrier, Exit, Result
+from sortal.transforms._adapter.tracing import (
+    Effects,
+    Result,
+    is_flat_module,
+)
 from sortal.transforms.captures import kept
 
 
@@ -34,7 +38,7 @@ def while_loop(
       body_fun: takes the value, returns the next one, with the same modules in the same
         places.
       init_val: any pytree, with Modules and Variables anywhere in it.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -90,7 +94,7 @@ def fori_loop(
         modules in the same places.
       init_val: any pytree, with Modules and Variables anywhere in it.
       unroll: see ``jax.lax.fori_loop``.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -139,7 +143,7 @@ class _Loop:
     def __init__(self, where: str, body: Callable[..., Any], held: Any, init: Any):
         self.where, self.body = where, body
         self.operands = Operands((*held, init))
-        self.init = self.operands.skeleton(self.operands.entered.args[-1])
+        self.init = self.operands.skeleton(self.operands.bound.args[-1])
         plain = self.operands.plain
         self.fixed = plain[: len(plain) - len(jax.tree.leaves(self.init))]
         self.written: set[int] = set()
@@ -161,8 +165,8 @@ class _Loop:
 
         where = "the condition of while_loop"
         result = steady(where, self.operands, call, self.args(state))
-        if result.exit.written:
-            rows = map(self.operands.describe, result.exit.written)
+        if result.effects.written:
+            rows = map(self.operands.describe, result.effects.written)
             raise LoopError(
                 f"{where} must not write; it wrote to:\n{listing(rows)}\nWrite in the "
                 "body."
@@ -180,11 +184,11 @@ class _Loop:
             return self.body(*args[:-1], *first, args[-1])
 
         result = steady(self.where, self.operands, body, self.args(state))
-        out = self.operands.same_objects(result.out, result.exit)
+        out = self.operands.same_objects(result.out, result.effects)
         self._check(out, state, result)
         # Under jax.disable_jit each step is run, and they may write different leaves.
-        self.written.update(result.exit.written)
-        return out, self.operands.written(result.exit, state[1], result.values)
+        self.written.update(result.effects.written)
+        return out, self.operands.written(result.effects, state[1], result.values)
 
     def _check(self, out: Any, state: Any, result: Result) -> None:
         if jax.tree.structure(out) != jax.tree.structure(self.init):
@@ -192,11 +196,11 @@ class _Loop:
                 f"{self.where} must return a value of the same structure with the same "
                 f"objects in the same places; it was given "
                 f"{self.operands.outline(self.init)}, and returned "
-                f"{self.operands.outline(result.out, result.exit)}."
+                f"{self.operands.outline(result.out, result.effects)}."
             )
         rows = [
             (self.operands.describe(k), state[1][k], new)
-            for k, new in zip(result.exit.written, result.values, strict=True)
+            for k, new in zip(result.effects.written, result.values, strict=True)
         ]
         olds, news = jtu.tree_leaves_with_path(state[0]), jax.tree.leaves(out)
         rows += [
@@ -208,8 +212,8 @@ class _Loop:
     def finish(self, state: Any) -> Any:
         """Brings the last state to the live objects."""
         tree, values = state
-        exit = Exit(tuple(sorted(self.written)), (), None)
-        return self.operands.leave(exit, values, tree)
+        effects = Effects(tuple(sorted(self.written)), (), None)
+        return self.operands.write_back(effects, values, tree)
 
 
 def cond(
@@ -230,7 +234,7 @@ def cond(
         method of one.
       false_fun: called on them where it does not.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -266,7 +270,7 @@ def switch(
       index: an integer scalar, clamped to the branches there are.
       branches: functions, modules, or methods of modules, all called alike.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -340,18 +344,18 @@ class _Branches:
             at += len(first)
         # What functools.partial holds besides modules may be no array at all.
         mine = jtu.tree_leaves(
-            self.operands.entered.args[: self.n], is_leaf=_is_carrier
+            self.operands.bound.args[: self.n], is_leaf=is_flat_module
         )
-        plain, m = self.operands.plain, sum(not _is_carrier(x) for x in mine)
+        plain, m = self.operands.plain, sum(not is_flat_module(x) for x in mine)
         self.start, self.fixed = (plain[:m], self.operands.values), plain[m:]
         self.seen = [
             jax.eval_shape(lambda *state, b=b: self._run(b, *state), *self.start)
             for b in range(len(branches))
         ]
         self._check()
-        exits = [result.exit for result in self.seen]
-        written = tuple(sorted({k for exit in exits for k in exit.written}))
-        self.exit = Exit(written, exits[0].outputs, None)
+        all_effects = [result.effects for result in self.seen]
+        written = tuple(sorted({k for effects in all_effects for k in effects.written}))
+        self.effects = Effects(written, all_effects[0].outputs, None)
 
     def _run(self, b: int, plain: Any, values: Any) -> Result:
         fn, first = self.calls[b]
@@ -369,8 +373,8 @@ class _Branches:
     def _function(self, b: int) -> Callable[..., Any]:
         def branch(plain: Any, values: Any) -> Any:
             result = self._run(b, plain, values)
-            now = self.operands.written(result.exit, values, result.values)
-            return result.out, [now[k] for k in self.exit.written]
+            now = self.operands.written(result.effects, values, result.values)
+            return result.out, [now[k] for k in self.effects.written]
 
         return branch
 
@@ -378,19 +382,19 @@ class _Branches:
         for where, result in zip(self.where, self.seen, strict=True):
             rows = [
                 (self.operands.describe(k), self.operands.values[k], new)
-                for k, new in zip(result.exit.written, result.values, strict=True)
+                for k, new in zip(result.effects.written, result.values, strict=True)
             ]
             check_types(where, rows)
         first = self.seen[0]
         for where, result in zip(self.where[1:], self.seen[1:], strict=True):
             same = jax.tree.structure(result.out) == jax.tree.structure(first.out)
-            if not same or result.exit.outputs != first.exit.outputs:
+            if not same or result.effects.outputs != first.effects.outputs:
                 outline = self.operands.outline
                 raise LoopError(
                     "all branches must return the same structure with the same "
                     f"objects in it; {self.where[0]} returns "
-                    f"{outline(first.out, first.exit)}, {where} returns "
-                    f"{outline(result.out, result.exit)}."
+                    f"{outline(first.out, first.effects)}, {where} returns "
+                    f"{outline(result.out, result.effects)}."
                 )
         self._check_outputs()
 
@@ -413,8 +417,4 @@ class _Branches:
     def finish(self, call: Callable[..., Any]) -> Any:
         """Runs the branches and brings what they wrote to the live objects."""
         out, values = call(*self.start)
-        return leave(self.operands.entered, Result(out, values, [], self.exit))
-
-
-def _is_carrier(x: Any) -> bool:
-    return isinstance(x, Carrier)
+        return write_back(self.operands.bound, Result(out, values, [], self.effects))

@@ -11,11 +11,11 @@ import jax
 from sortal._engine.statics import is_hashable
 from sortal.transforms._adapter import tracing
 from sortal.transforms._adapter.binding import (
-    Entered,
-    leave,
+    BoundArguments,
     named_positions,
     refuse_unknown,
     unbind,
+    write_back,
 )
 from sortal.transforms.captures import kept
 
@@ -37,7 +37,7 @@ def remat(
       prevent_cse: see ``jax.checkpoint``.
       policy: what to store all the same; see ``jax.checkpoint_policies``.
       static_argnums: positions of arguments that are not traced.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
+      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The function, or the decorator.
@@ -67,14 +67,14 @@ def remat(
     at = tuple(sorted(static))
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        entered = Entered(args, kwargs, static)
+        bound = BoundArguments(args, kwargs, static)
         rematted = jax.checkpoint(
             lambda *a, **k: tracing.run(fn, a, k),
             prevent_cse=prevent_cse,
             policy=policy,
             static_argnums=at,
         )
-        return leave(entered, rematted(*entered.args, **entered.kwargs))
+        return write_back(bound, rematted(*bound.args, **bound.kwargs))
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
