@@ -19,7 +19,7 @@ from sortal.transforms._adapter.tracing import (
     Result,
     is_flat_module,
 )
-from sortal.transforms.captures import kept
+from sortal.transforms.eager import kept
 
 
 def while_loop(
@@ -60,20 +60,24 @@ def while_loop(
       3
     """
     refuse_unknown("while_loop", ignored)
-    body, held = unbind(body_fun)
-    condition, others = unbind(cond_fun)
-    if others:
+    _, held = unbind(body_fun)
+    if unbind(cond_fun)[1]:
         raise ArgumentError(
             "the condition of while_loop is a method of a module; pass the module in "
             "init_val, and write cond_fun=lambda value: ..."
         )
+    return _run(_while, (body_fun, cond_fun), (), held, init_val)
+
+
+def _while(functions: Sequence[Any], _: Any) -> Callable[..., Any]:
+    body, condition = (unbind(f)[0] for f in functions)
 
     def call(held: Any, init: Any) -> Any:
         loop = _Loop("the body of while_loop", body, held, init)
         goes_on = functools.partial(loop.goes_on, condition)
         return loop.finish(jax.lax.while_loop(goes_on, loop.step, loop.start()))
 
-    return _run(call, (body, condition), held, init_val)
+    return call
 
 
 def fori_loop(
@@ -114,7 +118,13 @@ def fori_loop(
       10
     """
     refuse_unknown("fori_loop", ignored)
-    body, held = unbind(body_fun)
+    _, held = unbind(body_fun)
+    return _run(_fori, (body_fun,), (lower, upper, unroll), held, init_val)
+
+
+def _fori(functions: Sequence[Any], options: Any) -> Callable[..., Any]:
+    body, _ = unbind(functions[0])
+    lower, upper, unroll = options
 
     def call(held: Any, init: Any) -> Any:
         loop = _Loop("the body of fori_loop", body, held, init)
@@ -123,14 +133,21 @@ def fori_loop(
             jax.lax.fori_loop(lower, upper, step, loop.start(), unroll=unroll)
         )
 
-    return _run(call, (body, lower, upper, unroll), held, init_val)
+    return call
 
 
-def _run(call: Callable[..., Any], fixed: Any, held: Any, *args: Any) -> Any:
+def _run(
+    make: Callable[..., Any],
+    functions: Sequence[Any],
+    options: Any,
+    held: Any,
+    *args: Any,
+) -> Any:
     """Calls with what functions were bound to; kept if that is live objects alone."""
     # What functools.partial holds besides may be no array at all.
     live = all(map(is_root, jtu.tree_leaves(held, is_leaf=is_root)))
-    return (kept(call, fixed, (held, args)) if live else call)(held, *args)
+    call = kept(make, functions, options) if live else make(functions, options)
+    return call(held, *args)
 
 
 class _Loop:
@@ -307,8 +324,13 @@ def _choose(
     branches: Sequence[Any],
     operands: Sequence[Any],
 ) -> Any:
-    unbound = [unbind(branch) for branch in branches]
-    fns = tuple(fn for fn, _ in unbound)
+    held = [unbind(branch)[1] for branch in branches]
+    return _run(_choice, branches, (choice, where), held, which, tuple(operands))
+
+
+def _choice(branches: Sequence[Any], options: Any) -> Callable[..., Any]:
+    choice, where = options
+    fns = [unbind(branch)[0] for branch in branches]
 
     def call(held: Any, which: Any, operands: Any) -> Any:
         several = _Branches(where, fns, held, operands)
@@ -316,9 +338,7 @@ def _choose(
             lambda *state: choice(which, *several.functions(), *state)
         )
 
-    held = [first for _, first in unbound]
-    # The names of the branches say which choice it is.
-    return _run(call, (fns, where), held, which, tuple(operands))
+    return call
 
 
 class _Branches:
@@ -348,10 +368,10 @@ class _Branches:
         )
         plain, m = self.operands.plain, sum(not is_flat_module(x) for x in mine)
         self.start, self.fixed = (plain[:m], self.operands.values), plain[m:]
-        self.seen = [
-            jax.eval_shape(lambda *state, b=b: self._run(b, *state), *self.start)
-            for b in range(len(branches))
-        ]
+        # JAX keeps what it traced, so that the user's function is run once all the same.
+        runs = [functools.partial(self._run, b) for b in range(len(branches))]
+        self.runs = [jax.jit(run, inline=True) for run in runs]
+        self.seen = [run.eval_shape(*self.start) for run in self.runs]
         self._check()
         all_effects = [result.effects for result in self.seen]
         written = tuple(sorted({k for effects in all_effects for k in effects.written}))
@@ -372,7 +392,7 @@ class _Branches:
 
     def _function(self, b: int) -> Callable[..., Any]:
         def branch(plain: Any, values: Any) -> Any:
-            result = self._run(b, plain, values)
+            result = self.runs[b](plain, values)
             now = self.operands.written(result.effects, values, result.values)
             return result.out, [now[k] for k in self.effects.written]
 

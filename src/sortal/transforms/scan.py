@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from sortal._engine.foreign import in_our_words
+from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.transforms._adapter.binding import refuse_unknown, unbind, write_back
@@ -35,7 +36,7 @@ from sortal.transforms._adapter.tracing import (
     run,
 )
 from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.captures import kept
+from sortal.transforms.eager import kept
 from sortal.transforms.mapping import check_ranks, per_argument
 
 _NO_FUNCTION: Any = object()
@@ -110,26 +111,32 @@ def scan(
         axes = {"in_axes": in_axes, "out_axes": out_axes}
         metadata = {"transform_metadata": transform_metadata}
         return functools.partial(scan, **axes, **metadata, **options)
-    fn, first = unbind(f)
-    held = len(first)
-
-    def steps(*args: Any) -> Any:
-        given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
-        call = _Scan(fn, Operands(args), given, out_axes)
-        call.check_lengths(length, held)
-        carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
-        return call.finish(carry, ys, transform_metadata)
+    _, first = unbind(f)
+    settings = (in_axes, out_axes, dict(transform_metadata), options)
 
     @functools.wraps(f)
     def wrapper(*args: Any) -> Any:
         given = per_argument("in_axes", in_axes, args)
-        call = steps
-        if all(map(_traceable, given, args)):
-            axes = (in_axes, out_axes, dict(transform_metadata))
-            call = kept(steps, (fn, held, options, axes), (first, args))
+        traceable = all(map(_traceable, given, args)) and all(map(is_root, first))
+        call = kept(_steps, (f,), settings) if traceable else _steps((f,), settings)
         return call(*first, *args)
 
     return wrapper
+
+
+def _steps(functions: Sequence[Any], settings: Any) -> Callable[..., Any]:
+    fn, first = unbind(functions[0])
+    held = len(first)
+    in_axes, out_axes, metadata, options = settings
+
+    def steps(*args: Any) -> Any:
+        given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
+        call = _Scan(fn, Operands(args), given, out_axes)
+        call.check_lengths(options["length"], held)
+        carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
+        return call.finish(carry, ys, metadata)
+
+    return steps
 
 
 def _traceable(axis: Any, arg: Any) -> bool:

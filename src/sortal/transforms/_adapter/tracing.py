@@ -175,12 +175,14 @@ class Edits(NamedTuple):
 class Effects:
     """What a call did, apart from values: which leaves it wrote, edits, outputs."""
 
-    __slots__ = ("_routes", "edits", "outputs", "written")
+    __slots__ = ("_routes", "closes_over", "edits", "outputs", "written")
 
     def __init__(
         self, written: tuple[int, ...], outputs: tuple[Entry, ...], edits: Edits | None
     ):
         self.written, self.outputs, self.edits = written, outputs, edits
+        # Whether the trace closed over arrays; None until somebody has looked.
+        self.closes_over: bool | None = None
         self._routes: list[tuple[int, Callable[[Any], Any]]] | None = None
 
     def routes(
