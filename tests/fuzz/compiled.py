@@ -153,16 +153,7 @@ class Drawn(edits.Drawn):
 
     def foreign(self, m: str, x: str) -> str | None:
         """A write to a model that was not passed in."""
-        others = [k for k in self.roots(ref.Module) if k.startswith("m")]
-        if self.random.random() < 0.5 or not others:
-            return None
-        other = self.random.choice(others)
-        found = [
-            p.text
-            for p in edits.places([(other, self.world.names[other])])
-            if isinstance(p.obj, ref.Variable)
-        ]
-        return found and f"{self.random.choice(found)}.set_value({x})"
+        return f"_other.w.set_value({x})" if self.random.random() < 0.3 else None
 
     def nested(self, m: str, x: str) -> list[str]:
         """A transform called inside of a function; binds ``y``."""
@@ -246,7 +237,7 @@ class Drawn(edits.Drawn):
         out = self.random.choice(
             (
                 *("digest(m) + y", "digest(m) + y", "(m, digest(m) + y)", "m"),
-                *("(digest(m), A(a=P(y), b=m))", "(y, [m, {'k': y}])", "m.a"),
+                *("(digest(m), A(a=P(y), b=m))", "(y, [m, {'k': y}])", "first(m)"),
             )
         )
         self.do("\n".join(self.function(name, start + lines, out, "m, x")))
@@ -298,20 +289,20 @@ class Drawn(edits.Drawn):
         """
         setting, change = self.random.choice(
             (
-                ("m9.scale", "m9.scale = {}"),
-                ("getattr(m9, 'scale')", "m9.scale = {}"),
-                ("K9", "K9 = {}"),
-                ("globals()['K9']", "K9 = {}"),
+                ("_m9.scale", "_m9.scale = {}"),
+                ("getattr(_m9, 'scale')", "_m9.scale = {}"),
+                ("_K9", "_K9 = {}"),
+                ("globals()['_K9']", "_K9 = {}"),
                 ("helper.k", "helper.k = {}"),
-                ("read(m9)", "m9.scale = {}"),
-                ("m9.box[0]", "m9.box[0] = {}"),
-                ("read_var(m9)", "m9.w.set_value(arr({}))"),
+                ("read(_m9)", "_m9.scale = {}"),
+                ("_m9.box[0]", "_m9.box[0] = {}"),
+                ("read_var(_m9)", "_m9.w.set_value(arr({}))"),
             )
         )
         self.counts["settings"] += 1
         n = self.number()
-        self.do(f"m9 = A(scale={n}, box=[{n}], w=P(arr({n})))")
-        self.do(f"K9 = {n}")
+        self.do(f"_m9 = A(scale={n}, box=[{n}], w=P(arr({n})))")
+        self.do(f"_K9 = {n}")
         self.do("def read(cfg):\n    return cfg.scale")
         self.do("def read_var(cfg):\n    return cfg.w.get_value()")
         self.do(f"def helper(x):\n    return x * ({setting})")
@@ -361,6 +352,7 @@ class Drawn(edits.Drawn):
         first = f"w=P(arr({self.number()}))"
         made = self.module(2)
         self.do(f"{self.model} = {made[:2]}{first}, {made[2:]}")
+        self.do("_other = A(w=P(arr(1)))")
         if self.random.random() < 0.3:
             self.do(f"{self.name('m')} = {self.module(1)}")
         for _ in range(self.random.randrange(1, 3)):

@@ -28,7 +28,9 @@ class Place:
 def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
     """Every object with a short expression for it, each once."""
     seen: set[int] = set()
-    todo = collections.deque(Place(name, x, 0) for name, x in bound)
+    # No edit makes what has a name with an underscore part of another model.
+    named = ((name, x) for name, x in bound if name[0] != "_")
+    todo = collections.deque(Place(name, x, 0) for name, x in named)
     while todo:
         place = todo.popleft()
         x = place.obj
@@ -101,7 +103,11 @@ class Drawn:
         return self.random.choice(found) if found else None
 
     def roots(self, *kinds: type) -> list[str]:
-        return [k for k, v in self.world.bound() if isinstance(v, kinds)]
+        return [
+            k
+            for k, v in self.world.bound()
+            if isinstance(v, kinds) and k[0] != "_"
+        ]
 
     # ------------------------------------------------------- expressions
     def number(self) -> int:

@@ -116,8 +116,8 @@ class Arr:
     def __getitem__(self, index: Any) -> Arr:
         if index is Ellipsis:
             return self
-        if isinstance(index, tuple):
-            raise Left
+        if not isinstance(index, (int, slice, Arr)):
+            raise TypeError
         return Arr(self.val[index], None if self.dot is None else self.dot[:, index])
 
     def __gt__(self, other: Any) -> Arr:
@@ -305,6 +305,9 @@ class Variable:
         _check_owner(self)
         kept = {k: v for k, v in self._meta.items() if k != name}
         object.__setattr__(self, "_meta", kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        return lift(self._value)[index]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "value":
@@ -1191,12 +1194,23 @@ def _reachable(root: Any) -> list[Any]:
 
 
 def _released(out: Any, outer: Any) -> Any:
-    """What a call returns belongs to the trace outside."""
+    """What a call returns belongs to the trace outside; containers are new."""
+    out = _rebuilt(out)
     for root in _roots(out):
         for x in _reachable(root):
             if isinstance(x, (Variable, Module)):
                 object.__setattr__(x, "_trace", outer)
     return out
+
+
+def _rebuilt(out: Any) -> Any:
+    if isinstance(out, tuple) and hasattr(out, "_fields"):
+        return type(out)(*map(_rebuilt, out))
+    if isinstance(out, (list, tuple)):
+        return type(out)(map(_rebuilt, out))
+    if isinstance(out, dict):
+        return type(out)((k, _rebuilt(v)) for k, v in out.items())
+    return lift(out) if isinstance(out, (int, float)) else out
 
 
 def _call(f: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -1324,6 +1338,7 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
             if any(lift(x.value).dot is not None for x in walk.leaves):
                 raise Left  # a derivative of a derivative
             sizes = [lift(x.value).val.size for x in chosen]
+            form = [(x.path, x.kind, dict(_meta(x)), lift(x.value).shape) for x in chosen]
             begun = [_with_dots(x, sizes, k) for k, x in enumerate(chosen)]
             value = lift(f(m, *args))
             after = Walk(tuple(_roots((m, args))))
@@ -1331,7 +1346,7 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
                 if isinstance(leaf.value, Arr) and leaf.writable:
                     old = begun_of(begun, leaf.value)
                     leaf.put(Arr(leaf.value.val) if old is None else old)
-        return Arr(value.val), State.of(_gradients(chosen, sizes, value))
+        return Arr(value.val), State.of(_gradients(form, sizes, value))
 
     return wrapper
 
@@ -1351,13 +1366,12 @@ def _with_dots(leaf: Leaf, sizes: list[int], k: int) -> tuple[Arr, Arr]:
     return old, new
 
 
-def _gradients(chosen: list[Leaf], sizes: list[int], value: Arr) -> Iterator[Any]:
+def _gradients(form: list[Any], sizes: list[int], value: Arr) -> Iterator[Any]:
     start = 0
-    for leaf, size in zip(chosen, sizes, strict=True):
+    for (path, kind, meta, shape), size in zip(form, sizes, strict=True):
         dot = np.zeros(size) if value.dot is None else value.dot[start : start + size]
-        result = Arr(dot.reshape(lift(leaf.value).shape).astype(np.float32))
-        kind = leaf.kind
-        yield leaf.path, result if kind is None else make(kind, result, leaf.var._meta)
+        result = Arr(dot.reshape(shape).astype(np.float32))
+        yield path, result if kind is None else make(kind, result, meta)
         start += size
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from typing import Any
 
 from . import live, reference
@@ -41,13 +42,22 @@ class Expected:
         self.portrait = world.portrait()
 
 
-def run_live(program: Program, expected: Any, *, afresh: bool) -> str:
+# What may run something that was compiled.
+_COMPILES = re.compile(
+    r"\bj\d+\(|nnx\.(jit|grad|value_and_grad|cond|switch|fori|while|scan|remat|vmap)"
+)
+
+
+def run_live(
+    program: Program, expected: Any, *, afresh: bool = False, leaks: bool = True
+) -> str:
     """Runs a program with Sortal; what differs from what is expected.
 
     Args:
       program: the program.
       expected: has ``outcomes`` and ``portrait``.
       afresh: whether all that is kept is thrown away before each statement.
+      leaks: whether to look for arrays that should be gone; one thread only can.
 
     Returns:
       The difference in words; empty where there is none.
@@ -56,7 +66,8 @@ def run_live(program: Program, expected: Any, *, afresh: bool) -> str:
     try:
         for i, code in enumerate(program.codes):
             if afresh:
-                live.throw_away(world.objects(), compiled=program.compiled)
+                compiles = program.compiled and _COMPILES.search(program.lines[i])
+                live.throw_away(world.objects(), compiled=bool(compiles))
             outcome = world.run(code)
             if outcome != expected.outcomes[i]:
                 return (
@@ -66,6 +77,8 @@ def run_live(program: Program, expected: Any, *, afresh: bool) -> str:
         found = difference(world.portrait(), expected.portrait)
         if found:
             return f"at the end: {found} (found | expected)"
+        if not leaks:
+            return ""
         live.collect()
         pinned = world.pinned()
         if pinned:
@@ -116,7 +129,7 @@ def check(program: Program, expected: Any = None) -> Failure | None:
     """
     if expected is None:
         expected = Expected(program)
-    kept = run_live(program, expected, afresh=False)
+    kept = run_live(program, expected)
     afresh = run_live(program, expected, afresh=True)
     return Failure(program, kept, afresh) if kept or afresh else None
 

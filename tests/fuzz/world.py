@@ -26,7 +26,7 @@ class World:
         self.tracked: list[Any] = []  # weak references to the arrays that were made
         self.fixed = {**zoo.statics(), **_classes(lib)}
         self.fixed |= {"nnx": lib.names, "arr": lib.array(self.tracked)}
-        self.fixed["digest"] = zoo.digest(lib)
+        self.fixed |= {"digest": zoo.digest(lib), "first": zoo.first(lib)}
         self.names: dict[str, Any] = dict(self.fixed)
 
     def run(self, code: Any) -> str:
@@ -37,7 +37,9 @@ class World:
         try:
             exec(code, self.names)  # noqa: S102 - the program is the test's own
         except Exception as e:  # noqa: BLE001 - whatever a program provokes
-            return type(e).__name__
+            # Which attribute of what is missing is Python's to say.
+            missing = isinstance(e, AttributeError)
+            return "AttributeError" if missing else type(e).__name__
         return ""
 
     def bound(self) -> list[tuple[str, Any]]:
@@ -94,9 +96,12 @@ class Portrait:
         self.kept: list[Any] = []
         self.arrays: list[Any] = []
         self.graphdefs: list[Any] = []
+        self.is_data = False  # whether numbers are leaves here
 
     def of(self, x: Any) -> Any:
         cls = type(x)
+        if self.is_data and cls in (int, float, bool):
+            return self._leaf(x)
         if cls in _ATOMS:
             return (cls.__name__, x)
         if cls is float:
@@ -150,7 +155,13 @@ class Portrait:
         return ("array", (), (float(value),)) if _is_number(value) else self.of(value)
 
     def _module(self, x: Any) -> Any:
-        return tuple([(k, self.of(v)) for k, v in self.lib.attributes(x)])
+        roles = getattr(x, "_roles", None) or {}
+        outside, shown = self.is_data, []
+        for name, value in self.lib.attributes(x):
+            self.is_data = roles.get(name) == "data"
+            shown.append((name, self.of(value)))
+        self.is_data = outside
+        return tuple(shown)
 
     def _container(self, x: Any) -> Any:
         if isinstance(x, dict):

@@ -216,6 +216,17 @@ def digest(lib: Any) -> Any:
     return digest
 
 
+def first(lib: Any) -> Any:
+    """A function that gives the first module or Variable in a model, or itself."""
+
+    def first(root: Any) -> Any:
+        inside = [v for _, v in lib.attributes(root)]
+        kinds = (*lib.variables, *lib.modules)
+        return next((v for v in inside if isinstance(v, kinds)), root)
+
+    return first
+
+
 def _sum(lib: Any, x: Any) -> Any:
     return x.sum() if getattr(x, "ndim", 0) else x
 
