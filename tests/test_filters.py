@@ -15,9 +15,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import sortal
+from sortal._engine.paths import matches
 from sortal.errors import FilterError
 from sortal.filters import Calls, Filter, to_filter, to_predicate
-from sortal.paths import matches
 from strategies import BatchStat, LoRA, filters, located_leaves
 
 Everything, Nothing = sortal.Everything(), sortal.Nothing()

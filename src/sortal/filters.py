@@ -10,11 +10,11 @@ from typing import Any, Union, get_args, get_origin
 
 import jax.numpy as jnp
 
-from sortal import paths
+from sortal._engine import paths
+from sortal._engine.foreign import handler_of_kind, is_kind
+from sortal._engine.paths import Path
+from sortal._engine.variable import Variable, is_variable, metadata_of, value_of
 from sortal.errors import FilterError
-from sortal.foreign import handler_of_kind, is_kind
-from sortal.paths import Path
-from sortal.variable import Variable, is_variable, metadata_of, value_of
 
 Kind = type | None
 

@@ -18,8 +18,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import sortal
+from sortal._engine.graph import plan_of
 from sortal.errors import AxisError, UnsupportedError, UpdateError
-from sortal.graph import plan_of
 
 nnx = pytest.importorskip("flax.nnx")
 

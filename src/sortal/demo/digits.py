@@ -1,6 +1,6 @@
 """Handwritten digits in under a minute, and who writes which array meanwhile.
 
-Run it with ``sortal demo``, or ``python examples/digits.py`` in a clone. It needs
+Run it with ``sortal demo``. It needs
 scikit-learn, which ships the data: 1,797 digits of 8 by 8 pixels.
 
 The network holds arrays of six kinds. Nothing below says twice which is which: each is

@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sortal import paths, rngs
-from sortal import variable as _kinds
-from sortal._jax import current_trace
-from sortal.errors import UnsupportedError
-from sortal.foreign import (
+from sortal import random as rngs
+from sortal._engine import paths
+from sortal._engine import variable as _kinds
+from sortal._engine.foreign import (
     VariableHandler,
     in_our_words,
     introduce,
@@ -24,11 +23,14 @@ from sortal.foreign import (
     translate,
     watch_classes,
 )
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.nodes import Handler, Node, register_node
+from sortal._engine.state import State
+from sortal._engine.statics import Metadata, is_hashable
+from sortal.errors import UnsupportedError
 from sortal.nn.lora import LoRAParam
-from sortal.nodes import Handler, Node, register_node
-from sortal.state import State
-from sortal.statics import Metadata, is_hashable
-from sortal.transforms import autodiff, prefixes
+from sortal.transforms import autodiff
+from sortal.transforms._adapter import prefixes
 
 OLDEST = (0, 12)
 _PRIVATE = "_pytree__"

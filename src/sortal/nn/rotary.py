@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
-from sortal.variable import describe
 
 
 def rotary(x: Any, positions: Any, *, base: float = 10_000.0) -> jax.Array:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from sortal._engine.foreign import in_our_words
+from sortal._engine.state import snapshot
+from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.foreign import in_our_words
-from sortal.state import snapshot
-from sortal.transforms.lift import Entered, identity, leave, unbind
-from sortal.transforms.traced import Carrier, Result, find_carriers, run
-from sortal.variable import Param, describe
+from sortal.transforms._adapter.binding import Entered, identity, leave, unbind
+from sortal.transforms._adapter.tracing import Carrier, Result, find_carriers, run
 
 _NO_FUNCTION: Any = object()
 
@@ -354,7 +354,7 @@ class FlatCall:
         inputs: Sequence[Any],
         rest: Mapping[int, Any] = MappingProxyType({}),
     ) -> Result:
-        """Calls ``fn`` with other values for some leaves; see ``traced.run``.
+        """Calls ``fn`` with other values for some leaves; see ``tracing.run``.
 
         Args:
           fn: a function of the arguments.

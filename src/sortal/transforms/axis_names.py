@@ -6,10 +6,10 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sortal.annotations import PARTITION_NAME
-from sortal.graphdef import GraphDef, Schema
-from sortal.statics import Metadata
-from sortal.transforms.traced import Exit
+from sortal._engine.annotations import PARTITION_NAME
+from sortal._engine.graphdef import GraphDef, Schema
+from sortal._engine.statics import Metadata
+from sortal.transforms._adapter.tracing import Exit
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 _SHARDING = "out_sharding"

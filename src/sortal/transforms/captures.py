@@ -21,16 +21,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
-from sortal._jax import outside_traces
-from sortal.graph import bind
-from sortal.graphdef import STATIC, GraphDef, Schema
-from sortal.mesh_axes import in_force
-from sortal.nodes import is_root
-from sortal.policy import Policy
-from sortal.statics import static_key
+from sortal._engine.graph import bind
+from sortal._engine.graphdef import STATIC, GraphDef, Schema
+from sortal._engine.jax_compat import outside_traces
+from sortal._engine.nodes import is_root
+from sortal._engine.statics import static_key
+from sortal.policy.policy import Policy
+from sortal.sharding.mesh_axes import in_force
+from sortal.transforms._adapter.binding import Joint
+from sortal.transforms._adapter.prefixes import ByKind, Carry
 from sortal.transforms.compile import Jitted, jit
-from sortal.transforms.lift import Joint
-from sortal.transforms.prefixes import ByKind, Carry
 
 _KEPT = 64
 _programs: dict[Hashable, Callable[..., Any]] = {}

@@ -8,20 +8,20 @@ from typing import Any
 
 import jax
 
+from sortal._engine.foreign import in_our_words
 from sortal.errors import ArgumentError, StaleBufferError, listing
-from sortal.foreign import in_our_words
-from sortal.surgery import merge, split
-from sortal.transforms.donate import Donation, rejoin, with_first
-from sortal.transforms.lift import (
+from sortal.functional import merge, split
+from sortal.transforms._adapter.binding import (
     Entered,
     leave,
     named_positions,
     stale_buffers,
     unbind,
 )
+from sortal.transforms._adapter.tracing import Result, replace_roots, run
+from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded
-from sortal.transforms.traced import Result, replace_roots, run
 
 _NO_FUNCTION: Any = object()
 _WAYS = ("in", "out")

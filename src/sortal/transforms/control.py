@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
+from sortal._engine.nodes import is_root
+from sortal._engine.variable import describe, value_of
 from sortal.errors import ArgumentError, LoopError, listing
-from sortal.nodes import is_root
+from sortal.transforms._adapter.binding import leave, refuse_unknown, unbind
+from sortal.transforms._adapter.operands import Operands, check_types, steady
+from sortal.transforms._adapter.tracing import Carrier, Exit, Result
 from sortal.transforms.captures import kept
-from sortal.transforms.lift import leave, refuse_unknown, unbind
-from sortal.transforms.operands import Operands, check_types, steady
-from sortal.transforms.traced import Carrier, Exit, Result
-from sortal.variable import describe, value_of
 
 
 def while_loop(

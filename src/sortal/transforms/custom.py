@@ -12,18 +12,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from sortal._engine.foreign import in_our_words
+from sortal._engine.variable import Param
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
-from sortal.foreign import in_our_words
-from sortal.transforms.autodiff import (
-    DiffState,
-    FlatCall,
-    differentiable,
-    tangent_type,
-)
-from sortal.transforms.derivatives import bare, by_leaf
-from sortal.transforms.lift import Entered, leave, unbind
-from sortal.transforms.traced import (
+from sortal.transforms._adapter.binding import Entered, leave, unbind
+from sortal.transforms._adapter.tracing import (
     Copies,
     Exit,
     Result,
@@ -31,7 +25,13 @@ from sortal.transforms.traced import (
     replace_carriers,
     replace_roots,
 )
-from sortal.variable import Param
+from sortal.transforms.autodiff import (
+    DiffState,
+    FlatCall,
+    differentiable,
+    tangent_type,
+)
+from sortal.transforms.derivatives import bare, by_leaf
 
 _NO_FUNCTION: Any = object()
 

@@ -12,13 +12,21 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
+from sortal._engine.graph import has_plan
+from sortal._engine.nested import equal
+from sortal._engine.paths import show
+from sortal._engine.state import FlatState, as_state
+from sortal._engine.variable import Param, describe, value_of
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.graph import has_plan
-from sortal.nested import equal
-from sortal.paths import show
-from sortal.state import FlatState, as_state
-from sortal.surgery import state
+from sortal.functional import state
+from sortal.transforms._adapter.binding import Entered, leave, named_positions, unbind
+from sortal.transforms._adapter.tracing import (
+    Ref,
+    Result,
+    replace_roots,
+    run,
+)
 from sortal.transforms.autodiff import (
     Chosen,
     DiffState,
@@ -27,14 +35,6 @@ from sortal.transforms.autodiff import (
     with_aux,
 )
 from sortal.transforms.compile import abstracted
-from sortal.transforms.lift import Entered, leave, named_positions, unbind
-from sortal.transforms.traced import (
-    Ref,
-    Result,
-    replace_roots,
-    run,
-)
-from sortal.variable import Param, describe, value_of
 
 _NO_FUNCTION: Any = object()
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import Tracer
 
+from sortal._engine.graphdef import Kind
+from sortal._engine.paths import Path
+from sortal._engine.statics import is_hashable, static_key
 from sortal.errors import ArgumentError, FilterError, listing
 from sortal.filters import Filter, to_filter
-from sortal.graphdef import Kind
-from sortal.paths import Path
-from sortal.policy import Policy
-from sortal.statics import is_hashable, static_key
-from sortal.transforms.lift import Entered, Joint, identity
-from sortal.transforms.traced import (
+from sortal.policy.policy import Policy
+from sortal.transforms._adapter.binding import Entered, Joint, identity
+from sortal.transforms._adapter.tracing import (
     Carrier,
     Result,
     Ticket,
@@ -111,7 +111,7 @@ class Donation:
     def run(
         self, fn: Callable[..., Any], lent: Any, args: Sequence[Any], kwargs: Any
     ) -> Result:
-        """``traced.run`` for arguments that ``rejoin`` made whole."""
+        """``tracing.run`` for arguments that ``rejoin`` made whole."""
         given = {k for c in find_carriers(lent) for k in c.ticket.leaves}
         if not self._overwritten:
             return run(fn, args, kwargs, given)

@@ -12,16 +12,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from sortal._jax import differs_in_vmap, varying_axes
+from sortal._engine.foreign import in_our_words
+from sortal._engine.graphdef import Schema
+from sortal._engine.jax_compat import differs_in_vmap, varying_axes
+from sortal._engine.leaves import held
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, AxisError, listing
-from sortal.foreign import in_our_words
-from sortal.graphdef import Schema
-from sortal.leaves import held
-from sortal.policy import Policy, answers
-from sortal.rules import written
-from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.lift import Entered, leave, refuse_unknown, unbind
-from sortal.transforms.prefixes import (
+from sortal.policy.policy import Policy, answers
+from sortal.policy.rule import written
+from sortal.transforms._adapter.binding import Entered, leave, refuse_unknown, unbind
+from sortal.transforms._adapter.prefixes import (
     Spread,
     alone,
     by_kind,
@@ -29,8 +29,8 @@ from sortal.transforms.prefixes import (
     is_answer,
     said,
 )
-from sortal.transforms.traced import Carrier, Exit, Result, run
-from sortal.variable import describe
+from sortal.transforms._adapter.tracing import Carrier, Exit, Result, run
+from sortal.transforms.axis_names import NOTHING, named
 
 _NO_FUNCTION: Any = object()
 _OF_JAX = ("axis_names", "check_vma")

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 
-from sortal.statics import is_hashable
-from sortal.transforms import traced
-from sortal.transforms.captures import kept
-from sortal.transforms.lift import (
+from sortal._engine.statics import is_hashable
+from sortal.transforms._adapter import tracing
+from sortal.transforms._adapter.binding import (
     Entered,
     leave,
     named_positions,
     refuse_unknown,
     unbind,
 )
+from sortal.transforms.captures import kept
 
 _NO_FUNCTION: Any = object()
 
@@ -69,7 +69,7 @@ def remat(
     def call(*args: Any, **kwargs: Any) -> Any:
         entered = Entered(args, kwargs, static)
         rematted = jax.checkpoint(
-            lambda *a, **k: traced.run(fn, a, k),
+            lambda *a, **k: tracing.run(fn, a, k),
             prevent_cse=prevent_cse,
             policy=policy,
             static_argnums=at,

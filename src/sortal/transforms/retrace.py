@@ -15,12 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 
+from sortal._engine.graphdef import (
+    ABSENT,
+    Difference,
+    Fact,
+    GraphDef,
+    facts_of,
+    kind_name,
+)
+from sortal._engine.paths import Path, show
+from sortal._engine.statics import is_hashable, static_key
+from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError, RetraceError, listing
-from sortal.graphdef import ABSENT, Difference, Fact, GraphDef, facts_of, kind_name
-from sortal.paths import Path, show
-from sortal.statics import is_hashable, static_key
-from sortal.transforms.traced import Carrier
-from sortal.variable import describe, is_variable
+from sortal.transforms._adapter.tracing import Carrier
 
 _KEPT = 16
 _LONGEST, _KEPT_TEXT = 200, 2_000

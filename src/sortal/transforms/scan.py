@@ -11,21 +11,26 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from sortal._engine.foreign import in_our_words
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
-from sortal.foreign import in_our_words
-from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.captures import kept
-from sortal.transforms.lift import leave, refuse_unknown, unbind
-from sortal.transforms.mapping import check_ranks, per_argument
-from sortal.transforms.operands import Operands, check_types, edited, only_added
-from sortal.transforms.prefixes import (
+from sortal.transforms._adapter.binding import leave, refuse_unknown, unbind
+from sortal.transforms._adapter.operands import (
+    Operands,
+    check_types,
+    edited,
+    only_added,
+)
+from sortal.transforms._adapter.prefixes import (
     Carry,
     Spread,
     given_for_objects,
     is_answer,
 )
-from sortal.transforms.traced import Carrier, Exit, Result, resolve, run
-from sortal.variable import describe
+from sortal.transforms._adapter.tracing import Carrier, Exit, Result, resolve, run
+from sortal.transforms.axis_names import NOTHING, named
+from sortal.transforms.captures import kept
+from sortal.transforms.mapping import check_ranks, per_argument
 
 _NO_FUNCTION: Any = object()
 

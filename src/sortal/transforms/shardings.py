@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal.graphdef import Schema
-from sortal.state import State
-from sortal.transforms.prefixes import (
+from sortal._engine.graphdef import Schema
+from sortal._engine.state import State
+from sortal.transforms._adapter.prefixes import (
     alone,
     by_kind,
     column,
@@ -21,7 +21,7 @@ from sortal.transforms.prefixes import (
     new_leaves,
     said,
 )
-from sortal.transforms.traced import Carrier, Result
+from sortal.transforms._adapter.tracing import Carrier, Result
 
 _UNSET: Any = object()
 

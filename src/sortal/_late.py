@@ -1,0 +1,46 @@
+"""Names whose files are read when first asked for, so that `import sortal` is light."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import MutableMapping
+from typing import Any
+
+TABLE = {
+    "Checkpoints": "sortal.checkpoint.manager",
+    "Restored": "sortal.checkpoint.restoring",
+    "Saving": "sortal.checkpoint.pending",
+    "TrainState": "sortal.training.train_state",
+    "bridge": "sortal.nnx.bridge",
+    "decoding": "sortal.decoding",
+    "display": "sortal.inspect.display",
+    "explain": "sortal.inspect.text",
+    "load_state": "sortal.checkpoint.restoring",
+    "restore": "sortal.checkpoint.restoring",
+    "save": "sortal.checkpoint.saving",
+    "tabulate": "sortal.inspect.text",
+}
+"""The file of each name; one that ends in the name is itself what is meant."""
+
+
+def load(namespace: MutableMapping[str, Any], name: str) -> Any:
+    """What a name of the package stands for, imported now and kept.
+
+    Args:
+      namespace: the package's own.
+      name: the name asked for.
+
+    Returns:
+      The object or module.
+
+    Raises:
+      AttributeError: the package has no such name.
+    """
+    package = namespace["__name__"]
+    if name not in TABLE:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    found: Any = importlib.import_module(TABLE[name])
+    if not TABLE[name].endswith(f".{name}"):
+        found = getattr(found, name)
+    namespace[name] = found
+    return found
