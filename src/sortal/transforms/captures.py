@@ -21,10 +21,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import STATIC, GraphDef, Schema
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import outside_traces
-from sortal._engine.nodes import is_root
+from sortal._engine.nodes import STATIC, is_root
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema
 from sortal._engine.statics import static_key
 from sortal.policy.policy import Policy
 from sortal.sharding.mesh_axes import in_force
