@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-from sortal._engine.graphdef import Schema, check_exhaustive, kind_name, select
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
 from sortal._engine.nested import equal, locate_all, nest, ordered, walk
 from sortal._engine.nodes import Handler, register_node
 from sortal._engine.paths import Path, PathKey, entries, show
+from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
 from sortal._engine.statics import EMPTY, edits
 from sortal._engine.variable import (
     Variable,
@@ -574,8 +574,8 @@ class _StateHandler(Handler):
     def children(self, obj: State, keys: Any) -> list[Any]:
         return obj.leaves()
 
-    def contents(self, obj: State) -> list[Any]:
-        return [obj.schema, *obj.leaves()]
+    def contents(self, nodes: Sequence[State]) -> tuple[list[Any], Iterable[Any]]:
+        return [x.schema for x in nodes], (leaf for x in nodes for leaf in x.leaves())
 
     def shell(self, cls: type, spec: Any) -> State:
         return State()
