@@ -243,4 +243,4 @@ else:
         return _late.load(globals(), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_late.TABLE})
+        return sorted({*globals(), *_late.TABLE, *_late.MODULES})
