@@ -401,7 +401,7 @@ def test_pop_from_lists_is_refused_and_nothing_is_removed() -> None:
 
 
 def test_pop_without_a_filter_is_refused() -> None:
-    with pytest.raises(StructureError, match="pop needs a filter"):
+    with pytest.raises(FilterError, match="pop needs a filter"):
         sortal.pop(Net())
 
 
