@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sortal._engine.annotations import PARTITION_NAME
-from sortal._engine.graphdef import GraphDef, Schema
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.schema import Schema
 from sortal._engine.statics import Metadata
 from sortal.transforms._adapter.tracing import Effects
 

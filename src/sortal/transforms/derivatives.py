@@ -12,9 +12,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
-from sortal._engine.graph import has_plan
 from sortal._engine.nested import equal
 from sortal._engine.paths import show
+from sortal._engine.plan import has_plan
 from sortal._engine.state import FlatState, as_state
 from sortal._engine.variable import Param, describe, value_of
 from sortal.errors import ArgumentError, GradientError, listing

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import Tracer
 
-from sortal._engine.graphdef import Kind
 from sortal._engine.paths import Path
+from sortal._engine.schema import Kind
 from sortal._engine.statics import is_hashable, static_key
 from sortal.errors import ArgumentError, FilterError, listing
 from sortal.filters import Filter, to_filter

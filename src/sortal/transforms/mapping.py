@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
 from sortal._engine.foreign import in_our_words
-from sortal._engine.graphdef import Schema
 from sortal._engine.jax_compat import differs_in_vmap, varying_axes
 from sortal._engine.leaves import held
+from sortal._engine.schema import Schema
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers

@@ -15,15 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graphdef import (
-    ABSENT,
-    Difference,
-    Fact,
-    GraphDef,
-    facts_of,
-    kind_name,
-)
+from sortal._engine.difference import ABSENT, Difference, Fact, facts_of
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import Path, show
+from sortal._engine.schema import kind_name
 from sortal._engine.statics import is_hashable, static_key
 from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError, RetraceError, listing

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graphdef import Schema
+from sortal._engine.schema import Schema
 from sortal._engine.state import State
 from sortal.transforms._adapter.prefixes import (
     alone,

@@ -18,12 +18,13 @@ import jax
 from jax.core import Tracer
 
 from sortal._engine.bounded import Bounded
-from sortal._engine.graph import Walk, bind, has_plan
-from sortal._engine.graphdef import NODE, Entry, GraphDef, Step, fill
+from sortal._engine.graphdef import Entry, GraphDef, Step, fill
 from sortal._engine.leaves import held, identity, store_all
-from sortal._engine.nodes import handler_of
+from sortal._engine.nodes import NODE, handler_of
 from sortal._engine.paths import show
+from sortal._engine.plan import bind, has_plan
 from sortal._engine.variable import check_writable, describe, make
+from sortal._engine.walk import Walk
 from sortal.errors import ArgumentError
 from sortal.transforms._adapter.tracing import (
     Edits,

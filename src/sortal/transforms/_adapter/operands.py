@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graphdef import ABSENT, LEAF, NODE, Entry, GraphDef, join
+from sortal._engine.difference import ABSENT
+from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.nodes import LEAF, NODE
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import describe
 from sortal.errors import LoopError, listing
@@ -278,7 +280,7 @@ def _node_path(graphdef: GraphDef, n: int) -> Path:
     for above, record in enumerate(graphdef.records[:n]):
         for entry in record.entries:
             if entry.what == NODE and entry.ref == n:
-                return join(record, _node_path(graphdef, above), entry.key)
+                return record.below(_node_path(graphdef, above), entry.key)
     return ()
 
 

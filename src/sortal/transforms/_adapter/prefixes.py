@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graphdef import Schema
+from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
 from sortal._engine.variable import describe, make
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graph import Walk
-from sortal._engine.graphdef import LEAF, NODE, STATIC, Entry, GraphDef
+from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.leaves import Slot, held
-from sortal._engine.nodes import handler_of, is_root
+from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of, is_root
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.state import State
 from sortal._engine.variable import is_variable, value_of
+from sortal._engine.walk import Walk
 
 PASS, ROOT, SCAN = "pass", "root", "scan"
 _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None))
