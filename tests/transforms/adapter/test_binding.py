@@ -605,29 +605,25 @@ def test_keywords_of_a_partial_can_be_given_anew_and_be_static() -> None:
     assert [int(g(5, n)) for n in (0, 1)] == [5, 10]
 
 
-def test_threads_that_call_with_several_models_at_once_get_their_own_numbers(
-    monkeypatch: Any,
-) -> None:
-    monkeypatch.setattr(binding, "_alias_maps", type(binding._alias_maps)(2))
-    pairs = [(Caller(), Caller()) for _ in range(6)]
-    for k, (a, b) in enumerate(pairs):
-        a.n.value, b.n.value = jnp.array(k), jnp.array(10 * k)
-    f = sortal.jit(lambda a, b: a.n.value + b.n.value)
+def test_threads_that_bind_many_pairs_of_models_get_their_own_values() -> None:
+    """More pairs than are remembered, so that all threads make room all the time."""
+    models = [Holder(w=Param(float(k))) for k in range(40)]
     errors: list[Any] = []
 
-    def call() -> None:
+    def call(first: int) -> None:
         try:
-            for _ in range(60):
-                for k, (a, b) in enumerate(pairs):
-                    assert int(f(a, b)) == 11 * k
+            for i in [*range(40)] * 6:
+                for j in range(first, 40):
+                    bound = binding.BoundArguments((models[i], models[j]), {})
+                    given = [x.values for x in bound.args]
+                    assert given == [[i], [j] if i != j else []]
         except BaseException as e:  # noqa: BLE001 - a thread must not swallow it
             errors.append(e)
 
-    f(*pairs[0])
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=call) for _ in range(6)]
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
