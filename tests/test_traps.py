@@ -16,7 +16,7 @@ import pytest
 
 import sortal
 from models import Count, Holder, Linear, Net, has_tracer, portrait, untouched
-from sortal import BatchStat, Param, Variable
+from sortal import BatchStat, Param, Variable, nnx
 from sortal.errors import (
     FilterError,
     GradientError,
@@ -112,7 +112,7 @@ def test_list_indices_as_text_are_refused_and_not_taken_as_new_paths() -> None:
         pytest.raises(UpdateError, match=r"unknown: layers\['0'\]\.bias"),
     ):
         sortal.update(net, saved)
-    fixed = sortal.restore_int_paths(saved)
+    fixed = nnx.restore_int_paths(saved)
     sortal.update(net, fixed)
     assert net.layers[0].bias[0] == 1
     with pytest.raises(PathError, match=r"layers\['9'\]"):
@@ -308,7 +308,7 @@ def test_an_update_of_a_variable_inside_jit_is_not_lost() -> None:
 
 def test_an_update_of_a_variable_captured_by_raw_jit_is_refused_not_lost() -> None:
     net = Net()
-    with untouched(net), pytest.raises(sortal.TraceContextError, match="calls"):
+    with untouched(net), pytest.raises(nnx.TraceContextError, match="calls"):
         jax.jit(lambda x: net(x))(X)
 
 

@@ -1,7 +1,7 @@
 """What NNX code also calls a Variable's value, kind and axes.
 
 Layers make Variables of Sortal's own kinds, and NNX code that is given one knows it by
-these names. They are put on the class when ``sortal.nnx`` is imported. They only add to
+these names. They are put on the class when ``sortal.nnx`` is imported, and only add to
 it: before, each is an error, or is looked for in the value and the metadata.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from sortal._engine.variable import Variable
 from sortal.errors import VariableError
+from sortal.nnx.keywords import ignoring
 
 
 class OldNames:
@@ -79,6 +80,11 @@ class OldNames:
         return self._metadata.get("out_sharding")
 
 
-for _name, _member in vars(OldNames).items():
-    if not _name.startswith("_"):
-        setattr(Variable, _name, _member)
+def _attach(kind: Any) -> None:
+    for name, member in vars(OldNames).items():
+        if not name.startswith("_"):
+            setattr(kind, name, member)
+    kind.get_metadata = ignoring("exclude_required")(kind.get_metadata)
+
+
+_attach(Variable)

@@ -13,7 +13,7 @@ from sortal.training import optimizer
 
 
 class Optimizer(optimizer.Optimizer):
-    """``sortal.Optimizer`` with what NNX code adds: ``graph``, and ``Optimizer[Model]``.
+    """``sortal.Optimizer``, which also takes ``graph`` and is written ``Optimizer[M]``.
 
     Args:
       model: a Module, or a container of Modules and Variables.

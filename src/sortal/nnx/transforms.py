@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sortal.nnx.keywords import ignoring
-from sortal.transforms import autodiff, compile, control, custom, derivatives, mapping
+from sortal.transforms import autodiff, control, custom, derivatives, mapping
+from sortal.transforms import compile as compiling
 from sortal.transforms import remat as rematerialisation
 from sortal.transforms import scan as scanning
 from sortal.transforms._adapter.prefixes import Carry as Carry
@@ -18,10 +19,10 @@ _derivative = ignoring("graph", "graph_updates", empty=("reduce_axes",))
 
 cond = _transform(control.cond)
 custom_vjp = _transform(custom.custom_vjp)
-eval_shape = _transform(compile.eval_shape)
+eval_shape = _transform(compiling.eval_shape)
 fori_loop = _transform(control.fori_loop)
 grad = _derivative(autodiff.grad)
-jit = _transform(compile.jit)
+jit = _transform(compiling.jit)
 jvp = _transform(derivatives.jvp)
 make_jaxpr = _transform(derivatives.make_jaxpr)
 remat = _transform(rematerialisation.remat)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.tree_util as jtu
@@ -22,7 +22,7 @@ def while_loop(
     cond_fun: Callable[[Any], Any],
     body_fun: Callable[[Any], Any],
     init_val: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.while_loop`` with modules among what goes from step to step.
 
@@ -34,7 +34,6 @@ def while_loop(
       body_fun: takes the value, returns the next one, with the same modules in the same
         places.
       init_val: any pytree, with Modules and Variables anywhere in it.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -55,7 +54,7 @@ def while_loop(
       >>> int(counter.value)
       3
     """
-    refuse_unknown("while_loop", ignored)
+    refuse_unknown("while_loop", _unknown)
     body, held = unbind(body_fun)
     condition, others = unbind(cond_fun)
     if others:
@@ -79,7 +78,7 @@ def fori_loop(
     init_val: Any,
     *,
     unroll: int | bool | None = None,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.fori_loop`` with modules among what goes from step to step.
 
@@ -90,7 +89,6 @@ def fori_loop(
         modules in the same places.
       init_val: any pytree, with Modules and Variables anywhere in it.
       unroll: see ``jax.lax.fori_loop``.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -109,7 +107,7 @@ def fori_loop(
       >>> int(nnx.fori_loop(0, 5, body, total).value)
       10
     """
-    refuse_unknown("fori_loop", ignored)
+    refuse_unknown("fori_loop", _unknown)
     body, held = unbind(body_fun)
 
     def call(held: Any, init: Any) -> Any:
@@ -217,7 +215,7 @@ def cond(
     true_fun: Callable[..., Any],
     false_fun: Callable[..., Any],
     *operands: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.cond`` with modules among the operands.
 
@@ -230,7 +228,6 @@ def cond(
         method of one.
       false_fun: called on them where it does not.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -249,7 +246,7 @@ def cond(
       >>> int(count.value)
       1
     """
-    refuse_unknown("cond", ignored)
+    refuse_unknown("cond", _unknown)
     where = ("the true branch of cond", "the false branch of cond")
     return _choose(jax.lax.cond, where, pred, (true_fun, false_fun), operands)
 
@@ -258,7 +255,7 @@ def switch(
     index: Any,
     branches: Sequence[Callable[..., Any]],
     *operands: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.switch`` with modules among the operands.
 
@@ -266,7 +263,6 @@ def switch(
       index: an integer scalar, clamped to the branches there are.
       branches: functions, modules, or methods of modules, all called alike.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -283,7 +279,7 @@ def switch(
       >>> nnx.switch(jnp.array(2), layers, jnp.ones(2)).shape
       (3,)
     """
-    refuse_unknown("switch", ignored)
+    refuse_unknown("switch", _unknown)
     if not branches:
         raise ArgumentError("switch needs at least one branch.")
     where = tuple(f"branch {i} of switch" for i in range(len(branches)))

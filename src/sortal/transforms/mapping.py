@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def vmap(
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
     transform_metadata: Mapping[str, Any] = NOTHING,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.vmap`` for functions of modules, with an axis for each kind.
 
@@ -70,7 +70,6 @@ def vmap(
       spmd_axis_name: see ``jax.vmap``.
       transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
         Variables come out stacked, where their metadata names their axes.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator.
@@ -96,7 +95,7 @@ def vmap(
       >>> nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, jnp.ones(2)).shape
       (5, 3)
     """
-    refuse_unknown("vmap", ignored)
+    refuse_unknown("vmap", _unknown)
     in_axes, out_axes = in_our_words((in_axes, out_axes))
     if f is _NO_FUNCTION:
         return functools.partial(
@@ -186,7 +185,6 @@ def shard_map(
     """
     refuse_unknown("shard_map", options, _OF_JAX)
     in_specs, out_specs = in_our_words((in_specs, out_specs))
-    options = {k: v for k, v in options.items() if k in _OF_JAX}
     if f is _NO_FUNCTION:
         return functools.partial(
             shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 
@@ -28,7 +28,7 @@ def remat(
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
     static_argnums: int | Sequence[int] = (),
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.checkpoint`` for functions of modules: recomputes instead of storing.
 
@@ -37,7 +37,6 @@ def remat(
       prevent_cse: see ``jax.checkpoint``.
       policy: what to store all the same; see ``jax.checkpoint_policies``.
       static_argnums: positions of arguments that are not traced.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator.
@@ -53,7 +52,7 @@ def remat(
       >>> nnx.grad(loss)(layer, jnp.ones((1, 2))).paths()
       (('bias',), ('kernel',))
     """
-    refuse_unknown("remat", ignored)
+    refuse_unknown("remat", _unknown)
     if f is _NO_FUNCTION:
         return functools.partial(
             remat,
@@ -87,6 +86,3 @@ def remat(
         return run(*args, **kwargs)
 
     return wrapper
-
-
-checkpoint = remat

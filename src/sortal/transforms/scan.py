@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def scan(
     in_axes: Any = (Carry, 0),
     out_axes: Any = (Carry, 0),
     transform_metadata: Mapping[str, Any] = NOTHING,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.scan`` for functions of modules, with a role for each kind.
 
@@ -66,7 +66,6 @@ def scan(
         these, or a tuple.
       transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
         Variables come out stacked, where their metadata names their axes.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
@@ -92,7 +91,7 @@ def scan(
       >>> forward(layers, jnp.ones((1, 2))).shape
       (1, 2)
     """
-    refuse_unknown("scan", ignored)
+    refuse_unknown("scan", _unknown)
     in_axes, out_axes = in_our_words((in_axes, out_axes))
     options = {
         "length": length,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError
 from sortal.interop.linen.collections import boxed, from_linen, to_linen
 

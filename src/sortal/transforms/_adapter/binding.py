@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from sortal._engine.leaves import held, identity, store_all
 from sortal._engine.nodes import handler_of, is_root
 from sortal._engine.paths import show
 from sortal._engine.variable import check_writable, describe, make
-from sortal.errors import ArgumentError
+from sortal._nnx_names import refuse_unknown as refuse_unknown
 from sortal.transforms._adapter.tracing import (
     Carrier,
     Edits,
@@ -250,24 +250,6 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if first or any(map(is_root, fn.args)):
             return inner, (*first, *fn.args)
     return fn, ()
-
-
-def refuse_unknown(
-    name: str, options: Iterable[str], also: Collection[str] = ()
-) -> None:
-    """Refuses keywords that a transform does not have.
-
-    Args:
-      name: the transform.
-      options: the keywords given.
-      also: those it takes for NNX code besides ``graph`` and ``graph_updates``.
-
-    Raises:
-      ArgumentError: some are unknown; all are listed.
-    """
-    unknown = set(options) - {"graph", "graph_updates", *also}
-    if unknown:
-        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
 
 
 def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
