@@ -197,9 +197,9 @@ if _TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        if name not in _late.TABLE:
+        if name not in _late.TABLE and name not in _late.MODULES:
             _nnx_names.check_name(name)
         return _late.load(globals(), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_late.TABLE})
+        return sorted({*globals(), *_late.TABLE, *_late.MODULES})

@@ -22,7 +22,6 @@ TABLE = {
     "VariableMetadata": "sortal.nnx.variablelib",
     "VariableState": "sortal.nnx.variablelib",
     "as_abstract": "sortal.nnx.spmd",
-    "bridge": "sortal.nnx.bridge",
     "cached_partial": "sortal.nnx.partial",
     "capture": "sortal.nnx.capturing",
     "checkpoint": "sortal.nnx.transforms",
@@ -32,15 +31,12 @@ TABLE = {
     "data": "sortal.nnx.pytreelib",
     "eval_shape": "sortal.nnx.transforms",
     "filter_state": "sortal.nnx.statelib",
-    "filterlib": "sortal.nnx.filterlib",
     "fori_loop": "sortal.nnx.transforms",
     "fork_rngs": "sortal.nnx.rnglib",
     "from_flat_state": "sortal.nnx.statelib",
     "get_abstract_model": "sortal.nnx.spmd",
     "grad": "sortal.nnx.transforms",
-    "graph": "sortal.nnx.graph",
     "graphdef": "sortal.nnx.graphlib",
-    "graphlib": "sortal.nnx.graphlib",
     "iter_children": "sortal.nnx.module",
     "iter_graph": "sortal.nnx.graphlib",
     "iter_modules": "sortal.nnx.module",
@@ -51,35 +47,24 @@ TABLE = {
     "map_state": "sortal.nnx.statelib",
     "merge": "sortal.nnx.graphlib",
     "merge_state": "sortal.nnx.statelib",
-    "metrics": "sortal.nnx.metrics",
-    "module": "sortal.nnx.module",
-    "optimizer": "sortal.nnx.optimizer",
-    "pytreelib": "sortal.nnx.pytreelib",
     "register_variable_name": "sortal.nnx.variablelib",
     "remat": "sortal.nnx.transforms",
     "replace_by_pure_dict": "sortal.nnx.statelib",
     "reseed": "sortal.nnx.rnglib",
     "restore_int_paths": "sortal.nnx.statelib",
-    "rnglib": "sortal.nnx.rnglib",
     "scan": "sortal.nnx.transforms",
     "shard_map": "sortal.nnx.transforms",
     "split": "sortal.nnx.graphlib",
     "split_rngs": "sortal.nnx.rnglib",
     "split_state": "sortal.nnx.statelib",
-    "spmd": "sortal.nnx.spmd",
     "state": "sortal.nnx.graphlib",
-    "statelib": "sortal.nnx.statelib",
     "static": "sortal.nnx.pytreelib",
     "switch": "sortal.nnx.transforms",
     "to_flat_state": "sortal.nnx.statelib",
     "to_pure_dict": "sortal.nnx.statelib",
-    "tracers": "sortal.nnx.tracers",
-    "transforms": "sortal.nnx.transforms",
-    "traversals": "sortal.nnx.traversals",
     "value_and_grad": "sortal.nnx.transforms",
     "variable_name_from_type": "sortal.nnx.variablelib",
     "variable_type_from_name": "sortal.nnx.variablelib",
-    "variablelib": "sortal.nnx.variablelib",
     "variables": "sortal.nnx.graphlib",
     "view": "sortal.nnx.views",
     "vjp": "sortal.nnx.transforms",
@@ -87,6 +72,25 @@ TABLE = {
     "while_loop": "sortal.nnx.transforms",
 }
 """The file of each name of ``sortal.nnx`` that is not the name of ``sortal`` itself."""
+
+MODULES = {
+    "bridge": "sortal.nnx.bridge",
+    "filterlib": "sortal.nnx.filterlib",
+    "graph": "sortal.nnx.graph",
+    "graphlib": "sortal.nnx.graphlib",
+    "metrics": "sortal.nnx.metrics",
+    "module": "sortal.nnx.module",
+    "optimizer": "sortal.nnx.optimizer",
+    "pytreelib": "sortal.nnx.pytreelib",
+    "rnglib": "sortal.nnx.rnglib",
+    "spmd": "sortal.nnx.spmd",
+    "statelib": "sortal.nnx.statelib",
+    "tracers": "sortal.nnx.tracers",
+    "transforms": "sortal.nnx.transforms",
+    "traversals": "sortal.nnx.traversals",
+    "variablelib": "sortal.nnx.variablelib",
+}
+"""Modules by the names that they have in ``sortal.nnx``."""
 
 KEYWORDS = frozenset({"copy", "graph", "graph_updates"})
 """Keywords that functions of ``sortal.nnx`` take and those of ``sortal`` do not."""
@@ -101,7 +105,7 @@ def check_name(name: str) -> None:
     Raises:
       AttributeError: it is one of NNX.
     """
-    if name in TABLE:
+    if name in TABLE or name in MODULES:
         raise AttributeError(
             f"module 'sortal' has no attribute {name!r}, which exists for NNX code. "
             f"Write `from sortal import nnx`, and nnx.{name}."

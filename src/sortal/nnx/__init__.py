@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 import sortal as _sortal
 from sortal import _late as _late
-from sortal._nnx_names import TABLE as _TABLE
+from sortal import _nnx_names as _names
 from sortal.nnx import old_names as _old_names
 
 if _TYPE_CHECKING:
@@ -95,11 +95,12 @@ if _TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        if name in _TABLE:
-            return _late.load(globals(), name, _TABLE)
+        if name in _names.TABLE or name in _names.MODULES:
+            return _late.load(globals(), name, _names.TABLE, _names.MODULES)
         if name.startswith("_") or not hasattr(_sortal, name):
             raise AttributeError(f"module 'sortal.nnx' has no attribute {name!r}")
         return getattr(_sortal, name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_TABLE, *dir(_sortal)})
+        native = {name for name in dir(_sortal) if not name.startswith("_")}
+        return sorted({*globals(), *_names.TABLE, *_names.MODULES, *native})
