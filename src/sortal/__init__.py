@@ -132,7 +132,7 @@ from sortal.nn.reparameterization import WeightNorm as WeightNorm
 from sortal.nn.rnn import RNN as RNN
 from sortal.nn.rnn import Bidirectional as Bidirectional
 from sortal.nn.rnn import flip_sequences as flip_sequences
-from sortal.nn.rotary import rotary as rotary
+from sortal.nn.rope import rotary as rotary
 from sortal.nn.sequential import Sequential as Sequential
 from sortal.nn.stochastic import Dropout as Dropout
 from sortal.policy.policy import Policy as Policy
