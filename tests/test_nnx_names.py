@@ -99,8 +99,8 @@ def test_a_keyword_of_nnx_is_refused_and_the_error_says_where_it_is_taken(
 def test_several_unknown_keywords_are_all_listed() -> None:
     with pytest.raises(
         ArgumentError,
-        match=r"merge has no option copy, fresh, graph\. For NNX code, which passes copy "
-        r"and graph, write `from sortal import nnx`, and nnx\.merge\.",
+        match=r"merge has no option copy, fresh, graph\. For NNX code, which passes "
+        r"copy and graph, write `from sortal import nnx`, and nnx\.merge\.",
     ):
         sortal.merge(*sortal.split(MODEL), graph=True, fresh=1, copy=False)
 

@@ -245,10 +245,9 @@ def test_an_unhashable_static_is_refused_at_the_first_use_not_the_second() -> No
 def test_grad_differentiates_params_only_whatever_else_is_in_the_model() -> None:
     net = Net()
     net.rngs = sortal.Rngs(0)
-    for options in ({}, {"graph_updates": False}, {"graph": True}):
-        grads = sortal.grad(lambda m: m(X).sum(), **options)(net)
-        assert len(grads.paths()) == 5
-        assert {type(v) for v in grads.leaves()} == {Param}
+    grads = sortal.grad(lambda m: m(X).sum())(net)
+    assert len(grads.paths()) == 5
+    assert {type(v) for v in grads.leaves()} == {Param}
 
 
 def test_a_random_key_asked_to_be_differentiated_by_is_named() -> None:
