@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sortal as nnx
+from sortal import nnx
 
 try:
     import flax.nnx as flax_nnx
