@@ -980,7 +980,7 @@ def merge(definition: GraphDef, *states: Any) -> Any:
 
 
 def _form(value: Any) -> Any:
-    if is_array(value):
+    if is_array(value) or isinstance(value, np.generic):
         return (value.shape, value.dtype)
     return ((), np.dtype(np.float32 if isinstance(value, float) else np.int32))
 
