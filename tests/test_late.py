@@ -17,19 +17,21 @@ from sortal import _late as late
 def test_type_checkers_see_the_table_that_is_looked_up() -> None:
     tree = ast.parse(Path(sortal.__file__).read_text(encoding="utf-8"))
     (block,) = [x for x in tree.body if isinstance(x, ast.If)]
-    seen = {a.asname: (x.module, a.name) for x in block.body for a in x.names}
-    files = {name: file.removesuffix(f".{name}") for name, file in late.TABLE.items()}
-    assert seen == {name: (file, name) for name, file in files.items()}
+    seen = {a.asname: f"{x.module}.{a.name}" for x in block.body for a in x.names}
+    names = {name: f"{file}.{name}" for name, file in late.TABLE.items()}
+    assert seen == names | late.MODULES
 
 
 @pytest.mark.parametrize("name", late.TABLE)
 def test_a_late_name_is_what_its_file_has(name: str) -> None:
-    file = late.TABLE[name]
     found = getattr(sortal, name)
-    if file.endswith(f".{name}"):
-        assert found is sys.modules[file]
-    else:
-        assert found is getattr(importlib.import_module(file), name)
+    assert found is getattr(importlib.import_module(late.TABLE[name]), name)
+    assert name in dir(sortal)
+
+
+@pytest.mark.parametrize("name", late.MODULES)
+def test_a_late_module_is_read_under_its_own_name(name: str) -> None:
+    assert getattr(sortal, name) is importlib.import_module(late.MODULES[name])
     assert name in dir(sortal)
 
 

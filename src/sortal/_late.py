@@ -11,8 +11,6 @@ TABLE = {
     "Restored": "sortal.checkpoint.restoring",
     "Saving": "sortal.checkpoint.pending",
     "TrainState": "sortal.training.train_state",
-    "bridge": "sortal.nnx.bridge",
-    "decoding": "sortal.decoding",
     "display": "sortal.inspect.display",
     "explain": "sortal.inspect.text",
     "load_state": "sortal.checkpoint.restoring",
@@ -20,7 +18,9 @@ TABLE = {
     "save": "sortal.checkpoint.saving",
     "tabulate": "sortal.inspect.text",
 }
-"""The file of each name; one that ends in the name is itself what is meant."""
+"""The file of each name."""
+MODULES = {"bridge": "sortal.nnx.bridge", "decoding": "sortal.decoding"}
+"""Modules by the names that they have in the package."""
 
 
 def load(namespace: MutableMapping[str, Any], name: str) -> Any:
@@ -37,10 +37,11 @@ def load(namespace: MutableMapping[str, Any], name: str) -> Any:
       AttributeError: the package has no such name.
     """
     package = namespace["__name__"]
-    if name not in TABLE:
+    if name in MODULES:
+        found = importlib.import_module(MODULES[name])
+    elif name in TABLE:
+        found = getattr(importlib.import_module(TABLE[name]), name)
+    else:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    found: Any = importlib.import_module(TABLE[name])
-    if not TABLE[name].endswith(f".{name}"):
-        found = getattr(found, name)
     namespace[name] = found
     return found

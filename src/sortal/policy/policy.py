@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import GraphDef, Kind, Schema, kind_name, select
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import Path, show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Kind, Schema, kind_name, select
 from sortal._engine.tables import Report, Table
 from sortal._engine.variable import Param
 from sortal.errors import PolicyError, listing
