@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import numbers
 import threading
 import types
 import weakref
@@ -518,12 +519,13 @@ class Walk:
             return self._leaf(Leaf(path, x, holder, key), x)
         if is_array(x):
             return self._leaf(Leaf(path, None, holder, key), x)
-        if not is_node(x):
-            if role == "data" and not isinstance(x, tuple):
+        plain = isinstance(x, (tuple, list, dict))
+        if not is_node(x) and not (role and plain):
+            # In what is marked data, numbers are leaves.
+            if role == "data" or (role and isinstance(x, (numbers.Number, np.generic))):
                 return self._leaf(Leaf(path, None, holder, key), x)
-            if not (role == "data" and isinstance(x, tuple)):
-                return self._static(x)
-        return self._node(x, path, role if isinstance(x, (tuple, list, dict)) else None)
+            return self._static(x)
+        return self._node(x, path, "inside data" if role and plain else None)
 
     def _leaf(self, leaf: Leaf, x: Any) -> Any:
         self.leaves.append(leaf)
