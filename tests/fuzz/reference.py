@@ -124,6 +124,9 @@ class Arr:
     def __gt__(self, other: Any) -> Arr:
         return Arr(self.val > lift(other).val)
 
+    def __lt__(self, other: Any) -> Arr:
+        return Arr(self.val < lift(other).val)
+
     def __bool__(self) -> bool:
         return bool(self.val)
 
@@ -522,7 +525,8 @@ class Walk:
         plain = isinstance(x, (tuple, list, dict))
         if not is_node(x) and not (role and plain):
             # In what is marked data, numbers are leaves.
-            if role == "data" or (role and isinstance(x, (numbers.Number, np.generic))):
+            data = role == "data" and not _is_frozen(x)
+            if data or (role and isinstance(x, (numbers.Number, np.generic))):
                 return self._leaf(Leaf(path, None, holder, key), x)
             return self._static(x)
         return self._node(x, path, "inside data" if role and plain else None)
@@ -533,11 +537,7 @@ class Walk:
         return (LEAF, len(self.leaves) - 1)
 
     def _static(self, x: Any) -> Any:
-        hidden = not isinstance(x, (type, types.FunctionType)) and any(
-            isinstance(v, (Variable, Module))
-            for v in getattr(x, "__dict__", {}).values()
-        )
-        self._bad |= hidden or isinstance(x, Marked) or not hashable(x)
+        self._bad |= _hides_state(x) or isinstance(x, Marked) or not hashable(x)
         return (STATIC, x)
 
     def _node(self, x: Any, path: Any, role: Any) -> Any:
@@ -569,6 +569,18 @@ class Walk:
     def graphdef(self) -> GraphDef:
         schema = [(x.path, x.kind, _meta(x)) for x in self.leaves]
         return GraphDef(self.template, schema)
+
+
+def _hides_state(x: Any) -> bool:
+    """Whether a static holds what should be a node or leaf, directly or in tuples."""
+    if isinstance(x, (tuple, frozenset)):
+        return any(map(_hides_state, x))
+    if isinstance(x, (type, types.FunctionType)):
+        return False
+    inside = getattr(x, "__dict__", {}).values()
+    if any(isinstance(v, (Variable, Module)) for v in inside):
+        return True
+    return _is_frozen(x) and any(map(_hides_state, inside))
 
 
 def _meta(leaf: Leaf) -> dict[str, Any]:
