@@ -63,6 +63,7 @@ class Left(Exception):  # noqa: N818 - no error of the program's
 
 # ------------------------------------------------------------------ arrays
 _LIMIT = 2.0**20
+_SHORTER = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
 
 class Arr:
@@ -74,8 +75,8 @@ class Arr:
 
     def __init__(self, val: Any, dot: Any = None):
         val = np.asarray(val)
-        if val.dtype == np.float64:
-            val = val.astype(np.float32)
+        if val.dtype in _SHORTER:
+            val = val.astype(_SHORTER[val.dtype])
         self.val = val
         self.dot = dot
         if val.size and val.dtype.kind == "f" and not np.abs(val).max() < _LIMIT:
@@ -780,6 +781,8 @@ class State:
     def to_pure_dict(self) -> dict[Any, Any]:
         nested: dict[Any, Any] = {}
         for path, leaf in self.flat():
+            if not path:
+                raise PathError
             at = nested
             for key in path[:-1]:
                 at = at.setdefault(key, {})
