@@ -26,10 +26,8 @@ _OPTIONS = frozenset(
         "axis",
         "checkpoint",
         "donate",
-        "dtype",
         "optimizer",
         "reduce",
-        "role",
         "spec",
         "trainable",
     }
