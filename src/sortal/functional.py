@@ -9,23 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from sortal._engine.foreign import same_kind
-from sortal._engine.graph import Walk, bind
-from sortal._engine.graphdef import (
-    LEAF,
-    NODE,
-    STATIC,
-    Entry,
-    GraphDef,
-    Schema,
-    check_exhaustive,
-    join,
-    kind_name,
-)
+from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, store_all
+from sortal._engine.nodes import LEAF, NODE, STATIC
 from sortal._engine.paths import Path, show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema, check_exhaustive, kind_name
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
+from sortal._engine.walk import Walk
 from sortal.errors import MergeError, StructureError, UpdateError, listing
 
 
@@ -478,7 +471,7 @@ def iter_graph(
             record = walk.graphdef.records[entry.ref]
             todo.append((entry, path, True))
             todo += [
-                (child, join(record, path, child.key), False)
+                (child, record.below(path, child.key), False)
                 for child in reversed(record.entries)
             ]
 

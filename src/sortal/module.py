@@ -9,12 +9,12 @@ from typing import Any, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from sortal._engine.graph import plan_of
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
 from sortal._engine.nodes import Node, get_dict
 from sortal._engine.paths import Path, PathKey
+from sortal._engine.plan import plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal.errors import ArgumentError, VariableError
 from sortal.filters import to_filter

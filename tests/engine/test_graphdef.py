@@ -18,17 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal._engine.graphdef import (
-    ABSENT,
-    GraphDef,
-    Schema,
-    Static,
-    _Interned,
-    check_exhaustive,
-    select,
-)
+from sortal._engine.difference import ABSENT
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
-from sortal._engine.statics import EMPTY, Metadata
+from sortal._engine.schema import Schema, check_exhaustive, select
+from sortal._engine.statics import EMPTY, Interned, Metadata, Static
 from sortal.errors import FilterError
 from strategies import (
     BatchStat,
@@ -184,7 +178,7 @@ def test_a_graphdef_prints_its_size():
 
 
 def test_the_base_of_interned_classes_needs_a_setup():
-    class Bare(_Interned):
+    class Bare(Interned):
         __slots__ = ()
 
     with pytest.raises(NotImplementedError):

@@ -530,3 +530,81 @@ def test_nodes_are_found_by_type_whatever_they_hold():
     assert isinstance(handler_of(Box()), nodes.ObjectHandler)
     assert is_static_value(Empty(), handler_of(Empty()))
     assert isinstance(Box(), Node)
+
+
+def test_state_hidden_in_a_callable_object_is_refused_too():
+    class Plain:
+        def __init__(self):
+            self.inner = Param(jnp.ones(2))
+
+        def __call__(self, x):
+            return x * self.inner
+
+    with pytest.raises(StructureError, match=r"layer: a Plain .* inner \(Param\)"):
+        sortal.state(Box(layer=Plain()))
+    with pytest.raises(StructureError, match=r"layer: a Plain .* inner \(Param\)"):
+        sortal.jit(lambda m, x: m.layer(x))(Box(layer=Plain()), 1.0)
+
+
+def test_a_mark_set_or_ended_inside_a_trace_is_there_afterwards():
+    @sortal.jit
+    def mark(model):
+        model.rate = sortal.data(0.25)
+
+    model = Box(w=Param(jnp.ones(1)))
+    mark(model)
+    model.rate = 0.5
+    assert sortal.state(model).to_pure_dict()["rate"] == 0.5
+
+    @sortal.jit
+    def unmark(model):
+        del model.rate
+
+    unmark(model)
+    model.rate = 0.5
+    assert "rate" not in sortal.state(model)
+
+
+def test_a_mark_over_that_of_a_field_ends_with_the_attribute():
+    @sortal.dataclass
+    class Schedule(sortal.Module):
+        rate: float = sortal.data(default=0.1)
+
+    model = Schedule()
+    model.rate = sortal.static(0.2)
+    assert len(sortal.state(model)) == 0
+    del model.rate
+    model.rate = 0.3
+    assert sortal.state(model).to_pure_dict() == {"rate": 0.3}
+
+
+@pytest.mark.parametrize(
+    "value", [(0.1, 0.2), [0.1, 0.2], {"a": 0.1, "b": (0.2,)}], ids=repr
+)
+def test_numbers_in_a_marked_container_are_leaves(value):
+    model = Box(rates=sortal.data(value), w=Param(jnp.ones(1)))
+    assert jax.tree.leaves(model)[:2] == [0.1, 0.2]
+    assert jax.tree.leaves(sortal.clone(model).rates) == [0.1, 0.2]
+    traces = []
+
+    @sortal.jit
+    def total(m):
+        traces.append(1)
+        return sum(jax.tree.leaves(m.rates))
+
+    np.testing.assert_allclose(total(model), 0.3, rtol=1e-6)
+    model.rates = jax.tree.map(lambda x: 2 * x, value)
+    np.testing.assert_allclose(total(model), 0.6, rtol=1e-6)
+    assert len(traces) == 1
+
+
+def test_numbers_in_a_marked_list_are_written_by_a_transform():
+    model = Box(rates=sortal.data([0.1, 0.2]), names=sortal.data(["a", None]))
+
+    @sortal.jit
+    def double(m):
+        m.rates[0] = 2 * m.rates[0]
+
+    double(model)
+    np.testing.assert_allclose(model.rates, [0.2, 0.2], rtol=1e-6)
+    assert model.names == ["a", None]

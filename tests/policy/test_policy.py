@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import sortal as nnx
-from sortal._engine.graph import bind
+from sortal._engine.plan import bind
 from sortal.errors import FilterError, PolicyError
 from sortal.policy.policy import TrainedBy, answers
 from sortal.policy.rule import UNSET

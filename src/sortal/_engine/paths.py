@@ -9,8 +9,6 @@ import types
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from jax.tree_util import DictKey
-
 from sortal.errors import ArgumentError, EntryError
 
 Path = tuple[Hashable, ...]
@@ -162,18 +160,6 @@ class PathKey:
 
     def __hash__(self) -> int:
         return hash(self.path)
-
-
-def entries(at: Iterable[Path]) -> list[Any]:
-    """A JAX key-path entry for each path.
-
-    Args:
-      at: paths.
-
-    Returns:
-      JAX's own ``DictKey`` where a path has one level, else a PathKey.
-    """
-    return [DictKey(path[0]) if len(path) == 1 else PathKey(path) for path in at]
 
 
 def locate(*targets: Any) -> list[Path | None]:

@@ -22,9 +22,9 @@ from sortal._engine.kind_names import (
 from sortal._engine.kind_names import (
     variable_type_from_name as variable_type_from_name,
 )
-from sortal._engine.nodes import data as data
+from sortal._engine.marks import data as data
+from sortal._engine.marks import static as static
 from sortal._engine.nodes import register_node as register_node
-from sortal._engine.nodes import static as static
 from sortal._engine.state import FlatState as FlatState
 from sortal._engine.state import State as GraphState
 from sortal._engine.state import State as State

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import Kind, Schema, kind_name, select
 from sortal._engine.paths import Path
+from sortal._engine.plan import bind
+from sortal._engine.schema import Kind, Schema, kind_name, select
 from sortal._engine.variable import Param
 from sortal.errors import PolicyError, listing
 from sortal.filters import All, Filter, to_filter

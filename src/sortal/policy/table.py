@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sortal._engine.foreign import is_kind
-from sortal._engine.graphdef import GraphDef, Kind, Schema, kind_name
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import Path, show
+from sortal._engine.schema import Kind, Schema, kind_name
 from sortal._engine.tables import Report, Table
 from sortal._engine.variable import Param
 from sortal.filters import Filter

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import Schema
 from sortal._engine.leaves import Leaves, store_all
-from sortal._engine.nodes import static
+from sortal._engine.marks import static
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing

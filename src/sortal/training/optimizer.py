@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import Kind, Schema, plain_leaf_schema
 from sortal._engine.leaves import Leaves, Slot, store_all
-from sortal._engine.nodes import static
+from sortal._engine.marks import static
+from sortal._engine.plan import bind
+from sortal._engine.schema import Kind, Schema, plain_leaf_schema
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (

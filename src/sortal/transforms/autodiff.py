@@ -16,8 +16,18 @@ from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.transforms._adapter.binding import Entered, identity, leave, unbind
-from sortal.transforms._adapter.tracing import Carrier, Result, find_carriers, run
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
+    identity,
+    unbind,
+    write_back,
+)
+from sortal.transforms._adapter.tracing import (
+    Result,
+    find_flat_modules,
+    is_flat_module,
+    run,
+)
 
 _NO_FUNCTION: Any = object()
 
@@ -102,8 +112,8 @@ def value_and_grad(
       holomorphic: see ``jax.grad``.
       allow_int: see ``jax.grad``; leaves of integer dtype are then allowed.
       reduce_axes: taken for NNX code; must be empty.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
+      graph: ignored; for NNX compatibility.
+      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       A function that returns ``(value, gradient)``, or ``((value, aux), gradient)``.
@@ -138,9 +148,9 @@ def value_and_grad(
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        entered = Entered((*first, *args), kwargs)
-        chosen = [_resolve(d, len(entered.args), f) for d in wanted]
-        call = FlatCall(entered, chosen, allow_int=allow_int)
+        bound = BoundArguments((*first, *args), kwargs)
+        chosen = [_resolve(d, len(bound.args), f) for d in wanted]
+        call = FlatCall(bound, chosen, allow_int=allow_int)
         call.refuse_untaken(each=True)
         paired = with_aux(fn, has_aux, "loss")
 
@@ -152,7 +162,7 @@ def value_and_grad(
         (value, rest), grads = jax.value_and_grad(
             pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
         )(call.inputs)
-        aux = leave(entered, rest)
+        aux = write_back(bound, rest)
         found = call.chosen.gradients(grads)
         value = (value, aux) if has_aux else value
         return value, tuple(found) if _several(argnums) else found[0]
@@ -258,7 +268,7 @@ class FlatCall:
     puts other values in their place. Variables that arguments share have one number.
 
     Args:
-      entered: the arguments.
+      bound: the arguments.
       chosen: positions of arguments, and which leaves of modules in them.
       allow_int: whether leaves that are not floating or complex may be chosen.
 
@@ -268,15 +278,19 @@ class FlatCall:
     """
 
     def __init__(
-        self, entered: Entered, chosen: Sequence[DiffState], *, allow_int: bool = False
+        self,
+        bound: BoundArguments,
+        chosen: Sequence[DiffState],
+        *,
+        allow_int: bool = False,
     ):
-        self.entered, self.allow_int = entered, allow_int
-        self.leaves, self.treedef = jtu.tree_flatten((entered.args, entered.kwargs))
+        self.bound, self.allow_int = bound, allow_int
+        self.leaves, self.treedef = jtu.tree_flatten((bound.args, bound.kwargs))
         numbers = self.treedef.unflatten(range(len(self.leaves)))
         self._numbers = {
-            identity(entered.live_leaf(k)): at
-            for c in find_carriers(numbers)
-            for k, at in zip(c.ticket.leaves, c.values, strict=True)
+            identity(bound.live_leaf(k)): at
+            for c in find_flat_modules(numbers)
+            for k, at in zip(c.definition.leaves, c.values, strict=True)
         }
         self.taken: list[tuple[DiffState, Any, bool]] = []
         layouts = [self._layout(numbers[0][diff.argnum], diff) for diff in chosen]
@@ -286,13 +300,13 @@ class FlatCall:
 
     def _layout(self, numbers: Any, diff: DiffState) -> Any:
         return jtu.tree_map(
-            lambda x: self._take(x.ticket.number, diff) if _is_carrier(x) else x,
+            lambda x: self._take(x.definition.number, diff) if is_flat_module(x) else x,
             numbers,
-            is_leaf=_is_carrier,
+            is_leaf=is_flat_module,
         )
 
     def _take(self, number: int, diff: DiffState) -> Taken:
-        plan = self.entered.plans[number]
+        plan = self.bound.plans[number]
         selection, _ = plan.pick((diff.filter,))
         schema, mine = selection.parts[0]
         self.taken.append((diff, plan, bool(mine)))
@@ -398,10 +412,6 @@ def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[...,
         return out[0], out[1]
 
     return paired
-
-
-def _is_carrier(x: Any) -> bool:
-    return isinstance(x, Carrier)
 
 
 def _is_number(x: Any) -> bool:

@@ -12,11 +12,11 @@ from sortal._engine.foreign import in_our_words
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
-    Entered,
-    leave,
+    BoundArguments,
     named_positions,
     stale_buffers,
     unbind,
+    write_back,
 )
 from sortal.transforms._adapter.tracing import Result, replace_roots, run
 from sortal.transforms.donate import Donation, rejoin, with_first
@@ -63,14 +63,14 @@ class Jitted:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entered = Entered((*self._first, *args), kwargs, self._static)
+        bound = BoundArguments((*self._first, *args), kwargs, self._static)
         try:
-            if self._donation is None or self._donation.is_differentiated(entered):
-                result = self._plain(*entered.args, **entered.kwargs)
+            if self._donation is None or self._donation.is_differentiated(bound):
+                result = self._plain(*bound.args, **bound.kwargs)
             else:
-                result = self._donation.call(self._jit, entered)
+                result = self._donation.call(self._jit, bound)
         except (RuntimeError, ValueError) as e:
-            stale = stale_buffers(entered.carriers)
+            stale = stale_buffers(bound.flat_modules)
             if not stale:
                 raise
             raise StaleBufferError(
@@ -78,15 +78,15 @@ class Jitted:
                 f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
                 "the copy that must survive with clone(model, arrays=True)."
             ) from e
-        return leave(entered, result)
+        return write_back(bound, result)
 
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        entered = Entered((*self._first, *args), kwargs, self._static)
+        bound = BoundArguments((*self._first, *args), kwargs, self._static)
         if self._donation is None:
-            return function(*entered.args, **entered.kwargs)
-        return self._donation.call(function, entered)
+            return function(*bound.args, **bound.kwargs)
+        return self._donation.call(function, bound)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -254,9 +254,9 @@ def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("graph_updates", None)
     fn, first = unbind(f)
     args, kwargs = abstracted((*first, *args), kwargs)
-    entered = Entered(args, kwargs)
-    result = jax.eval_shape(lambda a, k: run(fn, a, k), entered.args, entered.kwargs)
-    return leave(entered, result)
+    bound = BoundArguments(args, kwargs)
+    result = jax.eval_shape(lambda a, k: run(fn, a, k), bound.args, bound.kwargs)
+    return write_back(bound, result)
 
 
 def abstracted(
@@ -272,7 +272,7 @@ def abstracted(
     Returns:
       The same, with shapes and dtypes for the arrays of live objects.
     """
-    roots = tuple(Entered(args, kwargs, skip).roots)
+    roots = tuple(BoundArguments(args, kwargs, skip).roots)
     if not roots:
         return tuple(args), kwargs
     graphdef, state = split(roots)

@@ -12,15 +12,20 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
-from sortal._engine.graph import has_plan
 from sortal._engine.nested import equal
 from sortal._engine.paths import show
+from sortal._engine.plan import has_plan
 from sortal._engine.state import FlatState, as_state
 from sortal._engine.variable import Param, describe, value_of
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.functional import state
-from sortal.transforms._adapter.binding import Entered, leave, named_positions, unbind
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
+    named_positions,
+    unbind,
+    write_back,
+)
 from sortal.transforms._adapter.tracing import (
     Ref,
     Result,
@@ -64,8 +69,8 @@ def vjp(
       has_aux: whether ``f`` returns a pair whose second part is not differentiated.
       wrt: a filter that says which leaves of modules to differentiate by.
       reduce_axes: taken for NNX code; must be empty.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
+      graph: ignored; for NNX compatibility.
+      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       ``(out, vjp_fn)`` or ``(out, vjp_fn, aux)``; ``vjp_fn`` takes a cotangent of
@@ -92,7 +97,7 @@ def vjp(
         return _later(vjp, f, options)
     point = _Point(f, primals, **options)
     value, pull, rest = jax.vjp(point, point.call.inputs, has_aux=True)
-    out, plain, aux = point.leave(value, rest)
+    out, plain, aux = point.write_back(value, rest)
     fixed = functools.partial(_pull, point.call.chosen, jax.tree.structure(plain))
     vjp_fn = jtu.Partial(fixed, pull)
     return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
@@ -123,8 +128,8 @@ def jvp(
       tangents: a tuple with one tangent for each primal.
       has_aux: whether ``f`` returns a pair whose second part is not differentiated.
       wrt: a filter that says which leaves of modules to differentiate by.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
+      graph: ignored; for NNX compatibility.
+      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       ``(out, tangent_out)`` or ``(out, tangent_out, aux)``.
@@ -158,7 +163,7 @@ def jvp(
     inputs = point.call.inputs
     dots = _tangents(point.call.chosen, tangents)
     value, dot, rest = jax.jvp(point, (inputs,), (dots,), has_aux=True)
-    out, _, aux = point.leave(value, rest)
+    out, _, aux = point.write_back(value, rest)
     return (out, dot, aux) if has_aux else (out, dot)
 
 
@@ -195,7 +200,7 @@ def linearize(
     """
     point = _Point(f, primals, has_aux, wrt)
     value, push, rest = jax.linearize(point, point.call.inputs, has_aux=True)
-    out, _, aux = point.leave(value, rest)
+    out, _, aux = point.write_back(value, rest)
     f_jvp = jtu.Partial(functools.partial(_push, point.call.chosen), push)
     return (out, f_jvp, aux) if has_aux else (out, f_jvp)
 
@@ -231,10 +236,10 @@ class _Point:
     def __init__(self, f: Any, primals: Sequence[Any], has_aux: bool, wrt: Any):
         fn, first = unbind(f)
         self.fn = with_aux(fn, has_aux, "out")
-        self.entered = Entered((*first, *primals), {})
+        self.bound = BoundArguments((*first, *primals), {})
         taken = to_filter(wrt)
-        at = range(len(first), len(self.entered.args))
-        self.call = FlatCall(self.entered, [DiffState(i, taken) for i in at])
+        at = range(len(first), len(self.bound.args))
+        self.call = FlatCall(self.bound, [DiffState(i, taken) for i in at])
         self.call.refuse_untaken(each=False)
 
     def __call__(self, inputs: Any) -> tuple[Any, Result]:
@@ -244,11 +249,11 @@ class _Point:
         result.out = (jtu.Partial(jax.tree.structure(out).unflatten), aux)
         return bare(out), result
 
-    def leave(self, value: Any, rest: Result) -> tuple[Any, Any, Any]:
+    def write_back(self, value: Any, rest: Result) -> tuple[Any, Any, Any]:
         """Writes back; gives the output, the output without objects, and aux."""
         fill, aux = rest.out
         rest.out = (fill.func(jax.tree.leaves(value)), aux)
-        out, aux = leave(self.entered, rest)
+        out, aux = write_back(self.bound, rest)
         return out, value, aux
 
 
@@ -304,12 +309,12 @@ def make_jaxpr(
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = abstracted((*first, *args), kwargs, static)
-        entered = Entered(args, kwargs, static)
+        bound = BoundArguments(args, kwargs, static)
         made = jax.make_jaxpr(
             traced, tuple(sorted(static)), axis_env=axis_env, return_shape=True
         )
-        jaxpr, shape = made(*entered.args, **entered.kwargs)
-        return (jaxpr, leave(entered, shape)) if return_shape else jaxpr
+        jaxpr, shape = made(*bound.args, **bound.kwargs)
+        return (jaxpr, write_back(bound, shape)) if return_shape else jaxpr
 
     return wrapper
 

@@ -26,7 +26,7 @@ from sortal import (
     Variable,
 )
 from sortal.errors import ArgumentError, AxisError, FilterError, PolicyError
-from sortal.transforms._adapter.binding import Entered
+from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.prefixes import (
     Carry,
     Spread,
@@ -50,9 +50,9 @@ def model(**metadata: Any) -> Holder:
 
 def spread(*pairs: Any, name: str = "axis", **named: Any) -> Spread:
     """The answers for arguments, each given as (prefix, argument)."""
-    entered = Entered([x for _, x in pairs], {k: x for k, (_, x) in named.items()})
+    bound = BoundArguments([x for _, x in pairs], {k: x for k, (_, x) in named.items()})
     prefixes = {k: given for k, (given, _) in named.items()}
-    return Spread(entered, [given for given, _ in pairs], prefixes, name)
+    return Spread(bound, [given for given, _ in pairs], prefixes, name)
 
 
 # ------------------------------------------------------------------------- the tables

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from sortal._engine.nodes import get_dict, static
+from sortal._engine.marks import static
+from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable
 from sortal.errors import ArgumentError
