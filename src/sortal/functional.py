@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
 from sortal._engine.walk import Walk
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import MergeError, StructureError, UpdateError, listing
 
 
-def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
+def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """A snapshot of the leaves that filters take.
 
     Editing the snapshot never edits the model. Each leaf goes to the first filter that
@@ -31,7 +32,6 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: kinds, tags, ``...``, Filter objects; everything if absent.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       A State, or a tuple with one State for each filter where there are several.
@@ -47,6 +47,8 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
       >>> stats.paths()
       (('mean',), ('var',))
     """
+    if _unknown:
+        refuse_unknown("state", _unknown)
     plan = bind(node)
     if not filters:
         return snapshot(plan.graphdef.schema, plan.leaves.snapshot())
@@ -58,12 +60,11 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     return states[0] if len(states) == 1 else states
 
 
-def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
+def graphdef(node: Any, /, **_unknown: Never) -> GraphDef:
     """The description of everything but the values.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The GraphDef; one and the same object for equal structures.
@@ -76,16 +77,17 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
       >>> nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       GraphDef(Linear: 1 nodes, 2 leaves, 0 aliases)
     """
+    if _unknown:
+        refuse_unknown("graphdef", _unknown)
     return bind(node).graphdef
 
 
-def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...]:
+def split(node: Any, *filters: Any, **_unknown: Never) -> tuple[Any, ...]:
     """Divides a model into its GraphDef and one State for each filter.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: together they must take every leaf; everything if absent.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       ``(graphdef, state, ...)``.
@@ -101,6 +103,8 @@ def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...
       >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
       >>> copy = nnx.merge(graphdef, params, rest)
     """
+    if _unknown:
+        refuse_unknown("split", _unknown)
     plan = bind(node)
     if not filters:
         return plan.graphdef, snapshot(plan.graphdef.schema, plan.leaves.snapshot())
@@ -157,7 +161,7 @@ def merge(
     /,
     *states: Any,
     missing: Any = None,
-    copy: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """Builds a new model from a GraphDef and States that hold each leaf once.
 
@@ -167,7 +171,6 @@ def merge(
       *states: more of them.
       missing: where leaves that no state holds come from: a State, or a function of
         (path, kind) that returns a value. Without it a missing leaf is an error.
-      copy: taken for NNX code and of no effect: the model's Variables are always new.
 
     Returns:
       The new model.
@@ -182,7 +185,8 @@ def merge(
       >>> nnx.merge(*nnx.split(model)).kernel
       Param(float32[2,3])
     """
-    del copy
+    if _unknown:
+        refuse_unknown("merge", _unknown)
     given = [as_state(s) for s in (state, *states)]
     schemas = tuple(s.schema for s in given)
     schema = graphdef.schema
@@ -374,7 +378,7 @@ def clone(
     variables: bool = True,
     *,
     arrays: bool = False,
-    graph: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """A new model of the same structure and values.
 
@@ -383,7 +387,6 @@ def clone(
       variables: whether it has Variables of its own; False shares the old model's.
       arrays: True also copies the arrays, so that donating one model's buffers leaves
         the other's alive.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The new model.
@@ -394,6 +397,8 @@ def clone(
       >>> nnx.clone(model).kernel is model.kernel
       False
     """
+    if _unknown:
+        refuse_unknown("clone", _unknown)
     if not variables:
         plan = bind(node)
         return plan.graphdef.build(plan.view())[0]
@@ -401,13 +406,12 @@ def clone(
     return merge(definition, jax.tree.map(jnp.copy, leaves) if arrays else leaves)
 
 
-def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
+def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """The live Variables themselves, by path: writing to one writes to the model.
 
     Args:
       node: a Module, or a container of Modules and Variables.
       *filters: as for ``state``.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       A State of the live Variables, or a tuple with one for each filter.
@@ -418,6 +422,8 @@ def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
       >>> nnx.variables(model, nnx.Param)["kernel"] is model.kernel
       True
     """
+    if _unknown:
+        refuse_unknown("variables", _unknown)
     plan = bind(node)
     literals = filters or (...,)
     found, leaves = plan.pick(literals)
@@ -434,14 +440,11 @@ def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     return states[0] if len(states) == 1 else states
 
 
-def iter_graph(
-    node: Any, /, *, graph: bool | None = None
-) -> Iterator[tuple[Path, Any]]:
+def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
     """Every node and leaf once with its first path, children before their holder.
 
     Args:
       node: any root.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and object; static values are left out.
@@ -451,6 +454,8 @@ def iter_graph(
       >>> [p for p, _ in nnx.iter_graph(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))]
       [('bias',), ('kernel',), ()]
     """
+    if _unknown:
+        refuse_unknown("iter_graph", _unknown)
     walk = Walk(node)
     seen: set[tuple[int, int]] = set()
     # A stack of (entry, path, whether its children were met), so that no depth is too

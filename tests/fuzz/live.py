@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import sortal as nnx
+from sortal import nnx
 
 try:
     import flax.nnx as flax_nnx
@@ -120,3 +119,5 @@ def throw_away(objects: list[Any], *, compiled: bool) -> None:
 
 def collect() -> None:
     gc.collect()
+
+

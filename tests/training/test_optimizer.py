@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx as flax_nnx
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError, OptimizerError, PolicyError, TraceError
 from sortal.training.optimizer import Hyperparam
 

@@ -380,13 +380,6 @@ def test_lower_trace_and_eval_shape_run_and_change_nothing() -> None:
         assert bound.eval_shape(x).shape == (2, 2)
 
 
-def test_keywords_of_nnx_code_are_taken() -> None:
-    net = Linear(1, 1)
-    f = sortal.jit(lambda m: m.bias + 1, graph=True, graph_updates=False)
-    assert f(net)[0] == 1
-    assert sortal.jit(graph=False)(lambda m: m.bias + 1)(net)[0] == 1
-
-
 def test_what_is_no_function_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"jit takes a function .* found 3"):
         sortal.jit(3)
@@ -410,7 +403,7 @@ def test_eval_shape_touches_nothing_and_returns_abstract_copies() -> None:
         return m, m.extra
 
     with untouched(net):
-        made, extra = sortal.eval_shape(f, net, x, graph=True)
+        made, extra = sortal.eval_shape(f, net, x)
     assert made is not net
     assert extra is made.extra
     assert extra.value == jax.ShapeDtypeStruct((2, 2), jnp.float32)
