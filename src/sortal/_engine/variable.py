@@ -25,10 +25,8 @@ _OPTIONS = frozenset(
         "axis",
         "checkpoint",
         "donate",
-        "dtype",
         "optimizer",
         "reduce",
-        "role",
         "spec",
         "trainable",
     }
