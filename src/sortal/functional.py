@@ -13,7 +13,7 @@ from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, store_all
 from sortal._engine.nodes import LEAF, NODE, STATIC
 from sortal._engine.paths import Path, show
-from sortal._engine.plan import bind
+from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, check_exhaustive, kind_name
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
@@ -196,7 +196,7 @@ def merge(
         values[place] if place >= 0 else filled[i]
         for i, place in enumerate(match.places)
     ]
-    return graphdef.build(graphdef.build_leaves(own(ordered), match.metadata))[0]
+    return build(graphdef, own(ordered), match.metadata)
 
 
 def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:

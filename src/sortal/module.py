@@ -14,7 +14,7 @@ from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
 from sortal._engine.nodes import Node, get_dict
 from sortal._engine.paths import Path, PathKey
-from sortal._engine.plan import plan_of
+from sortal._engine.plan import build, plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal.errors import ArgumentError, VariableError
 from sortal.filters import to_filter
@@ -61,7 +61,7 @@ def _flatten_with_keys(node: Any) -> tuple[list[Any], GraphDef]:
 
 
 def _unflatten(graphdef: GraphDef, values: Any) -> Any:
-    return graphdef.build(graphdef.build_leaves(tuple(values)))[0]
+    return build(graphdef, tuple(values))
 
 
 class Module(Pytree):
