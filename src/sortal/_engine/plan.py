@@ -333,13 +333,13 @@ def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> An
     leaves = graphdef.build_leaves(values, metadata)
     root, nodes = graphdef.build(leaves)
     raw = graphdef.memo("raw leaves if rebuilt", lambda: _raw_if_rebuilt(graphdef))
-    if raw is not None and (
-        not metadata or tuple(metadata) == graphdef.schema.metadata
-    ):
-        if all(handler_of(leaves[i]) is LEAF for i in raw):
-            plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
-            plan.watch(root)
-            _keep(root, (plan,))
+    as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
+    if raw is None or not as_described:
+        return root
+    if all(handler_of(leaves[i]) is LEAF for i in raw):
+        plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
+        plan.watch(root)
+        _keep(root, (plan,))
     return root
 
 
