@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 TABLE = {
@@ -11,8 +11,6 @@ TABLE = {
     "Restored": "sortal.checkpoint.restoring",
     "Saving": "sortal.checkpoint.pending",
     "TrainState": "sortal.training.train_state",
-    "bridge": "sortal.nnx.bridge",
-    "decoding": "sortal.decoding",
     "display": "sortal.inspect.display",
     "explain": "sortal.inspect.text",
     "load_state": "sortal.checkpoint.restoring",
@@ -20,15 +18,28 @@ TABLE = {
     "save": "sortal.checkpoint.saving",
     "tabulate": "sortal.inspect.text",
 }
-"""The file of each name; one that ends in the name is itself what is meant."""
+"""The file of each name."""
+MODULES = {
+    "checkpoint": "sortal.checkpoint",
+    "decoding": "sortal.decoding",
+    "nnx": "sortal.nnx",
+}
+"""Modules by the names that they have in the package."""
 
 
-def load(namespace: MutableMapping[str, Any], name: str) -> Any:
+def load(
+    namespace: MutableMapping[str, Any],
+    name: str,
+    table: Mapping[str, str] = TABLE,
+    modules: Mapping[str, str] = MODULES,
+) -> Any:
     """What a name of the package stands for, imported now and kept.
 
     Args:
       namespace: the package's own.
       name: the name asked for.
+      table: the file of each name.
+      modules: the modules that are names.
 
     Returns:
       The object or module.
@@ -37,10 +48,11 @@ def load(namespace: MutableMapping[str, Any], name: str) -> Any:
       AttributeError: the package has no such name.
     """
     package = namespace["__name__"]
-    if name not in TABLE:
+    if name in modules:
+        found = importlib.import_module(modules[name])
+    elif name in table:
+        found = getattr(importlib.import_module(table[name]), name)
+    else:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    found: Any = importlib.import_module(TABLE[name])
-    if not TABLE[name].endswith(f".{name}"):
-        found = getattr(found, name)
     namespace[name] = found
     return found

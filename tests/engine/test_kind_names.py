@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-import sortal as nnx
+from sortal import nnx
+from sortal._engine import kind_names
 from sortal.errors import ArgumentError
-from sortal.interop.linen import kind_names
 
 
 @pytest.fixture(autouse=True)

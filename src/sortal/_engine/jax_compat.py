@@ -15,8 +15,9 @@ import jax.tree_util as jtu
 # Nothing public lets processes agree from a thread of their own: the functions of
 # `multihost_utils` run a computation on all devices, which must be the main thread's.
 from jax._src import distributed
-from jax._src.core import ShapedArray, trace_ctx
+from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
+from jax._src.interpreters.ad import JVPTrace, LinearizeTrace
 
 # Nothing public says whether a value differs between the replicas of a vmap; JAX itself
 # finds out in the same way when it checks out_axes=None.
@@ -33,6 +34,18 @@ def outside_traces() -> bool:
     return trace_ctx.is_top_level()
 
 
+def only_differentiated() -> bool:
+    """Whether no transform is being traced, derivatives apart.
+
+    Derivatives compute as they trace; others record a program, or compute for several
+    replicas at once. Nothing public says which is current.
+    """
+    trace = trace_ctx.trace
+    while isinstance(trace, (JVPTrace, LinearizeTrace)):
+        trace = trace.parent_trace
+    return isinstance(trace, EvalTrace)
+
+
 def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
     """Takes a registered JAX pytree apart by one level.
 
@@ -41,12 +54,16 @@ def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
 
     Returns:
       The children as (key, child) pairs and the treedef that puts them together, or
-      None where JAX sees ``node`` as a leaf.
+      None where JAX sees ``node`` as a leaf. Where two of the node's own keys read the
+      same, the keys are positions.
     """
     pairs, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     if len(pairs) == 1 and pairs[0][1] is node:
         return None
-    return [(plain_key(path[0]), child) for path, child in pairs], treedef
+    keys = [plain_key(path[0]) for path, _ in pairs]
+    if len(set(keys)) < len(keys):
+        keys = list(range(len(pairs)))
+    return list(zip(keys, (child for _, child in pairs), strict=True)), treedef
 
 
 def plain_key(key: Any) -> Any:

@@ -14,41 +14,64 @@ from sortal._engine.paths import Path, show
 from sortal.errors import PathError, listing
 
 
-def walk(mapping: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+class _Empty:
+    def __repr__(self) -> str:
+        return "empty_node"
+
+
+empty_node: Any = _Empty()
+"""Stands for an empty mapping among leaves."""
+
+
+def flatten(
+    mapping: Mapping[Any, Any],
+    is_leaf: Callable[[Path, Any], bool] | None = None,
+    prefix: Path = (),
+) -> Iterator[tuple[Path, Any]]:
     """The leaves of a nested mapping with their paths.
 
     Args:
       mapping: a mapping of leaves and mappings.
+      is_leaf: takes a path and a mapping; True where it is to be kept whole.
       prefix: what all paths begin with.
 
     Yields:
-      Pairs of path and leaf.
+      Pairs of path and leaf; an empty mapping gives ``empty_node``.
     """
-    if hasattr(type(mapping), "schema"):  # a State, whose leaves may be mappings
-        yield from (((*prefix, *path), leaf) for path, leaf in mapping.flat_state())
-        return
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from walk(value, (*prefix, key))
-        else:
-            yield (*prefix, key), value
+    if is_leaf is not None and is_leaf(prefix, mapping):
+        yield prefix, mapping
+    elif not mapping:
+        yield prefix, empty_node
+    else:
+        for key, value in mapping.items():
+            path = (*prefix, key)
+            if isinstance(value, Mapping):
+                yield from flatten(value, is_leaf, path)
+            else:
+                yield path, value
 
 
 def nest(pairs: Iterable[tuple[Path, Any]]) -> dict:
-    """Nested dicts of leaves with paths.
+    """Nested dicts of leaves with paths: the inverse of ``flatten``.
 
     Args:
       pairs: paths and leaves; no path runs through another.
 
     Returns:
       The dict.
+
+    Raises:
+      PathError: a leaf has the empty path.
     """
     nested: dict[Any, Any] = {}
     for path, leaf in pairs:
+        if not path:
+            raise PathError("a lone leaf has no key to stand under in a dict.")
+        *above, last = path
         at = nested
-        for key in path[:-1]:
+        for key in above:
             at = at.setdefault(key, {})
-        at[path[-1]] = leaf
+        at[last] = {} if leaf is empty_node else leaf
     return nested
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import (
     Callable,
     Hashable,
@@ -14,29 +16,145 @@ from collections.abc import (
 from typing import Any
 
 import jax
+from jax.tree_util import DictKey
 
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
-from sortal._engine.nested import equal, locate_all, nest, ordered, walk
+from sortal._engine.nested import (
+    empty_node,
+    equal,
+    flatten,
+    locate_all,
+    nest,
+    ordered,
+)
 from sortal._engine.nodes import Handler, register_node
-from sortal._engine.paths import Path, PathKey, entries, show
+from sortal._engine.paths import Path, PathKey, show
 from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
-from sortal._engine.statics import EMPTY, edits
+from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
     Variable,
     describe,
     foreign_write,
     is_variable,
-    make,
     make_all,
     metadata_of,
     value_of,
 )
 from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
 
-_SLOTS = ("_schema", "_cells", "_boxed", "_checked", "_trace", "_parent", "_prefix")
-# How many of a State's cells hold the Variable that was read from there, not its value.
-NONE, SOME, ALL = 0, 1, 2
+
+class _Leaves:
+    """The leaves of a State, flat: bare values until one is read, then Variables."""
+
+    __slots__ = ("_cells", "_checked", "_schema", "_trace")
+
+    def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
+        # The list and what it holds change together, seen from any thread.
+        self._cells = (cells, boxed)
+        self._schema, self._checked, self._trace = schema, -1, current_trace()
+
+    @property
+    def schema(self) -> Schema:
+        cells, boxed = self._cells
+        if boxed and self._checked != edits.last:
+            now, old = edits.last, self._schema
+            kinds, metadata = _kinds(cells)
+            if kinds != old.kinds or metadata != old.metadata:
+                self._schema = Schema.of(old.paths, kinds, metadata)
+            self._checked = now
+        return self._schema
+
+    def values(self) -> list[Any]:
+        cells, boxed = self._cells
+        if not boxed:
+            return list(cells)
+        return [x._value if isinstance(x, Variable) else value_of(x) for x in cells]
+
+    def leaves(self) -> list[Any]:
+        cells, boxed = self._cells
+        if not boxed:
+            kinds, metadata = self._schema.kinds, self._schema.metadata
+            cells = make_all(kinds, cells, metadata, self._trace)
+            self._cells = (cells, True)
+        return cells
+
+    def leaf(self, i: int) -> Any:
+        return self.leaves()[i]
+
+    def write(self, owner: State, new: dict[Path, Any], gone: set[Path]) -> None:
+        if self._trace is not current_trace():
+            raise foreign_write((owner, p, "in a State") for p in [*new, *gone])
+        schema, leaves = self.schema, self.leaves()
+        added = {p: x for p, x in new.items() if p not in schema.index}
+        if added or gone:
+            items = zip(schema.paths, leaves, strict=True)
+            kept = [(p, x) for p, x in items if p not in gone]
+            fresh = _from_items([*kept, *added.items()])
+            schema, leaves = fresh._schema, fresh.leaves()
+            self._schema, self._cells = schema, (leaves, True)
+        for path in new.keys() - added.keys():
+            at, leaf = schema.index[path], new[path]
+            if is_variable(leaf) or not is_variable(leaves[at]):
+                leaves[at] = leaf
+            else:  # a bare value keeps the Variable
+                leaves[at].set_value(leaf)
+        edits.note()
+
+
+class _Part:
+    """The leaves of a State below a prefix; to write to them is to write to it."""
+
+    __slots__ = ("_prefix", "_whole")
+
+    def __init__(self, whole: State, prefix: Path):
+        self._whole, self._prefix = whole, prefix
+
+    @property
+    def _at(self) -> tuple[int, ...]:
+        return self._whole.schema.below(self._prefix)[1]
+
+    @property
+    def schema(self) -> Schema:
+        return self._whole.schema.below(self._prefix)[0]
+
+    def values(self) -> list[Any]:
+        values = self._whole.values_list()
+        return [values[i] for i in self._at]
+
+    def leaves(self) -> list[Any]:
+        leaves = self._whole.leaves()
+        return [leaves[i] for i in self._at]
+
+    def leaf(self, i: int) -> Any:
+        return self._whole._leaf(self._at[i])
+
+    def write(self, owner: State, new: dict[Path, Any], gone: set[Path]) -> None:
+        whole = {(*self._prefix, *p): x for p, x in new.items()}
+        self._whole._write(whole, {(*self._prefix, *p) for p in gone})
+
+
+def _kinds(
+    leaves: Sequence[Any],
+) -> tuple[tuple[type | None, ...], tuple[Metadata, ...]]:
+    kinds = [
+        type(x) if isinstance(x, Variable) or is_variable(x) else None for x in leaves
+    ]
+    metadata = [
+        EMPTY if kind is None else metadata_of(x)
+        for x, kind in zip(leaves, kinds, strict=True)
+    ]
+    return tuple(kinds), tuple(metadata)
+
+
+def _from_leaves(paths: Sequence[Path], leaves: list[Any]) -> _Leaves:
+    kinds, metadata = _kinds(leaves)
+    return _Leaves(Schema.of(paths, kinds, metadata), leaves, any(kinds))
+
+
+def _from_items(items: Iterable[tuple[Path, Any]]) -> _Leaves:
+    found = ordered(items)
+    return _from_leaves([path for path, _ in found], [leaf for _, leaf in found])
 
 
 class State(MutableMapping[Any, Any]):
@@ -44,8 +162,9 @@ class State(MutableMapping[Any, Any]):
 
     Stored flat, read nested: ``s["layers"][0]["kernel"]`` and
     ``s.layers[0].kernel`` are a Variable of the leaf's kind that belongs to this
-    State alone; ``s["layers"]`` is a view, so that writing through it edits ``s``. A
-    State is a JAX pytree one hop deep whose children are Variables.
+    State alone; ``s["layers"]`` is a view, so that writing through it edits ``s``.
+    Variables given one by one are kept; another State given is copied. To JAX a
+    State is nested dicts of Variables, with a ``DictKey`` for each level.
 
     Args:
       mapping: a nested mapping, or pairs of a key and a leaf or mapping.
@@ -59,17 +178,15 @@ class State(MutableMapping[Any, Any]):
       Param(float32[2,3])
     """
 
-    __slots__ = ("__weakref__", *_SLOTS)
+    __slots__ = ("__weakref__", "_leaves")
 
     def __new__(cls, mapping: Any = (), /) -> Any:
-        state = object.__new__(cls)
-        _set_trace(state, current_trace())
-        _set_parent(state, None)
-        return state
+        return _state(_Leaves(_NOTHING, [], False))
 
     def __init__(self, mapping: Any = (), /):
-        pairs = dict(mapping) if not isinstance(mapping, Mapping) else mapping
-        _fill_from(self, walk(pairs))
+        if mapping:
+            pairs = mapping if isinstance(mapping, Mapping) else dict(mapping)
+            _set_leaves(self, _from_items(_walk(pairs)))
 
     @classmethod
     def from_flat_path(cls, flat: Any, /) -> State:
@@ -81,97 +198,41 @@ class State(MutableMapping[Any, Any]):
         Returns:
           The State.
         """
-        state = State.__new__(State)
         items = flat.items() if isinstance(flat, Mapping) else flat
-        _fill_from(state, ((tuple(path), leaf) for path, leaf in items))
-        return state
-
-    # A view has a parent and a prefix in the place of leaves. It is of this very class
-    # because JAX takes trees of two classes as two structures.
-    @property
-    def _at(self) -> tuple[int, ...]:
-        return self._parent.schema.below(self._prefix)[1]
+        return _state(_from_items((tuple(path), leaf) for path, leaf in items))
 
     @property
     def schema(self) -> Schema:
         """Paths, kinds and metadata of the leaves, in order."""
-        if self._parent is not None:
-            return self._parent.schema.below(self._prefix)[0]
-        if self._boxed and self._checked != edits.last:
-            _refresh(self)
-        return self._schema
+        return self._leaves.schema
 
     def values_list(self) -> list[Any]:
         """The bare values, in order."""
-        if self._parent is not None:
-            values = self._parent.values_list()
-            return [values[i] for i in self._at]
-        if not self._boxed:
-            return list(self._cells)
-        return [
-            c._value if isinstance(c, Variable) else value_of(c) for c in self._cells
-        ]
+        return self._leaves.values()
 
     def _leaf(self, i: int) -> Any:
-        if self._parent is not None:
-            return self._parent._leaf(self._at[i])
-        cell, kind = self._cells[i], self._schema.kinds[i]
-        if kind is None or is_variable(cell):
-            return cell
-        metadata = self._schema.metadata[i]
-        box = self._cells[i] = make(kind, cell, metadata, self._trace)
-        _set_boxed(self, self._boxed or SOME)
-        return box
+        return self._leaves.leaf(i)
 
     def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
         """Sets some leaves and removes others; a bare value keeps the leaf's kind."""
-        if self._parent is not None:
-            whole = {(*self._prefix, *p): x for p, x in new.items()}
-            self._parent._write(whole, {(*self._prefix, *p) for p in gone})
-            return
-        if self._trace is not current_trace():
-            raise foreign_write((self, p, "in a State") for p in [*new, *gone])
-        old = dict(zip(self._schema.paths, self._schema.kinds, strict=True))
-        other = {
-            p: x
-            for p, x in new.items()
-            if p not in old or (is_variable(x) and type(x) is not old[p])
-        }
-        if other or gone:
-            kept = {p: x for p, x in _items(self) if p not in gone}
-            _fill_from(self, {**kept, **other}.items())
-        for path in new.keys() - other.keys():
-            at, leaf = self._schema.index[path], new[path]
-            if is_variable(leaf):
-                self._cells[at] = leaf
-                _set_boxed(self, self._boxed or SOME)
-                edits.note()
-            elif self._schema.kinds[at] is None:
-                self._cells[at] = leaf
-            else:
-                self._leaf(at).set_value(leaf)
-
-    def _remove(self, gone: set[Path]) -> None:
-        self._write({}, gone)
+        self._leaves.write(self, new, gone)
 
     # ------------------------------------------------- nested mapping
     def __getitem__(self, key: Any) -> Any:
-        path = (key,)
-        at = self.schema.index.get(path)
+        schema = self.schema
+        at = schema.index.get((key,))
         if at is not None:
             return self._leaf(at)
-        if key in self.schema.children(()):
-            view = State.__new__(State)
-            view._parent, view._prefix = self, path
-            return view
+        if key in schema.children(()):
+            return _state(_Part(self, (key,)))
         raise PathError(
             f"no {key!r} in this State; it has "
-            f"{', '.join(map(repr, self.schema.children(()))) or 'nothing'}."
+            f"{', '.join(map(repr, schema.children(()))) or 'nothing'}."
         )
 
     def __getattr__(self, name: str) -> Any:
-        # A slot not set yet must not be looked for in the schema, itself a slot.
-        if name in _SLOTS or (name.startswith("__") and name.endswith("__")):
+        # While a State is unpickled it has no leaves to look among.
+        if name == "_leaves" or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         try:
             return self[name]
@@ -179,23 +240,20 @@ class State(MutableMapping[Any, Any]):
             raise PathAttributeError(str(e)) from None
 
     def __setitem__(self, key: Any, leaf: Any) -> None:
-        new = dict(walk({key: leaf}))
+        new = dict(_walk({key: leaf}))
         self._write(new, self._below(key) - new.keys())
 
     def _below(self, key: Any) -> set[Path]:
         return {p for p in self.schema.paths if p[:1] == (key,)}
 
     def __setattr__(self, name: str, leaf: Any) -> None:
-        if name in _SLOTS:
-            object.__setattr__(self, name, leaf)
-        else:
-            self[name] = leaf
+        self[name] = leaf
 
     def __delitem__(self, key: Any) -> None:
         gone = self._below(key)
         if not gone:
             self[key]
-        self._remove(gone)
+        self._write({}, gone)
 
     def pop(self, key: Any, *default: Any) -> Any:
         """Removes what is at a key and returns it, a part as a State of its own.
@@ -246,8 +304,10 @@ class State(MutableMapping[Any, Any]):
         return State.merge(self, other)
 
     def __sub__(self, other: Any) -> State:
-        gone = set(as_state(other).schema.paths)
-        return State.from_flat_path([(p, x) for p, x in _items(self) if p not in gone])
+        gone, schema = as_state(other).schema.index, self.schema
+        kept = [i for i, path in enumerate(schema.paths) if path not in gone]
+        values = own(self.values_list())
+        return snapshot(schema.pick(kept), [values[i] for i in kept])
 
     def __repr__(self) -> str:
         rows = [
@@ -263,13 +323,10 @@ class State(MutableMapping[Any, Any]):
         return (self.schema, self.values_list())
 
     def __setstate__(self, saved: Any) -> None:
-        _set_schema(self, saved[0])
-        _set_cells(self, list(saved[1]))
-        _set_boxed(self, NONE)
-        _set_checked(self, -1)
+        _set_leaves(self, _Leaves(*saved, boxed=False))
 
     def __copy__(self) -> State:
-        return snapshot(self.schema, self.values_list())
+        return snapshot(self.schema, own(self.values_list()))
 
     def __deepcopy__(self, memo: Any) -> State:
         values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
@@ -282,18 +339,7 @@ class State(MutableMapping[Any, Any]):
 
     def leaves(self) -> list[Any]:
         """All leaves in order: Variables of this State, and raw arrays."""
-        if self._parent is not None:
-            return [self._parent._leaf(i) for i in self._at]
-        if self._boxed != ALL:
-            schema = self.schema
-            kinds = [
-                None if is_variable(c) else kind
-                for c, kind in zip(self._cells, schema.kinds, strict=True)
-            ]
-            made = make_all(kinds, self._cells, schema.metadata, self._trace)
-            _set_cells(self, made)
-            _set_boxed(self, ALL)
-        return list(self._cells)
+        return list(self._leaves.leaves())
 
     def flat_state(self) -> FlatState:
         """The pairs of path and leaf, in order."""
@@ -306,9 +352,10 @@ class State(MutableMapping[Any, Any]):
           f: takes a path and a Variable or array; returns the new leaf.
 
         Returns:
-          The new State.
+          The new State, with Variables of its own.
         """
-        return State.from_flat_path([(p, f(p, x)) for p, x in _items(self)])
+        leaves = [f(path, x) for path, x in _items(self)]
+        return copy.copy(_state(_from_leaves(self.paths(), leaves)))
 
     # --------------------------------------------------- by filter
     def filter(self, *filters: Any) -> Any:
@@ -344,7 +391,7 @@ class State(MutableMapping[Any, Any]):
 
     def _divide(self, filters: tuple[Any, ...]) -> tuple[list[State], Sequence[int]]:
         found = select(self.schema, filters, self.leaves)
-        values = self.values_list()
+        values = own(self.values_list())
         parts = [snapshot(s, [values[i] for i in at]) for s, at in found.parts]
         return parts, found.rest
 
@@ -357,12 +404,12 @@ class State(MutableMapping[Any, Any]):
           *states: more of them.
 
         Returns:
-          The new State.
+          The new State, with Variables of its own.
         """
         merged: dict[Path, Any] = {}
-        for s in (state, *states):
-            merged.update(_items(as_state(s)))
-        return State.from_flat_path(merged)
+        for x in (state, *states):
+            merged.update(_items(copy.copy(as_state(x))))
+        return _state(_from_items(merged.items()))
 
     # --------------------------------------------------- nested dicts
     def to_pure_dict(self, extract_fn: Callable[[Any], Any] | None = None) -> dict:
@@ -374,9 +421,10 @@ class State(MutableMapping[Any, Any]):
         Returns:
           The dict, with integer keys where the paths have them.
         """
-        leaves = self.values_list() if extract_fn is None else self.leaves()
-        if extract_fn is not None:
-            leaves = map(extract_fn, leaves)
+        if extract_fn is None:
+            leaves = self.values_list()
+        else:
+            leaves = map(extract_fn, self.leaves())
         return nest(zip(self.paths(), leaves, strict=True))
 
     def replace_by_pure_dict(
@@ -392,7 +440,7 @@ class State(MutableMapping[Any, Any]):
           PathError: paths that this State does not have; all listed, none replaced.
         """
         schema = self.schema
-        found = locate_all(schema.paths, walk(pure), schema.index.get)
+        found = locate_all(schema.paths, _walk(pure), schema.index.get)
         if replace_fn is not None:
             found = [(at, replace_fn(self._leaf(at), value)) for at, value in found]
         self._write({schema.paths[at]: value for at, value in found}, set())
@@ -427,6 +475,16 @@ class FlatState(tuple):
         return State.from_flat_path(self)
 
 
+_NOTHING = Schema.of((), (), ())
+_set_leaves = State.__dict__["_leaves"].__set__
+
+
+def _state(leaves: _Leaves | _Part) -> State:
+    state = object.__new__(State)
+    _set_leaves(state, leaves)
+    return state
+
+
 def snapshot(schema: Schema, values: list[Any]) -> State:
     """A State over ``values``, which it keeps as they are; for the engine.
 
@@ -437,20 +495,7 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
     Returns:
       The State.
     """
-    state = State.__new__(State)
-    _set_schema(state, schema)
-    _set_cells(state, values)
-    _set_boxed(state, NONE)
-    _set_checked(state, -1)
-    return state
-
-
-_set_schema = State.__dict__["_schema"].__set__
-_set_cells = State.__dict__["_cells"].__set__
-_set_boxed = State.__dict__["_boxed"].__set__
-_set_checked = State.__dict__["_checked"].__set__
-_set_trace = State.__dict__["_trace"].__set__
-_set_parent = State.__dict__["_parent"].__set__
+    return _state(_Leaves(schema, values, False))
 
 
 def as_state(x: Any) -> State:
@@ -480,86 +525,75 @@ def _items(state: State) -> list[tuple[Path, Any]]:
     return list(zip(state.paths(), state.leaves(), strict=True))
 
 
-def _fill_from(state: State, items: Iterable[tuple[Path, Any]]) -> None:
-    found = ordered(items)
-    _set_leaves(state, [path for path, _ in found], [leaf for _, leaf in found])
-
-
-def _set_leaves(state: State, at: Sequence[Path], leaves: list[Any]) -> None:
-    boxes = [x if is_variable(x) else None for x in leaves]
-    kinds = [None if box is None else type(box) for box in boxes]
-    metadata = [EMPTY if box is None else metadata_of(box) for box in boxes]
-    _set_parent(state, None)
-    _set_schema(state, Schema.of(at, kinds, metadata))
-    _set_cells(state, leaves)
-    _set_boxed(state, ALL if any(kinds) else NONE)
-    _set_checked(state, -1)
-    edits.note()
-
-
-def _refresh(state: State) -> None:
-    """Takes over metadata that was edited on a Variable read from the State."""
-    schema, now = state._schema, edits.last
-    metadata = [
-        metadata_of(c) if is_variable(c) else m
-        for c, m in zip(state._cells, schema.metadata, strict=True)
-    ]
-    if any(a is not b for a, b in zip(metadata, schema.metadata, strict=True)):
-        _set_schema(state, Schema.of(schema.paths, schema.kinds, metadata))
-    _set_checked(state, now)
+def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a nested mapping; of a State in it, copies of the leaves."""
+    for path, leaf in flatten(mapping, lambda _, x: isinstance(x, State)):
+        if isinstance(leaf, State):
+            yield from (((*path, *p), x) for p, x in _items(copy.copy(leaf)))
+        elif leaf is not empty_node:
+            yield path, leaf
 
 
 class _Layout:
-    """What a State's treedef says beside its children, which say kinds and metadata.
+    """How the leaves of a State lie in the nested dicts that JAX sees.
 
-    Equal for equal paths: a State of bare values, such as a mask or labels, is thus a
-    prefix of the State of Variables that it is about.
+    Equal for equal outermost keys, since JAX compares the dicts and the Variables in
+    them itself: a State of bare values, such as a mask or labels, is thus a prefix of
+    the State of Variables that it is about.
     """
 
+    __slots__ = ("entries", "keys", "schema", "tree")
+
     def __init__(self, schema: Schema):
-        self.schema, self.paths = schema, schema.paths
+        lone = schema.paths == ((),)  # of a lone Variable
+        parts = {None: 0} if lone else nest((path, 0) for path in schema.paths)
+        self.schema, self.keys = schema, tuple(parts)
+        self.entries = [PathKey(()) if lone else DictKey(key) for key in parts]
+        self.tree = jax.tree.structure(tuple(map(_pytree, parts.values())))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Layout) and self.paths == other.paths
+        return isinstance(other, _Layout) and self.keys == other.keys
 
     def __hash__(self) -> int:
-        return hash(self.paths)
+        return hash(self.keys)
 
     def __repr__(self) -> str:
-        return ", ".join(map(show, self.paths))
+        return ", ".join(map(repr, self.keys))
 
 
-def _flatten(state: State) -> tuple[list[Any], _Layout]:
+def _pytree(part: Any) -> Any:
+    """Dicts, which JAX sorts by key, where that is the order of paths too."""
+    if not isinstance(part, dict):
+        return part
+    inner = {key: _pytree(x) for key, x in part.items()}
+    try:
+        return inner if sorted(inner) == list(inner) else OrderedDict(inner)
+    except TypeError:  # such as integers among strings
+        return OrderedDict(inner)
+
+
+def _layout(state: State) -> _Layout:
     schema = state.schema
-    return state.leaves(), schema.memo("layout", lambda: _Layout(schema))
+    return schema.memo("layout", lambda: _Layout(schema))
 
 
-def _flatten_with_keys(state: State) -> tuple[list[Any], _Layout]:
-    leaves, layout = _flatten(state)
-    keys = layout.schema.memo("entries", lambda: entries(layout.paths))
-    return list(zip(keys, leaves, strict=True)), layout
+def _flatten(state: State) -> tuple[tuple[Any, ...], _Layout]:
+    layout = _layout(state)
+    return layout.tree.unflatten(state._leaves.leaves()), layout
 
 
-def _unflatten(layout: _Layout, children: Any) -> State:
-    schema = layout.schema
-    cells = list(children)
-    kinds, metadata = schema.kinds, schema.metadata
-    for cell, kind, meta in zip(cells, kinds, metadata, strict=True):
-        if isinstance(cell, Variable):
-            if type(cell) is kind and cell._metadata is meta:
-                continue
-        elif not is_variable(cell):
-            if kind is None:
-                continue
-        elif type(cell) is kind and metadata_of(cell) is meta:
-            continue
-        # A map over whole Variables gave other kinds, or no Variables at all.
-        state = State.__new__(State)
-        _set_leaves(state, schema.paths, cells)
-        return state
-    state = snapshot(schema, cells)
-    _set_boxed(state, ALL)
-    return state
+def _flatten_with_keys(state: State) -> tuple[Any, _Layout]:
+    children, layout = _flatten(state)
+    return tuple(zip(layout.entries, children, strict=True)), layout
+
+
+def _unflatten(layout: _Layout, children: Iterable[Any]) -> State:
+    children = tuple(children)
+    try:
+        cells = layout.tree.flatten_up_to(children)
+    except ValueError:  # a map gave one leaf in the place of a whole part
+        return State(zip(layout.keys, children, strict=True))
+    return _state(_Leaves(layout.schema, cells, boxed=True))
 
 
 class _StateHandler(Handler):
@@ -581,20 +615,20 @@ class _StateHandler(Handler):
         return State()
 
     def remove(self, obj: State, key: Any) -> None:
-        obj._remove({key})
+        obj._write({}, {key})
 
     def can_remove(self, key: Any) -> bool:
         return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
-        _set_leaves(obj, tuple(items), list(items.values()))
+        _set_leaves(obj, _from_leaves(tuple(items), list(items.values())))
+        edits.note()
 
 
 register_node(State, _StateHandler())
 register_pytree(State, _flatten, _flatten_with_keys, _unflatten)
-register_pytree(
+jax.tree_util.register_pytree_node(
     FlatState,
     lambda flat: (flat.leaves, flat.paths),
-    lambda flat: ([(PathKey(path), x) for path, x in flat], flat.paths),
-    lambda at, leaves: FlatState(zip(at, leaves, strict=True)),
+    lambda paths, leaves: FlatState(zip(paths, leaves, strict=True)),
 )
