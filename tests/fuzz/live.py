@@ -119,5 +119,3 @@ def throw_away(objects: list[Any], *, compiled: bool) -> None:
 
 def collect() -> None:
     gc.collect()
-
-

@@ -1355,7 +1355,9 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
             if any(lift(x.value).dot is not None for x in walk.leaves):
                 raise Left  # a derivative of a derivative
             sizes = [lift(x.value).val.size for x in chosen]
-            form = [(x.path, x.kind, dict(_meta(x)), lift(x.value).shape) for x in chosen]
+            form = [
+                (x.path, x.kind, dict(_meta(x)), lift(x.value).shape) for x in chosen
+            ]
             begun = [_with_dots(x, sizes, k) for k, x in enumerate(chosen)]
             value = lift(f(m, *args))
             after = Walk(tuple(_roots((m, args))))
