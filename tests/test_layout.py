@@ -44,6 +44,7 @@ ORDER = (
     "sortal._engine.leaves",
     "sortal._engine.graph",
     "sortal._engine.nested",
+    "sortal._engine.storage",
     "sortal._engine.state",
     "sortal._engine",
     "sortal.functional",
