@@ -267,13 +267,6 @@ def test_merge_takes_bare_values_and_metadata_of_the_states() -> None:
     assert sortal.merge(graphdef, params).kernel.get_metadata("tag") == "t"
 
 
-def test_merge_accepts_the_copy_keyword_of_nnx_code() -> None:
-    model = Linear(1, 1)
-    for flag in (True, False):
-        made = sortal.merge(*sortal.split(model), copy=flag)
-        assert made.kernel is not model.kernel
-
-
 # -------------------------------------------------------------------------- update
 def bad_updates() -> dict[str, tuple[Any, str]]:
     ok = {"layers": {0: {"bias": jnp.ones(4)}}}

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sortal._engine.foreign import same_kind
-from sortal._engine.graph import Walk, bind
-from sortal._engine.graphdef import (
-    LEAF,
-    NODE,
-    STATIC,
-    Entry,
-    GraphDef,
-    Schema,
-    Selection,
-    check_exhaustive,
-    join,
-    kind_name,
-)
+from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, store_all
+from sortal._engine.nodes import LEAF, NODE, STATIC
 from sortal._engine.paths import Path, show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
+from sortal._engine.walk import Walk
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import FilterError, MergeError, StructureError, UpdateError, listing
 
 _Getter = Callable[[Sequence[Any]], Sequence[Any]]
 
 
-def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
+def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """A snapshot of the leaves that filters take.
 
     Editing the snapshot never edits the model. Each leaf goes to the first filter that
@@ -43,7 +36,6 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: kinds, tags, ``...``, Filter objects; everything if absent.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       A State, or a tuple with one State for each filter where there are several.
@@ -59,6 +51,8 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
       >>> stats.paths()
       (('mean',), ('var',))
     """
+    if _unknown:
+        refuse_unknown("state", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
     states = _snapshots(found, leaves)
     return states[0] if len(states) == 1 else tuple(states)
@@ -74,12 +68,11 @@ def _snapshots(found: Selection, leaves: list[Leaves]) -> list[State]:
     ]
 
 
-def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
+def graphdef(node: Any, /, **_unknown: Never) -> GraphDef:
     """The description of everything but the values.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The GraphDef; one and the same object for equal structures.
@@ -92,16 +85,17 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
       >>> nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       GraphDef(Linear: 1 nodes, 2 leaves, 0 aliases)
     """
+    if _unknown:
+        refuse_unknown("graphdef", _unknown)
     return bind(node).graphdef
 
 
-def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...]:
+def split(node: Any, *filters: Any, **_unknown: Never) -> tuple[Any, ...]:
     """Divides a model into its GraphDef and one State for each filter.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: together they must take every leaf; everything if absent.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       ``(graphdef, state, ...)``.
@@ -117,6 +111,8 @@ def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...
       >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
       >>> copy = nnx.merge(graphdef, params, rest)
     """
+    if _unknown:
+        refuse_unknown("split", _unknown)
     plan = bind(node)
     found, leaves = plan.pick(filters or _ALL)
     check_exhaustive(plan.graphdef.schema, filters, found.rest)
@@ -187,7 +183,7 @@ def merge(
     /,
     *states: Any,
     missing: Any = None,
-    copy: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """Builds a new model from a GraphDef and States that hold each leaf once.
 
@@ -197,7 +193,6 @@ def merge(
       *states: more of them.
       missing: where leaves that no state holds come from: a State, or a function of
         (path, kind) that returns a value. Without it a missing leaf is an error.
-      copy: taken for NNX code and of no effect: the model's Variables are always new.
 
     Returns:
       The new model.
@@ -212,7 +207,8 @@ def merge(
       >>> nnx.merge(*nnx.split(model)).kernel
       Param(float32[2,3])
     """
-    del copy
+    if _unknown:
+        refuse_unknown("merge", _unknown)
     given = [as_state(s) for s in (state, *states)]
     schema, match = graphdef.schema, _match(graphdef, given)
     filled: dict[int, Any] = {}
@@ -384,7 +380,7 @@ def clone(
     variables: bool = True,
     *,
     arrays: bool = False,
-    graph: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """A new model of the same structure and values.
 
@@ -393,7 +389,6 @@ def clone(
       variables: whether it has Variables of its own; False shares the old model's.
       arrays: True also copies the arrays, so that donating one model's buffers leaves
         the other's alive.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The new model.
@@ -404,6 +399,8 @@ def clone(
       >>> nnx.clone(model).kernel is model.kernel
       False
     """
+    if _unknown:
+        refuse_unknown("clone", _unknown)
     plan = bind(node)
     if not variables:
         return plan.graphdef.build(plan.view())[0]
@@ -413,13 +410,12 @@ def clone(
     return plan.graphdef.build(plan.graphdef.build_leaves(values))[0]
 
 
-def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
+def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """The live Variables themselves, by path: writing to one writes to the model.
 
     Args:
       node: a Module, or a container of Modules and Variables.
       *filters: as for ``state``.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       A State of the live Variables, or a tuple with one for each filter.
@@ -430,6 +426,8 @@ def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
       >>> nnx.variables(model, nnx.Param)["kernel"] is model.kernel
       True
     """
+    if _unknown:
+        refuse_unknown("variables", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
     states = [
         State.from_flat_path(zip(schema.paths, map(held, mine), strict=True))
@@ -438,14 +436,11 @@ def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def iter_graph(
-    node: Any, /, *, graph: bool | None = None
-) -> Iterator[tuple[Path, Any]]:
+def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
     """Every node and leaf once with its first path, children before their holder.
 
     Args:
       node: any root.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and object; static values are left out.
@@ -455,6 +450,8 @@ def iter_graph(
       >>> [p for p, _ in nnx.iter_graph(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))]
       [('bias',), ('kernel',), ()]
     """
+    if _unknown:
+        refuse_unknown("iter_graph", _unknown)
     walk = Walk(node)
     seen: set[tuple[int, int]] = set()
     # A stack of (entry, path, whether its children were met), so that no depth is too
@@ -475,7 +472,7 @@ def iter_graph(
             record = walk.graphdef.records[entry.ref]
             todo.append((entry, path, True))
             todo += [
-                (child, join(record, path, child.key), False)
+                (child, record.below(path, child.key), False)
                 for child in reversed(record.entries)
             ]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sortal as nnx
 from models import Net, portrait, untouched
-from sortal._engine.graph import bind
+from sortal._engine.plan import bind
 from sortal.checkpoint.fitting import (
     ANY_KIND,
     Candidate,

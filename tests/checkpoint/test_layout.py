@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sortal as nnx
-from sortal._engine.graph import bind
+from sortal._engine.plan import bind
 from sortal.checkpoint.files import read_manifest
 from sortal.checkpoint.layout import (
     aliases_of,

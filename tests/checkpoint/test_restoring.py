@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import sortal as nnx
 from benchmarks import faults
 from models import Holder, Net, models, portrait, untouched
-from sortal._engine.graph import bind
+from sortal._engine.plan import bind
 from sortal.errors import (
     CheckpointError,
     DamagedError,

@@ -18,17 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal._engine.graphdef import (
-    ABSENT,
-    GraphDef,
-    Schema,
-    Static,
-    _Interned,
-    check_exhaustive,
-    select,
-)
+from sortal import nnx
+from sortal._engine.difference import ABSENT
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
-from sortal._engine.statics import EMPTY, Metadata
+from sortal._engine.schema import Schema, check_exhaustive, select
+from sortal._engine.statics import EMPTY, Interned, Metadata, Static
 from sortal.errors import FilterError
 from strategies import (
     BatchStat,
@@ -144,8 +139,8 @@ def test_a_graphdef_that_nobody_holds_is_freed():
         (Box(w=[Param(1)]), Box(w=(Param(1),))),
         (Box(w={"a": 1, "b": 2}), Box(w={"b": 2, "a": 1})),
         (Box(w=Pair(Param(1))), Box(w=(Param(1), None))),
-        (Box(n=sortal.data(1)), Box(n=1)),
-        (Box(n=sortal.static("a")), Box(n="a")),
+        (Box(n=nnx.data(1)), Box(n=1)),
+        (Box(n=nnx.static("a")), Box(n="a")),
     ],
 )
 def test_structures_that_a_trace_could_tell_apart_are_two(a, b):
@@ -184,7 +179,7 @@ def test_a_graphdef_prints_its_size():
 
 
 def test_the_base_of_interned_classes_needs_a_setup():
-    class Bare(_Interned):
+    class Bare(Interned):
         __slots__ = ()
 
     with pytest.raises(NotImplementedError):

@@ -11,8 +11,9 @@ import pytest
 
 import sortal
 from models import Linear, portrait
-from sortal._engine.graph import Walk
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, identity, own, store_all
+from sortal._engine.nodes import Handler
+from sortal._engine.walk import Walk
 from sortal.errors import TraceError
 
 nnx = pytest.importorskip("flax.nnx")
@@ -95,3 +96,41 @@ def test_variables_of_another_library_are_not_stored_to_from_a_trace() -> None:
     with pytest.raises(TraceError, match=r"\(Param\).*\(BatchStat\)"):
         jax.jit(leak)(jnp.ones(1))
     assert float(model.c.get_value()[0]) == 2
+
+
+class Bag:
+    """Known to the engine by a handler of its own."""
+
+    def __init__(self, *items):
+        self.items = list(items)
+
+
+class BagHandler(Handler):
+    def keys(self, obj):
+        return range(len(obj.items))
+
+    def children(self, obj, keys):
+        return list(obj.items)
+
+    def fill(self, obj, spec, items):
+        obj.items = list(items.values())
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda x: sortal.State({"a": {"x": x}}), lambda x: Bag(x)],
+    ids=["State", "registered"],
+)
+def test_raw_arrays_in_a_held_state_or_registered_node_are_written(hold):
+    sortal.register_node(Bag, BagHandler())
+    model = sortal.Module()
+    model.held = hold(jnp.ones(2))
+
+    @sortal.jit
+    def double(m):
+        sortal.update(m, jax.tree.map(lambda x: 2 * x, sortal.state(m)))
+
+    double(model)
+    assert jax.tree.leaves(sortal.state(model))[0].tolist() == [2, 2]
+    sortal.update(model, jax.tree.map(lambda x: x + 1, sortal.state(model)))
+    assert jax.tree.leaves(sortal.state(model))[0].tolist() == [3, 3]

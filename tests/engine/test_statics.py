@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sortal
+from models import Holder
 from sortal._engine.statics import EMPTY, Edits, Metadata, edits, static_key
 from strategies import Config, metadata, statics
 
@@ -215,10 +217,10 @@ def test_metadata_of_an_unhashable_value_is_a_type_error():
 def test_metadata_that_nobody_holds_is_freed():
     marker = object()
     made = Metadata.of({"only here": (marker,)})
-    before = len(Metadata._interned)
+    before = len(Metadata._pool)
     del made
     gc.collect()
-    assert len(Metadata._interned) < before
+    assert len(Metadata._pool) < before
 
 
 def test_threads_that_make_equal_metadata_get_one_object():
@@ -249,3 +251,27 @@ def test_the_process_wide_note_moves_on():
     before = edits.last
     edits.note()
     assert edits.last != before
+
+
+def test_a_subclass_of_a_dataclass_is_compared_by_its_own_equality():
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        rate: float = 0.5
+
+    class Sub(Base):
+        def __init__(self, k):
+            super().__init__()
+            object.__setattr__(self, "k", k)
+
+        def __eq__(self, other):
+            return type(other) is Sub and self.k == other.k
+
+        def __hash__(self):
+            return hash(self.k)
+
+    assert static_key(Sub(1)) == static_key(Sub(1))
+    assert static_key(Sub(1)) != static_key(Sub(2))
+    assert static_key(Base(1)) != static_key(Base(1.0))
+    times = sortal.jit(lambda m: m.setting.k * m.w.sum())
+    assert times(Holder(setting=Sub(1), w=sortal.Param(jnp.ones(2)))) == 2
+    assert times(Holder(setting=Sub(3), w=sortal.Param(jnp.ones(2)))) == 6

@@ -15,8 +15,9 @@ import jax.tree_util as jtu
 # Nothing public lets processes agree from a thread of their own: the functions of
 # `multihost_utils` run a computation on all devices, which must be the main thread's.
 from jax._src import distributed
-from jax._src.core import ShapedArray, trace_ctx
+from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
+from jax._src.interpreters.ad import JVPTrace, LinearizeTrace
 
 # Nothing public says whether a value differs between the replicas of a vmap; JAX itself
 # finds out in the same way when it checks out_axes=None.
@@ -31,6 +32,18 @@ def current_trace() -> Any:
 def outside_traces() -> bool:
     """Whether no transform is being traced."""
     return trace_ctx.is_top_level()
+
+
+def only_differentiated() -> bool:
+    """Whether no transform is being traced, derivatives apart.
+
+    Derivatives compute as they trace; others record a program, or compute for several
+    replicas at once. Nothing public says which is current.
+    """
+    trace = trace_ctx.trace
+    while isinstance(trace, (JVPTrace, LinearizeTrace)):
+        trace = trace.parent_trace
+    return isinstance(trace, EvalTrace)
 
 
 def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:

@@ -8,23 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from sortal._engine.foreign import VariableHandler
+from sortal._engine.foreign import VariableHandler, handler_of_kind
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import current_trace
-from sortal._engine.nodes import Handler, handler_of
+from sortal._engine.nodes import LEAF, NODE, Handler, ListHandler
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, check_writable, write
 
+_LIST = ListHandler()
+
 
 class Slot:
-    """A raw array where it hangs, with the face of a Variable for the engine."""
+    """A raw array where it hangs, as the engine reads and writes it."""
 
-    __slots__ = ("_trace", "holder", "key", "name", "node")
+    __slots__ = ("_trace", "handler", "holder", "key", "name", "node")
 
-    def __init__(self, node: Any, handler: Handler | None, key: Any, trace: Any):
-        self._trace = trace
-        self.node = id(node)
-        self.name = key
-        self.holder, self.key = handler.place(node, key) if handler else (node, key)
+    def __init__(self, node: Any, handler: Handler, key: Any, trace: Any):
+        self._trace, self.handler = trace, handler
+        self.node, self.name = id(node), key
+        self.holder, self.key = handler.place(node, key)
 
     @property
     def held(self) -> Any:
@@ -36,23 +38,19 @@ class Slot:
         holder = self.holder
         if isinstance(holder, (dict, list)):
             return holder[self.key]
-        if isinstance(holder, tuple) and isinstance(self.key, int):
-            return holder[self.key]
-        handler = handler_of(holder)
-        keys = handler.keys(holder)
-        return handler.children(holder, keys)[list(keys).index(self.key)]
+        return self.handler.read(holder, self.key)
 
     @property
     def writable(self) -> bool:
         """Whether the holder can be written to; tuples and other values cannot."""
-        return isinstance(self.holder, dict) or handler_of(self.holder).tracked
+        return self.handler.tracked
 
     def write(self, value: Any) -> None:
         """Puts ``value`` there; the holder must be writable."""
         if isinstance(self.holder, (dict, list)):
             self.holder[self.key] = value
         else:
-            object.__setattr__(self.holder, self.key, value)
+            self.handler.write(self.holder, self.key, value)
 
     @property
     def _place(self) -> tuple[Any, Path, str]:
@@ -61,6 +59,58 @@ class Slot:
     @property
     def _id(self) -> tuple[int, Any]:
         return (self.node, self.name)
+
+
+def live_leaves(
+    graphdef: GraphDef, nodes: Sequence[Any], leaves: Sequence[Any]
+) -> list[Any]:
+    """What the engine reads and writes leaves by: Variables, Slots and Foreigns.
+
+    Args:
+      graphdef: the structure of the objects.
+      nodes: all live nodes in its order.
+      leaves: Variables of any library, and raw arrays, in its order.
+
+    Returns:
+      One for each leaf.
+    """
+    found = list(leaves)
+    if not graphdef.records and found and graphdef.schema.kinds[0] is None:
+        return [Slot([found[0]], _LIST, 0, current_trace())]  # the root is an array
+    raw, theirs = graphdef.memo("odd leaves", lambda: _odd_leaves(graphdef))
+    for i, handler in theirs:
+        found[i] = Foreign(found[i], handler)
+    for i, key, holders in raw:
+        n = holders[0]
+        owners = (graphdef.records[h].handler.owner(nodes[h]) for h in holders)
+        owner = next((x for x in owners if x is not None), None)
+        trace = current_trace() if owner is None else owner._trace
+        found[i] = Slot(nodes[n], graphdef.records[n].handler, key, trace)
+    return found
+
+
+def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any]]:
+    """Raw arrays with key and all holders, innermost first; other libraries' leaves."""
+    kinds = graphdef.schema.kinds
+    above: dict[int, int] = {0: -1}
+    raw = []
+    for n, record in enumerate(graphdef.records):
+        for key, what, ref in record.entries:
+            if what is NODE:
+                above.setdefault(ref, n)
+            elif what is LEAF and kinds[ref] is None:
+                raw.append((ref, key, n))
+    handlers = [None if k is None else handler_of_kind(k) for k in kinds]
+    return (
+        [(ref, key, list(_upward(above, n))) for ref, key, n in raw],
+        [(i, h) for i, h in enumerate(handlers) if h is not None],
+    )
+
+
+def _upward(above: dict[int, int], n: int) -> Iterator[int]:
+    while n >= 0:
+        yield n
+        n = above[n]
 
 
 class Foreign:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
+import itertools
+import operator
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,10 +17,22 @@ import numpy as np
 from sortal._engine import paths
 from sortal._engine.foreign import handler_of_kind, meet, note_class
 from sortal._engine.jax_compat import current_trace, one_level
-from sortal._engine.statics import edits, is_hashable
+from sortal._engine.marks import Marked
+from sortal._engine.statics import edits, is_hashable, static_key
 from sortal._engine.variable import Variable, foreign_write
 
 Keys = Sequence[Any]
+
+
+class Child(enum.IntEnum):
+    """What a child of a node is."""
+
+    NODE = 0
+    LEAF = 1
+    STATIC = 2
+
+
+NODE, LEAF, STATIC = Child.NODE, Child.LEAF, Child.STATIC
 
 
 class Node:
@@ -65,8 +80,10 @@ class Node:
         if self._trace is not current_trace():
             raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
         object.__delattr__(self, name)
-        if self._roles and name not in (self._field_roles or ()):
+        if self._roles and name in self._roles:
             left = {k: role for k, role in self._roles.items() if k != name}
+            declared = self._field_roles or {}
+            left |= {k: role for k, role in declared.items() if k == name}
             _set_roles(self, left or None)
         _set_version(self, self._version + 1)
         edits.note()
@@ -100,6 +117,7 @@ _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
 _set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _set_dict: Callable[[Node, Any], None] = Node.__dict__["__dict__"].__set__
+_get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
 set_plans = _set_plans
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
@@ -107,31 +125,26 @@ leaf_types: set[type] = {np.ndarray}
 """Exact types of raw arrays met so far: replacing one by another keeps structure."""
 
 
-class Marked:
-    """What ``data`` and ``static`` hand to an attribute assignment."""
-
-    __slots__ = ("role", "value")
-
-    def __init__(self, role: str, value: Any):
-        self.role = role
-        self.value = value
-
-
 class Handler:
     """How nodes of one type are taken apart and put together.
 
     ``tracked`` nodes have an identity: met twice they are one object, they may be
     part of a cycle, and they can be refilled in place. Others are values, rebuilt
-    from their children. ``flat`` nodes have keys that are paths. Nodes of a handler
-    that ``notes_edits`` call ``statics.edits.note`` when their structure changes.
-    ``root`` nodes are carried into transforms whole, from wherever in an argument
-    they are.
+    from their children; ``fixed`` ones never change while they live. ``flat`` nodes
+    have keys that are paths. Nodes of a handler that ``notes_edits`` call
+    ``statics.edits.note`` when their structure changes; those that ``counts_edits``
+    also have a number of their own, ``_version``. ``root`` nodes are carried into
+    transforms whole, from wherever in an argument they are. In a ``plain`` container
+    that is marked data, numbers are leaves.
     """
 
     tracked = True
+    fixed = False
     flat = False
     notes_edits = False
+    counts_edits = False
     root = False
+    plain = False
 
     def keys(self, obj: Any) -> Keys:
         """The keys of the children, in the order in which leaves are numbered."""
@@ -145,9 +158,21 @@ class Handler:
         """What is needed besides keys and children to build it again; hashable."""
         return None
 
-    def contents(self, obj: Any) -> list[Any]:
-        """What must stay identical for the structure to be the same."""
-        return self.children(obj, self.keys(obj))
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        """What says that nodes of this handler have the structure they had.
+
+        Args:
+          nodes: some nodes.
+
+        Returns:
+          A list that must stay equal, and what must stay identical one by one, where
+          raw arrays may be exchanged for raw arrays.
+        """
+        keys = list(map(self.keys, nodes))
+        specs = [(tuple(k), self.spec(x)) for x, k in zip(nodes, keys, strict=True)]
+        return list(map(static_key, specs)), itertools.chain.from_iterable(
+            map(self.children, nodes, keys)
+        )
 
     def shell(self, cls: type, spec: Any) -> Any:
         """An empty object of the type; for tracked nodes."""
@@ -162,12 +187,22 @@ class Handler:
         """Puts a value together from its children; for untracked nodes."""
         raise NotImplementedError
 
-    def attributes(self, obj: Any) -> dict[Any, Any] | None:
-        """The live dict that is all of the content, where there is one."""
-        return None
+    def read(self, obj: Any, key: Any) -> Any:
+        """The child at ``key``."""
+        keys = self.keys(obj)
+        return dict(zip(keys, self.children(obj, keys), strict=True))[key]
+
+    def write(self, obj: Any, key: Any, child: Any) -> None:
+        """Puts a raw array in the place of another; for tracked nodes."""
+        keys = self.keys(obj)
+        items = dict(zip(keys, self.children(obj, keys), strict=True))
+        self.fill(obj, self.spec(obj), {**items, key: child})
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
-        """The live container and key under which the child at ``key`` hangs."""
+        """The live object, and key in it, that hold the child at ``key``.
+
+        Where it is a dict or list, that is read and written without the handler.
+        """
         return obj, key
 
     def roles(self, obj: Any) -> Mapping[Any, str] | None:
@@ -201,7 +236,7 @@ _SHELL = -1
 class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
 
-    notes_edits = True
+    notes_edits = counts_edits = True
     root = True
 
     def keys(self, obj: Any) -> Keys:
@@ -219,6 +254,13 @@ class ObjectHandler(Handler):
         if spec:
             _set_roles(node, dict(spec))
         return node
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        dicts = list(map(get_dict, nodes))
+        roles = map(_get_roles, nodes)
+        return list(map(len, dicts)), itertools.chain(
+            dicts, roles, *dicts, *map(dict.values, dicts)
+        )
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         # The dict rather than the object: a plan must not keep its root alive.
@@ -244,12 +286,18 @@ class ObjectHandler(Handler):
         attributes = get_dict(obj)
         attributes.clear()
         attributes.update(items)
+        _set_roles(obj, dict(spec) if spec else None)
         _set_version(obj, obj._version + 1)
         edits.note()
 
 
 class ListHandler(Handler):
     """Lists: children at their indices."""
+
+    plain = True
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        return list(map(len, nodes)), itertools.chain(*nodes)
 
     def keys(self, obj: Any) -> Keys:
         return range(len(obj))
@@ -268,6 +316,8 @@ class DictHandler(Handler):
     transform, so two dicts that differ in order differ in structure.
     """
 
+    plain = True
+
     def keys(self, obj: Any) -> Keys:
         return sorted(obj, key=paths.order)
 
@@ -278,11 +328,10 @@ class DictHandler(Handler):
         factory = getattr(obj, "default_factory", None)
         return (tuple(obj), factory)
 
-    def contents(self, obj: Any) -> list[Any]:
-        return [*obj.keys(), *obj.values()]
-
-    def attributes(self, obj: Any) -> dict[Any, Any] | None:
-        return obj
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        factories = [getattr(x, "default_factory", None) for x in nodes]
+        values = [x.values() for x in nodes]
+        return list(map(len, nodes)), itertools.chain(factories, *nodes, *values)
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
@@ -306,6 +355,7 @@ class TupleHandler(Handler):
     """Tuples and named tuples: values, rebuilt from their children."""
 
     tracked = False
+    fixed = plain = True
 
     def keys(self, obj: Any) -> Keys:
         return sorted(obj._fields) if hasattr(obj, "_fields") else range(len(obj))
@@ -314,6 +364,9 @@ class TupleHandler(Handler):
         if hasattr(obj, "_fields"):
             return [getattr(obj, str(key)) for key in keys]
         return list(obj)
+
+    def read(self, obj: Any, key: Any) -> Any:
+        return getattr(obj, key) if isinstance(key, str) else obj[key]
 
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
@@ -330,6 +383,9 @@ class DataclassHandler(Handler):
     def children(self, obj: Any, keys: Keys) -> list[Any]:
         return [getattr(obj, str(key)) for key in keys]
 
+    def write(self, obj: Any, key: Any, child: Any) -> None:
+        object.__setattr__(obj, key, child)
+
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         for name in set(map(str, self.keys(obj))) - items.keys():
             object.__delattr__(obj, name)
@@ -341,6 +397,7 @@ class MethodHandler(Handler):
     """Bound methods: the object is the child, so that copies bind to copies."""
 
     tracked = False
+    fixed = True
 
     def keys(self, obj: Any) -> Keys:
         return ("__self__",)
@@ -380,7 +437,6 @@ _OBJECT, _DATACLASS, _PYTREE = ObjectHandler(), DataclassHandler(), PytreeHandle
 _METHOD = MethodHandler()
 _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
-LEAF, STATIC = "leaf", "static"
 
 
 def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
@@ -508,60 +564,3 @@ def is_static_value(obj: Any, handler: Any) -> bool:
             return False
     # What cannot be hashed is a node, so that the culprit in it has its own path.
     return is_hashable(obj)
-
-
-def data(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> Any:
-    """Marks an attribute as data, so that even a Python number in it is a leaf.
-
-    Sortal finds arrays, Variables and modules in plain attributes, lists and dicts by
-    itself; this is needed only for numbers, and for NNX code that has it.
-
-    Args:
-      value: what is assigned; without it a dataclass field is made.
-      default: the dataclass field's default.
-      **options: more options of ``dataclasses.field``.
-
-    Returns:
-      What to assign to the attribute, or the dataclass field.
-
-    Example:
-      >>> import jax
-      >>> import sortal as nnx
-      >>> class Schedule(nnx.Module):
-      ...     def __init__(self):
-      ...         self.rate = nnx.data(0.1)
-      >>> jax.tree.leaves(Schedule())
-      [0.1]
-    """
-    return _mark("data", value, default, options)
-
-
-def static(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> Any:
-    """Marks an attribute as static: part of the structure, never a leaf.
-
-    Args:
-      value: what is assigned, hashable; without it a dataclass field is made.
-      default: the dataclass field's default.
-      **options: more options of ``dataclasses.field``.
-
-    Returns:
-      What to assign to the attribute, or the dataclass field.
-
-    Example:
-      >>> import sortal as nnx
-      >>> class Scale(nnx.Module):
-      ...     def __init__(self):
-      ...         self.size = nnx.static((2, 3))
-      >>> Scale().size
-      (2, 3)
-    """
-    return _mark("static", value, default, options)
-
-
-def _mark(role: str, value: Any, default: Any, options: dict[str, Any]) -> Any:
-    if value is not _ABSENT:
-        return Marked(role, value)
-    if default is not _ABSENT:
-        options["default"] = default
-    metadata = {**options.pop("metadata", {}), "role": role}
-    return dataclasses.field(**options, metadata=metadata)

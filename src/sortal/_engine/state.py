@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from sortal._engine.graphdef import Schema, check_exhaustive, kind_name, select
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.leaves import own
 from sortal._engine.nested import empty_node, equal, flatten, locate_all, nest
 from sortal._engine.nodes import Handler, register_node
 from sortal._engine.paths import Path, show
+from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
 from sortal._engine.statics import edits
 from sortal._engine.storage import Layout, Stored, stored, stored_by_path
 from sortal._engine.variable import describe
@@ -446,8 +446,8 @@ class _StateHandler(Handler):
     def children(self, obj: State, keys: Any) -> list[Any]:
         return obj.leaves()
 
-    def contents(self, obj: State) -> list[Any]:
-        return [obj.schema, *obj.leaves()]
+    def contents(self, nodes: Sequence[State]) -> tuple[list[Any], Iterable[Any]]:
+        return [x.schema for x in nodes], (leaf for x in nodes for leaf in x.leaves())
 
     def shell(self, cls: type, spec: Any) -> State:
         return State()

@@ -45,18 +45,30 @@ def static_key(value: Any) -> Hashable:
     if isinstance(value, (np.generic, complex)):
         return (kind, repr(value))
     hash(value)
-    if dataclasses.is_dataclass(kind):
-        return (kind, _field_keys(value))
-    return (kind, value)
+    return (kind, _field_keys(value) if _compares_fields(kind) else value)
+
+
+def _compares_fields(kind: type) -> bool:
+    """Whether ``==`` of a class asks for nothing but its dataclass fields.
+
+    Then comparing the fields by their keys is at least as strict. Any other ``__eq__``
+    is the user's own, may know more than the fields, and is left to decide.
+    """
+    if not dataclasses.is_dataclass(kind):
+        return False
+    code = getattr(kind.__eq__, "__code__", None)
+    names = {"__class__", "NotImplemented", *(f.name for f in _compared(kind))}
+    return code is not None and names.issuperset(code.co_names)
+
+
+def _compared(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(kind) if f.compare]
 
 
 def _field_keys(value: Any) -> Hashable:
     """Keys of the compared fields; the value where one of them cannot be hashed."""
-    fields = [f for f in dataclasses.fields(value) if f.compare]
-    if not fields or not value.__dataclass_params__.eq:
-        return value
     try:
-        return tuple(static_key(getattr(value, f.name)) for f in fields)
+        return tuple(static_key(getattr(value, f.name)) for f in _compared(value))
     except TypeError:  # the class has a hash of its own that leaves some out
         return value
 
@@ -68,6 +80,30 @@ def is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+class Static:
+    """A static value together with the key that it is compared and hashed by."""
+
+    __slots__ = ("_hash", "key", "value")
+
+    def __init__(self, value: Any):
+        self.key = static_key(value)
+        self.value = value
+        self._hash = hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> Any:
+        # The hash of a string differs from process to process.
+        return (Static, (self.value,))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 class Edits:
@@ -92,18 +128,79 @@ class Edits:
 edits = Edits()
 
 
-class Metadata(Mapping[str, Any]):
+class _Key:
+    """Finds an interned object without keeping alive what it was made from.
+
+    A pool that held the parts themselves would keep a model for ever that one of its
+    own statics, such as a lambda over ``self``, leads back to.
+    """
+
+    __slots__ = ("_hash", "_made", "_parts")
+
+    def __init__(self, parts: Hashable):
+        self._parts, self._hash, self._made = parts, hash(parts), None
+
+    def of(self, made: Any) -> None:
+        """Takes the parts from ``made``, while it lives."""
+        self._made, self._parts = weakref.ref(made), None
+
+    def parts(self) -> Any:
+        """What was interned; None once it is gone."""
+        made = None if self._made is None else self._made()
+        return self._parts if made is None else made._key
+
+    def __eq__(self, other: object) -> bool:
+        parts = self.parts()
+        return parts is not None and parts == other.parts()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class Interned:
+    """Equal objects are one object; equality and hashing are those of identity."""
+
+    __slots__ = ("__weakref__", "_key")
+
+    _pool: ClassVar[weakref.WeakValueDictionary[_Key, Any]]
+
+    def __init_subclass__(cls) -> None:
+        cls._pool = weakref.WeakValueDictionary()
+
+    @classmethod
+    def _intern(cls, parts: Hashable, *given: Any) -> Any:
+        """The one object of ``parts``; ``_setup`` makes it from what is ``given``."""
+        key = _Key(parts)
+        found = cls._pool.get(key)
+        if found is None:
+            made = object.__new__(cls)
+            made._key = parts
+            made._setup(*given)
+            found = cls._pool.setdefault(key, made)
+            if found is made:
+                key.of(made)
+        return found
+
+    def _setup(self, *given: Any) -> None:
+        raise NotImplementedError
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class Metadata(Interned, Mapping[str, Any]):
     """The immutable metadata of a Variable; equal metadata is one object.
 
     Build it with ``Metadata.of``. Being interned, it is compared by identity, and a
     change of a Variable's metadata shows as a different object.
     """
 
-    __slots__ = ("__weakref__", "_items")
-
-    _interned: ClassVar[weakref.WeakValueDictionary[Any, Metadata]] = (
-        weakref.WeakValueDictionary()
-    )
+    __slots__ = ("_items",)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     @classmethod
     def of(cls, items: Mapping[str, Any]) -> Metadata:
@@ -120,13 +217,11 @@ class Metadata(Mapping[str, Any]):
         """
         if not items:
             return EMPTY
-        key = frozenset((name, static_key(value)) for name, value in items.items())
-        found = cls._interned.get(key)
-        if found is None:
-            found = object.__new__(cls)
-            found._items = dict(items)
-            found = cls._interned.setdefault(key, found)
-        return found
+        keys = ((name, static_key(value)) for name, value in items.items())
+        return cls._intern(frozenset(keys), items)
+
+    def _setup(self, items: Mapping[str, Any]) -> None:
+        self._items = dict(items)
 
     def __getitem__(self, name: str) -> Any:
         return self._items[name]
@@ -137,24 +232,11 @@ class Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
     def __repr__(self) -> str:
         return f"Metadata({self._items!r})"
-
-    def __copy__(self) -> Metadata:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Metadata:
-        return self
 
     def __reduce__(self) -> Any:
         return (Metadata.of, (self._items,))
 
 
-EMPTY = object.__new__(Metadata)
-EMPTY._items = {}
+EMPTY: Metadata = Metadata._intern(frozenset(), {})

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey
 
-from sortal._engine.graphdef import Schema
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.nested import nest, ordered
 from sortal._engine.paths import Path, PathKey
+from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
     Variable,

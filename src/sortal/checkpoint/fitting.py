@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sortal._engine.graphdef import Schema, kind_name, select
 from sortal._engine.leaves import Slot
 from sortal._engine.paths import show
+from sortal._engine.schema import Schema, kind_name, select
 from sortal._engine.state import as_state
 from sortal._engine.statics import EMPTY
 from sortal._engine.variable import make

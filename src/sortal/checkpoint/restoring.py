@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import Schema
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path as ModelPath
 from sortal._engine.paths import show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema
 from sortal._engine.state import State
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import Variable, make

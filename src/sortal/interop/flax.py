@@ -7,6 +7,8 @@ contents; that has been the same from 0.12.0 on, but for one name.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +36,9 @@ from sortal.transforms._adapter import prefixes
 
 OLDEST = (0, 12)
 _PRIVATE = "_pytree__"
+_attributes = operator.attrgetter("__dict__")
+_state = operator.itemgetter("_pytree__state")
+_making = operator.attrgetter("_initializing", "_is_setup")
 _KINDS = (
     "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount"
 ).split()
@@ -142,9 +147,13 @@ class FlaxObjects(Handler):
         attributes = vars(obj)
         return [attributes[k if k in attributes else str(k)] for k in keys]
 
-    def attributes(self, obj: Any) -> dict[Any, Any]:
-        """See the base class."""
-        return vars(obj)
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        """See the base class; at once, for nothing of Flax notes an edit."""
+        dicts = list(map(_attributes, nodes))
+        keys = itertools.chain.from_iterable(dicts)
+        values = itertools.chain.from_iterable(map(dict.values, dicts))
+        making = map(_making, map(_state, dicts))
+        return [*map(len, dicts), *keys, *making], itertools.chain(dicts, values)
 
     def roles(self, obj: Any) -> Mapping[Any, str] | None:
         """What Flax takes as data and static, where that is not seen from the value."""
@@ -218,9 +227,11 @@ class FlaxStates(Handler):
         """See the base class."""
         return [obj.raw_mapping[key] for key in keys]
 
-    def attributes(self, obj: Any) -> dict[Any, Any]:
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         """See the base class."""
-        return obj.raw_mapping
+        dicts = [x.raw_mapping for x in nodes]
+        values = map(dict.values, dicts)
+        return list(map(len, dicts)), itertools.chain(dicts, *dicts, *values)
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         """See the base class."""

@@ -36,7 +36,7 @@ def flatten_mapping(
       ArgumentError: ``xs`` is no mapping, or ``sep`` is given and a key is no string.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.traversals.flatten_mapping({"a": {"b": 1}, "c": 2}, sep="/")
       {'a/b': 1, 'c': 2}
     """
@@ -63,7 +63,7 @@ def flatten_to_sequence(
       ArgumentError: ``xs`` is no mapping.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.traversals.flatten_to_sequence({"a": {"b": 1}, "c": 2})
       [(('a', 'b'), 1), (('c',), 2)]
     """
@@ -84,7 +84,7 @@ def unflatten_mapping(xs: Any, /, *, sep: str | None = None) -> dict[Any, Any]:
       ArgumentError: ``xs`` is neither a mapping nor iterable.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.traversals.unflatten_mapping({("a", "b"): 1, ("c",): 2})
       {'a': {'b': 1}, 'c': 2}
     """

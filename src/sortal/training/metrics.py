@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from sortal._engine.graph import bind
 from sortal._engine.leaves import store_all
+from sortal._engine.plan import bind
 from sortal._engine.variable import Variable, describe, value_of
 from sortal.errors import ArgumentError, listing
 from sortal.functional import split

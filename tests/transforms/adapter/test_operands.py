@@ -68,14 +68,14 @@ def test_objects_in_an_output_are_named_by_root_path_or_as_new() -> None:
         return m, m.sub, m.sub.n, m.parts[0], {"x": x}
 
     result = ran(operands, f)
-    assert operands.outline(result.out, result.exit) == (
+    assert operands.outline(result.out, result.effects) == (
         "(Holder 0, sub (Holder), sub.n (Count), parts.0 (Holder), {'x': *})"
     )
     result = ran(operands, lambda m, x: (m, m.w, Holder(w=Param(x))))
-    assert operands.outline(result.out, result.exit) == (
+    assert operands.outline(result.out, result.effects) == (
         "(Holder 0, w (Param), a new object)"
     )
-    assert operands.outline(operands.skeleton({"m": operands.entered.args[0]})) == (
+    assert operands.outline(operands.skeleton({"m": operands.bound.args[0]})) == (
         "{'m': Holder 0}"
     )
 
@@ -90,9 +90,9 @@ def test_a_root_keeps_its_number_where_structure_was_added() -> None:
         return other, m
 
     result = ran(operands, f)
-    out = operands.same_objects(result.out, result.exit)
+    out = operands.same_objects(result.out, result.effects)
     assert [ref.k for ref in out] == [1, 0]
-    assert only_added(operands, result.exit)
+    assert only_added(operands, result.effects)
 
 
 def test_variables_that_change_places_are_no_addition() -> None:
@@ -105,15 +105,15 @@ def test_variables_that_change_places_are_no_addition() -> None:
     def renew(m: Any) -> None:
         m.c = Cache(m.c * 2)
 
-    exit = ran(operands, swap).exit
+    effects = ran(operands, swap).effects
     rows = ["a (Param) is another Variable now", "b (Param) is another Variable now"]
-    assert moved(operands, exit) == rows
-    assert not only_added(operands, exit)
-    exit = ran(operands, renew).exit
-    assert moved(operands, exit) == ["c (Cache) is another Variable now"]
-    assert moved(operands, exit, new=False) == []
-    assert only_added(operands, exit)
-    assert moved(operands, ran(operands, lambda m: None).exit) == []
+    assert moved(operands, effects) == rows
+    assert not only_added(operands, effects)
+    effects = ran(operands, renew).effects
+    assert moved(operands, effects) == ["c (Cache) is another Variable now"]
+    assert moved(operands, effects, new=False) == []
+    assert only_added(operands, effects)
+    assert moved(operands, ran(operands, lambda m: None).effects) == []
 
 
 def test_values_that_differ_in_type_are_listed_together() -> None:

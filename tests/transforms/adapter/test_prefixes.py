@@ -24,9 +24,10 @@ from sortal import (
     StateAxes,
     StateSharding,
     Variable,
+    nnx,
 )
 from sortal.errors import ArgumentError, AxisError, FilterError, PolicyError
-from sortal.transforms._adapter.binding import Entered
+from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.prefixes import (
     Carry,
     Spread,
@@ -50,9 +51,9 @@ def model(**metadata: Any) -> Holder:
 
 def spread(*pairs: Any, name: str = "axis", **named: Any) -> Spread:
     """The answers for arguments, each given as (prefix, argument)."""
-    entered = Entered([x for _, x in pairs], {k: x for k, (_, x) in named.items()})
+    bound = BoundArguments([x for _, x in pairs], {k: x for k, (_, x) in named.items()})
     prefixes = {k: given for k, (given, _) in named.items()}
-    return Spread(entered, [given for given, _ in pairs], prefixes, name)
+    return Spread(bound, [given for given, _ in pairs], prefixes, name)
 
 
 # ------------------------------------------------------------------------- the tables
@@ -68,7 +69,7 @@ def test_a_table_shows_its_rows_and_compares_by_them() -> None:
     assert axes != StateAxes({Param: None, ...: 0})
     assert StateAxes({...: None}) != StateSharding({...: None})
     assert StateSharding({Param: P(), ...: P("x")}).shardings == (P(), P("x"))
-    assert sortal.StateSpecs is StateSharding
+    assert nnx.StateSpecs is StateSharding
 
 
 def test_a_malformed_filter_is_refused_at_once() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from sortal._engine.graph import bind
-from sortal._engine.graphdef import select
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path as ModelPath
 from sortal._engine.paths import show
+from sortal._engine.plan import bind
+from sortal._engine.schema import select
 from sortal._engine.state import State
 from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest

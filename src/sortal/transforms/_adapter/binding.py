@@ -1,8 +1,9 @@
 """The one adapter that carries live objects into and out of JAX tracing.
 
-``Entered`` replaces every Module and Variable among the arguments by a Carrier of bare
-values; ``tracing.run`` builds fresh copies around those values inside the trace, calls
-the function, and describes what it changed; ``leave`` brings that to the live objects.
+``BoundArguments`` replaces every Module and Variable among the arguments by a
+FlatModule of bare values; ``tracing.run`` builds fresh copies around those values
+inside the trace, calls the function, and describes what it changed; ``write_back``
+brings that to the live objects.
 """
 
 from __future__ import annotations
@@ -10,31 +11,33 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
 
-from sortal._engine.graph import Walk, bind, has_plan
-from sortal._engine.graphdef import NODE, Entry, GraphDef, Step, fill
+from sortal._engine.bounded import Bounded
+from sortal._engine.graphdef import Entry, GraphDef, Step, fill
 from sortal._engine.leaves import held, identity, store_all
-from sortal._engine.nodes import handler_of, is_root
+from sortal._engine.nodes import NODE, handler_of
 from sortal._engine.paths import show
+from sortal._engine.plan import bind, has_plan
 from sortal._engine.variable import check_writable, describe, make
-from sortal.errors import ArgumentError
+from sortal._engine.walk import Walk
 from sortal.transforms._adapter.tracing import (
-    Carrier,
     Edits,
+    FlatModule,
+    FlatModuleDef,
     Result,
-    Ticket,
+    flat_module_def,
+    has_roots,
     replace_roots,
     resolve,
-    ticket,
 )
 
 
-class Joint(NamedTuple):
+class AliasMap(NamedTuple):
     """How several roots share Variables and nodes; numbers only, no live objects.
 
     Each leaf of the joint GraphDef belongs to the first root that reaches it.
@@ -43,37 +46,38 @@ class Joint(NamedTuple):
     """
 
     graphdef: GraphDef
-    tickets: tuple[Ticket, ...]
+    definitions: tuple[FlatModuleDef, ...]
     picks: tuple[Any, ...]
     leaf_at: tuple[tuple[int, int], ...]
     node_at: dict[int, tuple[int, int]]
 
 
-_joints: dict[tuple[int, ...], Joint] = {}
+_alias_maps: Bounded[AliasMap] = Bounded(256)
 _UNKNOWN: Any = None
 
 
-def _joint(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
+def _alias_map(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
     if len(plans) == 1:
-        return plans[0].graphdef.memo("joint", lambda: _single(plans[0].graphdef))
+        return plans[0].graphdef.memo("alias_map", lambda: _single(plans[0].graphdef))
     key = tuple([plan.uid for plan in plans])
     if None in key:
         return _several(roots, plans)
-    found = _joints.get(key)
+    found = _alias_maps.get(key)
     if found is None:
-        if len(_joints) >= 256:
-            _joints.pop(next(iter(_joints)))
-        found = _joints[key] = _several(roots, plans)
+        found = _several(roots, plans)
+        _alias_maps.put(key, found)
     return found
 
 
-def _single(graphdef: GraphDef) -> Joint:
+def _single(graphdef: GraphDef) -> AliasMap:
     leaves = tuple((0, i) for i in range(len(graphdef.schema)))
     nodes = {i: (0, i) for i in range(len(graphdef.records))}
-    return Joint(graphdef, (ticket(graphdef, 0, 1),), (None,), leaves, nodes)
+    return AliasMap(
+        graphdef, (flat_module_def(graphdef, 0, 1),), (None,), leaves, nodes
+    )
 
 
-def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
+def _several(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
     walk = Walk(tuple(roots))
     where: dict[Any, tuple[int, int]] = {}
     for i, (root, plan) in enumerate(zip(roots, plans, strict=True)):
@@ -90,14 +94,16 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> Joint:
     node_at = {
         n: where[id(node)] for n, node in enumerate(walk.nodes) if id(node) in where
     }
-    tickets = tuple(ticket(graphdef, i, len(roots)) for i in range(len(roots)))
-    return Joint(graphdef, tickets, tuple(picks), leaf_at, node_at)
+    definitions = tuple(
+        flat_module_def(graphdef, i, len(roots)) for i in range(len(roots))
+    )
+    return AliasMap(graphdef, definitions, tuple(picks), leaf_at, node_at)
 
 
-class Entered:
+class BoundArguments:
     """Arguments on their way into a trace, and the live objects they came from."""
 
-    __slots__ = ("args", "carriers", "joint", "kwargs", "plans", "roots")
+    __slots__ = ("alias_map", "args", "flat_modules", "kwargs", "plans", "roots")
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -110,7 +116,7 @@ class Entered:
     ):
         self.roots: list[Any] = []
         self.plans: list[Any] = []
-        self.carriers: list[Carrier] = []
+        self.flat_modules: list[FlatModule] = []
         carry = self._carry
         self.args = tuple(
             [x if i in skip else replace_roots(x, carry) for i, x in enumerate(args)]
@@ -121,39 +127,43 @@ class Entered:
         if self.roots:
             self._load()
 
-    def _carry(self, root: Any) -> Carrier:
+    def _carry(self, root: Any) -> FlatModule:
         # Loaded when all roots are known: what each brings depends on the others.
         self.roots.append(root)
-        carrier = Carrier([], _UNKNOWN)
-        self.carriers.append(carrier)
-        return carrier
+        flat_module = FlatModule([], _UNKNOWN)
+        self.flat_modules.append(flat_module)
+        return flat_module
 
     def _load(self) -> None:
         self.plans = plans = [bind(root) for root in self.roots]
-        self.joint = joint = _joint(self.roots, plans)
-        for carrier, plan, mine, pick in zip(
-            self.carriers, plans, joint.tickets, joint.picks, strict=True
+        self.alias_map = alias_map = _alias_map(self.roots, plans)
+        for flat_module, plan, mine, pick in zip(
+            self.flat_modules,
+            plans,
+            alias_map.definitions,
+            alias_map.picks,
+            strict=True,
         ):
             values = plan.values()
-            carrier.values = values if pick is None else [values[j] for j in pick]
-            carrier.ticket = mine
+            flat_module.values = values if pick is None else [values[j] for j in pick]
+            flat_module.definition = mine
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
-        i, j = self.joint.leaf_at[k]
+        i, j = self.alias_map.leaf_at[k]
         return self.plans[i].leaves[j]
 
     def live_node(self, n: int) -> Any:
         """The live node that number ``n`` of the joint GraphDef stands for."""
-        i, k = self.joint.node_at[n]
+        i, k = self.alias_map.node_at[n]
         return self.roots[i] if k == 0 else self.plans[i].nodes[k]
 
 
-def leave(entered: Entered, result: Result) -> Any:
+def write_back(bound: BoundArguments, result: Result) -> Any:
     """Brings what a call did back to the live objects.
 
     Args:
-      entered: the arguments of the call.
+      bound: the arguments of the call.
       result: what ``run`` returned, with concrete values.
 
     Returns:
@@ -164,44 +174,42 @@ def leave(entered: Entered, result: Result) -> Any:
       TraceError: a live Variable to be written belongs to another trace; nothing is
         written.
     """
-    exit = result.exit
-    if exit.edits is not None:
-        check_writable(_edited(entered, exit.edits))
-    if exit.written:
-        routes = exit.routes(entered.joint.leaf_at)
-        parts = [entered.plans[i].part(pick) for i, pick in routes]
+    effects = result.effects
+    if effects.edits is not None:
+        check_writable(_edited(bound, effects.edits))
+    if effects.written:
+        routes = effects.routes(bound.alias_map.leaf_at)
+        parts = [bound.plans[i].part(pick) for i, pick in routes]
         store_all(parts, result.values)
-    if exit.edits is not None:
-        objects = _carry_out(entered, exit.edits, exit.outputs, result.fresh)
-    elif exit.outputs:
+    if effects.edits is not None:
+        objects = _carry_out(bound, effects.edits, effects.outputs, result.fresh)
+    elif effects.outputs:
         objects = [
-            entered.live_node(e.ref)
-            if e.what == NODE
-            else held(entered.live_leaf(e.ref))
-            for e in exit.outputs
+            bound.live_node(e.ref) if e.what == NODE else held(bound.live_leaf(e.ref))
+            for e in effects.outputs
         ]
     else:
         return result.out
     return resolve(result.out, objects)
 
 
-def _edited(entered: Entered, edits: Edits) -> list[Any]:
+def _edited(bound: BoundArguments, edits: Edits) -> list[Any]:
     """What edits will write to: objects, those that hold containers, Variables."""
     numbers = [edits.node_from[n] for n in edits.dirty]
-    nodes = [entered.live_node(n) for n in numbers if n is not None]
+    nodes = [bound.live_node(n) for n in numbers if n is not None]
     roots = [
-        entered.roots[entered.joint.node_at[n][0]] for n in numbers if n is not None
+        bound.roots[bound.alias_map.node_at[n][0]] for n in numbers if n is not None
     ]
     owners = [
         handler_of(x).owner(x) or handler_of(r).owner(r)
         for x, r in zip(nodes, roots, strict=True)
     ]
     owners = [x for x in owners if x is not None]
-    return [*owners, *(entered.live_leaf(k) for k, _ in edits.metadata)]
+    return [*owners, *(bound.live_leaf(k) for k, _ in edits.metadata)]
 
 
 def _carry_out(
-    entered: Entered, edits: Edits, outputs: Sequence[Entry], fresh: Sequence[Any]
+    bound: BoundArguments, edits: Edits, outputs: Sequence[Entry], fresh: Sequence[Any]
 ) -> list[Any]:
     schema = edits.graphdef.schema
     new = iter(fresh)
@@ -212,15 +220,15 @@ def _carry_out(
             value = next(new)
             leaf = value if kind is None else make(kind, value, schema.metadata[i])
         else:
-            leaf = held(entered.live_leaf(k))
+            leaf = held(bound.live_leaf(k))
         leaves.append(leaf)
     for k, metadata in edits.metadata:
-        live = entered.live_leaf(k)
+        live = bound.live_leaf(k)
         live.set_metadata(dict(metadata))
     nodes: list[Any] = []
     for record, origin in zip(edits.graphdef.records, edits.node_from, strict=True):
         if origin is not None:
-            nodes.append(entered.live_node(origin))
+            nodes.append(bound.live_node(origin))
         elif record.handler.tracked:
             nodes.append(record.handler.shell(record.cls, record.spec.value))
         else:
@@ -245,29 +253,34 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return fn.__func__, (fn.__self__,)
     if has_plan(fn):
         return type(fn).__call__, (fn,)
-    if isinstance(fn, functools.partial) and not fn.keywords:
+    if isinstance(fn, functools.partial):
         inner, first = unbind(fn.func)
-        if first or any(map(is_root, fn.args)):
-            return inner, (*first, *fn.args)
+        names = [k for k, x in fn.keywords.items() if has_roots(x)]
+        if first or names or has_roots(fn.args):
+            rest = {k: x for k, x in fn.keywords.items() if k not in names}
+            inner = functools.partial(inner, **rest) if rest else inner
+            inner = _by_position(inner, names) if names else inner
+            return inner, (*[fn.keywords[k] for k in names], *first, *fn.args)
     return fn, ()
 
 
-def refuse_unknown(
-    name: str, options: Iterable[str], also: Collection[str] = ()
-) -> None:
-    """Refuses keywords that a transform does not have.
+def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """``fn`` with some keyword arguments before all others; a call may replace them."""
+    n = len(names)
 
-    Args:
-      name: the transform.
-      options: the keywords given.
-      also: those it takes for NNX code besides ``graph`` and ``graph_updates``.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args[n:], **{**dict(zip(names, args, strict=False)), **kwargs})
 
-    Raises:
-      ArgumentError: some are unknown; all are listed.
-    """
-    unknown = set(options) - {"graph", "graph_updates", *also}
-    if unknown:
-        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
+    try:
+        given = functools.partial(fn, **dict.fromkeys(names))
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):
+        return call
+    only = inspect.Parameter.POSITIONAL_ONLY
+    first = [inspect.Parameter(f"_{name}", only) for name in names]
+    parameters = [*first, *signature.parameters.values()]
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
+    return call
 
 
 def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
@@ -304,19 +317,19 @@ def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
     return found, n
 
 
-def stale_buffers(carriers: Sequence[Carrier]) -> list[str]:
+def stale_buffers(flat_modules: Sequence[FlatModule]) -> list[str]:
     """Paths and kinds of leaves whose buffers were donated to an earlier call.
 
     Args:
-      carriers: the roots of a call that failed.
+      flat_modules: the roots of a call that failed.
 
     Returns:
       A row for each such leaf.
     """
     return [
         f"{show(path)}: {describe(value)}"
-        for c in carriers
-        for path, value in zip(c.ticket.paths, c.values, strict=True)
+        for c in flat_modules
+        for path, value in zip(c.definition.paths, c.values, strict=True)
         if isinstance(value, jax.Array)
         and not isinstance(value, Tracer)
         and value.is_deleted()

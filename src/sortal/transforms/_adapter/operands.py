@@ -8,12 +8,22 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graphdef import ABSENT, LEAF, NODE, Entry, GraphDef, join
+from sortal._engine.difference import ABSENT
+from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.nodes import LEAF, NODE
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import describe
 from sortal.errors import LoopError, listing
-from sortal.transforms._adapter.binding import Entered, leave
-from sortal.transforms._adapter.tracing import Carrier, Exit, Ref, Result, resolve, run
+from sortal.transforms._adapter.binding import BoundArguments, write_back
+from sortal.transforms._adapter.tracing import (
+    Effects,
+    FlatModule,
+    Ref,
+    Result,
+    is_flat_module,
+    resolve,
+    run,
+)
 
 
 class Operands:
@@ -27,62 +37,62 @@ class Operands:
     """
 
     def __init__(self, args: Sequence[Any]):
-        self.entered = Entered(args, {})
+        self.bound = BoundArguments(args, {})
         self.parts, self.treedef = jtu.tree_flatten(
-            self.entered.args, is_leaf=lambda x: isinstance(x, Carrier)
+            self.bound.args, is_leaf=is_flat_module
         )
-        carriers = self.entered.carriers
-        self.plain = [x for x in self.parts if not isinstance(x, Carrier)]
-        self.values = [v for c in carriers for v in c.values]
+        flat_modules = self.bound.flat_modules
+        self.plain = [x for x in self.parts if not is_flat_module(x)]
+        self.values = [v for c in flat_modules for v in c.values]
 
     def rebuild(self, plain: Iterable[Any], values: Iterable[Any]) -> tuple[Any, ...]:
         """The arguments with other values in them, as ``run`` takes them."""
         at, mine = iter(values), {}
-        for c in self.entered.carriers:
-            mine[id(c)] = Carrier([next(at) for _ in c.values], c.ticket)
+        for c in self.bound.flat_modules:
+            mine[id(c)] = FlatModule([next(at) for _ in c.values], c.definition)
         rest = iter(plain)
         return self.treedef.unflatten(
-            [mine[id(x)] if isinstance(x, Carrier) else next(rest) for x in self.parts]
+            [mine[id(x)] if is_flat_module(x) else next(rest) for x in self.parts]
         )
 
     def plain_paths(self) -> list[Any]:
         """For each plain leaf its path from the tuple of arguments, as JAX has it."""
-        rows, _ = jtu.tree_flatten_with_path(
-            self.entered.args, is_leaf=lambda x: isinstance(x, Carrier)
-        )
-        return [path for path, x in rows if not isinstance(x, Carrier)]
+        rows, _ = jtu.tree_flatten_with_path(self.bound.args, is_leaf=is_flat_module)
+        return [path for path, x in rows if not is_flat_module(x)]
 
     def describe(self, k: int) -> str:
         """Path and kind of a leaf of the roots."""
-        return self.entered.joint.graphdef.schema.describe(k)
+        return self.bound.alias_map.graphdef.schema.describe(k)
 
-    def same_objects(self, out: Any, exit: Exit) -> Any:
+    def same_objects(self, out: Any, effects: Effects) -> Any:
         """``out`` with each Ref numbered by the root that it stands for, -1 if none."""
 
         def number(x: Any) -> Any:
-            return Ref(self._root_of(_origin(exit, x.k))) if isinstance(x, Ref) else x
+            return (
+                Ref(self._root_of(_origin(effects, x.k))) if isinstance(x, Ref) else x
+            )
 
         return jtu.tree_map(number, out, is_leaf=_is_ref)
 
     def _root_of(self, entry: Entry | None) -> int:
-        entered = self.entered
-        if entry is None or not entered.roots:
+        bound = self.bound
+        if entry is None or not bound.roots:
             return -1
         if entry.what == NODE:
-            if entry.ref not in entered.joint.node_at:
+            if entry.ref not in bound.alias_map.node_at:
                 return -1
-            found = entered.live_node(entry.ref)
+            found = bound.live_node(entry.ref)
         else:
-            found = entered.live_leaf(entry.ref)
-        same = [i for i, root in enumerate(entered.roots) if root is found]
+            found = bound.live_leaf(entry.ref)
+        same = [i for i, root in enumerate(bound.roots) if root is found]
         return same[0] if same else -1
 
-    def outline(self, tree: Any, exit: Exit | None = None) -> str:
+    def outline(self, tree: Any, effects: Effects | None = None) -> str:
         """The structure of ``tree`` with the objects in it named by class and path.
 
         Args:
-          tree: with Refs, numbered by root or, where there is an Exit, by its outputs.
-          exit: what the call did that returned ``tree``.
+          tree: with Refs, numbered by root or, where there are Effects, by output.
+          effects: what the call did that returned ``tree``.
 
         Returns:
           The text, with ``*`` for each plain leaf.
@@ -91,50 +101,52 @@ class Operands:
         def shown(x: Any) -> Any:
             if not isinstance(x, Ref):
                 return _Named("*")
-            return _Named(self._root(x.k) if exit is None else self._name(exit, x.k))
+            return _Named(
+                self._root(x.k) if effects is None else self._name(effects, x.k)
+            )
 
         return repr(jtu.tree_map(shown, tree, is_leaf=_is_ref))
 
     def _root(self, i: int) -> str:
-        return f"{type(self.entered.roots[i]).__name__} {i}"
+        return f"{type(self.bound.roots[i]).__name__} {i}"
 
-    def _name(self, exit: Exit, k: int) -> str:
-        entry = _origin(exit, k)
+    def _name(self, effects: Effects, k: int) -> str:
+        entry = _origin(effects, k)
         if entry is None:
             return "a new object"
         number = self._root_of(entry)
         if number >= 0:
             return self._root(number)
-        graphdef = self.entered.joint.graphdef
+        graphdef = self.bound.alias_map.graphdef
         if entry.what == LEAF:
             return graphdef.schema.describe(entry.ref)
         path = show(_node_path(graphdef, entry.ref))
         return f"{path} ({graphdef.records[entry.ref].cls.__name__})"
 
     def skeleton(self, tree: Any) -> Any:
-        """A tree of entered arguments with each Carrier replaced by a numbered Ref."""
-        at = {id(c): i for i, c in enumerate(self.entered.carriers)}
-        first = {id(r): i for i, r in reversed(list(enumerate(self.entered.roots)))}
+        """A tree of bound arguments with each FlatModule replaced by a numbered Ref."""
+        at = {id(c): i for i, c in enumerate(self.bound.flat_modules)}
+        first = {id(r): i for i, r in reversed(list(enumerate(self.bound.roots)))}
 
         def number(x: Any) -> Any:
-            if not isinstance(x, Carrier):
+            if not is_flat_module(x):
                 return x
-            return Ref(first[id(self.entered.roots[at[id(x)]])])
+            return Ref(first[id(self.bound.roots[at[id(x)]])])
 
-        return jtu.tree_map(number, tree, is_leaf=lambda x: isinstance(x, Carrier))
+        return jtu.tree_map(number, tree, is_leaf=is_flat_module)
 
-    def written(self, exit: Exit, values: Sequence[Any], new: Any) -> list[Any]:
+    def written(self, effects: Effects, values: Sequence[Any], new: Any) -> list[Any]:
         """All values of the roots after a step that wrote ``new`` to some."""
         changed = list(values)
-        for k, value in zip(exit.written, new, strict=True):
+        for k, value in zip(effects.written, new, strict=True):
             changed[k] = value
         return changed
 
-    def leave(self, exit: Exit, values: Sequence[Any], tree: Any) -> Any:
-        """Writes the values of the leaves in ``exit.written`` to the live objects."""
-        mine = [values[k] for k in exit.written]
-        leave(self.entered, Result(None, mine, [], exit))
-        return resolve(tree, self.entered.roots)
+    def write_back(self, effects: Effects, values: Sequence[Any], tree: Any) -> Any:
+        """Writes the values of the leaves that were written to the live objects."""
+        mine = [values[k] for k in effects.written]
+        write_back(self.bound, Result(None, mine, [], effects))
+        return resolve(tree, self.bound.roots)
 
 
 def steady(where: str, operands: Operands, fn: Callable[..., Any], args: Any) -> Result:
@@ -154,19 +166,19 @@ def steady(where: str, operands: Operands, fn: Callable[..., Any], args: Any) ->
         that is new, or writes a value of another shape or dtype; all are listed.
     """
     result = run(fn, args, {})
-    if result.exit.edits is not None:
-        raise LoopError(edited(where, operands, result.exit))
+    if result.effects.edits is not None:
+        raise LoopError(edited(where, operands, result.effects))
     return result
 
 
-def edited(where: str, operands: Operands, exit: Exit) -> str:
+def edited(where: str, operands: Operands, effects: Effects) -> str:
     """The message about structure that a step changed."""
     rows = []
-    edits = exit.edits
+    edits = effects.edits
     if edits is not None and edits.roots is not None:
-        before = operands.entered.joint.graphdef
+        before = operands.bound.alias_map.graphdef
         rows = [str(d) for d in before.diff(edits.roots)]
-    rows = rows or moved(operands, exit)
+    rows = rows or moved(operands, effects)
     rows = rows or ["an object that is returned was made inside"]
     return (
         f"{where} must leave the structure as it is, for it is compiled once for all "
@@ -175,33 +187,33 @@ def edited(where: str, operands: Operands, exit: Exit) -> str:
     )
 
 
-def only_added(operands: Operands, exit: Exit) -> bool:
+def only_added(operands: Operands, effects: Effects) -> bool:
     """Whether a step changed structure only by adding to it."""
-    edits = exit.edits
+    edits = effects.edits
     if edits is None or edits.roots is None:
         return True
-    before = operands.entered.joint.graphdef
+    before = operands.bound.alias_map.graphdef
     added = all(d.old is ABSENT for d in before.diff(edits.roots))
     # Two Variables that change places would do so once, not at each step.
-    return added and not edits.metadata and not moved(operands, exit, new=False)
+    return added and not edits.metadata and not moved(operands, effects, new=False)
 
 
-def moved(operands: Operands, exit: Exit, *, new: bool = True) -> list[str]:
+def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str]:
     """Leaves in whose place another Variable is now, though the structure is equal.
 
     Args:
       operands: the arguments of the whole call.
-      exit: what the step did.
+      effects: what the step did.
       new: whether Variables that were made inside count.
 
     Returns:
       A row for each.
     """
-    edits = exit.edits
+    edits = effects.edits
     if edits is None or edits.roots is None:
         return []
-    before, after = operands.entered.joint.graphdef.schema, edits.graphdef.schema
-    above = 2 if len(operands.entered.roots) == 1 else 1
+    before, after = operands.bound.alias_map.graphdef.schema, edits.graphdef.schema
+    above = 2 if len(operands.bound.roots) == 1 else 1
     return [
         f"{before.describe(k)} is another Variable now"
         for i, origin in enumerate(edits.leaf_from)
@@ -253,9 +265,9 @@ def _is_ref(x: Any) -> bool:
     return isinstance(x, Ref)
 
 
-def _origin(exit: Exit, k: int) -> Entry | None:
+def _origin(effects: Effects, k: int) -> Entry | None:
     """Output ``k`` as it is numbered on entry, or None for one that was made inside."""
-    entry, edits = exit.outputs[k], exit.edits
+    entry, edits = effects.outputs[k], effects.edits
     if edits is None:
         return entry
     origins = edits.node_from if entry.what == NODE else edits.leaf_from
@@ -268,7 +280,7 @@ def _node_path(graphdef: GraphDef, n: int) -> Path:
     for above, record in enumerate(graphdef.records[:n]):
         for entry in record.entries:
             if entry.what == NODE and entry.ref == n:
-                return join(record, _node_path(graphdef, above), entry.key)
+                return record.below(_node_path(graphdef, above), entry.key)
     return ()
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graphdef import Schema
+from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
 from sortal._engine.variable import describe, make
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing
 from sortal.filters import Filter, to_filter
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import written
-from sortal.transforms._adapter.binding import Entered, identity
-from sortal.transforms._adapter.tracing import Carrier, Exit, Ref
+from sortal.transforms._adapter.binding import BoundArguments, identity
+from sortal.transforms._adapter.tracing import Effects, FlatModule, Ref, is_flat_module
 
 
 class _CarryType:
@@ -124,9 +124,6 @@ class StateSharding(ByKind):
         return self.answers
 
 
-StateSpecs = StateSharding
-
-
 def is_answer(x: Any) -> bool:
     """Whether a tree of answers ends here: at None, a spec, a table or a Policy."""
     return x is None or isinstance(
@@ -224,7 +221,7 @@ class Spread:
     """The answers for one call: a tree for JAX, and a list for each root.
 
     Args:
-      entered: the call's arguments.
+      bound: the call's arguments.
       prefixes: one prefix tree of answers for each positional argument.
       named: likewise for keyword arguments.
       name: the column to read from Policies and kinds.
@@ -239,21 +236,21 @@ class Spread:
 
     def __init__(
         self,
-        entered: Entered,
+        bound: BoundArguments,
         prefixes: Sequence[Any],
         named: Mapping[str, Any],
         name: str,
         read: Callable[[Any], Any] = lambda answer: answer,
     ):
-        self.entered, self.name, self.read = entered, name, read
-        self.given: list[Any] = [None] * len(entered.roots)
-        self.roots: list[list[Any]] = [[] for _ in entered.roots]
-        self._at = {id(c): i for i, c in enumerate(entered.carriers)}
+        self.bound, self.name, self.read = bound, name, read
+        self.given: list[Any] = [None] * len(bound.roots)
+        self.roots: list[list[Any]] = [[] for _ in bound.roots]
+        self._at = {id(c): i for i, c in enumerate(bound.flat_modules)}
         self.args = tuple(
             self._tree(given, x, f"argument {i}")
-            for i, (given, x) in enumerate(zip(prefixes, entered.args, strict=True))
+            for i, (given, x) in enumerate(zip(prefixes, bound.args, strict=True))
         )
-        self.kwargs = {k: self._tree(named[k], x, k) for k, x in entered.kwargs.items()}
+        self.kwargs = {k: self._tree(named[k], x, k) for k, x in bound.kwargs.items()}
         self._check_shared()
 
     def _tree(self, prefix: Any, arg: Any, where: str) -> Any:
@@ -261,18 +258,16 @@ class Spread:
         return top.unflatten(map(self._subtree, answers, parts))
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
-        if isinstance(subtree, Carrier):
+        if is_flat_module(subtree):
             return self._root(given, subtree)
         if not by_kind(given) and not self._at:
             return self.read(given)
         return jtu.tree_map(
             lambda x: (
-                self._root(given, x)
-                if isinstance(x, Carrier)
-                else self._plain(given, x)
+                self._root(given, x) if is_flat_module(x) else self._plain(given, x)
             ),
             subtree,
-            is_leaf=lambda x: isinstance(x, (Carrier, State)) or x is None,
+            is_leaf=lambda x: isinstance(x, (FlatModule, State)) or x is None,
         )
 
     def _plain(self, given: Any, x: Any) -> Any:
@@ -280,28 +275,28 @@ class Spread:
             self.read, for_plain(given, self.name, x), is_leaf=lambda x: x is None
         )
 
-    def _root(self, given: Any, carrier: Carrier) -> Carrier:
-        i = self._at[id(carrier)]
-        plan = self.entered.plans[i]
+    def _root(self, given: Any, flat_module: FlatModule) -> FlatModule:
+        i = self._at[id(flat_module)]
+        plan = self.bound.plans[i]
         found = column(given, self.name, plan.graphdef.schema, plan.view)
         found = list(map(self.read, found))
         self.given[i], self.roots[i] = given, found
-        pick = self.entered.joint.picks[i]
+        pick = self.bound.alias_map.picks[i]
         mine = found if pick is None else [found[j] for j in pick]
-        return Carrier(list(mine), carrier.ticket)
+        return FlatModule(list(mine), flat_module.definition)
 
     def of_leaf(self, k: int) -> Any:
         """The answer for a leaf of the joint GraphDef."""
-        i, j = self.entered.joint.leaf_at[k]
+        i, j = self.bound.alias_map.leaf_at[k]
         return self.roots[i][j]
 
     def new_leaves(
-        self, exit: Exit, outs: Mapping[int, Any], fresh: Sequence[Any]
+        self, effects: Effects, outs: Mapping[int, Any], fresh: Sequence[Any]
     ) -> list[tuple[Schema, Any, Any]]:
         """The leaves that came into being inside, in the order of ``Result.fresh``.
 
         Args:
-          exit: what the call did.
+          effects: what the call did.
           outs: what was given for each object that it returned.
           fresh: their values, for filters that look at values.
 
@@ -310,15 +305,15 @@ class Spread:
         """
         return [
             (one, given, self.read(column(given, self.name, one, alone(one, value))[0]))
-            for one, given, value in new_leaves(exit, self.given, outs, fresh)
+            for one, given, value in new_leaves(effects, self.given, outs, fresh)
         ]
 
     def _check_shared(self) -> None:
-        if not self.roots or all(pick is None for pick in self.entered.joint.picks):
+        if not self.roots or all(pick is None for pick in self.bound.alias_map.picks):
             return
         first: dict[Any, tuple[str, Any]] = {}
         bad = []
-        for i, plan in enumerate(self.entered.plans):
+        for i, plan in enumerate(self.bound.plans):
             for j, leaf in enumerate(plan.leaves):
                 where, answer = plan.graphdef.schema.describe(j), self.roots[i][j]
                 other = first.setdefault(identity(leaf), (where, answer))
@@ -333,12 +328,12 @@ class Spread:
 
 
 def new_leaves(
-    exit: Exit, roots: Any, outs: Mapping[int, Any], fresh: Sequence[Any]
+    effects: Effects, roots: Any, outs: Mapping[int, Any], fresh: Sequence[Any]
 ) -> Iterator[tuple[Schema, Any, Any]]:
     """What was given for the leaves that came into being inside.
 
     Args:
-      exit: what the call did.
+      effects: what the call did.
       roots: what was given for each argument that is a root, by number.
       outs: what was given for each object that was returned, by number of its Ref.
       fresh: the values of the new leaves.
@@ -346,11 +341,11 @@ def new_leaves(
     Yields:
       For each a Schema of it alone, what was given for it, and its value.
     """
-    if exit.edits is None:
+    if effects.edits is None:
         return
-    schema = exit.edits.graphdef.schema
+    schema = effects.edits.graphdef.schema
     values = iter(fresh)
-    for i, origin in enumerate(exit.edits.leaf_from):
+    for i, origin in enumerate(effects.edits.leaf_from):
         if origin is None:
             part, number, *path = tuple[Any, ...](schema.paths[i])
             given = outs[number] if part == 1 else roots[number]

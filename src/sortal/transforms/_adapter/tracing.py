@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.graph import Walk
-from sortal._engine.graphdef import LEAF, NODE, STATIC, Entry, GraphDef
+from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.leaves import Slot, held
-from sortal._engine.nodes import handler_of, is_root
+from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of, is_root
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.state import State
 from sortal._engine.variable import is_variable, value_of
+from sortal._engine.walk import Walk
 
 PASS, ROOT, SCAN = "pass", "root", "scan"
 _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None))
 _modes: dict[type, str] = {}
 
 
-class Ticket:
-    """Says of a Carrier which root it is, of how many, of which joint GraphDef.
+class FlatModuleDef:
+    """Says of a FlatModule which root it is, of how many, of which joint GraphDef.
 
-    Made by ``ticket``, one for each root of each GraphDef, so that JAX, which compares
-    Tickets at every call, compares them by identity. ``some`` are the numbers of the
-    leaves whose values are carried, None for all leaves of the root.
+    Made by ``flat_module_def``, one for each root of each GraphDef, so that JAX, which
+    compares them at every call, compares them by identity. ``some`` are the numbers of
+    the leaves whose values are carried, None for all leaves of the root.
     """
 
     __slots__ = ("graphdef", "number", "of", "some")
@@ -61,34 +61,40 @@ class Ticket:
         return [paths[k][above:] for k in self.leaves]
 
 
-def ticket(
+def flat_module_def(
     graphdef: GraphDef, number: int, of: int, some: tuple[int, ...] | None = None
-) -> Ticket:
-    """The Ticket of root ``number`` of the ``of`` roots of a GraphDef, or of a part."""
+) -> FlatModuleDef:
+    """The FlatModuleDef of root ``number`` of ``of`` roots of a GraphDef, or a part."""
     return graphdef.memo(
-        ("ticket", number, of, some), lambda: Ticket(graphdef, number, of, some)
+        ("definition", number, of, some),
+        lambda: FlatModuleDef(graphdef, number, of, some),
     )
 
 
-class Carrier:
-    """A root on its way into a trace: the list of its values, and its Ticket."""
+class FlatModule:
+    """A root on its way into a trace: the list of its values, and its FlatModuleDef."""
 
-    __slots__ = ("ticket", "values")
+    __slots__ = ("definition", "values")
 
-    def __init__(self, values: list[Any], ticket: Ticket):
-        self.values, self.ticket = values, ticket
+    def __init__(self, values: list[Any], definition: FlatModuleDef):
+        self.values, self.definition = values, definition
+
+
+def is_flat_module(x: Any) -> bool:
+    """Whether ``x`` is a FlatModule; where JAX is to stop, as ``is_leaf``."""
+    return isinstance(x, FlatModule)
 
 
 # The list is one child, for JAX takes a list apart faster than another type's
 # children. It asks for key paths only to name arguments in its messages.
 register_pytree(
-    Carrier,
-    lambda c: ((c.values,), c.ticket),
+    FlatModule,
+    lambda c: ((c.values,), c.definition),
     lambda c: (
-        list(zip(map(PathKey, c.ticket.paths), c.values, strict=True)),
-        c.ticket,
+        list(zip(map(PathKey, c.definition.paths), c.values, strict=True)),
+        c.definition,
     ),
-    lambda ticket, children: Carrier(children[0], ticket),
+    lambda definition, children: FlatModule(children[0], definition),
 )
 
 
@@ -121,10 +127,22 @@ def replace_roots(tree: Any, replace: Callable[[Any], Any]) -> Any:
         return tree
     if mode is ROOT:
         return replace(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=lambda x: _mode(x) is not SCAN)
-    if not any(_mode(x) is ROOT for x in leaves):
-        return tree
-    return treedef.unflatten([replace(x) if _mode(x) is ROOT else x for x in leaves])
+    # Not by JAX's own flattening alone, which a container that holds itself would
+    # leave with a stack that Python takes to be full for ever after.
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        new = [replace_roots(x, replace) for x in tree]
+        return tree if all(map(is_, new, tree)) else kind(new)
+    children, treedef = jtu.tree_flatten(tree, is_leaf=lambda x: x is not tree)
+    new = [replace_roots(x, replace) for x in children]
+    return tree if all(map(is_, new, children)) else treedef.unflatten(new)
+
+
+def has_roots(tree: Any) -> bool:
+    """Whether there is an object or Variable anywhere in ``tree``."""
+    found: list[Any] = []
+    replace_roots(tree, found.append)
+    return bool(found)
 
 
 class Ref:
@@ -166,15 +184,17 @@ class Edits(NamedTuple):
     metadata: tuple[tuple[int, Any], ...]
 
 
-class Exit:
+class Effects:
     """What a call did, apart from values: which leaves it wrote, edits, outputs."""
 
-    __slots__ = ("_routes", "edits", "outputs", "written")
+    __slots__ = ("_routes", "closes_over", "edits", "outputs", "written")
 
     def __init__(
         self, written: tuple[int, ...], outputs: tuple[Entry, ...], edits: Edits | None
     ):
         self.written, self.outputs, self.edits = written, outputs, edits
+        # Whether the trace closed over arrays; None until somebody has looked.
+        self.closes_over: bool | None = None
         self._routes: list[tuple[int, Callable[[Any], Any]]] | None = None
 
     def routes(
@@ -203,35 +223,35 @@ def _getter(js: list[int]) -> Callable[[Any], Any]:
 class Result:
     """What leaves a trace: the output, written values, and values of new leaves."""
 
-    __slots__ = ("exit", "fresh", "out", "values")
+    __slots__ = ("effects", "fresh", "out", "values")
 
-    def __init__(self, out: Any, values: Any, fresh: Any, exit: Exit):
-        self.out, self.values, self.fresh, self.exit = out, values, fresh, exit
+    def __init__(self, out: Any, values: Any, fresh: Any, effects: Effects):
+        self.out, self.values, self.fresh, self.effects = out, values, fresh, effects
 
 
 jtu.register_pytree_node(
     Result,
-    lambda r: ((r.out, r.values, r.fresh), r.exit),
-    lambda exit, parts: Result(*parts, exit),
+    lambda r: ((r.out, r.values, r.fresh), r.effects),
+    lambda effects, parts: Result(*parts, effects),
 )
 
 
 class Copies:
     """The copies that live in one trace, with the values that they began with."""
 
-    def __init__(self, carriers: list[Carrier]):
-        carriers = sorted(carriers, key=lambda c: c.ticket.number)
-        self.graphdef = carriers[0].ticket.graphdef
-        self.values = [v for c in carriers for v in c.values]
+    def __init__(self, flat_modules: list[FlatModule]):
+        flat_modules = sorted(flat_modules, key=lambda c: c.definition.number)
+        self.graphdef = flat_modules[0].definition.graphdef
+        self.values = [v for c in flat_modules for v in c.values]
         self.leaves = self.graphdef.build_leaves(self.values)
         root, self.nodes = self.graphdef.build(self.leaves)
-        self.roots: Sequence[Any] = root if len(carriers) > 1 else (root,)
+        self.roots: Sequence[Any] = root if len(flat_modules) > 1 else (root,)
         starts = [0]
-        for c in carriers:
+        for c in flat_modules:
             starts.append(starts[-1] + len(c.values))
         self.spans = {
-            c.ticket.number: range(a, b)
-            for c, a, b in zip(carriers, starts, starts[1:], strict=False)
+            c.definition.number: range(a, b)
+            for c, a, b in zip(flat_modules, starts, starts[1:], strict=False)
         }
 
     @property
@@ -240,35 +260,35 @@ class Copies:
         return self.roots if len(self.roots) > 1 else self.roots[0]
 
 
-def find_carriers(tree: Any) -> list[Carrier]:
-    """All Carriers in ``tree``."""
-    if type(tree) is Carrier:
+def find_flat_modules(tree: Any) -> list[FlatModule]:
+    """All FlatModules in ``tree``."""
+    if type(tree) is FlatModule:
         return [tree]
-    leaves = jtu.tree_leaves(tree, is_leaf=_is_carrier)
-    return [x for x in leaves if isinstance(x, Carrier)]
+    leaves = jtu.tree_leaves(tree, is_leaf=_ends_search)
+    return [x for x in leaves if is_flat_module(x)]
 
 
-def replace_carriers(tree: Any, replace: Callable[[Carrier], Any]) -> Any:
-    """``tree`` with each Carrier in it replaced; itself if it has none.
+def replace_flat_modules(tree: Any, replace: Callable[[FlatModule], Any]) -> Any:
+    """``tree`` with each FlatModule in it replaced; itself if it has none.
 
     Args:
       tree: any pytree.
-      replace: takes a Carrier, returns what stands for it.
+      replace: takes a FlatModule, returns what stands for it.
 
     Returns:
       The tree.
     """
-    if type(tree) is Carrier:
+    if type(tree) is FlatModule:
         return replace(tree)
-    if not find_carriers(tree):
+    if not find_flat_modules(tree):
         return tree
     return jax.tree.map(
-        lambda x: replace(x) if isinstance(x, Carrier) else x, tree, is_leaf=_is_carrier
+        lambda x: replace(x) if is_flat_module(x) else x, tree, is_leaf=_ends_search
     )
 
 
-def _is_carrier(x: Any) -> bool:
-    return isinstance(x, (Carrier, State))
+def _ends_search(x: Any) -> bool:
+    return isinstance(x, (FlatModule, State))
 
 
 def run(
@@ -277,11 +297,11 @@ def run(
     kwargs: dict[str, Any],
     keep: Collection[int] = (),
 ) -> Result:
-    """Calls ``fn`` on copies built from Carriers; for use inside a trace.
+    """Calls ``fn`` on copies built from FlatModules; for use inside a trace.
 
     Args:
       fn: the user's function.
-      args: positional arguments, with Carriers in the place of roots.
+      args: positional arguments, with FlatModules in the place of roots.
       kwargs: keyword arguments, likewise.
       keep: numbers of leaves, in the joint GraphDef, that are returned even where they
         were only read, because their buffers were donated.
@@ -289,13 +309,13 @@ def run(
     Returns:
       The Result.
     """
-    carriers = find_carriers((args, kwargs))
-    if not carriers:
+    flat_modules = find_flat_modules((args, kwargs))
+    if not flat_modules:
         return _leave_trace(fn(*args, **kwargs), None, ())
-    copies = Copies(carriers)
+    copies = Copies(flat_modules)
 
     def unwrap(tree: Any) -> Any:
-        return replace_carriers(tree, lambda c: copies.roots[c.ticket.number])
+        return replace_flat_modules(tree, lambda c: copies.roots[c.definition.number])
 
     out = fn(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
     return _leave_trace(out, copies, keep)
@@ -331,10 +351,10 @@ def _leave_trace(out: Any, copies: Copies | None, kept: Collection[int]) -> Resu
         entries = None
     values = list(written.values())
     if unedited and entries is not None:
-        return Result(out, values, [], Exit(tuple(written), entries, None))
+        return Result(out, values, [], Effects(tuple(written), entries, None))
     became = None if walk is None else walk.graphdef
     edits, fresh, entries = _edits(copies, outputs, unedited, rigid, became)
-    return Result(out, values, fresh, Exit(tuple(written), entries, edits))
+    return Result(out, values, fresh, Effects(tuple(written), entries, edits))
 
 
 def _unedited(walk: Walk, copies: Copies) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import pickle
 import weakref
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from flax import nnx as flax_nnx
 
 import sortal
 from models import Count, Holder, Linear, Net, objects, portrait
-from sortal._engine import graph
+from sortal import nnx
+from sortal._engine import plan as graph
+from sortal._engine import walk
 from sortal.errors import StructureError
 
 
@@ -79,7 +82,7 @@ EDITS = {
     "metadata deep": lambda m: m.deep.list[0][0]["k"].set_metadata(tag="t"),
     "a Variable shared": lambda m: setattr(m.layer, "bias", m.box.inner),
     "a raw array gone": lambda m: setattr(m, "raw", 3),
-    "data marked": lambda m: setattr(m, "rate", sortal.data(0.1)),
+    "data marked": lambda m: setattr(m, "rate", nnx.data(0.1)),
     "sow": lambda m: m.deep.__class__ and sortal.Module.sow(
         m.layer, sortal.Intermediate, "y", jnp.ones(1)
     ),
@@ -95,7 +98,7 @@ def test_an_edit_is_noticed_and_described_as_by_a_fresh_walk(edit: Any) -> None:
     edit(model)
     after = sortal.graphdef(model)
     assert after is not before
-    assert after is graph.Walk(model).graphdef
+    assert after is walk.Walk(model).graphdef
     live = [x for x in objects(model).values() if isinstance(x, sortal.Variable)]
     planned = [x for x in graph.plan_of(model).leaves if isinstance(x, sortal.Variable)]
     boxed = model.box.inner
@@ -111,7 +114,7 @@ def test_a_view_from_a_second_root_notices_the_edit_too(edit: Any) -> None:
     edit(model)
     sortal.graphdef(model)
     assert sortal.graphdef(outer) is not before
-    assert sortal.graphdef(outer) is graph.Walk(outer).graphdef
+    assert sortal.graphdef(outer) is walk.Walk(outer).graphdef
 
 
 def test_a_replaced_variable_of_the_same_kind_is_in_the_next_state() -> None:
@@ -528,7 +531,7 @@ def variety(nnx: Any) -> Any:
 
 def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
     theirs = flax_nnx.to_flat_state(flax_nnx.state(variety(flax_nnx)))
-    ours = sortal.to_flat_state(sortal.state(variety(sortal)))
+    ours = nnx.to_flat_state(sortal.state(variety(sortal)))
     assert [p for p, _ in ours] == [p for p, _ in theirs]
     assert [type(v).__name__ for _, v in ours if isinstance(v, sortal.Variable)] == [
         type(v).__name__ for _, v in theirs if isinstance(v, flax_nnx.Variable)
@@ -545,6 +548,165 @@ def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
 def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:
     """``[nnx.data(x)]`` would else hide the value in the structure."""
     model = sortal.Module()
-    model.rates = [sortal.data(0.1)]
+    model.rates = [nnx.data(0.1)]
     with pytest.raises(StructureError, match=r"rates\.0: a value marked data inside"):
         sortal.state(model)
+
+
+class Leaning:
+    """Registered with JAX; its slope is a setting, and may be changed."""
+
+    def __init__(self, x: Any, slope: float) -> None:
+        self.x, self.slope = x, slope
+
+
+jax.tree_util.register_pytree_node(
+    Leaning, lambda x: ((x.x,), x.slope), lambda slope, x: Leaning(*x, slope)
+)
+
+
+# ------------------------------------------------------- exchanges that must be noticed
+@pytest.mark.parametrize("hold", [lambda x: x, lambda x: [x], lambda x: {"k": x}])
+def test_a_reference_back_to_the_root_is_an_edit(hold: Any) -> None:
+    model = Holder(w=sortal.Param(jnp.ones(2)), next=None)
+    total = sortal.jit(lambda m: m.w.sum() * (0.0 if m.next is None else 1.0))
+    assert total(model) == 0
+    model.next = hold(model)
+    assert total(model) == 2
+    copied = sortal.clone(model)
+    assert hold(copied) == copied.next
+    model.next = None
+    assert total(model) == 0
+
+
+class Twice(Holder):
+    factor = 2
+
+
+class Thrice(Holder):
+    factor = 3
+
+
+def test_another_class_of_the_root_or_a_child_is_an_edit() -> None:
+    model = Twice(child=Twice(w=sortal.Param(jnp.ones(2))))
+    total = sortal.jit(lambda m: m.factor * m.child.factor * m.child.w.sum())
+    assert total(model) == 8
+    model.__class__ = Thrice
+    assert total(model) == 12
+    assert type(sortal.clone(model)) is Thrice
+    model.child.__class__ = Thrice
+    assert total(model) == 18
+    assert type(sortal.clone(model).child) is Thrice
+
+
+def test_another_class_of_a_list_or_dict_is_an_edit() -> None:
+    class Items(list):
+        pass
+
+    class Twins(Items):
+        pass
+
+    model = Holder(items=Items([sortal.Param(jnp.ones(1))]))
+    assert type(sortal.clone(model).items) is Items
+    model.items.__class__ = Twins
+    assert type(sortal.clone(model).items) is Twins
+
+
+def test_a_dict_of_attributes_replaced_whole_is_an_edit() -> None:
+    model = Holder(w=sortal.Param(jnp.ones(2)))
+    total = sortal.jit(lambda m: m.w.sum())
+    assert total(model) == 2
+    model.__dict__ = {"w": sortal.Param(jnp.zeros(2))}
+    assert total(model) == 0
+    assert sortal.state(model)["w"][0] == 0
+    outer = Holder(child=model)
+    assert total(outer.child) == 0
+    sortal.state(outer)
+    model.__dict__ = {"w": sortal.Param(jnp.full(2, 3.0))}
+    assert sortal.state(outer)["child"]["w"][0] == 3
+
+
+def test_another_default_of_a_dict_is_an_edit() -> None:
+    model = Holder(table=defaultdict(list, a=sortal.Param(1.0)))
+    assert sortal.clone(model).table.default_factory is list
+    model.table.default_factory = dict
+    assert sortal.clone(model).table.default_factory is dict
+
+
+def test_settings_of_a_registered_pytree_are_structure() -> None:
+    model = Holder(part=Leaning(jnp.ones(2), 1.0))
+    total = sortal.jit(lambda m: m.part.slope * m.part.x.sum())
+    assert total(model) == 2
+    model.part.slope = 2.0
+    assert total(model) == 4
+
+
+# ------------------------------------------------------------------ what plans hold
+def test_a_plan_does_not_keep_a_raw_array_that_was_replaced() -> None:
+    model = Holder(x=np.ones(3), items=[np.ones(3)], table={"k": np.ones(3)})
+    for holder, key in ((vars(model), "x"), (model.items, 0), (model.table, "k")):
+        sortal.state(model)
+        gone = weakref.ref(holder[key])
+        holder[key] = np.zeros(3)
+        sortal.state(model)
+        assert gone() is None
+
+
+def test_older_plans_do_not_keep_what_has_left_the_model() -> None:
+    class Big:
+        pass
+
+    model = Holder(x=np.ones(3), child=Holder(y=np.ones(2)), act=Big())
+    sortal.state(model)
+    gone = [weakref.ref(x) for x in (model.x, model.child, model.child.y, model.act)]
+    del model.x, model.child, model.act
+    sortal.state(model)
+    assert not [x() for x in gone if x() is not None]
+
+
+def test_statics_that_lead_back_to_their_model_do_not_keep_it() -> None:
+    class Scaled(sortal.Module):
+        def __init__(self) -> None:
+            self.scale = sortal.Param(jnp.ones(2))
+            self.by_lambda = lambda x: x * self.scale
+            self.by_method = self.double
+            self.by_partial = functools.partial(self.double)
+
+        def double(self, x: Any) -> Any:
+            return 2 * x * self.scale
+
+    def used() -> Any:
+        model = Scaled()
+        sortal.clone(model)
+        sortal.state(model)
+        return weakref.ref(model)
+
+    gone = [used() for _ in range(3)]
+    gc.collect()
+    assert [x() for x in gone] == [None] * 3
+
+
+def test_a_service_that_builds_thousands_of_models_does_not_grow() -> None:
+    class Layer(sortal.Module):
+        def __init__(self, i: int) -> None:
+            self.i = i
+            self.w = sortal.Param(np.ones(1), tag=f"t{i}")
+            self.act = lambda x: x + self.i
+            self.parts = [Holder(up=self, n=i) for _ in range(2)]
+
+    def serve(i: int) -> None:
+        model = Layer(i)
+        sortal.update(model, sortal.state(model, sortal.Param))
+        sortal.merge(*sortal.split(model))
+        model.i = -i
+        sortal.clone(model)
+
+    def count(start: int) -> int:
+        for i in range(start, start + 1000):
+            serve(i)
+        gc.collect()
+        return len(gc.get_objects())
+
+    count(0)
+    before = count(10_000)
+    assert count(20_000) < before + 500

@@ -1,6 +1,6 @@
-"""Eager transforms: traced once, and never with values of an earlier call.
+"""Eager transforms: compiled once for each function object, and no staler than JAX.
 
-A function here prints whenever Python runs it, which nothing that it refers to shows.
+A function here prints whenever Python runs it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -21,8 +22,9 @@ import pytest
 import sortal
 from models import Count
 from sortal import Carry, Param, StateAxes
+from sortal._engine.bounded import Bounded
 from sortal.errors import LoopError
-from sortal.transforms import captures
+from sortal.transforms import eager
 
 RATE = 1.0
 same = np.testing.assert_array_equal
@@ -51,24 +53,41 @@ def apply(m: Any, x: Any) -> Any:
     return m(x)
 
 
+def one(make: Any, f: Any) -> Any:
+    """``make(f)``, one object for each function object."""
+    return vars(f).setdefault(make.__name__, make(f))
+
+
+def negated(m: Any, x: Any) -> Any:
+    return -x
+
+
+def below_one(value: Any) -> Any:
+    return value[2] < 1
+
+
+def while_body(f: Any) -> Any:
+    return lambda v: (v[0], f(v[0], v[1]), v[2] + 1)
+
+
+def fori_body(f: Any) -> Any:
+    return lambda i, v: (v[0], f(*v))
+
+
 def by_cond(f: Any, m: Any, x: Any) -> Any:
-    return sortal.cond(jnp.array(True), f, lambda m, x: -x, m, x)
+    return sortal.cond(jnp.array(True), f, negated, m, x)
 
 
 def by_switch(f: Any, m: Any, x: Any) -> Any:
-    return sortal.switch(1, [lambda m, x: -x, f], m, x)
+    return sortal.switch(1, [negated, f], m, x)
 
 
 def by_while(f: Any, m: Any, x: Any) -> Any:
-    def body(value: Any) -> Any:
-        m, x, i = value
-        return m, f(m, x), i + 1
-
-    return sortal.while_loop(lambda value: value[2] < 1, body, (m, x, 0))[1]
+    return sortal.while_loop(below_one, one(while_body, f), (m, x, 0))[1]
 
 
 def by_fori(f: Any, m: Any, x: Any) -> Any:
-    return sortal.fori_loop(0, 1, lambda i, v: (v[0], f(*v)), (m, x))[1]
+    return sortal.fori_loop(0, 1, one(fori_body, f), (m, x))[1]
 
 
 def by_remat(f: Any, m: Any, x: Any) -> Any:
@@ -78,6 +97,25 @@ def by_remat(f: Any, m: Any, x: Any) -> Any:
 def by_scan(f: Any, m: Any, x: Any) -> Any:
     axes = (StateAxes({...: Carry}), Carry)
     return sortal.scan(f, length=1, in_axes=axes, out_axes=Carry)(m, x)
+
+
+def raw_scan_body(f: Any) -> Any:
+    return lambda x, _: (f(0, x), None)
+
+
+def raw(way: Any, f: Any, x: Any) -> Any:
+    """The same transform of a function that makes nothing of its model, in JAX."""
+    if way is by_cond:
+        return jax.lax.cond(True, f, negated, 0, x)
+    if way is by_switch:
+        return jax.lax.switch(1, [negated, f], 0, x)
+    if way is by_while:
+        return jax.lax.while_loop(below_one, one(while_body, f), (0, x, 0))[1]
+    if way is by_fori:
+        return jax.lax.fori_loop(0, 1, one(fori_body, f), (0, x))[1]
+    if way is by_remat:
+        return jax.checkpoint(f)(0, x)
+    return jax.lax.scan(one(raw_scan_body, f), x, length=1)[0]
 
 
 WAYS = [by_cond, by_switch, by_while, by_fori, by_remat, by_scan]
@@ -92,9 +130,9 @@ def traced(capsys: Any) -> Callable[[], bool]:
 
 
 @pytest.fixture(autouse=True)
-def programs(monkeypatch: Any) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    monkeypatch.setattr(captures, "_programs", found)
+def programs(monkeypatch: Any) -> Bounded[Any]:
+    found: Bounded[Any] = Bounded(64)
+    monkeypatch.setattr(eager, "_programs", found)
     return found
 
 
@@ -142,25 +180,109 @@ def test_another_structure_shape_or_dtype_is_traced(
 
 
 @every
-def test_a_new_function_is_traced_unless_it_is_the_same_in_all_it_refers_to(
-    way: Any, traced: Any
-) -> None:
+def test_a_new_function_is_traced(way: Any, traced: Any) -> None:
     m = Scale()
 
     def times(by: float) -> Any:
         return lambda m, x: m(x) * by
 
-    same(way(times(2.0), m, X), X * 4)
-    traced()
-    same(way(times(3.0), m, X), X * 6)
-    assert traced()
-    same(way(times(0.0), m, X), X * 0)
-    assert np.signbit(way(times(-0.0), m, X)).all()
-    traced()
-    same(way(lambda m, x: m(x) + 1, m, X), X * 2 + 1)
-    assert traced()
-    same(way(times(2.0), m, X), X * 4)
-    assert not traced()
+    for by in (2.0, 3.0, 0.0, -0.0, 2.0):
+        found = way(times(by), m, X)
+        assert traced()
+        same(found, X * 2 * by)
+        assert np.signbit(found).all() == np.signbit(by)
+
+
+# What a function may read besides its arguments.
+
+HOLDER = types.SimpleNamespace(rate=1.0)
+NAMES = {"rate": 1.0}
+
+
+def of_helper() -> float:
+    def read(holder: Any) -> float:
+        return holder.rate
+
+    return read(HOLDER)
+
+
+def of_getattr() -> float:
+    return getattr(HOLDER, "ra" + "te")
+
+
+def of_globals() -> float:
+    return globals()["NAMES"]["rate"]
+
+
+def of_function() -> float:
+    return vars(of_function)["rate"]
+
+
+def of_import() -> float:
+    return vars(sys.modules["settings_of_a_test"])["rate"]
+
+
+def of_random() -> float:
+    return float(np.random.uniform())  # noqa: NPY002
+
+
+READS = [of_helper, of_getattr, of_globals, of_function, of_import, of_random]
+
+
+@pytest.fixture
+def set_rate(monkeypatch: Any) -> Callable[[float], None]:
+    """Gives what all of ``READS`` read another value."""
+    settings = types.ModuleType("settings_of_a_test")
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+
+    def write(rate: float) -> None:
+        HOLDER.rate = NAMES["rate"] = rate
+        vars(of_function)["rate"] = vars(settings)["rate"] = rate
+        np.random.seed(int(rate))  # noqa: NPY002
+
+    return write
+
+
+@every
+@pytest.mark.parametrize("again", [False, True], ids=["new", "same"])
+@pytest.mark.parametrize("read", READS)
+def test_what_a_function_reads_is_as_new_or_old_as_in_jax(
+    way: Any, read: Any, again: bool, set_rate: Any
+) -> None:
+    """A new function reads the values of now; the same one those of its trace."""
+
+    def new() -> Any:
+        return lambda m, x: x * read()
+
+    m, ours, plain = Scale(), new(), new()
+    found, by_jax = [], []
+    for rate in (2.0, 3.0):
+        set_rate(rate)
+        found.append(way(ours if again else new(), m, X)[0])
+        set_rate(rate)
+        by_jax.append(raw(way, plain if again else new(), X)[0])
+    assert (by_jax[0] == by_jax[1]) == again
+    same(found, by_jax)
+
+
+def test_a_method_is_a_new_function_and_an_object_the_same_as_in_jax(
+    set_rate: Any,
+) -> None:
+    class Reads(sortal.Module):
+        def __call__(self, m: Any, x: Any) -> Any:
+            return x * of_helper()
+
+    class Plain:
+        def __call__(self, m: Any, x: Any) -> Any:
+            return x * of_helper()
+
+    m, plain, found, by_jax = Reads(), Plain(), [], []
+    for rate in (2.0, 3.0):
+        set_rate(rate)
+        found += [by_cond(f, m, X)[0] for f in (m.__call__, m)]
+        by_jax += [raw(by_cond, f, X)[0] for f in (plain.__call__, plain)]
+    assert [float(x) for x in by_jax] == [2.0, 2.0, 3.0, 2.0]
+    same(found, by_jax)
 
 
 @every
@@ -187,26 +309,24 @@ def test_what_is_closed_over_has_its_value_of_now(way: Any, what: str) -> None:
 @every
 @pytest.mark.parametrize("what", ["global", "class", "object", "dataclass", "import"])
 def test_what_methods_of_an_argument_read_has_its_value_of_now(
-    way: Any, what: str, monkeypatch: Any, traced: Any
+    way: Any, what: str, monkeypatch: Any
 ) -> None:
-    """Though the function says nothing of it: it only calls the object."""
+    """Where the function is a new one."""
     record = dataclasses.make_dataclass("Config", [("rate", float)], eq=False)
     config = {"object": Settings, "dataclass": record}.get(what)
     m = Scale(config=config and config(rate=1.0))
     if what == "import":
         m.config = types.ModuleType("settings")
         vars(m.config)["rate"] = 1.0
-    same(way(apply, m, X), X * 2)
+    same(way(lambda m, x: m(x), m, X), X * 2)
     if what == "global":
         monkeypatch.setattr(f"{__name__}.RATE", 2.0)
     elif what == "class":
         monkeypatch.setattr(Scale, "shift", 1.0)
     else:
         vars(m.config)["rate"] = 2.0
-    same(way(apply, m, X), X * 2 + 1 if what == "class" else X * 4)
-    traced()
-    way(apply, m, X)
-    assert traced() == (what in ("object", "import"))
+    found = way(lambda m, x: m(x), m, X)
+    same(found, X * 2 + 1 if what == "class" else X * 4)
 
 
 @every
@@ -254,19 +374,51 @@ def test_an_error_is_raised_at_every_call_and_leaves_nothing(
 @every
 def test_nothing_is_kept_inside_of_other_traces(way: Any, programs: Any) -> None:
     m = Scale()
-
-    def total(m: Any, x: Any) -> Any:
-        return (way(apply, m, x) ** 2).sum()
-
     with jax.checking_leaks():
-        if way is not by_while:  # which JAX cannot differentiate backwards
-            grads = sortal.grad(total)(m, X)
-            same(grads["w"].value, 2 * X**2 * 2)
         same(sortal.jit(functools.partial(way, apply))(m, X), X * 2)
         axes = (StateAxes({...: None}), 0)
         f = sortal.vmap(lambda m, x: way(lambda m, x: x * m.w, m, x), in_axes=axes)
         same(f(m, jnp.stack([X, X + 1])), jnp.stack([X, X + 1]) * 2)
-    assert not programs
+    assert not len(programs)
+
+
+@every
+def test_derivatives_use_what_is_kept(way: Any, traced: Any) -> None:
+    if way is by_while:  # which JAX cannot differentiate backwards
+        return
+    m = Scale()
+
+    def total(m: Any, x: Any) -> Any:
+        return (way(apply, m, x) ** 2).sum()
+
+    same(sortal.grad(total)(m, X)["w"].value, 2 * X**2 * 2)
+    assert traced()
+    m.w.value = jnp.full(2, 3.0, "float32")
+    same(sortal.grad(total)(m, X)["w"].value, 2 * X**2 * 3)
+    same(way(apply, m, X), X * 3)
+    assert not traced()
+    assert int(m.n.value) == 3
+
+
+@every
+def test_a_traced_value_that_is_closed_over_has_its_value_of_now(way: Any) -> None:
+    if way is by_while:
+        return
+    m, values = Scale(), []
+
+    def call(m: Any, x: Any) -> Any:
+        return x * values[0]
+
+    def total(y: Any) -> Any:
+        values[:] = [y]
+        return way(call, m, X).sum()
+
+    for k in (1.0, 2.0):
+        y = jnp.full(2, k)
+        value, grads = jax.value_and_grad(total)(y)
+        assert value == 4 * k
+        same(grads, X)
+        same(total(y), 4 * k)
 
 
 @every
@@ -274,7 +426,7 @@ def test_what_is_kept_keeps_no_model_and_no_array(way: Any, programs: Any) -> No
     m, x = Scale(), jnp.ones(2)
     for _ in range(2):
         way(apply, m, x)
-    assert programs
+    assert len(programs) == 1
     refs = [weakref.ref(y) for y in (m, m.w, m.w.value, x)]
     gc.disable()
     try:
@@ -284,14 +436,33 @@ def test_what_is_kept_keeps_no_model_and_no_array(way: Any, programs: Any) -> No
         gc.enable()
 
 
-def test_methods_are_kept_and_their_objects_are_not(traced: Any) -> None:
+@every
+def test_what_is_kept_is_freed_with_the_function_and_keeps_it_not(
+    way: Any, programs: Any
+) -> None:
+    m = Scale()
+
+    def make() -> Any:
+        held = Scale()
+        return lambda m, x: x * (2.0 if held.training else 1.0), weakref.ref(held)
+
+    call, held = make()
+    same(way(call, m, X), X * 2)
+    assert len(programs) == 1
+    del call
+    gc.collect()
+    assert held() is None
+    assert not len(programs)
+
+
+def test_callable_objects_are_kept_and_not_kept_alive(traced: Any) -> None:
     m, other = Scale(), Scale(3.0)
     for _ in range(2):
-        same(sortal.cond(True, m, other.__call__, X), X * 2)
-        same(sortal.cond(False, m, other.__call__, X), X * 3)
+        same(sortal.cond(True, m, other, X), X * 2)
+        same(sortal.cond(False, m, other, X), X * 3)
     traced()
     m.w.value = jnp.full(2, 4.0, "float32")
-    same(sortal.cond(True, m, other.__call__, X), X * 4)
+    same(sortal.cond(True, m, other, X), X * 4)
     assert not traced()
     assert (int(m.n.value), int(other.n.value)) == (3, 2)
     ref = weakref.ref(m)
@@ -299,11 +470,13 @@ def test_methods_are_kept_and_their_objects_are_not(traced: Any) -> None:
     assert ref() is None
 
 
-def test_as_many_are_kept_as_there_may_be(monkeypatch: Any, programs: Any) -> None:
-    monkeypatch.setattr(captures, "_KEPT", 3)
+def test_as_many_are_kept_as_there_may_be(monkeypatch: Any) -> None:
+    programs: Bounded[Any] = Bounded(3)
+    monkeypatch.setattr(eager, "_programs", programs)
     m = Scale()
-    for k in range(5):
-        same(by_cond(lambda m, x, k=k: m(x) * k, m, X), X * 2 * k)
+    calls = [lambda m, x, k=k: m(x) * k for k in range(5)]
+    for k, call in enumerate(calls):
+        same(by_cond(call, m, X), X * 2 * k)
         assert len(programs) <= 3
 
 
@@ -356,3 +529,28 @@ def test_without_jit_the_numbers_are_the_same(way: Any) -> None:
         for k in (1, 2):
             same(way(apply, m, X), X * 2)
             assert int(m.n.value) == k
+
+
+def test_arrays_that_a_trace_closes_over_are_found_wherever_they_are() -> None:
+    array, scalar = jnp.ones(2), jnp.float32(2) + 1
+
+    def inner(x: Any) -> Any:
+        return x * array
+
+    def outer(y: Any) -> Any:
+        assert eager.closes_over(jax.jit(lambda x: x * y).trace(X))
+        return y.sum()
+
+    jax.grad(outer)(X)
+    for f in (
+        inner,
+        lambda x: x * scalar,
+        jax.jit(inner),
+        jax.checkpoint(inner),
+        lambda x: jax.lax.cond(x[0] > 0, inner, lambda x: x, x),
+        lambda x: jax.lax.scan(lambda c, _: (inner(c), None), x, length=2)[0],
+        lambda x: x * np.arange(2.0),
+    ):
+        assert eager.closes_over(jax.jit(f).trace(X))
+    for f in (lambda x: x * 2.0 + jnp.ones(2), jnp.sin, jax.jit(lambda x: x)):
+        assert not eager.closes_over(jax.jit(f).trace(X))
