@@ -13,7 +13,9 @@ from typing import Any
 from benchmarks.report import Row, Table
 from benchmarks.sections import progress
 
-MODULES = ("sortal", "flax.nnx", "equinox", "optax")
+MODULES = (
+    "sortal", "sortal.nnx", "flax.nnx", "equinox", "spectrax", "brainstate", "optax",
+)  # fmt: skip
 _SCRIPT = """
 import json, sys, time
 import jax, jax.numpy

@@ -6,6 +6,7 @@ measures one contender and prints JSON.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import jax
 
 from benchmarks.report import Row, Table
 from benchmarks.sections import progress
+from benchmarks.stacks import modules_stack, raw_stack
 
 CONTENDERS = ("sortal", "flax", "raw")
 TASKS = (("train", False), ("train", True), ("forward", False))
@@ -91,9 +93,9 @@ def measure(name: str, task: str, donate: bool, megabytes: int) -> dict[str, Any
       Megabytes by column name.
     """
     depth = max(1, round(megabytes * MB / (4 * WIDTH * WIDTH)))
-    contender = importlib.import_module(f"benchmarks.stacks.{name}_stack")
+    prepare = _contender(name)
     empty = resident("VmRSS")
-    call, analysis = contender.prepare(task, depth, WIDTH, donate)
+    call, lowered = prepare(task, depth, WIDTH, donate)
     call()
     call()
     resting = resident("VmRSS")
@@ -106,13 +108,21 @@ def measure(name: str, task: str, donate: bool, megabytes: int) -> dict[str, Any
         "live": live / MB,
         "resting": resting - empty,
         "peak": peak - empty,
-        **_analysed(analysis),
+        **_analysed(lowered),
     }
 
 
-def _analysed(analysis: Callable[[], Any]) -> dict[str, float | None]:
+def _contender(name: str) -> Callable[..., Any]:
+    """What prepares one; only its own library is imported, which takes memory too."""
+    if name == "raw":
+        return raw_stack.prepare
+    library = importlib.import_module({"sortal": "sortal", "flax": "flax.nnx"}[name])
+    return functools.partial(modules_stack.prepare, library)
+
+
+def _analysed(lowered: Any) -> dict[str, float | None]:
     try:
-        found = analysis()
+        found = lowered.compile().memory_analysis()
     except Exception:  # noqa: BLE001 - not every library and version offers it
         found = None
     names = {

@@ -13,6 +13,17 @@ from typing import Any
 
 from benchmarks.timing import Timing
 
+PACKAGES = (
+    "jax", "jaxlib", "numpy", "optax", "flax", "equinox", "spectrax-lib", "brainstate",
+)  # fmt: skip
+RATIOS = (
+    ("flax/sortal", "flax", "sortal"),
+    ("equinox/sortal", "equinox", "sortal"),
+    ("sortal/raw", "sortal", "raw jax"),
+    ("sortal on flax/raw", "sortal on flax", "raw jax"),
+)
+"""Columns that every row has whose two contenders were timed."""
+
 
 @dataclass
 class Row:
@@ -69,7 +80,7 @@ def number(x: float | None) -> str:
 
 
 def timed_row(name: str, timings: dict[str, Timing], scale: float = 1.0) -> Row:
-    """A row of medians, divided by ``scale``, with ratios to Sortal added.
+    """A row of medians, divided by ``scale``, with the ratios of ``RATIOS`` added.
 
     Args:
       name: the row's name.
@@ -77,8 +88,8 @@ def timed_row(name: str, timings: dict[str, Timing], scale: float = 1.0) -> Row:
       scale: what to divide by, such as a number of leaves.
 
     Returns:
-      The Row. Ratio columns are ``flax/sortal`` and so on, ratios of medians; those
-      of the minimums, less shaken by other processes, are in the details.
+      The Row. Ratios are of medians; those of the minimums, less shaken by other
+      processes, are in the details.
     """
     medians = {k: t.median for k, t in timings.items()}
     values: dict[str, float | None] = {k: m / scale for k, m in medians.items()}
@@ -88,42 +99,18 @@ def timed_row(name: str, timings: dict[str, Timing], scale: float = 1.0) -> Row:
     return Row(name, values, details)
 
 
-def _ratios(times: dict[str, float]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    ours = times.get("sortal")
-    if ours:
-        found = {
-            f"{k}/sortal": times[k] / ours for k in ("flax", "equinox") if k in times
-        }
-        if "raw jax" in times:
-            found["sortal/raw"] = ours / times["raw jax"]
-    on_flax = overheads(times, "sortal on flax")
-    if on_flax is not None:
-        found["flax/sortal on flax overhead"] = on_flax
-    return found
-
-
-def overheads(times: Mapping[str, float], ours: str) -> float | None:
-    """How many times more Flax adds to raw JAX's time than a contender does.
-
-    Args:
-      times: by contender.
-      ours: the contender.
-
-    Returns:
-      The ratio; None where one of the three was not timed.
-    """
-    if not {ours, "flax", "raw jax"} <= times.keys():
-        return None
-    raw = times["raw jax"]
-    added = times[ours] - raw
-    return (times["flax"] - raw) / added if added > 0 else float("inf")
+def _ratios(times: Mapping[str, float]) -> dict[str, float | None]:
+    return {
+        column: times[above] / times[below]
+        for column, above, below in RATIOS
+        if above in times and times.get(below)
+    }
 
 
 def facts() -> dict[str, Any]:
     """The machine and the versions that the results belong to."""
     versions = {}
-    for name in ("jax", "jaxlib", "flax", "equinox", "optax", "numpy"):
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The measured sections that run in this process: verbs, scaling, training."""
+"""The measured sections that run in this process, but for transforms."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from benchmarks import workload as w
 from benchmarks.report import Table, timed_row
 from benchmarks.timing import Effort, compare
 
 SCALED = (w.STATE, w.PARAMS, w.SPLIT, w.MERGE, w.UPDATE, w.NOOP, w.STEP)
 SIZES = (10, 100, 1_000, 10_000, 100_000)
+SCALED_PEERS = ("sortal", "sortal_on_flax", "flax", "equinox", "raw")
 PEERS_UP_TO = 10_000
 STEP_UP_TO = 10_000
 PEERS_COMPILED_UP_TO = 1_000
 
 ON_FLAX = (
     "`sortal on flax` calls Sortal on the very models, optimizers and functions of "
-    "`flax`. flax/sortal on flax overhead is what `nnx.jit` adds to raw JAX's time "
-    "over what `sortal.jit` adds."
+    "`flax`. `flax` is the plain call, `nnx.jit`."
 )
 
 Peers = Mapping[str, ModuleType]
+Calls = dict[str, Callable[[], Any]]
 
 
 def progress(text: str) -> None:
@@ -32,11 +35,28 @@ def progress(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
+def collect(peers: Mapping[str, Any], calls_of: Callable[[Any], Calls | None]) -> Calls:
+    """The calls of all contenders that have some."""
+    calls: Calls = {}
+    for peer in peers.values():
+        calls.update(calls_of(peer) or {})
+    return calls
+
+
+def agree(row: str, calls: Calls) -> None:
+    """Refuses to time contenders that compute different numbers."""
+    found = {label: float(np.sum(call())) for label, call in calls.items()}
+    for label, value in found.items():
+        for other, reference in found.items():
+            if abs(value - reference) > 1e-3 * (1 + abs(reference)):
+                raise AssertionError(f"{row}: {label} and {other} differ: {found}")
+
+
 def verbs(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
-    """Every operation on one model with Adam state."""
+    """Every operation on one model that compiles nothing."""
     table = Table(
         f"Operations on a model of {3 * shape.depth + 2} modules and "
-        f"{6 * shape.depth} Variables, {shape.leaves} leaves with Adam state",
+        f"{6 * shape.depth} Variables",
         "microseconds per call, medians",
         notes=[
             (
@@ -44,36 +64,84 @@ def verbs(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
                 "`eqx.combine` stand in for it, `split` and `merge`, with the filter "
                 "tree made beforehand. Equinox has no counterpart to `update`."
             ),
-            (
-                "The compiled rows take the model and its optimizer state; raw JAX "
-                "takes one flat list of the same arrays. The step adds 1 to every leaf."
-            ),
-            (
-                "Compiled calls end when one of their outputs is ready, which is when "
-                "all are. flax/sortal compares with the plain call, `nnx.jit`."
-            ),
             ON_FLAX,
         ],
     )
     # Each model is built once, before any row: one that is built after other rows lies
     # scattered over the heap that they left, and what is last built lies best.
-    built = {name: peer.operations(shape, w.ROWS) for name, peer in peers.items()}
-    for row in w.ROWS:
+    built = {name: peer.operations(shape, w.VERBS) for name, peer in peers.items()}
+    for row in w.VERBS:
         progress(row)
         calls = collect(built, lambda found, row=row: found.get(row))
         table.rows.append(timed_row(row, compare(calls, effort)))
     return table
 
 
-def collect(
-    peers: Mapping[str, Any],
-    calls_of: Callable[[Any], dict[str, Callable[[], Any]] | None],
-) -> dict[str, Callable[[], Any]]:
-    """The calls of all contenders that have some."""
-    calls: dict[str, Callable[[], Any]] = {}
-    for peer in peers.values():
-        calls.update(calls_of(peer) or {})
-    return calls
+def compiled(peers: Peers, effort: Effort, shape: w.Blocks, deep: w.Blocks) -> Table:
+    """Calls of compiled functions, with a large model and with a small one.
+
+    Args:
+      peers: the contenders.
+      effort: how long to measure.
+      shape: the model of the no-op and of the step that changes all leaves.
+      deep: the model of the training step.
+
+    Returns:
+      The Table.
+    """
+    table = Table(
+        f"Compiled calls with a model and its Adam state, {shape.leaves} leaves; "
+        f"training steps of {deep.depth} blocks of width {deep.width}, batch 32; and "
+        "the same of two Linears, 14 leaves",
+        "microseconds per call, medians",
+        notes=[
+            (
+                "raw JAX takes flat lists of the same arrays. All training steps start "
+                "from the same values, run the same arithmetic, donate nothing, and "
+                "were checked to have the same first losses."
+            ),
+            "a call ends when one of its outputs is ready, which is when all are.",
+            ON_FLAX,
+        ],
+    )
+    plain = (w.NOOP, w.STEP)
+    small = w.Pair()
+    large = {name: peer.operations(shape, plain) for name, peer in peers.items()}
+    pairs = {name: peer.operations(small, plain) for name, peer in peers.items()}
+    rows: dict[str, Calls] = {
+        w.NOOP: collect(large, lambda found: found[w.NOOP]),
+        w.STEP: collect(large, lambda found: found[w.STEP]),
+        w.TRAINING: collect(peers, lambda peer: peer.training(deep)),
+        w.SMALL_NOOP: collect(pairs, lambda found: found[w.NOOP]),
+        w.SMALL_TRAINING: collect(peers, lambda peer: peer.training(small)),
+    }
+    for row, calls in rows.items():
+        progress(row)
+        if row in (w.TRAINING, w.SMALL_TRAINING):
+            for _ in range(3):
+                agree(row, calls)
+        table.rows.append(timed_row(row, compare(calls, effort)))
+    return table
+
+
+def lowering(peers: Peers, effort: Effort, depths: tuple[int, ...]) -> Table:
+    """How long a training step takes before XLA compiles it."""
+    table = Table(
+        "Tracing and lowering a training step",
+        "milliseconds, medians",
+        notes=[
+            (
+                "from the call of `lower` until it returns: what a first call takes "
+                "before XLA compiles. Each time the function is a new one."
+            )
+        ],
+    )
+    for depth in depths:
+        progress(f"tracing {depth} blocks")
+        shape = w.Blocks(depth)
+        calls = collect(peers, lambda peer, shape=shape: peer.lowering(shape))
+        table.rows.append(timed_row(f"{depth} blocks", compare(calls, effort), 1e3))
+    return table
 
 
 def scaling(
@@ -104,7 +172,7 @@ def scaling(
 def _scaled_calls(peers: Peers, leaves: int) -> w.Operations:
     """The calls at one size, with each contender's model built once for all rows."""
     found: w.Operations = {}
-    for name, peer in peers.items():
+    for name in (name for name in SCALED_PEERS if name in peers):
         limited = name not in ("sortal", "raw")
         verbs_too = leaves <= PEERS_UP_TO or not limited
         compiled = leaves <= PEERS_COMPILED_UP_TO or not limited
@@ -116,7 +184,7 @@ def _scaled_calls(peers: Peers, leaves: int) -> w.Operations:
         )
         if not wanted:
             continue
-        for row, calls in peer.operations(w.Cells(leaves), wanted).items():
+        for row, calls in peers[name].operations(w.Cells(leaves), wanted).items():
             found.setdefault(row, {}).update(calls)
     return found
 
@@ -143,26 +211,3 @@ def _growth(table: Table, contender: str) -> float | None:
         and (cost := row.values.get(contender)) is not None
     ]
     return max(costs) / min(costs) if len(costs) >= 2 else None
-
-
-def training(peers: Peers, effort: Effort, shape: w.Blocks) -> Table:
-    """A whole training step; the contenders must agree on the losses."""
-    table = Table(
-        f"Training step: {shape.depth} blocks of width {shape.width} with running "
-        "statistics, batch 32, Adam",
-        "microseconds per step, medians",
-        notes=[ON_FLAX],
-    )
-    progress("training step")
-    calls = collect(peers, lambda p: p.training(shape))
-    losses = {name: [float(call()) for _ in range(3)] for name, call in calls.items()}
-    first = next(iter(losses.values()))
-    for name, found in losses.items():
-        if any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(found, first, strict=True)):
-            raise AssertionError(f"{name} computes something else: {losses}")
-    table.rows.append(timed_row("training step", compare(calls, effort)))
-    table.notes.append(
-        "all contenders start from the same values, run the same arithmetic, and were "
-        f"checked to have the same first losses: {[round(x, 3) for x in first]}."
-    )
-    return table

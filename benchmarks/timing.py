@@ -20,11 +20,13 @@ class Effort:
       repeats: rounds; in each, every contender is timed once.
       seconds: how long one contender runs in one round, at least.
       warmup: untimed calls before the first round; the first one compiles.
+      patience: seconds of one call from which on that call alone is the measurement.
     """
 
     repeats: int = 7
     seconds: float = 0.02
     warmup: int = 3
+    patience: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ def compare(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
     Returns:
       The Timing of each contender.
     """
-    loops = {name: _calibrate(call, effort) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    once = {name: _first(call, effort) for name, call in calls.items()}
+    samples = {name: [found] for name, found in once.items()}
+    names = [name for name, found in once.items() if found < effort.patience]
+    loops = dict.fromkeys(calls, 1)
+    for name in names:
+        samples[name] = []
+        loops[name] = max(1, min(20_000, round(effort.seconds / max(once[name], 1e-9))))
     gc.collect()
     gc.freeze()
     try:
@@ -63,19 +69,17 @@ def compare(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
         gc.unfreeze()
     return {
         name: Timing(
-            statistics.median(found) * 1e6,
-            min(found) * 1e6,
-            loops[name] * effort.repeats,
+            statistics.median(found) * 1e6, min(found) * 1e6, loops[name] * len(found)
         )
         for name, found in samples.items()
     }
 
 
-def _calibrate(call: Call, effort: Effort) -> int:
+def _first(call: Call, effort: Effort) -> float:
+    """Seconds of one call after the untimed ones."""
     for _ in range(effort.warmup):
         call()
-    once = _mean(call, 1)
-    return max(1, min(20_000, round(effort.seconds / max(once, 1e-9))))
+    return _mean(call, 1)
 
 
 def _mean(call: Call, loops: int) -> float:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
-
 from benchmarks.networks import STEPS, lists, modules
-from benchmarks.report import Table, overheads, timed_row
-from benchmarks.sections import Peers, progress
+from benchmarks.report import Table, timed_row
+from benchmarks.sections import Peers, agree, progress
 from benchmarks.timing import Effort, compare
 
 ROWS = tuple(lists.FUNCTIONS)
-SHALLOW = 4
+PATIENCE = 0.5
+"""Seconds from which on a call is timed once: some of Flax's, called eagerly."""
+SHALLOW = 1
 """Layers of the eager ``shard_map``: JAX compiles each operation in it at each call."""
 
 Call = Callable[[], Any]
@@ -40,24 +41,22 @@ def transforms(peers: Peers, effort: Effort, depth: int = 100) -> Table:
         "microseconds per call, medians",
         notes=[
             (
-                "overhead is what a call takes longer than the same transform of lists "
-                "of arrays in raw JAX; flax/sortal overhead is Flax's over Sortal's."
-            ),
-            (
                 "the function writes a running mean in every layer; vmap maps inputs "
                 "and means and shares the Params, the loops take "
                 f"{STEPS} steps over the whole network. Flax's vjp and jvp "
                 "differentiate by the means as well."
             ),
             (
-                "eagerly, JAX compiles a loop or branch anew whenever its function is "
-                "new, as some of raw JAX's are here, which close over the arrays; "
-                "shard_map compiles each operation at each call, and so has "
-                f"{SHALLOW} layers there."
+                "eagerly, every transform is given the same function object at each "
+                "call, with which JAX keeps what it compiled; shard_map compiles each "
+                "operation at each call all the same, and so has "
+                f"{SHALLOW} layer there. Calls of {PATIENCE} s and more are timed once."
             ),
         ],
     )
     makers = _makers(peers)
+    # Comparing the results has warmed each call up once.
+    effort = replace(effort, warmup=1, patience=PATIENCE)
     for jitted in (False, True):
         for name in ROWS:
             table.rows.append(_row(makers, effort, name, depth, jitted))
@@ -77,11 +76,7 @@ def _row(
         if call is not None:
             calls[label] = call
     agree(row, calls)
-    timings = compare(calls, effort)
-    found = timed_row(row, timings)
-    medians = {k: t.median for k, t in timings.items()}
-    found.values["flax/sortal overhead"] = overheads(medians, "sortal")
-    return found
+    return timed_row(row, compare(calls, effort))
 
 
 def _makers(peers: Peers) -> dict[str, Callable[[str, int, bool], Call | None]]:
@@ -97,12 +92,3 @@ def _makers(peers: Peers) -> dict[str, Callable[[str, int, bool], Call | None]]:
     if "raw" in peers:
         makers["raw jax"] = lists.call
     return makers
-
-
-def agree(row: str, calls: dict[str, Call]) -> None:
-    """Refuses to time contenders that compute different numbers."""
-    found = {label: float(jnp.sum(call())) for label, call in calls.items()}
-    for label, value in found.items():
-        for other, reference in found.items():
-            if abs(value - reference) > 1e-3 * (1 + abs(reference)):
-                raise AssertionError(f"{row}: {label} and {other} differ: {found}")

@@ -140,12 +140,6 @@ def test_pasted_into_a_fresh_interpreter_it_prints_4_2_and_1(library):
 # ---------------------------------------------------------------------------- digits
 
 
-def test_there_is_one_copy_of_the_program():
-    shown = EXAMPLES / "digits.py"
-    assert shown.is_symlink()
-    assert shown.resolve() == Path(digits.__file__).resolve()
-
-
 def options(*words: str):
     return digits.parse(list(words))
 
@@ -205,7 +199,7 @@ def test_the_first_twenty_losses_are_those_of_flax_to_the_last_bit():
     data = digits.load_digits(0)
     losses = []
     for library in LIBRARIES:
-        module = load("digits.py", library, f"digits_{library}")
+        module = load(digits.__file__, library, f"digits_{library}")
         objects = module.build(0, 20)
         objects[0].train()
         drawn = digits.batches(data, 64, np.random.default_rng(0))
@@ -264,7 +258,7 @@ def test_a_quiet_run_prints_one_line(capsys):
 
 
 def test_the_whole_program_runs_as_a_script_and_prints_its_tables():
-    printed = run(str(EXAMPLES / "digits.py"), "--epochs", "1")
+    printed = run(digits.__file__, "--epochs", "1")
     assert "\x1b" not in printed
     assert max(map(len, printed.splitlines())) <= 80
     for part in (
@@ -289,7 +283,7 @@ def test_three_ways_to_train_eight_replicas_give_the_same_numbers():
     gaps = re.findall(r"largest difference (\S+)", printed)
     assert len(gaps) == 4
     assert all(float(gap) < 1e-12 for gap in gaps)
-    assert "sortal.variable.BatchStat" in printed  # the Policy's table
+    assert "sortal.BatchStat" in printed  # the Policy's table
     assert "P('replica')" in printed
     first, last = re.search(r"vmap +(\S+) -> (\S+)", printed).groups()
     assert float(last) < float(first)

@@ -25,66 +25,64 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 # (its `__init__`) has the package's name.
 ORDER = (
     "sortal.errors",
-    "sortal.late",
-    "sortal._jax",
-    "sortal.tables",
-    "sortal.paths",
-    "sortal.statics",
-    "sortal.foreign",
-    "sortal.mesh_axes",
-    "sortal.annotations",
-    "sortal.old_names",
-    "sortal.operators",
-    "sortal.variable",
-    "sortal.kind_names",
+    "sortal._nnx_names",
+    "sortal._late",
+    "sortal._engine.jax_compat",
+    "sortal._engine.bounded",
+    "sortal._engine.tables",
+    "sortal._engine.paths",
+    "sortal._engine.statics",
+    "sortal._engine.foreign",
+    "sortal.sharding.mesh_axes",
+    "sortal.sharding",
+    "sortal._engine.annotations",
+    "sortal._engine.operators",
+    "sortal._engine.variable",
+    "sortal._engine.kind_names",
     "sortal.filters",
-    "sortal.nodes",
-    "sortal.graphdef",
-    "sortal.leaves",
-    "sortal.graph",
-    "sortal.traversals",
-    "sortal.nested",
-    "sortal.state",
-    "sortal.statelib",
-    "sortal.surgery",
+    "sortal._engine.schema",
+    "sortal._engine.marks",
+    "sortal._engine.nodes",
+    "sortal._engine.difference",
+    "sortal._engine.graphdef",
+    "sortal._engine.leaves",
+    "sortal._engine.walk",
+    "sortal._engine.plan",
+    "sortal._engine.nested",
+    "sortal._engine.state",
+    "sortal._engine",
+    "sortal.functional",
     "sortal.module",
-    "sortal.view",
-    "sortal.capture",
-    "sortal.train_state",
-    "sortal.containers",
-    "sortal.rngs",
-    "sortal.rules",
+    "sortal.random",
+    "sortal.policy.rule",
+    "sortal.policy.table",
+    "sortal.policy.policy",
     "sortal.policy",
-    "sortal.transforms.traced",
-    "sortal.transforms.lift",
+    "sortal.transforms._adapter.tracing",
+    "sortal.transforms._adapter.binding",
     "sortal.transforms.axis_names",
-    "sortal.transforms.prefixes",
+    "sortal.transforms._adapter.prefixes",
     "sortal.transforms.shardings",
     "sortal.transforms.donate",
     "sortal.transforms.retrace",
     "sortal.transforms.compile",
-    "sortal.transforms.captures",
+    "sortal.transforms.eager",
     "sortal.transforms.remat",
     "sortal.transforms.autodiff",
     "sortal.transforms.derivatives",
     "sortal.transforms.custom",
     "sortal.transforms.mapping",
-    "sortal.transforms.operands",
+    "sortal.transforms._adapter.operands",
+    "sortal.transforms._adapter",
     "sortal.transforms.scan",
     "sortal.transforms.control",
-    "sortal.transforms.partial",
     "sortal.transforms",
-    "sortal.spmd",
-    "sortal.tracers",
-    "sortal.filterlib",
-    "sortal.rnglib",
-    "sortal.variablelib",
-    "sortal.graphlib",
-    "sortal.pytreelib",
-    "sortal.optimizer",
-    "sortal.ema",
-    "sortal.metrics",
-    "sortal.sharding",
+    "sortal.sharding.specs",
+    "sortal.training.optimizer",
+    "sortal.training.ema",
+    "sortal.training.metrics",
+    "sortal.training.train_state",
+    "sortal.training",
     "sortal.checkpoint.values",
     "sortal.checkpoint.manifest",
     "sortal.checkpoint.files",
@@ -108,25 +106,31 @@ ORDER = (
     "sortal.inspect",
     "sortal.nn.*",
     "sortal.nn",
+    "sortal.decoding.*",
     "sortal.decoding",
-    "sortal.interop.*",
+    "sortal.interop.flax",
+    "sortal.interop.files.*",
+    "sortal.interop.files",
+    "sortal.interop.linen.*",
+    "sortal.interop.linen",
     "sortal.interop",
-    "sortal.bridge.*",
-    "sortal.bridge",
     "sortal.inspect.stored",
     "sortal",
     "sortal.demo.*",
     "sortal.demo",
+    "sortal.nnx.*",
+    "sortal.nnx",
 )
 # Rows whose files the design names and nobody has written yet. Who writes one strikes
 # it out here.
 UNWRITTEN = {
-    "sortal.sharding",
     "sortal.inspect.html",
 }
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}
-MAY_USE_PRIVATE_JAX = {"sortal._jax"}
+# The contents table says to type checkers what is read when first asked for.
+FOR_TYPE_CHECKERS = {("sortal", "sortal.nnx")}
+MAY_USE_PRIVATE_JAX = {"sortal._engine.jax_compat"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
 HEAVY = frozenset(
@@ -205,6 +209,8 @@ def upward_imports(package: Path, order: tuple[str, ...] = ORDER) -> list[str]:
     for name, target, line, late in edges(package):
         if late and name in MAY_IMPORT_ANYTHING_LATE:
             continue
+        if (name, target) in FOR_TYPE_CHECKERS:
+            continue
         mine, other = row_of(name, order), row_of(target, order)
         if mine is None or other is None:
             continue
@@ -251,6 +257,44 @@ def private_jax(package: Path) -> list[str]:
     ]
 
 
+def nnx_outside_its_room(package: Path) -> list[str]:
+    """Law: no file outside of `nnx/` imports it or takes a keyword of its two modes."""
+    room = f"{package.name}.nnx"
+
+    def in_room(name: str) -> bool:
+        return name == room or name.startswith(f"{room}.")
+
+    offences = [
+        f"{name}:{line} imports {target}"
+        for name, target, line, _ in edges(package)
+        if in_room(target) and not in_room(name)
+        if (name, target) not in FOR_TYPE_CHECKERS
+    ]
+    offences += [
+        f"{name}:{node.lineno} takes {node.arg}="
+        for name, file in modules(package).items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.arg) and node.arg in {"graph", "graph_updates"}
+        if not in_room(name)
+    ]
+    return offences
+
+
+def hidden_modules(package: Path) -> list[str]:
+    """Law: no name in a contents table hides a file of the folder."""
+    known = modules(package)
+    return [
+        f"{name}:{node.lineno} {alias.asname or alias.name} hides the file"
+        for name, file in known.items()
+        if file.name == "__init__.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{name}.{alias.asname or alias.name}" in known
+        if (node.module, alias.name) != (name, alias.asname or alias.name)
+    ]
+
+
 def long_files(package: Path) -> list[str]:
     """Law: a file is read in one sitting."""
     lengths = {
@@ -286,6 +330,8 @@ LAWS: tuple[Callable[[Path], list[str]], ...] = (
     stale_rows,
     folders_without_contents,
     private_jax,
+    nnx_outside_its_room,
+    hidden_modules,
     long_files,
     long_functions,
 )
@@ -414,6 +460,27 @@ def test_files_rows_and_folders_out_of_place_are_caught(plant: Plant) -> None:
 def test_private_jax_is_caught_even_in_a_string(plant: Plant) -> None:
     tree = plant({"low.py": "x = 1\nname = 'jax._src.core'"})
     assert private_jax(tree) == ["p.low:2 mentions jax._src"]
+
+
+def test_nnx_is_caught_outside_of_its_room(plant: Plant) -> None:
+    tree = plant(
+        {
+            "nnx/__init__.py": "from p.nnx.face import f",
+            "nnx/face.py": "def f(x, *, graph=None): ...",
+            "low.py": "def g(x, *, graph_updates=None):\n    from p import nnx",
+            "high.py": "from p.nnx.face import f as h",
+        }
+    )
+    assert nnx_outside_its_room(tree) == [
+        "p.high:1 imports p.nnx.face",
+        "p.low:2 imports p.nnx",
+        "p.low:1 takes graph_updates=",
+    ]
+
+
+def test_a_file_hidden_by_a_name_of_its_folder_is_caught(plant: Plant) -> None:
+    tree = plant({"mid/__init__.py": "from p.mid import b as b\nfrom p.mid.b import a"})
+    assert hidden_modules(tree) == ["p.mid:2 a hides the file"]
 
 
 def test_a_file_is_too_long_one_line_beyond_the_limit(plant: Plant) -> None:

@@ -118,28 +118,44 @@ def _pushed_jvp(primals: Any, tangents: Any) -> Any:
     return (out, means), (sum(jax.tree.leaves(dots)), zeros)
 
 
-def _scan(params: Any, means: Any, x: Any) -> Any:
-    def step(carry: Any, _: Any) -> Any:
-        return _apply(params, carry[1], carry[0]), None
+# The functions of loops are the same objects at each call, and the Params are carried:
+# JAX compiles a loop that it is given eagerly anew where its function is a new one.
+def _scanned(carry: Any, _: Any) -> Any:
+    params, means, x = carry
+    x, means = _apply(params, means, x)
+    return (params, means, x), None
 
-    (out, means), _ = jax.lax.scan(step, (x, means), length=STEPS)
+
+def _scan(params: Any, means: Any, x: Any) -> Any:
+    (_, means, out), _ = jax.lax.scan(_scanned, (params, means, x), length=STEPS)
     return out, means
+
+
+def _goes_on(state: Any) -> Any:
+    return state[3] < STEPS
+
+
+def _body(state: Any) -> Any:
+    params, means, x, i = state
+    x, means = _apply(params, means, x)
+    return params, means, x, i + 1
 
 
 def _while_loop(params: Any, means: Any, x: Any) -> Any:
-    def body(state: Any) -> Any:
-        x, means, i = state
-        return (*_apply(params, means, x), i + 1)
-
-    out, means, _ = jax.lax.while_loop(lambda s: s[2] < STEPS, body, (x, means, 0))
+    start = (params, means, x, 0)
+    _, means, out, _ = jax.lax.while_loop(_goes_on, _body, start)
     return out, means
 
 
-def _fori_loop(params: Any, means: Any, x: Any) -> Any:
-    def body(_: Any, state: Any) -> Any:
-        return _apply(params, state[1], state[0])
+def _turn(_: Any, state: Any) -> Any:
+    params, means, x = state
+    x, means = _apply(params, means, x)
+    return params, means, x
 
-    return jax.lax.fori_loop(0, STEPS, body, (x, means))
+
+def _fori_loop(params: Any, means: Any, x: Any) -> Any:
+    _, means, out = jax.lax.fori_loop(0, STEPS, _turn, (params, means, x))
+    return out, means
 
 
 def _negated(params: Any, means: Any, x: Any) -> Any:

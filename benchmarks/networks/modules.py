@@ -16,6 +16,8 @@ from benchmarks.workload import full, kernel
 
 def call(nnx: Any, name: str, depth: int, jitted: bool) -> Callable[[], Any] | None:
     """See the package; ``nnx`` is the library."""
+    # Sortal holds modules in plain lists.
+    sequence = list if nnx.__name__ == "sortal" else nnx.List
 
     class Layer(nnx.Module):
         def __init__(self, index: int):
@@ -31,7 +33,7 @@ def call(nnx: Any, name: str, depth: int, jitted: bool) -> Callable[[], Any] | N
 
     class Network(nnx.Module):
         def __init__(self) -> None:
-            self.layers = nnx.List([Layer(i) for i in range(depth)])
+            self.layers = sequence([Layer(i) for i in range(depth)])
 
         def __call__(self, x: Any) -> Any:
             for each in self.layers:
@@ -83,10 +85,14 @@ def _remat(nnx: Any, model: Any) -> Any:
     return lambda model, x: _first(grad(model, x))
 
 
+def _mode(nnx: Any) -> dict[str, bool]:
+    """Flax has vjp and jvp in this mode only; Sortal has no modes."""
+    return {} if nnx.__name__ == "sortal" else {"graph_updates": False}
+
+
 def _vjp(nnx: Any, model: Any) -> Any:
     def function(model: Any, x: Any) -> Any:
-        # Flax has vjp and jvp in this mode only; Sortal has no modes.
-        out, pull = nnx.vjp(_total, model, x, graph_updates=False)
+        out, pull = nnx.vjp(_total, model, x, **_mode(nnx))
         return _first(pull(jnp.ones_like(out))[0])
 
     return function
@@ -95,7 +101,7 @@ def _vjp(nnx: Any, model: Any) -> Any:
 def _jvp(nnx: Any, model: Any) -> Any:
     def function(model: Any, x: Any) -> Any:
         tangents = (_tangent(nnx, model), jnp.ones_like(x))
-        return nnx.jvp(_total, (model, x), tangents, graph_updates=False)[1]
+        return nnx.jvp(_total, (model, x), tangents, **_mode(nnx))[1]
 
     return function
 
@@ -165,8 +171,11 @@ def _while_loop(nnx: Any, model: Any) -> Any:
         model, x, i = state
         return model, model(x), i + 1
 
+    def goes_on(state: Any) -> Any:
+        return state[2] < STEPS
+
     def function(model: Any, x: Any) -> Any:
-        return nnx.while_loop(lambda state: state[2] < STEPS, body, (model, x, 0))[1]
+        return nnx.while_loop(goes_on, body, (model, x, 0))[1]
 
     return function
 

@@ -1,13 +1,26 @@
-"""The contenders: each builds the same model and offers the same operations."""
+"""The contenders: each builds the same model and offers the same operations.
+
+``<name>_peer`` is the module of a contender, with a function each for
+
+- ``build(shape)``: the roots, which are the model and its optimizer;
+- ``operations(shape, wanted)``: calls for the rows that are wanted and that it can do;
+- ``training(shape)``: calls of a whole training step, which return the loss;
+- ``lowering(shape)``: calls that trace and lower that step, written as a new function.
+
+Each gives calls by the contender's name in the tables. Some contenders can be called in
+more than one way, and each way is one call.
+"""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-NAMES = ("sortal", "flax", "sortal_on_flax", "equinox", "raw")
-"""``<name>_peer`` is the module; ``sortal_on_flax`` is Sortal's verbs on the models of
-``flax``, ``raw`` is plain JAX on a flat list of arrays."""
+NAMES = (
+    "sortal", "sortal_on_flax", "flax", "equinox", "spectrax", "brainstate", "raw",
+)  # fmt: skip
+"""``sortal_on_flax`` is Sortal's verbs on the models of ``flax``, ``raw`` is plain JAX
+on a flat list of arrays."""
 
 
 def load(names: tuple[str, ...] = NAMES) -> tuple[dict[str, ModuleType], list[str]]:
@@ -23,6 +36,7 @@ def load(names: tuple[str, ...] = NAMES) -> tuple[dict[str, ModuleType], list[st
     for name in names:
         try:
             found[name] = importlib.import_module(f"benchmarks.peers.{name}_peer")
-        except ImportError as e:
+        # A library that this version of JAX is too new for lacks attributes of JAX.
+        except (ImportError, AttributeError) as e:
             notes.append(f"{name} left out: {e}")
     return found, notes

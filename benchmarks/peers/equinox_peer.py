@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import workload as w
+from benchmarks.peers.models import make
 
 LABEL = "equinox"
 
@@ -112,6 +114,19 @@ class Model(eqx.Module):
         return self.trunk(x)
 
 
+class Pair(eqx.Module):
+    """Two linear layers."""
+
+    first: Linear
+    second: Linear
+
+    def __init__(self, width: int):
+        self.first, self.second = Linear(0, width), Linear(1, width)
+
+    def __call__(self, x: Any) -> tuple[Any, list[Any]]:
+        return self.second(w.between(self.first(x))), []
+
+
 class Cell(Layer):
     """One trainable array and one statistic."""
 
@@ -146,11 +161,14 @@ def trainable(model: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, _: not _is_statistic(p), model)
 
 
+MODELS = SimpleNamespace(Model=Model, Pair=Pair, Cells=Cells)
+
+
 def build(shape: w.Shape) -> tuple[Any, ...]:
     """The roots: the model, and Adam's state where the shape has one."""
+    model = make(MODELS, shape)
     if isinstance(shape, w.Cells):
-        return (Cells(shape.leaves),)
-    model = Model(shape.depth, shape.width)
+        return (model,)
     params = eqx.filter(model, trainable(model))
     return (model, (jnp.array(0, jnp.uint32), optax.adam(1e-3).init(params)))
 
@@ -161,6 +179,7 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
     model = roots[0]
     spec = trainable(model)
     params, rest = eqx.partition(model, spec)
+    everything = eqx.filter(model, eqx.is_array)
 
     calls: dict[str, Callable[[], Any]] = {
         w.STATE: lambda: eqx.filter(model, eqx.is_array),
@@ -171,6 +190,7 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
         w.AGAIN: lambda: eqx.partition(eqx.combine(params, rest), spec),
         w.LEAVES: lambda: jax.tree.leaves(model),
         w.STATE_LEAVES: lambda: jax.tree.leaves(params),
+        w.STATE_MAP: lambda: jax.tree.map(w.same, everything),
         w.NOOP: _noop(roots),
         w.STEP: _step(roots),
     }
@@ -193,13 +213,7 @@ def _step(roots: tuple[Any, ...]) -> Callable[[], Any]:
     return call
 
 
-def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
-    """A whole training step; the call returns the loss."""
-    roots = build(shape)
-    spec, tx = trainable(roots[0]), optax.adam(1e-3)
-    x, y = w.batch(shape.width)
-
-    @eqx.filter_jit
+def _step_of(spec: Any, tx: optax.GradientTransformation) -> Callable[..., Any]:
     def step(model: Any, adam: Any, x: Any, y: Any) -> Any:
         params, rest = eqx.partition(model, spec)
 
@@ -214,7 +228,14 @@ def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
         rest = jax.tree.unflatten(jax.tree.structure(rest), statistics)
         return loss, eqx.combine(params, rest), (count + 1, moments)
 
-    live = [roots]
+    return step
+
+
+def training(shape: w.Shape) -> dict[str, Callable[[], Any]]:
+    """A whole training step; the call returns the loss."""
+    live = [build(shape)]
+    step = eqx.filter_jit(_step_of(trainable(live[0][0]), optax.adam(1e-3)))
+    x, y = w.batch(shape.width)
 
     def call() -> Any:
         loss, *new = step(*live[0], x, y)
@@ -222,3 +243,10 @@ def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
         return loss.block_until_ready()
 
     return {LABEL: call}
+
+
+def lowering(shape: w.Shape) -> dict[str, Callable[[], Any]]:
+    """The same step, written anew, traced and lowered."""
+    roots, batch = build(shape), w.batch(shape.width)
+    spec, tx = trainable(roots[0]), optax.adam(1e-3)
+    return {LABEL: lambda: eqx.filter_jit(_step_of(spec, tx)).lower(*roots, *batch)}

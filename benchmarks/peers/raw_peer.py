@@ -14,11 +14,14 @@ from benchmarks import workload as w
 LABEL = "raw jax"
 
 
-def parts(shape: w.Blocks) -> tuple[list[Any], list[Any]]:
-    """Flat lists of the model's Params and of its statistics, block by block."""
-    params, statistics = [], []
+def parts(shape: w.Blocks | w.Pair) -> tuple[list[Any], list[Any]]:
+    """Flat lists of the model's Params and of its statistics, layer by layer."""
+    width, params, statistics = shape.width, [], []
+    if isinstance(shape, w.Pair):
+        for i in range(2):
+            params += [w.kernel(i, width), w.full(width, 0.0)]
+        return params, statistics
     for i in range(shape.depth):
-        width = shape.width
         params += [w.kernel(i, width), w.full(width, 0.0)]
         params += [w.full(width, 1.0), w.full(width, 0.0)]
         statistics += [w.full(width, 0.0), w.full(width, 1.0)]
@@ -54,8 +57,8 @@ def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
     return {row: {LABEL: calls[row]} for row in wanted if row in calls}
 
 
-def forward(params: list[Any], statistics: list[Any], x: Any) -> tuple[Any, list[Any]]:
-    """The model's output and its new statistics."""
+def _stack(params: list[Any], statistics: list[Any], x: Any) -> tuple[Any, list[Any]]:
+    """The output of ``Blocks`` and its new statistics."""
     new = []
     for i in range(len(statistics) // 2):
         kernel, bias, scale, shift = params[4 * i : 4 * i + 4]
@@ -66,13 +69,15 @@ def forward(params: list[Any], statistics: list[Any], x: Any) -> tuple[Any, list
     return x, new
 
 
-def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
-    """A whole training step; the call returns the loss."""
-    params, statistics = parts(shape)
-    tx = optax.adam(1e-3)
-    x, y = w.batch(shape.width)
+def _pair(params: list[Any], statistics: list[Any], x: Any) -> tuple[Any, list[Any]]:
+    """The output of ``Pair``, which has no statistics."""
+    first, second = params[:2], params[2:]
+    return w.linear(w.between(w.linear(x, *first)), *second), statistics
 
-    @jax.jit
+
+def _step_of(shape: w.Shape, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    forward = _pair if isinstance(shape, w.Pair) else _stack
+
     def step(params: Any, statistics: Any, count: Any, moments: Any, x: Any, y: Any):
         def loss_of(params: Any) -> Any:
             out, new = forward(params, statistics, x)
@@ -82,7 +87,20 @@ def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
         updates, moments = tx.update(grads, moments, params)
         return loss, optax.apply_updates(params, updates), new, count + 1, moments
 
-    live = [(params, statistics, jnp.array(0, jnp.uint32), tx.init(params))]
+    return step
+
+
+def _prepared(shape: w.Shape) -> tuple[optax.GradientTransformation, tuple[Any, ...]]:
+    tx = optax.adam(1e-3)
+    params, statistics = parts(shape)
+    return tx, (params, statistics, jnp.array(0, jnp.uint32), tx.init(params))
+
+
+def training(shape: w.Shape) -> dict[str, Callable[[], Any]]:
+    """A whole training step; the call returns the loss."""
+    tx, roots = _prepared(shape)
+    step, live = jax.jit(_step_of(shape, tx)), [roots]
+    x, y = w.batch(shape.width)
 
     def call() -> Any:
         loss, *new = step(*live[0], x, y)
@@ -90,3 +108,10 @@ def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
         return loss.block_until_ready()
 
     return {LABEL: call}
+
+
+def lowering(shape: w.Shape) -> dict[str, Callable[[], Any]]:
+    """The same step, written anew, traced and lowered."""
+    tx, roots = _prepared(shape)
+    batch = w.batch(shape.width)
+    return {LABEL: lambda: jax.jit(_step_of(shape, tx)).lower(*roots, *batch)}

@@ -17,7 +17,7 @@ build = flax_peer.build
 def operations(shape: w.Shape, wanted: tuple[str, ...]) -> w.Operations:
     """Calls for each row that is wanted; leaves are asked of JAX, which asks Flax."""
     roots = build(shape)
-    calls = sortal_peer.verbs(roots[0], flax_peer.Cell())
+    calls = sortal_peer.verbs(roots[0], flax_peer.MODELS.Cell())
     del calls[w.LEAVES]
     calls |= {w.NOOP: sortal_peer.noop(roots), w.STEP: _step(roots)}
     return {row: {LABEL: calls[row]} for row in wanted if row in calls}
@@ -34,9 +34,11 @@ def _step(roots: tuple[Any, ...]) -> Callable[[], Any]:
     return call
 
 
-def training(shape: w.Blocks) -> dict[str, Callable[[], Any]]:
+def training(shape: w.Shape) -> dict[str, Callable[[], Any]]:
     """A whole training step; the call returns the loss."""
-    step = sortal.jit(flax_peer.step_with(sortal.value_and_grad))
-    model, adam = build(shape)
-    x, y = w.batch(shape.width)
-    return {LABEL: lambda: step(model, adam, x, y).block_until_ready()}
+    return {LABEL: sortal_peer.train(build(shape), shape.width)}
+
+
+def lowering(shape: w.Shape) -> dict[str, Callable[[], Any]]:
+    """The same step, written anew, traced and lowered."""
+    return {LABEL: sortal_peer.lower(build(shape), shape.width)}

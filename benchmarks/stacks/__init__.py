@@ -1,7 +1,7 @@
 """One large model per contender, for measurements of memory: a stack of matrices.
 
 ``prepare(task, depth, width, donate)`` returns a call that blocks until all is done,
-and a function that returns XLA's analysis of the compiled program.
+and the lowered program.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from benchmarks.stacks import RATE, apply, example, matrices
 
 def prepare(
     task: str, depth: int, width: int, donate: bool
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+) -> tuple[Callable[[], Any], Any]:
     """See the package."""
     x, tx = example(width), optax.adam(RATE)
     if task == "forward":
         params = matrices(depth, width)
         forward = jax.jit(apply)
         lowered = forward.lower(params, x)
-        return lambda: forward(params, x).block_until_ready(), _analysis(lowered)
+        return lambda: forward(params, x).block_until_ready(), lowered
 
     def step(params: Any, moments: Any, x: Any) -> Any:
         loss, grads = jax.value_and_grad(apply)(params, x)
@@ -36,13 +36,9 @@ def prepare(
         live[0] = tuple(new)
         return jax.block_until_ready((loss, live))
 
-    return call, _analysis(lowered)
+    return call, lowered
 
 
 def _start(tx: Any, depth: int, width: int) -> tuple[Any, ...]:
     params = matrices(depth, width)
     return params, tx.init(params)
-
-
-def _analysis(lowered: Any) -> Callable[[], Any]:
-    return lambda: lowered.compile().memory_analysis()

@@ -2,37 +2,33 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-# The package before the function of that name, which NNX code calls `remat` too.
-from sortal import checkpoint as _checkpoint
+from sortal import _late as _late
+from sortal import _nnx_names as _nnx_names
 from sortal import errors as errors
-from sortal import filterlib as filterlib
-from sortal import graphlib as graph
-from sortal import graphlib as graphlib
 from sortal import interop as interop
-from sortal import late as _late
-from sortal import metrics as metrics
 from sortal import module as module
 from sortal import nn as nn
-from sortal import optimizer as optimizer
-from sortal import pytreelib as pytreelib
-from sortal import rnglib as rnglib
-from sortal import spmd as spmd
-from sortal import statelib as statelib
-from sortal import tracers as tracers
 from sortal import transforms as transforms
-from sortal import traversals as traversals
-from sortal import variablelib as variablelib
-from sortal.annotations import PARTITION_NAME as PARTITION_NAME
-from sortal.annotations import VariableMetadata as VariableMetadata
-from sortal.annotations import with_metadata as with_metadata
-from sortal.annotations import with_partitioning as with_partitioning
-from sortal.capture import capture as capture
-from sortal.containers import Dict as Dict
-from sortal.containers import List as List
-from sortal.containers import Sequential as Sequential
-from sortal.ema import EMA as EMA
+from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
+from sortal._engine.annotations import with_metadata as with_metadata
+from sortal._engine.annotations import with_partitioning as with_partitioning
+from sortal._engine.graphdef import GraphDef as GraphDef
+from sortal._engine.nodes import register_node as register_node
+from sortal._engine.state import FlatState as FlatState
+from sortal._engine.state import State as State
+from sortal._engine.variable import BatchStat as BatchStat
+from sortal._engine.variable import Cache as Cache
+from sortal._engine.variable import Intermediate as Intermediate
+from sortal._engine.variable import OptArray as OptArray
+from sortal._engine.variable import OptState as OptState
+from sortal._engine.variable import OptVariable as OptVariable
+from sortal._engine.variable import Param as Param
+from sortal._engine.variable import Perturbation as Perturbation
+from sortal._engine.variable import RngCount as RngCount
+from sortal._engine.variable import RngKey as RngKey
+from sortal._engine.variable import RngState as RngState
+from sortal._engine.variable import Variable as Variable
 from sortal.errors import SortalError as SortalError
-from sortal.errors import TraceError as TraceContextError
 from sortal.errors import TraceError as TraceError
 from sortal.filters import All as All
 from sortal.filters import Any_ as Any
@@ -49,15 +45,15 @@ from sortal.filters import Shaped as Shaped
 from sortal.filters import Under as Under
 from sortal.filters import WithTag as WithTag
 from sortal.filters import to_filter as to_filter
-from sortal.graphdef import GraphDef as GraphDef
-from sortal.kind_names import register_variable_name as register_variable_name
-from sortal.kind_names import variable_name_from_type as variable_name_from_type
-from sortal.kind_names import variable_type_from_name as variable_type_from_name
-from sortal.mesh_axes import logical_axis_rules as logical_axis_rules
-from sortal.mesh_axes import use_eager_sharding as use_eager_sharding
-from sortal.mesh_axes import using_eager_sharding as using_eager_sharding
-from sortal.metrics import Metric as Metric
-from sortal.metrics import MultiMetric as MultiMetric
+from sortal.functional import clone as clone
+from sortal.functional import graphdef as graphdef
+from sortal.functional import iter_graph as iter_graph
+from sortal.functional import merge as merge
+from sortal.functional import pop as pop
+from sortal.functional import split as split
+from sortal.functional import state as state
+from sortal.functional import update as update
+from sortal.functional import variables as variables
 from sortal.module import Module as Module
 from sortal.module import Pytree as Pytree
 from sortal.module import dataclass as dataclass
@@ -136,46 +132,32 @@ from sortal.nn.reparameterization import WeightNorm as WeightNorm
 from sortal.nn.rnn import RNN as RNN
 from sortal.nn.rnn import Bidirectional as Bidirectional
 from sortal.nn.rnn import flip_sequences as flip_sequences
-from sortal.nn.rotary import rotary as rotary
+from sortal.nn.rope import rotary as rotary
+from sortal.nn.sequential import Sequential as Sequential
 from sortal.nn.stochastic import Dropout as Dropout
-from sortal.nodes import data as data
-from sortal.nodes import register_node as register_node
-from sortal.nodes import static as static
-from sortal.optimizer import ModelAndOptimizer as ModelAndOptimizer
-from sortal.optimizer import Optimizer as Optimizer
-from sortal.policy import Policy as Policy
-from sortal.rngs import Rngs as Rngs
-from sortal.rngs import RngStream as RngStream
-from sortal.rngs import fork_rngs as fork_rngs
-from sortal.rngs import reseed as reseed
-from sortal.rngs import restore_rngs as restore_rngs
-from sortal.rngs import split_rngs as split_rngs
-from sortal.rules import Rule as Rule
-from sortal.spmd import as_abstract as as_abstract
-from sortal.spmd import get_abstract_model as get_abstract_model
-from sortal.spmd import get_named_sharding as get_named_sharding
-from sortal.spmd import get_partition_spec as get_partition_spec
-from sortal.state import FlatState as FlatState
-from sortal.state import State as GraphState
-from sortal.state import State as State
-from sortal.statelib import filter_state as filter_state
-from sortal.statelib import from_flat_state as from_flat_state
-from sortal.statelib import map_state as map_state
-from sortal.statelib import merge_state as merge_state
-from sortal.statelib import replace_by_pure_dict as replace_by_pure_dict
-from sortal.statelib import restore_int_paths as restore_int_paths
-from sortal.statelib import split_state as split_state
-from sortal.statelib import to_flat_state as to_flat_state
-from sortal.statelib import to_pure_dict as to_pure_dict
-from sortal.surgery import clone as clone
-from sortal.surgery import graphdef as graphdef
-from sortal.surgery import iter_graph as iter_graph
-from sortal.surgery import merge as merge
-from sortal.surgery import pop as pop
-from sortal.surgery import split as split
-from sortal.surgery import state as state
-from sortal.surgery import update as update
-from sortal.surgery import variables as variables
+from sortal.policy.policy import Policy as Policy
+from sortal.policy.rule import Rule as Rule
+from sortal.random import Rngs as Rngs
+from sortal.random import RngStream as RngStream
+from sortal.random import fork_rngs as fork_rngs
+from sortal.random import reseed as reseed
+from sortal.random import restore_rngs as restore_rngs
+from sortal.random import split_rngs as split_rngs
+from sortal.sharding.mesh_axes import logical_axis_rules as logical_axis_rules
+from sortal.sharding.mesh_axes import use_eager_sharding as use_eager_sharding
+from sortal.sharding.mesh_axes import using_eager_sharding as using_eager_sharding
+from sortal.sharding.specs import as_abstract as as_abstract
+from sortal.sharding.specs import get_abstract_model as get_abstract_model
+from sortal.sharding.specs import get_named_sharding as get_named_sharding
+from sortal.sharding.specs import get_partition_spec as get_partition_spec
+from sortal.training import metrics as metrics
+from sortal.training.ema import EMA as EMA
+from sortal.training.metrics import Metric as Metric
+from sortal.training.metrics import MultiMetric as MultiMetric
+from sortal.training.optimizer import Optimizer as Optimizer
+from sortal.transforms._adapter.prefixes import Carry as Carry
+from sortal.transforms._adapter.prefixes import StateAxes as StateAxes
+from sortal.transforms._adapter.prefixes import StateSharding as StateSharding
 from sortal.transforms.autodiff import DiffState as DiffState
 from sortal.transforms.autodiff import grad as grad
 from sortal.transforms.autodiff import value_and_grad as value_and_grad
@@ -193,36 +175,15 @@ from sortal.transforms.derivatives import make_jaxpr as make_jaxpr
 from sortal.transforms.derivatives import vjp as vjp
 from sortal.transforms.mapping import shard_map as shard_map
 from sortal.transforms.mapping import vmap as vmap
-from sortal.transforms.partial import cached_partial as cached_partial
-from sortal.transforms.partial import jit_partial as jit_partial
-from sortal.transforms.prefixes import Carry as Carry
-from sortal.transforms.prefixes import StateAxes as StateAxes
-from sortal.transforms.prefixes import StateSharding as StateSharding
-from sortal.transforms.prefixes import StateSpecs as StateSpecs
-from sortal.transforms.remat import checkpoint as checkpoint
 from sortal.transforms.remat import remat as remat
 from sortal.transforms.retrace import RetraceWarning as RetraceWarning
 from sortal.transforms.retrace import explain_retrace as explain_retrace
 from sortal.transforms.scan import scan as scan
-from sortal.variable import A as A
-from sortal.variable import BatchStat as BatchStat
-from sortal.variable import Cache as Cache
-from sortal.variable import Intermediate as Intermediate
-from sortal.variable import OptArray as OptArray
-from sortal.variable import OptState as OptState
-from sortal.variable import OptVariable as OptVariable
-from sortal.variable import Param as Param
-from sortal.variable import Perturbation as Perturbation
-from sortal.variable import RngCount as RngCount
-from sortal.variable import RngKey as RngKey
-from sortal.variable import RngState as RngState
-from sortal.variable import Variable as Variable
-from sortal.variable import VariableState as VariableState
-from sortal.view import view as view
 
 if _TYPE_CHECKING:
-    from sortal import bridge as bridge
+    from sortal import checkpoint as checkpoint
     from sortal import decoding as decoding
+    from sortal import nnx as nnx
     from sortal.checkpoint.manager import Checkpoints as Checkpoints
     from sortal.checkpoint.pending import Saving as Saving
     from sortal.checkpoint.restoring import Restored as Restored
@@ -232,11 +193,13 @@ if _TYPE_CHECKING:
     from sortal.inspect.display import display as display
     from sortal.inspect.text import explain as explain
     from sortal.inspect.text import tabulate as tabulate
-    from sortal.train_state import TrainState as TrainState
+    from sortal.training.train_state import TrainState as TrainState
 else:
 
     def __getattr__(name: str) -> object:
+        if name not in _late.TABLE and name not in _late.MODULES:
+            _nnx_names.check_name(name)
         return _late.load(globals(), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_late.TABLE})
+        return sorted({*globals(), *_late.TABLE, *_late.MODULES})

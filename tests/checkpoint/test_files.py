@@ -11,7 +11,7 @@ import pytest
 import sortal as nnx
 from sortal.checkpoint import files
 from sortal.errors import ArgumentError
-from sortal.interop import exchange
+from sortal.interop.files import exchange
 
 
 def test_everything_is_on_disk_before_the_manifest_gets_its_name(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import sortal as nnx
 from models import Net, portrait, untouched
+from sortal._engine.plan import bind
 from sortal.checkpoint.fitting import (
     ANY_KIND,
     Candidate,
@@ -23,7 +24,6 @@ from sortal.checkpoint.fitting import (
 )
 from sortal.checkpoint.values import Plain, describe
 from sortal.errors import RestoreError
-from sortal.graph import bind
 
 
 def fitted(
@@ -321,7 +321,7 @@ def test_namesakes_among_kinds_are_told_apart(tmp_path):
     nnx.save(tmp_path, {"x": nnx.BatchStat(jnp.ones(1))}, step=0)
     with pytest.raises(
         RestoreError,
-        match=r"is an elsewhere.BatchStat in the model, a sortal.variable.BatchStat",
+        match=r"is an elsewhere.BatchStat in the model, a sortal.BatchStat",
     ):
         nnx.restore(tmp_path, {"x": other(jnp.ones(1))})
 

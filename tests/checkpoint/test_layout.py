@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sortal as nnx
+from sortal._engine.plan import bind
 from sortal.checkpoint.files import read_manifest
 from sortal.checkpoint.layout import (
     aliases_of,
@@ -27,7 +28,6 @@ from sortal.checkpoint.layout import (
 from sortal.checkpoint.store import ALIGN, CHUNK, SMALL
 from sortal.checkpoint.values import DTYPES, arrays, numpy_dtype
 from sortal.errors import SaveError
-from sortal.graph import bind
 
 BIG = SMALL // 4
 """Elements of float32 that are not packed."""
@@ -312,7 +312,7 @@ def test_leaves_say_what_can_be_said_of_them_in_json():
     assert first.metadata == {"tag": "t", "n": 3, "none": None}
     assert (first.passing, last.passing) == (False, True)
     found = laid(root)
-    assert [k.bases for k in found.kinds] == [("sortal.variable.Variable",)] * 2
+    assert [k.bases for k in found.kinds] == [("sortal.Variable",)] * 2
     assert set(found.arrays) == {"Last/packed~last", "Param/packed"}
     assert [a.place.array for x in found.leaves for a in arrays(x.value)] == [
         "Last/packed~last",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import sortal as nnx
 from benchmarks import faults
 from models import Holder, Net, models, portrait, untouched
+from sortal._engine.plan import bind
 from sortal.errors import (
     CheckpointError,
     DamagedError,
@@ -26,7 +28,6 @@ from sortal.errors import (
     RestoreError,
     SaveError,
 )
-from sortal.graph import bind
 
 
 class Moment(NamedTuple):
@@ -239,8 +240,21 @@ def test_a_kind_that_moved_is_named(tmp_path):
     into = {"x": New(jnp.zeros(1))}
     with pytest.raises(RestoreError, match=r"kinds=\{"):
         nnx.restore(tmp_path, into)
-    nnx.restore(tmp_path, into, kinds={"sortal.variable.Cache": New})
+    nnx.restore(tmp_path, into, kinds={"sortal.Cache": New})
     assert into["x"].value == 1
+
+
+def test_built_in_kinds_are_known_by_the_file_that_0_1_0_named(tmp_path):
+    nnx.save(tmp_path, {"x": nnx.Cache(jnp.ones(1))}, step=0)
+    file = tmp_path / "0" / "manifest.json"
+    body = file.read_bytes().partition(b'"manifest":')[2].removesuffix(b"}\n")
+    body = body.replace(b'"sortal.', b'"sortal.variable.')
+    digest = hashlib.sha256(body).hexdigest().encode()
+    file.write_bytes(b'{"sha256":"%b","manifest":%b}\n' % (digest, body))
+    into = {"x": nnx.Cache(jnp.zeros(1))}
+    nnx.restore(tmp_path, into)
+    assert into["x"].value == 1
+    assert type(nnx.load_state(tmp_path)["x"]) is nnx.Cache
 
 
 def test_a_kind_of_a_script_is_that_of_the_module_it_is_imported_as(tmp_path):

@@ -187,8 +187,8 @@ def test_the_manifest_is_json_that_says_where_everything_is(tmp_path):
     assert found["step"] == 5
     assert found["metadata"] == {"x": 1}
     assert found["aliases"] == [[["b"], ["a"]]]
-    assert found["kinds"][0]["name"] == "sortal.variable.Param"
-    assert found["kinds"][0]["bases"] == ["sortal.variable.Variable"]
+    assert found["kinds"][0]["name"] == "sortal.Param"
+    assert found["kinds"][0]["bases"] == ["sortal.Variable"]
     first, second = found["leaves"]
     assert first["path"] == ["a"]
     assert first["value"] == {

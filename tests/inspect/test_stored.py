@@ -46,7 +46,7 @@ def test_inspect_shows_kinds_and_the_largest_leaves(steps, capsys):
     rows = {row["path"]: row for row in found["leaves"]}
     assert rows["w"]["shape"] == [2, 3]
     assert rows["w"]["bytes"] == 24
-    assert rows["w"]["kind"] == "sortal.variable.Param"
+    assert rows["w"]["kind"] == "sortal.Param"
     assert rows["r.default.key"]["dtype"] == "key<threefry2x32>"
 
 
@@ -60,8 +60,8 @@ def test_diff_says_what_changed_by_how_much(steps, capsys):
     (change,) = found["changes"]
     assert (change["path"], change["what"], change["largest"]) == ("w", "values", 2.5)
     kinds = {row["kind"]: (row["leaves"], row["changed"]) for row in found["kinds"]}
-    assert kinds["sortal.variable.Param"] == (1, 1)
-    assert kinds["sortal.variable.BatchStat"] == (1, 0)
+    assert kinds["sortal.Param"] == (1, 1)
+    assert kinds["sortal.BatchStat"] == (1, 0)
     status, out, _ = run(capsys, "diff", steps, steps, "--json")
     assert (status, json.loads(out)["same"]) == (0, True)
 

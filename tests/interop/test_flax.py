@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import sortal
+from sortal._engine.plan import plan_of
 from sortal.errors import AxisError, UnsupportedError, UpdateError
-from sortal.graph import plan_of
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -640,3 +641,79 @@ def test_an_old_flax_is_refused_with_what_to_do():
     lines = ran.stdout.strip().splitlines()
     assert len(lines) == 2
     assert "found 0.11.2. Write pip install --upgrade flax." in lines[0]
+
+
+class FlaxTwice(nnx.Module):
+    factor = 2
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(2))
+
+    def double(self, x):
+        return 2 * x * self.w
+
+
+class FlaxThrice(FlaxTwice):
+    factor = 3
+
+
+class FlaxPair(nnx.Module):
+    def __init__(self):
+        self.child = FlaxTwice()
+
+
+def test_another_class_of_a_flax_object_or_variable_is_an_edit():
+    model = FlaxPair()
+    total = sortal.jit(lambda m: m.child.factor * m.child.w.sum())
+    assert total(model) == 4
+    model.child.__class__ = FlaxThrice
+    assert total(model) == 6
+    alone = FlaxTwice()
+    factor = sortal.jit(lambda m: m.factor * m.w.sum())
+    assert factor(alone) == 4
+    alone.__class__ = FlaxThrice
+    assert factor(alone) == 6
+    assert len(sortal.state(alone, nnx.Param)) == 1
+    alone.w.__class__ = nnx.BatchStat
+    assert len(sortal.state(alone, nnx.Param)) == 0
+    assert len(sortal.state(alone, nnx.BatchStat)) == 1
+
+
+def test_attributes_of_a_flax_object_replaced_whole_are_an_edit():
+    for model, part in ((m := FlaxPair(), m), (m := FlaxPair(), m.child)):
+        before = sortal.graphdef(model)
+        object.__setattr__(part, "__dict__", {**vars(part)})
+        assert sortal.graphdef(model) is before
+        part.more = 1
+        assert sortal.graphdef(model) is not before
+
+
+def test_settings_of_a_flax_object_in_making_are_structure():
+    model = FlaxTwice()
+    before = sortal.graphdef(model)
+    model._pytree__state._initializing = True
+    assert sortal.graphdef(model) is not before
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [
+        lambda m: setattr(m.child, "up", nnx.data([m])),
+        lambda m: setattr(m, "act", m.child.double),
+        lambda m: setattr(m.child, "act", lambda x: m.child.double(x)),
+        lambda m: setattr(m.child, "act", functools.partial(lambda a, x: a, m)),
+        lambda m: setattr(m, "itself", nnx.data(m)),
+    ],
+    ids=["parent", "method", "lambda", "partial", "itself"],
+)
+def test_a_flax_root_with_references_back_to_it_is_freed(tie):
+    def used():
+        model = FlaxPair()
+        tie(model)
+        sortal.state(model)
+        sortal.clone(model)
+        return weakref.ref(model)
+
+    gone = [used() for _ in range(3)]
+    gc.collect()
+    assert [x() is None for x in gone] == [True] * 3

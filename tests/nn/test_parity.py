@@ -37,7 +37,7 @@ from parity import (
     random,
     weighed,
 )
-from sortal.tables import Table, plain
+from sortal._engine.tables import Table, plain
 
 # Columns of the table, and their headings; other dtypes than these share a column.
 COLUMNS = {

@@ -9,6 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sortal._engine.leaves import Slot
+from sortal._engine.paths import show
+from sortal._engine.schema import Schema, kind_name, select
+from sortal._engine.state import as_state
+from sortal._engine.statics import EMPTY
+from sortal._engine.variable import make
 from sortal.checkpoint.layout import aliases_of, encode_path, namesakes
 from sortal.checkpoint.manifest import Path
 from sortal.checkpoint.values import (
@@ -22,13 +28,7 @@ from sortal.checkpoint.values import (
 )
 from sortal.errors import RestoreError, listing
 from sortal.filters import to_filter
-from sortal.graphdef import Schema, kind_name, select
-from sortal.leaves import Slot
-from sortal.paths import show
-from sortal.policy import Policy, answers
-from sortal.state import as_state
-from sortal.statics import EMPTY
-from sortal.variable import make
+from sortal.policy.policy import Policy, answers
 
 ANY_KIND: Any = object()
 """The kind of leaves from formats that know no kinds: fits every kind."""

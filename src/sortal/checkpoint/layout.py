@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sortal._engine.foreign import handler_of_kind
+from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.nodes import NODE
+from sortal._engine.paths import show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema, kind_name, select
+from sortal._engine.variable import Variable
 from sortal.checkpoint.manifest import METADATA, Kind, Leaf, Path, Stored
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
 from sortal.checkpoint.values import (
@@ -27,20 +34,7 @@ from sortal.checkpoint.values import (
 )
 from sortal.errors import SaveError, listing
 from sortal.filters import to_filter
-from sortal.foreign import handler_of_kind
-from sortal.graph import bind
-from sortal.graphdef import (
-    NODE,
-    Entry,
-    GraphDef,
-    Schema,
-    join,
-    kind_name,
-    select,
-)
-from sortal.paths import show
-from sortal.policy import Policy, answers
-from sortal.variable import Variable
+from sortal.policy.policy import Policy, answers
 
 
 class Layout(NamedTuple):
@@ -277,7 +271,7 @@ def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
             continue
         seen[entry.ref] = path
         record = graphdef.records[entry.ref]
-        below = [(e, join(record, path, e.key)) for e in record.entries]
+        below = [(e, record.below(path, e.key)) for e in record.entries]
         todo += reversed(below)
     pairs = ((encode_path(a), encode_path(b)) for a, b in found)
     return tuple(sorted(pairs, key=lambda pair: tuple(map(show, pair))))

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal._jax import put_pieces
+from sortal._engine.jax_compat import put_pieces
+from sortal._engine.paths import show
 from sortal.checkpoint.manifest import storage_dtype
 from sortal.checkpoint.store import Reader, host_memory
 from sortal.checkpoint.values import Array, numpy_dtype
 from sortal.errors import RestoreError
-from sortal.paths import show
 
 _WINDOW = 16 << 20
 _AHEAD = 64 << 20

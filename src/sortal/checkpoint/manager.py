@@ -13,7 +13,7 @@ from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.restoring import Restored, find_step, restore
 from sortal.checkpoint.saving import begin
 from sortal.errors import ArgumentError, CheckpointError, NoCheckpointError, SaveError
-from sortal.policy import Policy
+from sortal.policy.policy import Policy
 
 
 class Checkpoints:

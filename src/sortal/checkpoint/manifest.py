@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from sortal._engine.paths import show
 from sortal.checkpoint.values import (
     DTYPES,
     Array,
@@ -24,7 +25,6 @@ from sortal.checkpoint.values import (
     arrays,
 )
 from sortal.errors import DamagedError
-from sortal.paths import show
 
 FORMAT, VERSION = "sortal checkpoint", 1
 NAME = "manifest.json"

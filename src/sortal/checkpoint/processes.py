@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sortal._jax import coordinator, outside_traces
+from sortal._engine.jax_compat import coordinator, outside_traces
 from sortal.errors import CheckpointError, TraceError
 
 _calls = itertools.count()

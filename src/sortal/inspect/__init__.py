@@ -1,5 +1,8 @@
 """Models as rows of facts, and these as text; and the command ``sortal``."""
 
+from sortal._engine.tables import Table as Table
+from sortal._engine.tables import drawn as drawn
+from sortal._engine.tables import plain as plain
 from sortal.inspect.rows import differences as differences
 from sortal.inspect.rows import facts as facts
 from sortal.inspect.rows import kinds as kinds
@@ -8,6 +11,3 @@ from sortal.inspect.text import changes as changes
 from sortal.inspect.text import explain as explain
 from sortal.inspect.text import size as size
 from sortal.inspect.text import tabulate as tabulate
-from sortal.tables import Table as Table
-from sortal.tables import drawn as drawn
-from sortal.tables import plain as plain

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sortal import variable as _kinds
-from sortal.variable import Variable
+from sortal._engine import variable as _kinds
+from sortal._engine.variable import Variable
 
 Kind = type | None
 UNLABELLED = "unlabelled array"

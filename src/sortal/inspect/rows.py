@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sortal._engine.foreign import is_kind, same_kind
+from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.nodes import LEAF, NODE
+from sortal._engine.paths import Path, show
+from sortal._engine.plan import bind
+from sortal._engine.state import State
+from sortal._engine.variable import Param, Variable, describe
 from sortal.filters import At, Filter, OfType, WithTag, to_filter
-from sortal.foreign import is_kind, same_kind
-from sortal.graph import bind
-from sortal.graphdef import LEAF, NODE, Entry, GraphDef, join
+from sortal.functional import state as state_of
 from sortal.inspect.naming import BUILT_IN, full_name, labels
-from sortal.paths import Path, show
-from sortal.state import State
-from sortal.surgery import state as state_of
-from sortal.variable import Param, Variable, describe
 
 Kind = type | None
 
@@ -205,7 +206,7 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
             first[entry.ref] = path
             record = graphdef.records[entry.ref]
             for child in record.entries:
-                visit(child, join(record, path, child.key))
+                visit(child, record.below(path, child.key))
 
     visit(graphdef.root, ())
     for old, new in shared:

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sortal._engine.paths import show
+from sortal._engine.state import State
+from sortal._engine.tables import Report, Table
 from sortal.checkpoint import files
 from sortal.checkpoint.saving import save
 from sortal.checkpoint.verifying import Verified, verify
 from sortal.errors import DamagedError, SaveError
 from sortal.inspect.text import size
-from sortal.interop.entries import Entry, Opened, dotted
-from sortal.interop.exchange import open_arrays, write_arrays
-from sortal.paths import show
-from sortal.state import State
-from sortal.tables import Report, Table
+from sortal.interop.files.entries import Entry, Opened, dotted
+from sortal.interop.files.exchange import open_arrays, write_arrays
 
 _LARGEST = 10
 

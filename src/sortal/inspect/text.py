@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sortal._engine.paths import show
+from sortal._engine.tables import Report, Table
 from sortal.inspect import rows as _rows
 from sortal.inspect.rows import FilterRow, KindChange, KindRow, Leaf, Taken
-from sortal.paths import show
-from sortal.tables import Report, Table
 
 
 class Explanation(Report):

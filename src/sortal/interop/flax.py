@@ -7,15 +7,16 @@ contents; that has been the same from 0.12.0 on, but for one name.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sortal import paths, rngs
-from sortal import variable as _kinds
-from sortal._jax import current_trace
-from sortal.errors import UnsupportedError
-from sortal.foreign import (
+from sortal import random as rngs
+from sortal._engine import paths
+from sortal._engine import variable as _kinds
+from sortal._engine.foreign import (
     VariableHandler,
     in_our_words,
     introduce,
@@ -24,14 +25,20 @@ from sortal.foreign import (
     translate,
     watch_classes,
 )
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.nodes import Handler, Node, register_node
+from sortal._engine.state import State
+from sortal._engine.statics import Metadata, is_hashable
+from sortal.errors import UnsupportedError
 from sortal.nn.lora import LoRAParam
-from sortal.nodes import Handler, Node, register_node
-from sortal.state import State
-from sortal.statics import Metadata, is_hashable
-from sortal.transforms import autodiff, prefixes
+from sortal.transforms import autodiff
+from sortal.transforms._adapter import prefixes
 
 OLDEST = (0, 12)
 _PRIVATE = "_pytree__"
+_attributes = operator.attrgetter("__dict__")
+_state = operator.itemgetter("_pytree__state")
+_making = operator.attrgetter("_initializing", "_is_setup")
 _KINDS = (
     "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount"
 ).split()
@@ -140,9 +147,13 @@ class FlaxObjects(Handler):
         attributes = vars(obj)
         return [attributes[k if k in attributes else str(k)] for k in keys]
 
-    def attributes(self, obj: Any) -> dict[Any, Any]:
-        """See the base class."""
-        return vars(obj)
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        """See the base class; at once, for nothing of Flax notes an edit."""
+        dicts = list(map(_attributes, nodes))
+        keys = itertools.chain.from_iterable(dicts)
+        values = itertools.chain.from_iterable(map(dict.values, dicts))
+        making = map(_making, map(_state, dicts))
+        return [*map(len, dicts), *keys, *making], itertools.chain(dicts, values)
 
     def roles(self, obj: Any) -> Mapping[Any, str] | None:
         """What Flax takes as data and static, where that is not seen from the value."""
@@ -216,9 +227,11 @@ class FlaxStates(Handler):
         """See the base class."""
         return [obj.raw_mapping[key] for key in keys]
 
-    def attributes(self, obj: Any) -> dict[Any, Any]:
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         """See the base class."""
-        return obj.raw_mapping
+        dicts = [x.raw_mapping for x in nodes]
+        values = map(dict.values, dicts)
+        return list(map(len, dicts)), itertools.chain(dicts, *dicts, *values)
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         """See the base class."""

@@ -33,10 +33,10 @@ from jax.nn import swish as swish
 from jax.numpy import tanh as tanh
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Param
 from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import NO_METADATA, Metadata
-from sortal.variable import Param
 
 
 class PReLU(Module):

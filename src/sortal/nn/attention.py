@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Intermediate, Variable, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
-from sortal.variable import Intermediate, Variable, describe
 
 
 def dot_product_attention_weights(

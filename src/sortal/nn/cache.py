@@ -10,11 +10,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from sortal import paths
+from sortal._engine import paths
+from sortal._engine.variable import Cache, describe
 from sortal.errors import ArgumentError, CacheError, listing
 from sortal.module import Module, iter_modules
 from sortal.nn.initializers import check_sizes
-from sortal.variable import Cache, describe
 
 
 class Held(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -23,8 +24,7 @@ from sortal.nn.initializers import (
     default_kernel_init,
     new_param,
 )
-from sortal.rngs import Rngs
-from sortal.variable import Param, describe
+from sortal.random import Rngs
 
 Sizes = int | Sequence[int] | None
 Padding = str | int | Sequence[int | tuple[int, int]]

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, CacheError
 from sortal.module import Module, iter_modules
 from sortal.nn import dtypes
 from sortal.nn.cache import KVCache
 from sortal.nn.initializers import Initializer, check_sizes, default_kernel_init
 from sortal.nn.linear import Linear
-from sortal.nn.rotary import rotary
-from sortal.rngs import Rngs
-from sortal.variable import describe
+from sortal.nn.rope import rotary
+from sortal.random import Rngs
 
 
 class DecoderAttention(Module):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Variable, describe
 from sortal.errors import ArgumentError
-from sortal.variable import Variable, describe
 
 PromoteDtype = Callable[..., Any]
 """Takes a tuple of arrays or None and ``dtype=``; returns the tuple, promoted."""

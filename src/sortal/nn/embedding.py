@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -19,8 +20,7 @@ from sortal.nn.initializers import (
     default_embed_init,
     new_param,
 )
-from sortal.rngs import Rngs
-from sortal.variable import describe
+from sortal.random import Rngs
 
 
 class Embed(Module):

@@ -31,11 +31,11 @@ from jax.nn.initializers import xavier_uniform as xavier_uniform
 from jax.nn.initializers import zeros as zeros
 from jax.typing import DTypeLike
 
-from sortal.annotations import VariableMetadata
+from sortal._engine.annotations import VariableMetadata
+from sortal._engine.variable import Param, Variable, describe
 from sortal.errors import ArgumentError
 from sortal.nn.dtypes import name_of
-from sortal.rngs import Rngs, is_rngs
-from sortal.variable import Param, Variable, describe
+from sortal.random import Rngs, is_rngs
 
 Initializer = jax.nn.initializers.Initializer | Callable[..., Any]
 """Takes a key, a shape and a dtype; returns an array."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -29,8 +30,7 @@ from sortal.nn.initializers import (
     new_param,
 )
 from sortal.nn.initializers import default_embed_init as default_embed_init
-from sortal.rngs import Rngs
-from sortal.variable import Param, describe
+from sortal.random import Rngs
 
 
 class Linear(Module):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Param, Variable, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -22,8 +23,7 @@ from sortal.nn.initializers import (
     zeros,
 )
 from sortal.nn.linear import Linear
-from sortal.rngs import Rngs
-from sortal.variable import Param, Variable, describe
+from sortal.random import Rngs
 
 default_a_initializer: Initializer = he_uniform()
 default_b_initializer: Initializer = zeros

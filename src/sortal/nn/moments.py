@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import NO_METADATA, check_sizes, new_param
-from sortal.variable import Param, describe
 
 Axes = int | Sequence[int]
 

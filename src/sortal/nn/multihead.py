@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import Cache, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -27,8 +28,7 @@ from sortal.nn.initializers import (
 )
 from sortal.nn.linear import LinearGeneral
 from sortal.nn.normalization import LayerNorm
-from sortal.rngs import Rngs, RngStream, is_rngs
-from sortal.variable import Cache, describe
+from sortal.random import Rngs, RngStream, is_rngs
 
 
 class _Start(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import BatchStat, describe
 from sortal.errors import ArgumentError
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
@@ -19,8 +20,7 @@ from sortal.nn.initializers import (
     zeros,
 )
 from sortal.nn.moments import Axes, Norm
-from sortal.rngs import Rngs
-from sortal.variable import BatchStat, describe
+from sortal.random import Rngs
 
 
 class BatchNorm(Norm):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.nn.dtypes import as_array
-from sortal.variable import describe
 
 Padding = str | Sequence[Any]
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -24,8 +25,7 @@ from sortal.nn.initializers import (
     zeros,
 )
 from sortal.nn.linear import Linear
-from sortal.rngs import Rngs, RngStream, is_rngs, is_stream
-from sortal.variable import describe
+from sortal.random import Rngs, RngStream, is_rngs, is_stream
 
 
 def modified_orthogonal(

@@ -11,24 +11,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.paths import Path, show
+from sortal._engine.variable import BatchStat, Param, Variable, describe
 from sortal.errors import ArgumentError
 from sortal.filters import PathContains, to_filter
+from sortal.functional import variables
 from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import Initializer, check_rngs, normal, ones
 from sortal.nn.moments import Axes
-from sortal.paths import Path, show
-from sortal.rngs import Rngs
-from sortal.statelib import to_flat_state
-from sortal.surgery import variables
-from sortal.variable import BatchStat, Param, Variable, describe
+from sortal.random import Rngs
 
 
 def _weights(layer: Any, *filters: Any) -> Iterator[tuple[Path, Variable]]:
     """The live Variables of a layer, with their paths."""
     return (
         (path, leaf)
-        for path, leaf in to_flat_state(variables(layer, *filters))
+        for path, leaf in variables(layer, *filters).flat_state()
         if isinstance(leaf, Variable)
     )
 

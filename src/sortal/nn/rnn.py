@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sortal._engine.variable import RngState, describe
 from sortal.errors import ArgumentError
 from sortal.filters import All
 from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.recurrent import RNNCellBase
-from sortal.rngs import Rngs, RngStream, is_rngs, is_stream, split_rngs
-from sortal.transforms.prefixes import Carry, StateAxes
+from sortal.random import Rngs, RngStream, is_rngs, is_stream, split_rngs
+from sortal.transforms._adapter.prefixes import Carry, StateAxes
 from sortal.transforms.scan import scan
-from sortal.variable import RngState, describe
 
 
 class RNN(Module):

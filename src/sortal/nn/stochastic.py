@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
-from sortal.rngs import Rngs, RngStream, is_rngs, is_stream
-from sortal.variable import describe
+from sortal.random import Rngs, RngStream, is_rngs, is_stream
 
 
 class Dropout(Module):

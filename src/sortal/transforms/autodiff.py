@@ -5,19 +5,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from sortal._engine.foreign import in_our_words
+from sortal._engine.state import snapshot
+from sortal._engine.variable import Param, describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.foreign import in_our_words
-from sortal.state import snapshot
-from sortal.transforms.lift import Entered, identity, leave, unbind
-from sortal.transforms.traced import Carrier, Result, find_carriers, run
-from sortal.variable import Param, describe
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
+    identity,
+    unbind,
+    write_back,
+)
+from sortal.transforms._adapter.tracing import (
+    Result,
+    find_flat_modules,
+    is_flat_module,
+    run,
+)
 
 _NO_FUNCTION: Any = object()
 
@@ -82,9 +93,7 @@ def value_and_grad(
     wrt: Any = Param,
     holomorphic: bool = False,
     allow_int: bool = False,
-    reduce_axes: Sequence[Any] = (),
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """The value and gradient of a scalar function of modules.
 
@@ -101,9 +110,6 @@ def value_and_grad(
       wrt: a filter that says which leaves of modules to differentiate by.
       holomorphic: see ``jax.grad``.
       allow_int: see ``jax.grad``; leaves of integer dtype are then allowed.
-      reduce_axes: taken for NNX code; must be empty.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
 
     Returns:
       A function that returns ``(value, gradient)``, or ``((value, aux), gradient)``.
@@ -122,6 +128,7 @@ def value_and_grad(
       >>> float(value)
       0.0
     """
+    refuse_unknown("value_and_grad", _unknown)
     if f is _NO_FUNCTION:
         return functools.partial(
             value_and_grad,
@@ -131,16 +138,14 @@ def value_and_grad(
             holomorphic=holomorphic,
             allow_int=allow_int,
         )
-    if reduce_axes:
-        raise ArgumentError("reduce_axes is no longer supported by JAX; leave it out.")
     wanted = [_read(a, wrt) for a in (argnums if _several(argnums) else (argnums,))]
     fn, first = unbind(f)
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        entered = Entered((*first, *args), kwargs)
-        chosen = [_resolve(d, len(entered.args), f) for d in wanted]
-        call = FlatCall(entered, chosen, allow_int=allow_int)
+        bound = BoundArguments((*first, *args), kwargs)
+        chosen = [_resolve(d, len(bound.args), f) for d in wanted]
+        call = FlatCall(bound, chosen, allow_int=allow_int)
         call.refuse_untaken(each=True)
         paired = with_aux(fn, has_aux, "loss")
 
@@ -152,7 +157,7 @@ def value_and_grad(
         (value, rest), grads = jax.value_and_grad(
             pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
         )(call.inputs)
-        aux = leave(entered, rest)
+        aux = write_back(bound, rest)
         found = call.chosen.gradients(grads)
         value = (value, aux) if has_aux else value
         return value, tuple(found) if _several(argnums) else found[0]
@@ -258,7 +263,7 @@ class FlatCall:
     puts other values in their place. Variables that arguments share have one number.
 
     Args:
-      entered: the arguments.
+      bound: the arguments.
       chosen: positions of arguments, and which leaves of modules in them.
       allow_int: whether leaves that are not floating or complex may be chosen.
 
@@ -268,15 +273,19 @@ class FlatCall:
     """
 
     def __init__(
-        self, entered: Entered, chosen: Sequence[DiffState], *, allow_int: bool = False
+        self,
+        bound: BoundArguments,
+        chosen: Sequence[DiffState],
+        *,
+        allow_int: bool = False,
     ):
-        self.entered, self.allow_int = entered, allow_int
-        self.leaves, self.treedef = jtu.tree_flatten((entered.args, entered.kwargs))
+        self.bound, self.allow_int = bound, allow_int
+        self.leaves, self.treedef = jtu.tree_flatten((bound.args, bound.kwargs))
         numbers = self.treedef.unflatten(range(len(self.leaves)))
         self._numbers = {
-            identity(entered.live_leaf(k)): at
-            for c in find_carriers(numbers)
-            for k, at in zip(c.ticket.leaves, c.values, strict=True)
+            identity(bound.live_leaf(k)): at
+            for c in find_flat_modules(numbers)
+            for k, at in zip(c.definition.leaves, c.values, strict=True)
         }
         self.taken: list[tuple[DiffState, Any, bool]] = []
         layouts = [self._layout(numbers[0][diff.argnum], diff) for diff in chosen]
@@ -286,13 +295,13 @@ class FlatCall:
 
     def _layout(self, numbers: Any, diff: DiffState) -> Any:
         return jtu.tree_map(
-            lambda x: self._take(x.ticket.number, diff) if _is_carrier(x) else x,
+            lambda x: self._take(x.definition.number, diff) if is_flat_module(x) else x,
             numbers,
-            is_leaf=_is_carrier,
+            is_leaf=is_flat_module,
         )
 
     def _take(self, number: int, diff: DiffState) -> Taken:
-        plan = self.entered.plans[number]
+        plan = self.bound.plans[number]
         selection, _ = plan.pick((diff.filter,))
         schema, mine = selection.parts[0]
         self.taken.append((diff, plan, bool(mine)))
@@ -354,7 +363,7 @@ class FlatCall:
         inputs: Sequence[Any],
         rest: Mapping[int, Any] = MappingProxyType({}),
     ) -> Result:
-        """Calls ``fn`` with other values for some leaves; see ``traced.run``.
+        """Calls ``fn`` with other values for some leaves; see ``tracing.run``.
 
         Args:
           fn: a function of the arguments.
@@ -398,10 +407,6 @@ def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[...,
         return out[0], out[1]
 
     return paired
-
-
-def _is_carrier(x: Any) -> bool:
-    return isinstance(x, Carrier)
 
 
 def _is_number(x: Any) -> bool:

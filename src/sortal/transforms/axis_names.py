@@ -6,31 +6,32 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sortal.annotations import PARTITION_NAME
-from sortal.graphdef import GraphDef, Schema
-from sortal.statics import Metadata
-from sortal.transforms.traced import Exit
+from sortal._engine.annotations import PARTITION_NAME
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.schema import Schema
+from sortal._engine.statics import Metadata
+from sortal.transforms._adapter.tracing import Effects
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 _SHARDING = "out_sharding"
 
 
-def named(exit: Exit, axes: Sequence[Any], given: Mapping[str, Any]) -> Exit:
+def named(effects: Effects, axes: Sequence[Any], given: Mapping[str, Any]) -> Effects:
     """What a call did, with the new axis named in the metadata of new Variables.
 
     Args:
-      exit: what it did.
+      effects: what it did.
       axes: for each leaf that came into being inside, the axis along which it comes
         out stacked, or None.
       given: ``transform_metadata``: the axis's name under ``PARTITION_NAME``, and what
         to insert into other tuples in the metadata under their names.
 
     Returns:
-      The same but for the metadata; ``exit`` itself where nothing is named.
+      The same but for the metadata; ``effects`` itself where nothing is named.
     """
-    edits = exit.edits
+    edits = effects.edits
     if PARTITION_NAME not in given or edits is None:
-        return exit
+        return effects
     names = {_SHARDING: given[PARTITION_NAME], **given}
     del names[PARTITION_NAME]
     graphdef, new = edits.graphdef, iter(axes)
@@ -41,7 +42,7 @@ def named(exit: Exit, axes: Sequence[Any], given: Mapping[str, Any]) -> Exit:
     ]
     schema = Schema.of(schema.paths, schema.kinds, metadata)
     changed = GraphDef.of(graphdef.root, graphdef.records, schema, graphdef.aliases)
-    return Exit(exit.written, exit.outputs, edits._replace(graphdef=changed))
+    return Effects(effects.written, effects.outputs, edits._replace(graphdef=changed))
 
 
 def _with_axis(old: Metadata, axis: Any, names: Mapping[str, Any]) -> Metadata:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.tree_util as jtu
 
+from sortal._engine.nodes import is_root
+from sortal._engine.variable import describe, value_of
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, LoopError, listing
-from sortal.nodes import is_root
-from sortal.transforms.captures import kept
-from sortal.transforms.lift import leave, refuse_unknown, unbind
-from sortal.transforms.operands import Operands, check_types, steady
-from sortal.transforms.traced import Carrier, Exit, Result
-from sortal.variable import describe, value_of
+from sortal.transforms._adapter.binding import unbind, write_back
+from sortal.transforms._adapter.operands import Operands, check_types, steady
+from sortal.transforms._adapter.tracing import (
+    Effects,
+    Result,
+    is_flat_module,
+)
+from sortal.transforms.eager import kept
 
 
 def while_loop(
     cond_fun: Callable[[Any], Any],
     body_fun: Callable[[Any], Any],
     init_val: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.while_loop`` with modules among what goes from step to step.
 
@@ -34,7 +39,6 @@ def while_loop(
       body_fun: takes the value, returns the next one, with the same modules in the same
         places.
       init_val: any pytree, with Modules and Variables anywhere in it.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -55,21 +59,25 @@ def while_loop(
       >>> int(counter.value)
       3
     """
-    refuse_unknown("while_loop", ignored)
-    body, held = unbind(body_fun)
-    condition, others = unbind(cond_fun)
-    if others:
+    refuse_unknown("while_loop", _unknown)
+    _, held = unbind(body_fun)
+    if unbind(cond_fun)[1]:
         raise ArgumentError(
             "the condition of while_loop is a method of a module; pass the module in "
             "init_val, and write cond_fun=lambda value: ..."
         )
+    return _run(_while, (body_fun, cond_fun), (), held, init_val)
+
+
+def _while(functions: Sequence[Any], _: Any) -> Callable[..., Any]:
+    body, condition = (unbind(f)[0] for f in functions)
 
     def call(held: Any, init: Any) -> Any:
         loop = _Loop("the body of while_loop", body, held, init)
         goes_on = functools.partial(loop.goes_on, condition)
         return loop.finish(jax.lax.while_loop(goes_on, loop.step, loop.start()))
 
-    return _run(call, (body, condition), held, init_val)
+    return call
 
 
 def fori_loop(
@@ -79,7 +87,7 @@ def fori_loop(
     init_val: Any,
     *,
     unroll: int | bool | None = None,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.fori_loop`` with modules among what goes from step to step.
 
@@ -90,7 +98,6 @@ def fori_loop(
         modules in the same places.
       init_val: any pytree, with Modules and Variables anywhere in it.
       unroll: see ``jax.lax.fori_loop``.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -109,8 +116,14 @@ def fori_loop(
       >>> int(nnx.fori_loop(0, 5, body, total).value)
       10
     """
-    refuse_unknown("fori_loop", ignored)
-    body, held = unbind(body_fun)
+    refuse_unknown("fori_loop", _unknown)
+    _, held = unbind(body_fun)
+    return _run(_fori, (body_fun,), (lower, upper, unroll), held, init_val)
+
+
+def _fori(functions: Sequence[Any], options: Any) -> Callable[..., Any]:
+    body, _ = unbind(functions[0])
+    lower, upper, unroll = options
 
     def call(held: Any, init: Any) -> Any:
         loop = _Loop("the body of fori_loop", body, held, init)
@@ -119,14 +132,21 @@ def fori_loop(
             jax.lax.fori_loop(lower, upper, step, loop.start(), unroll=unroll)
         )
 
-    return _run(call, (body, lower, upper, unroll), held, init_val)
+    return call
 
 
-def _run(call: Callable[..., Any], fixed: Any, held: Any, *args: Any) -> Any:
+def _run(
+    make: Callable[..., Any],
+    functions: Sequence[Any],
+    options: Any,
+    held: Any,
+    *args: Any,
+) -> Any:
     """Calls with what functions were bound to; kept if that is live objects alone."""
     # What functools.partial holds besides may be no array at all.
     live = all(map(is_root, jtu.tree_leaves(held, is_leaf=is_root)))
-    return (kept(call, fixed, (held, args)) if live else call)(held, *args)
+    call = kept(make, functions, options) if live else make(functions, options)
+    return call(held, *args)
 
 
 class _Loop:
@@ -139,7 +159,7 @@ class _Loop:
     def __init__(self, where: str, body: Callable[..., Any], held: Any, init: Any):
         self.where, self.body = where, body
         self.operands = Operands((*held, init))
-        self.init = self.operands.skeleton(self.operands.entered.args[-1])
+        self.init = self.operands.skeleton(self.operands.bound.args[-1])
         plain = self.operands.plain
         self.fixed = plain[: len(plain) - len(jax.tree.leaves(self.init))]
         self.written: set[int] = set()
@@ -161,8 +181,8 @@ class _Loop:
 
         where = "the condition of while_loop"
         result = steady(where, self.operands, call, self.args(state))
-        if result.exit.written:
-            rows = map(self.operands.describe, result.exit.written)
+        if result.effects.written:
+            rows = map(self.operands.describe, result.effects.written)
             raise LoopError(
                 f"{where} must not write; it wrote to:\n{listing(rows)}\nWrite in the "
                 "body."
@@ -180,11 +200,11 @@ class _Loop:
             return self.body(*args[:-1], *first, args[-1])
 
         result = steady(self.where, self.operands, body, self.args(state))
-        out = self.operands.same_objects(result.out, result.exit)
+        out = self.operands.same_objects(result.out, result.effects)
         self._check(out, state, result)
         # Under jax.disable_jit each step is run, and they may write different leaves.
-        self.written.update(result.exit.written)
-        return out, self.operands.written(result.exit, state[1], result.values)
+        self.written.update(result.effects.written)
+        return out, self.operands.written(result.effects, state[1], result.values)
 
     def _check(self, out: Any, state: Any, result: Result) -> None:
         if jax.tree.structure(out) != jax.tree.structure(self.init):
@@ -192,11 +212,11 @@ class _Loop:
                 f"{self.where} must return a value of the same structure with the same "
                 f"objects in the same places; it was given "
                 f"{self.operands.outline(self.init)}, and returned "
-                f"{self.operands.outline(result.out, result.exit)}."
+                f"{self.operands.outline(result.out, result.effects)}."
             )
         rows = [
             (self.operands.describe(k), state[1][k], new)
-            for k, new in zip(result.exit.written, result.values, strict=True)
+            for k, new in zip(result.effects.written, result.values, strict=True)
         ]
         olds, news = jtu.tree_leaves_with_path(state[0]), jax.tree.leaves(out)
         rows += [
@@ -208,8 +228,8 @@ class _Loop:
     def finish(self, state: Any) -> Any:
         """Brings the last state to the live objects."""
         tree, values = state
-        exit = Exit(tuple(sorted(self.written)), (), None)
-        return self.operands.leave(exit, values, tree)
+        effects = Effects(tuple(sorted(self.written)), (), None)
+        return self.operands.write_back(effects, values, tree)
 
 
 def cond(
@@ -217,7 +237,7 @@ def cond(
     true_fun: Callable[..., Any],
     false_fun: Callable[..., Any],
     *operands: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.cond`` with modules among the operands.
 
@@ -230,7 +250,6 @@ def cond(
         method of one.
       false_fun: called on them where it does not.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -249,7 +268,7 @@ def cond(
       >>> int(count.value)
       1
     """
-    refuse_unknown("cond", ignored)
+    refuse_unknown("cond", _unknown)
     where = ("the true branch of cond", "the false branch of cond")
     return _choose(jax.lax.cond, where, pred, (true_fun, false_fun), operands)
 
@@ -258,7 +277,7 @@ def switch(
     index: Any,
     branches: Sequence[Callable[..., Any]],
     *operands: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.switch`` with modules among the operands.
 
@@ -266,7 +285,6 @@ def switch(
       index: an integer scalar, clamped to the branches there are.
       branches: functions, modules, or methods of modules, all called alike.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -283,7 +301,7 @@ def switch(
       >>> nnx.switch(jnp.array(2), layers, jnp.ones(2)).shape
       (3,)
     """
-    refuse_unknown("switch", ignored)
+    refuse_unknown("switch", _unknown)
     if not branches:
         raise ArgumentError("switch needs at least one branch.")
     where = tuple(f"branch {i} of switch" for i in range(len(branches)))
@@ -303,8 +321,13 @@ def _choose(
     branches: Sequence[Any],
     operands: Sequence[Any],
 ) -> Any:
-    unbound = [unbind(branch) for branch in branches]
-    fns = tuple(fn for fn, _ in unbound)
+    held = [unbind(branch)[1] for branch in branches]
+    return _run(_choice, branches, (choice, where), held, which, tuple(operands))
+
+
+def _choice(branches: Sequence[Any], options: Any) -> Callable[..., Any]:
+    choice, where = options
+    fns = [unbind(branch)[0] for branch in branches]
 
     def call(held: Any, which: Any, operands: Any) -> Any:
         several = _Branches(where, fns, held, operands)
@@ -312,9 +335,7 @@ def _choose(
             lambda *state: choice(which, *several.functions(), *state)
         )
 
-    held = [first for _, first in unbound]
-    # The names of the branches say which choice it is.
-    return _run(call, (fns, where), held, which, tuple(operands))
+    return call
 
 
 class _Branches:
@@ -340,18 +361,18 @@ class _Branches:
             at += len(first)
         # What functools.partial holds besides modules may be no array at all.
         mine = jtu.tree_leaves(
-            self.operands.entered.args[: self.n], is_leaf=_is_carrier
+            self.operands.bound.args[: self.n], is_leaf=is_flat_module
         )
-        plain, m = self.operands.plain, sum(not _is_carrier(x) for x in mine)
+        plain, m = self.operands.plain, sum(not is_flat_module(x) for x in mine)
         self.start, self.fixed = (plain[:m], self.operands.values), plain[m:]
-        self.seen = [
-            jax.eval_shape(lambda *state, b=b: self._run(b, *state), *self.start)
-            for b in range(len(branches))
-        ]
+        # JAX keeps what it traced, so that the user's function is run once.
+        runs = [functools.partial(self._run, b) for b in range(len(branches))]
+        self.runs = [jax.jit(run, inline=True) for run in runs]
+        self.seen = [run.eval_shape(*self.start) for run in self.runs]
         self._check()
-        exits = [result.exit for result in self.seen]
-        written = tuple(sorted({k for exit in exits for k in exit.written}))
-        self.exit = Exit(written, exits[0].outputs, None)
+        all_effects = [result.effects for result in self.seen]
+        written = tuple(sorted({k for effects in all_effects for k in effects.written}))
+        self.effects = Effects(written, all_effects[0].outputs, None)
 
     def _run(self, b: int, plain: Any, values: Any) -> Result:
         fn, first = self.calls[b]
@@ -368,9 +389,9 @@ class _Branches:
 
     def _function(self, b: int) -> Callable[..., Any]:
         def branch(plain: Any, values: Any) -> Any:
-            result = self._run(b, plain, values)
-            now = self.operands.written(result.exit, values, result.values)
-            return result.out, [now[k] for k in self.exit.written]
+            result = self.runs[b](plain, values)
+            now = self.operands.written(result.effects, values, result.values)
+            return result.out, [now[k] for k in self.effects.written]
 
         return branch
 
@@ -378,19 +399,19 @@ class _Branches:
         for where, result in zip(self.where, self.seen, strict=True):
             rows = [
                 (self.operands.describe(k), self.operands.values[k], new)
-                for k, new in zip(result.exit.written, result.values, strict=True)
+                for k, new in zip(result.effects.written, result.values, strict=True)
             ]
             check_types(where, rows)
         first = self.seen[0]
         for where, result in zip(self.where[1:], self.seen[1:], strict=True):
             same = jax.tree.structure(result.out) == jax.tree.structure(first.out)
-            if not same or result.exit.outputs != first.exit.outputs:
+            if not same or result.effects.outputs != first.effects.outputs:
                 outline = self.operands.outline
                 raise LoopError(
                     "all branches must return the same structure with the same "
                     f"objects in it; {self.where[0]} returns "
-                    f"{outline(first.out, first.exit)}, {where} returns "
-                    f"{outline(result.out, result.exit)}."
+                    f"{outline(first.out, first.effects)}, {where} returns "
+                    f"{outline(result.out, result.effects)}."
                 )
         self._check_outputs()
 
@@ -413,8 +434,4 @@ class _Branches:
     def finish(self, call: Callable[..., Any]) -> Any:
         """Runs the branches and brings what they wrote to the live objects."""
         out, values = call(*self.start)
-        return leave(self.operands.entered, Result(out, values, [], self.exit))
-
-
-def _is_carrier(x: Any) -> bool:
-    return isinstance(x, Carrier)
+        return write_back(self.operands.bound, Result(out, values, [], self.effects))

@@ -5,16 +5,27 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from sortal._engine.foreign import in_our_words
+from sortal._engine.variable import Param
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
-from sortal.foreign import in_our_words
+from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
+from sortal.transforms._adapter.tracing import (
+    Copies,
+    Effects,
+    Result,
+    find_flat_modules,
+    replace_flat_modules,
+    replace_roots,
+)
 from sortal.transforms.autodiff import (
     DiffState,
     FlatCall,
@@ -22,16 +33,6 @@ from sortal.transforms.autodiff import (
     tangent_type,
 )
 from sortal.transforms.derivatives import bare, by_leaf
-from sortal.transforms.lift import Entered, leave, unbind
-from sortal.transforms.traced import (
-    Copies,
-    Exit,
-    Result,
-    find_carriers,
-    replace_carriers,
-    replace_roots,
-)
-from sortal.variable import Param
 
 _NO_FUNCTION: Any = object()
 
@@ -41,17 +42,17 @@ class _Outcome(Result):
 
 
 def _outcome(result: Result) -> _Outcome:
-    return _Outcome(result.out, result.values, result.fresh, result.exit)
+    return _Outcome(result.out, result.values, result.fresh, result.effects)
 
 
-def _deeds(exit: Exit) -> tuple[Any, ...]:
-    return (exit.written, exit.outputs, exit.edits)
+def _deeds(effects: Effects) -> tuple[Any, ...]:
+    return (effects.written, effects.outputs, effects.edits)
 
 
 jtu.register_pytree_node(
     _Outcome,
-    lambda r: ((r.out, r.values, r.fresh), _deeds(r.exit)),
-    lambda deeds, parts: _Outcome(*parts, Exit(*deeds)),
+    lambda r: ((r.out, r.values, r.fresh), _deeds(r.effects)),
+    lambda deeds, parts: _Outcome(*parts, Effects(*deeds)),
 )
 
 
@@ -65,7 +66,7 @@ class _Saved:
 
     @classmethod
     def of(cls, tree: Any) -> _Saved:
-        (tree,) = Entered((tree,), {}).args
+        (tree,) = BoundArguments((tree,), {}).args
         leaves, treedef = jtu.tree_flatten(tree)
         arrays = [x for x in leaves if _is_array(x)]
         others = tuple(None if _is_array(x) else (x,) for x in leaves)
@@ -75,11 +76,11 @@ class _Saved:
         treedef, others = self.layout
         arrays = iter(self.arrays)
         tree = treedef.unflatten([next(arrays) if x is None else x[0] for x in others])
-        carriers = find_carriers(tree)
-        if not carriers:
+        flat_modules = find_flat_modules(tree)
+        if not flat_modules:
             return tree
-        roots = Copies(carriers).roots
-        return replace_carriers(tree, lambda c: roots[c.ticket.number])
+        roots = Copies(flat_modules).roots
+        return replace_flat_modules(tree, lambda c: roots[c.definition.number])
 
 
 jtu.register_pytree_node(
@@ -102,34 +103,34 @@ class _OneCall:
 
     def __init__(self, custom: _Custom, args: tuple[Any, ...]):
         self.custom, self.fn = custom, custom.fn
-        self.entered = Entered(args, {})
+        self.bound = BoundArguments(args, {})
         filters, self.fixed = custom.roles(len(args))
         self.moving = [i for i in range(len(args)) if i not in self.fixed]
         self.call = FlatCall(
-            self.entered, [DiffState(i, filters.get(i, _INEXACT)) for i in self.moving]
+            self.bound, [DiffState(i, filters.get(i, _INEXACT)) for i in self.moving]
         )
         leaves, mine = self.call.leaves, set(self.call.chosen.order)
         self.rest = {
             k: x for k, x in enumerate(leaves) if k not in mine and _is_array(x)
         }
-        self.did: Exit | None = None
+        self.did: Effects | None = None
 
     def primal(self, inputs: Any, rest: Any) -> _Outcome:
         result = self.call.run(self.fn, inputs, rest)
-        self.did = result.exit
+        self.did = result.effects
         return _outcome(result)
 
     def ruled(self, rule: Any, name: str, inputs: Any, rest: Any) -> tuple[Any, Any]:
         """Runs a rule that returns a pair: the outcome, and the pair's other half."""
         result = self.call.run(rule, inputs, rest)
         result.out, other = result.out
-        if self.did is not None and _deeds(self.did) != _deeds(result.exit):
-            raise GradientError(self._differ(name, self.did, result.exit))
+        if self.did is not None and _deeds(self.did) != _deeds(result.effects):
+            raise GradientError(self._differ(name, self.did, result.effects))
         return _outcome(result), other
 
-    def _differ(self, name: str, own: Exit, its: Exit) -> str:
+    def _differ(self, name: str, own: Effects, its: Effects) -> str:
         f = self.custom.__name__
-        schema = self.entered.joint.graphdef.schema if self.entered.roots else None
+        schema = self.bound.alias_map.graphdef.schema if self.bound.roots else None
         rows = [
             f"{schema.describe(k)}: only {name if k in its.written else f} changes it"
             for k in sorted(set(own.written) ^ set(its.written))
@@ -199,7 +200,7 @@ class _Custom:
         self.rule()
         call = _OneCall(self, _positional(self, args, kwargs))
         fn = self._differentiable(call)
-        return leave(call.entered, fn(call.call.inputs, call.rest))
+        return write_back(call.bound, fn(call.call.inputs, call.rest))
 
     def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
         raise NotImplementedError
@@ -335,9 +336,7 @@ def _zero(x: Any) -> Any:
 def custom_vjp(
     fun: Any = _NO_FUNCTION,
     nondiff_argnums: Any = (),
-    *,
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """A function of modules whose pull-back is written by hand, as ``jax.custom_vjp``.
 
@@ -362,8 +361,6 @@ def custom_vjp(
         returned.
       nondiff_argnums: positions not differentiated by; a ``DiffState`` among them says
         instead which leaves of a module are differentiated by, in the place of Param.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
 
     Returns:
       A function with a method ``defvjp(fwd, bwd)``.
@@ -392,6 +389,7 @@ def custom_vjp(
       >>> float(nnx.grad(scaled)(Scale(), 3.0)["w"].value)
       30.0
     """
+    refuse_unknown("custom_vjp", _unknown)
     if fun is _NO_FUNCTION:
         return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums)
     return CustomVJP(fun, nondiff_argnums)

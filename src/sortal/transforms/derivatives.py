@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,27 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
+from sortal._engine.nested import equal
+from sortal._engine.paths import show
+from sortal._engine.plan import has_plan
+from sortal._engine.state import FlatState, as_state
+from sortal._engine.variable import Param, describe, value_of
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.graph import has_plan
-from sortal.nested import equal
-from sortal.paths import show
-from sortal.state import FlatState, as_state
-from sortal.surgery import state
+from sortal.functional import state
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
+    named_positions,
+    unbind,
+    write_back,
+)
+from sortal.transforms._adapter.tracing import (
+    Ref,
+    Result,
+    replace_roots,
+    run,
+)
 from sortal.transforms.autodiff import (
     Chosen,
     DiffState,
@@ -27,14 +41,6 @@ from sortal.transforms.autodiff import (
     with_aux,
 )
 from sortal.transforms.compile import abstracted
-from sortal.transforms.lift import Entered, leave, named_positions, unbind
-from sortal.transforms.traced import (
-    Ref,
-    Result,
-    replace_roots,
-    run,
-)
-from sortal.variable import Param, describe, value_of
 
 _NO_FUNCTION: Any = object()
 
@@ -45,9 +51,7 @@ def vjp(
     *primals: Any,
     has_aux: bool = False,
     wrt: Any = Param,
-    reduce_axes: Sequence[Any] = (),
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """The value of a function of modules, and the function that pulls back.
 
@@ -63,16 +67,13 @@ def vjp(
       *primals: its arguments.
       has_aux: whether ``f`` returns a pair whose second part is not differentiated.
       wrt: a filter that says which leaves of modules to differentiate by.
-      reduce_axes: taken for NNX code; must be empty.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
 
     Returns:
       ``(out, vjp_fn)`` or ``(out, vjp_fn, aux)``; ``vjp_fn`` takes a cotangent of
       ``out`` and returns a tuple with one cotangent for each primal.
 
     Raises:
-      ArgumentError: ``has_aux`` is given and no pair returned; or ``reduce_axes``.
+      ArgumentError: ``has_aux`` is given and no pair returned.
       FilterError: ``wrt`` takes no leaf of any module.
       GradientError: a leaf taken is not of a floating or complex dtype.
 
@@ -85,14 +86,13 @@ def vjp(
       >>> by_model["kernel"].value.tolist()
       [[3.0], [3.0]]
     """
-    if reduce_axes:
-        raise ArgumentError("reduce_axes is no longer supported by JAX; leave it out.")
+    refuse_unknown("vjp", _unknown)
     options = {"has_aux": has_aux, "wrt": wrt}
     if f is _NO_FUNCTION or not primals:
         return _later(vjp, f, options)
     point = _Point(f, primals, **options)
     value, pull, rest = jax.vjp(point, point.call.inputs, has_aux=True)
-    out, plain, aux = point.leave(value, rest)
+    out, plain, aux = point.write_back(value, rest)
     fixed = functools.partial(_pull, point.call.chosen, jax.tree.structure(plain))
     vjp_fn = jtu.Partial(fixed, pull)
     return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
@@ -106,8 +106,7 @@ def jvp(
     *,
     has_aux: bool = False,
     wrt: Any = Param,
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """The value of a function of modules, and its derivative in a direction.
 
@@ -123,8 +122,6 @@ def jvp(
       tangents: a tuple with one tangent for each primal.
       has_aux: whether ``f`` returns a pair whose second part is not differentiated.
       wrt: a filter that says which leaves of modules to differentiate by.
-      graph: taken for NNX code, of no effect.
-      graph_updates: taken for NNX code, of no effect.
 
     Returns:
       ``(out, tangent_out)`` or ``(out, tangent_out, aux)``.
@@ -146,6 +143,7 @@ def jvp(
       >>> dot.tolist()
       [[3.0]]
     """
+    refuse_unknown("jvp", _unknown)
     options = {"has_aux": has_aux, "wrt": wrt}
     if f is _NO_FUNCTION or primals is None:
         return _later(jvp, f, options)
@@ -158,7 +156,7 @@ def jvp(
     inputs = point.call.inputs
     dots = _tangents(point.call.chosen, tangents)
     value, dot, rest = jax.jvp(point, (inputs,), (dots,), has_aux=True)
-    out, _, aux = point.leave(value, rest)
+    out, _, aux = point.write_back(value, rest)
     return (out, dot, aux) if has_aux else (out, dot)
 
 
@@ -195,7 +193,7 @@ def linearize(
     """
     point = _Point(f, primals, has_aux, wrt)
     value, push, rest = jax.linearize(point, point.call.inputs, has_aux=True)
-    out, _, aux = point.leave(value, rest)
+    out, _, aux = point.write_back(value, rest)
     f_jvp = jtu.Partial(functools.partial(_push, point.call.chosen), push)
     return (out, f_jvp, aux) if has_aux else (out, f_jvp)
 
@@ -231,10 +229,10 @@ class _Point:
     def __init__(self, f: Any, primals: Sequence[Any], has_aux: bool, wrt: Any):
         fn, first = unbind(f)
         self.fn = with_aux(fn, has_aux, "out")
-        self.entered = Entered((*first, *primals), {})
+        self.bound = BoundArguments((*first, *primals), {})
         taken = to_filter(wrt)
-        at = range(len(first), len(self.entered.args))
-        self.call = FlatCall(self.entered, [DiffState(i, taken) for i in at])
+        at = range(len(first), len(self.bound.args))
+        self.call = FlatCall(self.bound, [DiffState(i, taken) for i in at])
         self.call.refuse_untaken(each=False)
 
     def __call__(self, inputs: Any) -> tuple[Any, Result]:
@@ -244,11 +242,11 @@ class _Point:
         result.out = (jtu.Partial(jax.tree.structure(out).unflatten), aux)
         return bare(out), result
 
-    def leave(self, value: Any, rest: Result) -> tuple[Any, Any, Any]:
+    def write_back(self, value: Any, rest: Result) -> tuple[Any, Any, Any]:
         """Writes back; gives the output, the output without objects, and aux."""
         fill, aux = rest.out
         rest.out = (fill.func(jax.tree.leaves(value)), aux)
-        out, aux = leave(self.entered, rest)
+        out, aux = write_back(self.bound, rest)
         return out, value, aux
 
 
@@ -304,12 +302,12 @@ def make_jaxpr(
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = abstracted((*first, *args), kwargs, static)
-        entered = Entered(args, kwargs, static)
+        bound = BoundArguments(args, kwargs, static)
         made = jax.make_jaxpr(
             traced, tuple(sorted(static)), axis_env=axis_env, return_shape=True
         )
-        jaxpr, shape = made(*entered.args, **entered.kwargs)
-        return (jaxpr, leave(entered, shape)) if return_shape else jaxpr
+        jaxpr, shape = made(*bound.args, **bound.kwargs)
+        return (jaxpr, write_back(bound, shape)) if return_shape else jaxpr
 
     return wrapper
 

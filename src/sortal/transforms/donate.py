@@ -12,21 +12,22 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import Tracer
 
+from sortal._engine.paths import Path
+from sortal._engine.schema import Kind
+from sortal._engine.statics import is_hashable, static_key
 from sortal.errors import ArgumentError, FilterError, listing
 from sortal.filters import Filter, to_filter
-from sortal.graphdef import Kind
-from sortal.paths import Path
-from sortal.policy import Policy
-from sortal.statics import is_hashable, static_key
-from sortal.transforms.lift import Entered, Joint, identity
-from sortal.transforms.traced import (
-    Carrier,
+from sortal.policy.policy import Policy
+from sortal.transforms._adapter.binding import AliasMap, BoundArguments, identity
+from sortal.transforms._adapter.tracing import (
+    FlatModule,
+    FlatModuleDef,
     Result,
-    Ticket,
-    find_carriers,
-    replace_carriers,
+    find_flat_modules,
+    flat_module_def,
+    is_flat_module,
+    replace_flat_modules,
     run,
-    ticket,
 )
 
 _BY_SHAPE: Any = object()
@@ -56,12 +57,12 @@ class OtherLeaves(Exception):  # noqa: N818 - no error: says what a trace found
 
 
 class Part(NamedTuple):
-    """Which values of one root are lent, which stay, and the Tickets of the halves."""
+    """Which values of one root are lent, which stay, and the definitions of both."""
 
     lent: tuple[int, ...]
     kept: tuple[int, ...]
-    lent_ticket: Ticket
-    kept_ticket: Ticket
+    lent_def: FlatModuleDef
+    kept_def: FlatModuleDef
 
 
 class Donation:
@@ -94,14 +95,14 @@ class Donation:
         self._donated, self._static, self._mirrored = donated, static, mirrored
         self._learned: dict[Any, frozenset[int]] = {}
 
-    def call(self, function: Callable[..., Any], entered: Entered) -> Any:
+    def call(self, function: Callable[..., Any], bound: BoundArguments) -> Any:
         """Calls what JAX made of ``run``, or its ``lower`` or ``trace``."""
         for _ in range(_ATTEMPTS):
-            args, kwargs = self._lend(entered)
+            args, kwargs = self._lend(bound)
             try:
                 return function(*args, **kwargs)
             except OtherLeaves as e:
-                self._learn(entered, e.written)
+                self._learn(bound, e.written)
         raise ArgumentError(
             "donate=True donates what the function overwrites, but it overwrites "
             "other leaves each time that it is traced. Say which to donate by a "
@@ -111,101 +112,101 @@ class Donation:
     def run(
         self, fn: Callable[..., Any], lent: Any, args: Sequence[Any], kwargs: Any
     ) -> Result:
-        """``traced.run`` for arguments that ``rejoin`` made whole."""
-        given = {k for c in find_carriers(lent) for k in c.ticket.leaves}
+        """``tracing.run`` for arguments that ``rejoin`` made whole."""
+        given = {k for c in find_flat_modules(lent) for k in c.definition.leaves}
         if not self._overwritten:
             return run(fn, args, kwargs, given)
-        returned = {k for c in self._whole(args, kwargs) for k in c.ticket.leaves}
+        returned = {k for c in self._whole(args, kwargs) for k in c.definition.leaves}
         result = run(fn, args, kwargs, returned)
-        written = frozenset(result.exit.written) - returned
+        written = frozenset(result.effects.written) - returned
         if written != given - returned:
             raise OtherLeaves(written)
         return result
 
-    def is_differentiated(self, entered: Entered) -> bool:
+    def is_differentiated(self, bound: BoundArguments) -> bool:
         """Whether a leaf that a filter or position donates is traced.
 
         Its value may be one that somebody outside differentiates by, who keeps it;
         JAX would give its buffer away all the same.
         """
-        if self._overwritten or not entered.roots:
+        if self._overwritten or not bound.roots:
             return False
         traced = [
             k
-            for c in entered.carriers
-            for k, value in zip(c.ticket.leaves, c.values, strict=True)
+            for c in bound.flat_modules
+            for k, value in zip(c.definition.leaves, c.values, strict=True)
             if isinstance(value, Tracer)
         ]
-        return bool(traced) and not self._chosen(entered).isdisjoint(traced)
+        return bool(traced) and not self._chosen(bound).isdisjoint(traced)
 
     def forget(self) -> None:
         """Forgets what was learned about functions that were traced."""
         self._learned.clear()
 
-    def _whole(self, args: Sequence[Any], kwargs: Any) -> Iterator[Carrier]:
+    def _whole(self, args: Sequence[Any], kwargs: Any) -> Iterator[FlatModule]:
         """The roots in arguments that are donated whole."""
         if self._donated:
             for name, x in [*enumerate(args), *kwargs.items()]:
                 if name in self._donated:
-                    yield from find_carriers(x)
+                    yield from find_flat_modules(x)
 
-    def _lend(self, entered: Entered) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        lent: dict[int, Carrier] = {}
-        kept: dict[int, Carrier] = {}
-        parts = division(entered.joint, self._chosen(entered)) if entered.roots else []
-        if not entered.roots and self.filter is not None:
+    def _lend(self, bound: BoundArguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        lent: dict[int, FlatModule] = {}
+        kept: dict[int, FlatModule] = {}
+        parts = division(bound.alias_map, self._chosen(bound)) if bound.roots else []
+        if not bound.roots and self.filter is not None:
             raise FilterError(
                 f"donate={self.filter!r}: there is no Module or Variable among the "
                 "arguments. Arrays are donated with donate_argnums."
             )
         for i, part in enumerate(parts):
             if part is not None:
-                values = entered.carriers[i].values
+                values = bound.flat_modules[i].values
                 taken = values if not part.kept else [values[j] for j in part.lent]
-                lent[i] = Carrier(taken, part.lent_ticket)
-                kept[i] = Carrier([values[j] for j in part.kept], part.kept_ticket)
+                lent[i] = FlatModule(taken, part.lent_def)
+                kept[i] = FlatModule([values[j] for j in part.kept], part.kept_def)
 
         def halve(name: Any, x: Any) -> Any:
             if name in self._static:
                 return x
-            return replace_carriers(x, lambda c: kept.get(c.ticket.number, c))
+            return replace_flat_modules(x, lambda c: kept.get(c.definition.number, c))
 
-        args = [halve(i, x) for i, x in enumerate(entered.args)]
-        kwargs = {k: halve(k, x) for k, x in entered.kwargs.items()}
+        args = [halve(i, x) for i, x in enumerate(bound.args)]
+        kwargs = {k: halve(k, x) for k, x in bound.kwargs.items()}
         make_distinct(list(lent.values()), (args, kwargs))
         first: Any = list(lent.values())
         if self._mirrored:
-            dynamic = enumerate(entered.args)
+            dynamic = enumerate(bound.args)
             first = tuple(mirror(x, lent) for i, x in dynamic if i not in self._static)
         return (first, *args), kwargs
 
-    def _chosen(self, entered: Entered) -> frozenset[int]:
+    def _chosen(self, bound: BoundArguments) -> frozenset[int]:
         """Numbers of the leaves to donate."""
-        roots = self._whole(entered.args, entered.kwargs)
-        whole = frozenset(c.ticket.number for c in roots)
-        graphdef = entered.joint.graphdef
+        roots = self._whole(bound.args, bound.kwargs)
+        whole = frozenset(c.definition.number for c in roots)
+        graphdef = bound.alias_map.graphdef
         if self._overwritten:
-            taken = self._guess(entered, whole)
-            return taken.union(*(entered.joint.tickets[i].leaves for i in whole))
+            taken = self._guess(bound, whole)
+            return taken.union(*(bound.alias_map.definitions[i].leaves for i in whole))
         if self.filter is None or self.filter.structural:
             key = ("donated", self.filter, whole)
-            return graphdef.memo(key, lambda: self._take(entered, whole))
-        return self._take(entered, whole)
+            return graphdef.memo(key, lambda: self._take(bound, whole))
+        return self._take(bound, whole)
 
-    def _take(self, entered: Entered, whole: frozenset[int]) -> frozenset[int]:
-        taken = {k for i in whole for k in entered.joint.tickets[i].leaves}
+    def _take(self, bound: BoundArguments, whole: frozenset[int]) -> frozenset[int]:
+        taken = {k for i in whole for k in bound.alias_map.definitions[i].leaves}
         if self.filter is None:
             return frozenset(taken)
-        at = enumerate(entered.joint.leaf_at)
-        numbers = {identity(entered.plans[i].leaves[j]): k for k, (i, j) in at}
+        at = enumerate(bound.alias_map.leaf_at)
+        numbers = {identity(bound.plans[i].leaves[j]): k for k, (i, j) in at}
         by_filter: set[int] = set()
-        for plan in entered.plans:
+        for plan in bound.plans:
             rows = plan.graphdef.schema.rows(plan.view())
             hits = [self.filter.test(*row) for row in rows]
             live = zip(plan.leaves, hits, strict=True)
             by_filter |= {numbers[identity(x)] for x, hit in live if hit}
         if not by_filter:
-            schemas = [plan.graphdef.schema for plan in entered.plans]
+            schemas = [plan.graphdef.schema for plan in bound.plans]
             raise FilterError(
                 f"donate={self.filter!r} takes no leaf of any argument; there are:\n"
                 + listing(s.describe(i) for s in schemas for i in range(len(s)))
@@ -213,43 +214,43 @@ class Donation:
             )
         return frozenset(taken | by_filter)
 
-    def _key(self, entered: Entered, whole: frozenset[int]) -> Any:
-        named = [*enumerate(entered.args), *entered.kwargs.items()]
+    def _key(self, bound: BoundArguments, whole: frozenset[int]) -> Any:
+        named = [*enumerate(bound.args), *bound.kwargs.items()]
         statics = [(name, x) for name, x in named if name in self._static]
         # Others JAX refuses, in words of its own.
         hashable = tuple((n, static_key(x)) for n, x in statics if is_hashable(x))
-        return entered.joint.graphdef, whole, hashable
+        return bound.alias_map.graphdef, whole, hashable
 
-    def _guess(self, entered: Entered, whole: frozenset[int]) -> frozenset[int]:
+    def _guess(self, bound: BoundArguments, whole: frozenset[int]) -> frozenset[int]:
         """What was overwritten when last traced; verified where it is traced anew."""
-        key = self._key(entered, whole)
+        key = self._key(bound, whole)
         found = self._learned.get(key, frozenset())
         if found is _BY_SHAPE:
-            found = self._learned.get((key, self._shapes(entered)), frozenset())
+            found = self._learned.get((key, self._shapes(bound)), frozenset())
         return found
 
-    def _learn(self, entered: Entered, written: frozenset[int]) -> None:
-        roots = self._whole(entered.args, entered.kwargs)
-        key = self._key(entered, frozenset(c.ticket.number for c in roots))
+    def _learn(self, bound: BoundArguments, written: frozenset[int]) -> None:
+        roots = self._whole(bound.args, bound.kwargs)
+        key = self._key(bound, frozenset(c.definition.number for c in roots))
         if len(self._learned) > 256:
             self._learned.clear()
         if key not in self._learned:
             self._learned[key] = written
         else:  # shapes decide what is overwritten, so they have to be looked at
             self._learned[key] = _BY_SHAPE
-            self._learned[key, self._shapes(entered)] = written
+            self._learned[key, self._shapes(bound)] = written
 
-    def _shapes(self, entered: Entered) -> Any:
-        args = [x for i, x in enumerate(entered.args) if i not in self._static]
-        named = {k: x for k, x in entered.kwargs.items() if k not in self._static}
+    def _shapes(self, bound: BoundArguments) -> Any:
+        args = [x for i, x in enumerate(bound.args) if i not in self._static]
+        named = {k: x for k, x in bound.kwargs.items() if k not in self._static}
         leaves, treedef = jtu.tree_flatten((args, named))
         return treedef, tuple(map(jax.typeof, leaves))
 
 
-def division(joint: Joint, lent: frozenset[int]) -> list[Part | None]:
+def division(alias_map: AliasMap, lent: frozenset[int]) -> list[Part | None]:
     """For each root how its values are divided; None where none is lent."""
 
-    def part(whole: Ticket) -> Part | None:
+    def part(whole: FlatModuleDef) -> Part | None:
         places = list(enumerate(whole.leaves))
         taken = [(j, k) for j, k in places if k in lent]
         rest = [(j, k) for j, k in places if k not in lent]
@@ -258,53 +259,58 @@ def division(joint: Joint, lent: frozenset[int]) -> list[Part | None]:
         return Part(
             tuple(j for j, _ in taken),
             tuple(j for j, _ in rest),
-            ticket(whole.graphdef, whole.number, whole.of, tuple(k for _, k in taken)),
-            ticket(whole.graphdef, whole.number, whole.of, tuple(k for _, k in rest)),
+            flat_module_def(
+                whole.graphdef, whole.number, whole.of, tuple(k for _, k in taken)
+            ),
+            flat_module_def(
+                whole.graphdef, whole.number, whole.of, tuple(k for _, k in rest)
+            ),
         )
 
-    return joint.graphdef.memo(
-        ("division", lent), lambda: [part(whole) for whole in joint.tickets]
+    return alias_map.graphdef.memo(
+        ("division", lent), lambda: [part(whole) for whole in alias_map.definitions]
     )
 
 
 def rejoin(lent: Any, args: Sequence[Any], kwargs: Any) -> tuple[list[Any], Any]:
     """The arguments of a call with the lent values back in their roots."""
-    halves = {c.ticket.number: c for c in find_carriers(lent)}
+    halves = {c.definition.number: c for c in find_flat_modules(lent)}
 
-    def whole(kept: Carrier) -> Carrier:
-        half = halves.get(kept.ticket.number)
+    def whole(kept: FlatModule) -> FlatModule:
+        half = halves.get(kept.definition.number)
         if half is None:
             return kept
         values: dict[int, Any] = {}
         for c in (half, kept):
-            values.update(zip(c.ticket.leaves, c.values, strict=True))
-        of = kept.ticket
-        return Carrier(
-            [values[k] for k in sorted(values)], ticket(of.graphdef, of.number, of.of)
+            values.update(zip(c.definition.leaves, c.values, strict=True))
+        of = kept.definition
+        return FlatModule(
+            [values[k] for k in sorted(values)],
+            flat_module_def(of.graphdef, of.number, of.of),
         )
 
     return (
-        [replace_carriers(x, whole) for x in args],
-        {k: replace_carriers(x, whole) for k, x in kwargs.items()},
+        [replace_flat_modules(x, whole) for x in args],
+        {k: replace_flat_modules(x, whole) for k, x in kwargs.items()},
     )
 
 
-def mirror(tree: Any, lent: dict[int, Carrier]) -> Any:
+def mirror(tree: Any, lent: dict[int, FlatModule]) -> Any:
     """``tree`` with the lent half in the place of each root, and else no leaves."""
     return jtu.tree_map(
-        lambda x: lent.get(x.ticket.number) if isinstance(x, Carrier) else None,
+        lambda x: lent.get(x.definition.number) if is_flat_module(x) else None,
         tree,
-        is_leaf=lambda x: isinstance(x, Carrier),
+        is_leaf=is_flat_module,
     )
 
 
-def make_distinct(lent: list[Carrier], others: Any) -> None:
+def make_distinct(lent: list[FlatModule], others: Any) -> None:
     """Copies lent arrays that occur elsewhere in the call, or twice.
 
     One buffer cannot be donated twice, and one that also stays must survive.
 
     Args:
-      lent: the Carriers of lent values, which are changed.
+      lent: the FlatModules of lent values, which are changed.
       others: what else is passed to the call.
     """
     every = list(map(id, jtu.tree_leaves([c.values for c in lent])))
@@ -318,8 +324,8 @@ def make_distinct(lent: list[Carrier], others: Any) -> None:
         seen.add(id(value))
         return value
 
-    for carrier in lent:
-        carrier.values = jtu.tree_map(once, carrier.values)
+    for flat_module in lent:
+        flat_module.values = jtu.tree_map(once, flat_module.values)
 
 
 def with_first(

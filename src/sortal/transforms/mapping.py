@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,21 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from sortal._jax import differs_in_vmap, varying_axes
+from sortal._engine.foreign import in_our_words
+from sortal._engine.jax_compat import differs_in_vmap, varying_axes
+from sortal._engine.leaves import held
+from sortal._engine.schema import Schema
+from sortal._engine.variable import describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
-from sortal.foreign import in_our_words
-from sortal.graphdef import Schema
-from sortal.leaves import held
-from sortal.policy import Policy, answers
-from sortal.rules import written
-from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.lift import Entered, leave, refuse_unknown, unbind
-from sortal.transforms.prefixes import (
+from sortal.policy.policy import Policy, answers
+from sortal.policy.rule import written
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
+    unbind,
+    write_back,
+)
+from sortal.transforms._adapter.prefixes import (
     Spread,
     alone,
     by_kind,
@@ -29,8 +34,13 @@ from sortal.transforms.prefixes import (
     is_answer,
     said,
 )
-from sortal.transforms.traced import Carrier, Exit, Result, run
-from sortal.variable import describe
+from sortal.transforms._adapter.tracing import (
+    Effects,
+    Result,
+    is_flat_module,
+    run,
+)
+from sortal.transforms.axis_names import NOTHING, named
 
 _NO_FUNCTION: Any = object()
 _OF_JAX = ("axis_names", "check_vma")
@@ -48,7 +58,7 @@ def vmap(
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
     transform_metadata: Mapping[str, Any] = NOTHING,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.vmap`` for functions of modules, with an axis for each kind.
 
@@ -70,7 +80,6 @@ def vmap(
       spmd_axis_name: see ``jax.vmap``.
       transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
         Variables come out stacked, where their metadata names their axes.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator.
@@ -96,7 +105,7 @@ def vmap(
       >>> nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, jnp.ones(2)).shape
       (5, 3)
     """
-    refuse_unknown("vmap", ignored)
+    refuse_unknown("vmap", _unknown)
     in_axes, out_axes = in_our_words((in_axes, out_axes))
     if f is _NO_FUNCTION:
         return functools.partial(
@@ -112,9 +121,9 @@ def vmap(
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        entered = Entered((*first, *args), kwargs)
+        bound = BoundArguments((*first, *args), kwargs)
         prefixes = (*(None for _ in first), *per_argument("in_axes", in_axes, args))
-        spread = Spread(entered, prefixes, dict.fromkeys(kwargs, 0), "axis")
+        spread = Spread(bound, prefixes, dict.fromkeys(kwargs, 0), "axis")
         check_ranks(spread)
         call = _Vmapped(fn, spread, out_axes)
         mapped = jax.vmap(
@@ -125,9 +134,9 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )
-        result = call.result(*mapped(entered.args, entered.kwargs))
-        result.exit = named(result.exit, call.new, transform_metadata)
-        return leave(entered, result)
+        result = call.result(*mapped(bound.args, bound.kwargs))
+        result.effects = named(result.effects, call.new, transform_metadata)
+        return write_back(bound, result)
 
     return wrapper
 
@@ -186,7 +195,6 @@ def shard_map(
     """
     refuse_unknown("shard_map", options, _OF_JAX)
     in_specs, out_specs = in_our_words((in_specs, out_specs))
-    options = {k: v for k, v in options.items() if k in _OF_JAX}
     if f is _NO_FUNCTION:
         return functools.partial(
             shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
@@ -199,10 +207,10 @@ def shard_map(
             raise ArgumentError(
                 f"shard_map takes arguments by position; found {', '.join(kwargs)}."
             )
-        entered = Entered((*first, *args), {})
+        bound = BoundArguments((*first, *args), {})
         given = per_argument("in_specs", in_specs, args)
         prefixes = (*(PartitionSpec() for _ in first), *given)
-        spread = Spread(entered, prefixes, {}, "spec", _spec)
+        spread = Spread(bound, prefixes, {}, "spec", _spec)
         call = _Sharded(fn, spread, out_specs)
         call.checked = options.get("check_vma", True)
         mapped = jax.shard_map(
@@ -212,7 +220,7 @@ def shard_map(
             out_specs=(call.out_prefix, list(call.lanes)),
             **options,
         )
-        return leave(entered, call.result(*mapped(entered.args, {})))
+        return write_back(bound, call.result(*mapped(bound.args, {})))
 
     return wrapper
 
@@ -258,7 +266,7 @@ def check_ranks(spread: Spread) -> None:
     """
     bad = [
         f"{plan.graphdef.schema.describe(j)}: {describe(x)} has no axis {axis}"
-        for plan, axes in zip(spread.entered.plans, spread.roots, strict=True)
+        for plan, axes in zip(spread.bound.plans, spread.roots, strict=True)
         for j, (axis, value) in enumerate(zip(axes, plan.values(), strict=True))
         if isinstance(axis, int)
         for x in _without(axis, value)
@@ -341,19 +349,17 @@ class _Call:
 
     def _check_answers(self) -> None:
         spread = self.spread
-        plain = jtu.tree_leaves(
-            (spread.args, spread.kwargs), is_leaf=lambda x: isinstance(x, Carrier)
-        )
+        plain = jtu.tree_leaves((spread.args, spread.kwargs), is_leaf=is_flat_module)
         bad = [
             f"{plan.graphdef.schema.describe(j)}: {written(self.name, answer)}"
-            for plan, root in zip(spread.entered.plans, spread.roots, strict=True)
+            for plan, root in zip(spread.bound.plans, spread.roots, strict=True)
             for j, answer in enumerate(root)
             if not self.fits(answer)
         ]
         bad += [
             f"an array or State: {written(self.name, x)}"
             for x in plain
-            if not isinstance(x, Carrier) and not self.fits(x)
+            if not is_flat_module(x) and not self.fits(x)
         ]
         if bad:
             raise AxisError(f"{self.title}: {self.due}; found:\n{listing(bad)}")
@@ -363,7 +369,7 @@ class _Call:
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         result = run(self.fn, args, kwargs)
-        self.exit: Exit = result.exit
+        self.effects: Effects = result.effects
         self.routes: list[tuple[int, int, Any]] = []
         self.lists: list[list[Any]] = [[] for _ in self.lanes]
         self.problems: dict[_Fault, list[str]] = {}
@@ -385,17 +391,17 @@ class _Call:
 
     def _written(self, result: Result) -> Iterator[_Leaf]:
         spread = self.spread
-        for k, value in zip(result.exit.written, result.values, strict=True):
-            live = spread.entered.live_leaf(k)
+        for k, value in zip(result.effects.written, result.values, strict=True):
+            live = spread.bound.live_leaf(k)
             seen = held(live)
-            one = spread.entered.joint.graphdef.schema.pick([k])
-            given = spread.given[spread.entered.joint.leaf_at[k][0]]
+            one = spread.bound.alias_map.graphdef.schema.pick([k])
+            given = spread.given[spread.bound.alias_map.leaf_at[k][0]]
             view = functools.partial(list, (seen,))
             yield _Leaf(value, spread.of_leaf(k), one, view, given)
 
     def _fresh(self, result: Result) -> Iterator[_Leaf]:
         outs = given_for_objects(self.out_given, result.out)
-        new = self.spread.new_leaves(result.exit, outs, result.fresh)
+        new = self.spread.new_leaves(result.effects, outs, result.fresh)
         for (one, given, answer), value in zip(new, result.fresh, strict=True):
             yield _Leaf(value, answer, one, alone(one, value), given)
 
@@ -436,8 +442,8 @@ class _Call:
         for lane, at, post in self.routes:
             value = lists[lane][at]
             values.append(value if post is None else jax.tree.map(post, value))
-        n = len(self.exit.written)
-        return Result(out, values[:n], values[n:], self.exit)
+        n = len(self.effects.written)
+        return Result(out, values[:n], values[n:], self.effects)
 
 
 _ALIKE = (None, "mean", "max", "min")

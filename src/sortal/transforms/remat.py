@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 
-from sortal.statics import is_hashable
-from sortal.transforms import traced
-from sortal.transforms.captures import kept
-from sortal.transforms.lift import (
-    Entered,
-    leave,
+from sortal._nnx_names import refuse_unknown
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
     named_positions,
-    refuse_unknown,
     unbind,
+    write_back,
 )
+from sortal.transforms._adapter.tracing import run
+from sortal.transforms.eager import kept
 
 _NO_FUNCTION: Any = object()
 
@@ -28,7 +27,7 @@ def remat(
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
     static_argnums: int | Sequence[int] = (),
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.checkpoint`` for functions of modules: recomputes instead of storing.
 
@@ -37,7 +36,6 @@ def remat(
       prevent_cse: see ``jax.checkpoint``.
       policy: what to store all the same; see ``jax.checkpoint_policies``.
       static_argnums: positions of arguments that are not traced.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator.
@@ -53,7 +51,7 @@ def remat(
       >>> nnx.grad(loss)(layer, jnp.ones((1, 2))).paths()
       (('bias',), ('kernel',))
     """
-    refuse_unknown("remat", ignored)
+    refuse_unknown("remat", _unknown)
     if f is _NO_FUNCTION:
         return functools.partial(
             remat,
@@ -62,31 +60,31 @@ def remat(
             static_argnums=static_argnums,
         )
     fn, first = unbind(f)
-    static, _ = named_positions(fn, static_argnums, None)
-    static = {i + len(first) for i in static if isinstance(i, int)}
-    at = tuple(sorted(static))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        entered = Entered(args, kwargs, static)
-        rematted = jax.checkpoint(
-            lambda *a, **k: traced.run(fn, a, k),
-            prevent_cse=prevent_cse,
-            policy=policy,
-            static_argnums=at,
-        )
-        return leave(entered, rematted(*entered.args, **entered.kwargs))
+    positions, _ = named_positions(fn, static_argnums, None)
+    static = tuple(sorted(i + len(first) for i in positions if isinstance(i, int)))
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         args = (*first, *args)
-        chosen = tuple(args[i] for i in at if i < len(args))
-        fixed = (fn, prevent_cse, policy, at, chosen)
-        run = call
-        if is_hashable(chosen):
-            run = kept(call, fixed, (args, kwargs), static_argnums=at)
-        return run(*args, **kwargs)
+        chosen = [args[i] for i in static if i < len(args)]
+        options = (prevent_cse, policy, static)
+        return kept(_rematted, (f,), options, static, chosen)(*args, **kwargs)
 
     return wrapper
 
 
-checkpoint = remat
+def _rematted(functions: Sequence[Any], options: Any) -> Callable[..., Any]:
+    fn, _ = unbind(functions[0])
+    prevent_cse, policy, static = options
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = BoundArguments(args, kwargs, static)
+        rematted = jax.checkpoint(
+            lambda *a, **k: run(fn, a, k),
+            prevent_cse=prevent_cse,
+            policy=policy,
+            static_argnums=static,
+        )
+        return write_back(bound, rematted(*bound.args, **bound.kwargs))
+
+    return call

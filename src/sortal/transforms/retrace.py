@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 
+from sortal._engine.difference import ABSENT, Difference, Fact, facts_of
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.paths import Path, show
+from sortal._engine.schema import kind_name
+from sortal._engine.statics import is_hashable, static_key
+from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError, RetraceError, listing
-from sortal.graphdef import ABSENT, Difference, Fact, GraphDef, facts_of, kind_name
-from sortal.paths import Path, show
-from sortal.statics import is_hashable, static_key
-from sortal.transforms.traced import Carrier
-from sortal.variable import describe, is_variable
+from sortal.transforms._adapter.tracing import FlatModule, is_flat_module
 
 _KEPT = 16
 _LONGEST, _KEPT_TEXT = 200, 2_000
@@ -220,7 +222,7 @@ def _parameters(fn: Callable[..., Any]) -> tuple[list[str], str]:
 def _describe(
     arguments: Sequence[tuple[str, bool, Any]], named: Collection[str]
 ) -> Compile:
-    carriers: dict[int, tuple[str, Carrier]] = {}
+    flat_modules: dict[int, tuple[str, FlatModule]] = {}
     arrays: dict[str, str] = {}
     trees: dict[str, Any] = {}
     statics: dict[str, tuple[str, Any]] = {}
@@ -235,13 +237,13 @@ def _describe(
         trees[name] = jtu.tree_structure(x, is_leaf=_stops)
         for path, leaf in pairs:
             at = name + jtu.keystr(path)
-            if isinstance(leaf, Carrier):
-                carriers[leaf.ticket.number] = at, leaf
+            if is_flat_module(leaf):
+                flat_modules[leaf.definition.number] = at, leaf
             else:
                 arrays[at] = _aval(leaf)
-    ordered = [carriers[i] for i in sorted(carriers)]
+    ordered = [flat_modules[i] for i in sorted(flat_modules)]
     return Compile(
-        ordered[0][1].ticket.graphdef if ordered else None,
+        ordered[0][1].definition.graphdef if ordered else None,
         tuple(name for name, _ in ordered),
         tuple(_aval(v) for _, c in ordered for v in c.values),
         arrays,
@@ -252,7 +254,7 @@ def _describe(
 
 
 def _stops(x: Any) -> bool:
-    return x is None or isinstance(x, Carrier)
+    return x is None or is_flat_module(x)
 
 
 def _is_told(x: Any) -> bool:

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from sortal._engine.foreign import in_our_words
+from sortal._engine.nodes import is_root
+from sortal._engine.variable import describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
-from sortal.foreign import in_our_words
-from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.captures import kept
-from sortal.transforms.lift import leave, refuse_unknown, unbind
-from sortal.transforms.mapping import check_ranks, per_argument
-from sortal.transforms.operands import Operands, check_types, edited, only_added
-from sortal.transforms.prefixes import (
+from sortal.transforms._adapter.binding import unbind, write_back
+from sortal.transforms._adapter.operands import (
+    Operands,
+    check_types,
+    edited,
+    only_added,
+)
+from sortal.transforms._adapter.prefixes import (
     Carry,
     Spread,
     given_for_objects,
     is_answer,
 )
-from sortal.transforms.traced import Carrier, Exit, Result, resolve, run
-from sortal.variable import describe
+from sortal.transforms._adapter.tracing import (
+    Effects,
+    Result,
+    is_flat_module,
+    resolve,
+    run,
+)
+from sortal.transforms.axis_names import NOTHING, named
+from sortal.transforms.eager import kept
+from sortal.transforms.mapping import check_ranks, per_argument
 
 _NO_FUNCTION: Any = object()
 
@@ -40,7 +53,7 @@ def scan(
     in_axes: Any = (Carry, 0),
     out_axes: Any = (Carry, 0),
     transform_metadata: Mapping[str, Any] = NOTHING,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.scan`` for functions of modules, with a role for each kind.
 
@@ -61,7 +74,6 @@ def scan(
         these, or a tuple.
       transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
         Variables come out stacked, where their metadata names their axes.
-      **ignored: ``graph`` and ``graph_updates`` are taken for NNX code, of no effect.
 
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
@@ -87,7 +99,7 @@ def scan(
       >>> forward(layers, jnp.ones((1, 2))).shape
       (1, 2)
     """
-    refuse_unknown("scan", ignored)
+    refuse_unknown("scan", _unknown)
     in_axes, out_axes = in_our_words((in_axes, out_axes))
     options = {
         "length": length,
@@ -99,26 +111,32 @@ def scan(
         axes = {"in_axes": in_axes, "out_axes": out_axes}
         metadata = {"transform_metadata": transform_metadata}
         return functools.partial(scan, **axes, **metadata, **options)
-    fn, first = unbind(f)
-    held = len(first)
-
-    def steps(*args: Any) -> Any:
-        given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
-        call = _Scan(fn, Operands(args), given, out_axes)
-        call.check_lengths(length, held)
-        carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
-        return call.finish(carry, ys, transform_metadata)
+    _, first = unbind(f)
+    settings = (in_axes, out_axes, dict(transform_metadata), options)
 
     @functools.wraps(f)
     def wrapper(*args: Any) -> Any:
         given = per_argument("in_axes", in_axes, args)
-        call = steps
-        if all(map(_traceable, given, args)):
-            axes = (in_axes, out_axes, dict(transform_metadata))
-            call = kept(steps, (fn, held, options, axes), (first, args))
+        traceable = all(map(_traceable, given, args)) and all(map(is_root, first))
+        call = kept(_steps, (f,), settings) if traceable else _steps((f,), settings)
         return call(*first, *args)
 
     return wrapper
+
+
+def _steps(functions: Sequence[Any], settings: Any) -> Callable[..., Any]:
+    fn, first = unbind(functions[0])
+    held = len(first)
+    in_axes, out_axes, metadata, options = settings
+
+    def steps(*args: Any) -> Any:
+        given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
+        call = _Scan(fn, Operands(args), given, out_axes)
+        call.check_lengths(options["length"], held)
+        carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
+        return call.finish(carry, ys, metadata)
+
+    return steps
 
 
 def _traceable(axis: Any, arg: Any) -> bool:
@@ -134,19 +152,19 @@ class _Scan:
         self, fn: Callable[..., Any], operands: Operands, given: Any, out_axes: Any
     ):
         self.fn, self.operands = fn, operands
-        entered = operands.entered
+        bound = operands.bound
         self.at = _carry_place(given)
         self.out_at = _out_place(out_axes, self.at is not None)
         self.out_axes = out_axes
-        self.spread = Spread(entered, given, {}, "axis")
+        self.spread = Spread(bound, given, {}, "axis")
         self.roles = [self.spread.of_leaf(k) for k in range(len(operands.values))]
         check_ranks(self.spread)
         self.plain = _plain_roles(self.spread)
-        tree = None if self.at is None else entered.args[self.at]
+        tree = None if self.at is None else bound.args[self.at]
         self.skeleton = operands.skeleton(tree)
         self.carried = [k for k, role in enumerate(self.roles) if role is Carry]
         self.mapped = [k for k, role in enumerate(self.roles) if isinstance(role, int)]
-        self.exit: Exit = Exit((), (), None)
+        self.effects: Effects = Effects((), (), None)
         self.written: set[int] = set()
 
     def check_lengths(self, length: int | None, held: int) -> None:
@@ -220,18 +238,18 @@ class _Scan:
         for k, value in zip([*self.carried, *self.mapped], given, strict=True):
             values[k] = value
         result = run(self.fn, self.operands.rebuild(plain, values), {})
-        out, stacked = self._divide(result.out, result.exit)
+        out, stacked = self._divide(result.out, result.effects)
         self._check(result, out, tree, values)
-        self.exit = result.exit
+        self.effects = result.effects
         # Under jax.disable_jit each step is run, and they may write different leaves.
-        self.written.update(result.exit.written)
-        new = self.operands.written(result.exit, values, result.values)
-        self.kept = [k for k in result.exit.written if self.roles[k] is not Carry]
+        self.written.update(result.effects.written)
+        new = self.operands.written(result.effects, values, result.values)
+        self.kept = [k for k in result.effects.written if self.roles[k] is not Carry]
         ys = (stacked, [new[k] for k in self.kept], result.fresh)
-        carry = self.operands.same_objects(out, result.exit)
+        carry = self.operands.same_objects(out, result.effects)
         return (carry, [new[k] for k in self.carried]), ys
 
-    def _divide(self, out: Any, exit: Exit) -> tuple[Any, Any]:
+    def _divide(self, out: Any, effects: Effects) -> tuple[Any, Any]:
         """The carry, and what is stacked."""
         if self.out_at is None:
             return None, out
@@ -240,7 +258,7 @@ class _Scan:
         if not isinstance(out, tuple) or len(out) != len(self.out_axes):
             raise ArgumentError(
                 f"out_axes={self.out_axes!r} asks for a tuple of {len(self.out_axes)}; "
-                f"the step of scan returned {self.operands.outline(out, exit)}."
+                f"the step of scan returned {self.operands.outline(out, effects)}."
             )
         i = self.out_at[0]
         return out[i], (*out[:i], None, *out[i + 1 :])
@@ -254,10 +272,10 @@ class _Scan:
         return (*self.out_axes[:i], None, *self.out_axes[i + 1 :])
 
     def _check(self, result: Result, out: Any, tree: Any, values: Any) -> None:
-        exit, describe_leaf = result.exit, self.operands.describe
-        if not only_added(self.operands, exit):
-            raise LoopError(edited("the step of scan", self.operands, exit))
-        shared = [k for k in exit.written if self.roles[k] is None]
+        effects, describe_leaf = result.effects, self.operands.describe
+        if not only_added(self.operands, effects):
+            raise LoopError(edited("the step of scan", self.operands, effects))
+        shared = [k for k in effects.written if self.roles[k] is None]
         if shared:
             raise AxisError(
                 "scan: leaves of axis None are the same at each step, but were written:"
@@ -266,17 +284,17 @@ class _Scan:
                 "StateAxes({Kind: Carry, ...: None})."
             )
         outline = self.operands.outline
-        found = self.operands.same_objects(out, exit)
+        found = self.operands.same_objects(out, effects)
         if jax.tree.structure(found) != jax.tree.structure(tree):
             raise LoopError(
                 "the step of scan must return a carry of the same structure, with the "
                 f"same objects in the same places; it was given {outline(tree)}, and "
-                f"returned {outline(out, exit)}."
+                f"returned {outline(out, effects)}."
             )
         self.new = self._new_axes(result)
         rows = [
             (describe_leaf(k), values[k], new)
-            for k, new in zip(exit.written, result.values, strict=True)
+            for k, new in zip(effects.written, result.values, strict=True)
             if self.roles[k] is Carry
         ]
         olds, news = jtu.tree_leaves_with_path(tree), jax.tree.leaves(found)
@@ -291,7 +309,7 @@ class _Scan:
         axes = self.out_axes if self.out_at != () else None
         self._check_out_axes(axes, result)
         outs = given_for_objects(axes, result.out)
-        new = self.spread.new_leaves(result.exit, outs, result.fresh)
+        new = self.spread.new_leaves(result.effects, outs, result.fresh)
         bad = [
             f"{one.describe(0)} has {answer!r}"
             for one, _, answer in new
@@ -318,7 +336,7 @@ class _Scan:
         except ValueError:
             raise ArgumentError(
                 f"out_axes={axes!r} does not fit the output of the step of scan: "
-                f"{self.operands.outline(result.out, result.exit)}."
+                f"{self.operands.outline(result.out, result.effects)}."
             ) from None
         if unstacked:
             raise ArgumentError(
@@ -334,8 +352,8 @@ class _Scan:
         for k, value in zip(self.kept, written, strict=True):
             last[k] = _from_front(value, self.roles[k])
         written = tuple(sorted(self.written))
-        exit = Exit(written, self.exit.outputs, self.exit.edits)
-        exit = named(exit, self.new, metadata)
+        effects = Effects(written, self.effects.outputs, self.effects.edits)
+        effects = named(effects, self.new, metadata)
         values = [last[k] for k in written]
         fresh = [_from_front(x, a) for x, a in zip(fresh, self.new, strict=True)]
         stacked = jtu.tree_map(
@@ -344,11 +362,11 @@ class _Scan:
             stacked,
             is_leaf=is_answer,
         )
-        entered = self.operands.entered
-        out = leave(entered, Result(stacked, values, fresh, exit))
+        bound = self.operands.bound
+        out = write_back(bound, Result(stacked, values, fresh, effects))
         if self.out_at is None:
             return out
-        carry = resolve(tree, entered.roots)
+        carry = resolve(tree, bound.roots)
         if self.out_at == ():
             return carry
         i = self.out_at[0]
@@ -393,16 +411,16 @@ def _plain_roles(spread: Spread) -> list[Any]:
     found: list[Any] = []
 
     def note(role: Any, subtree: Any) -> None:
-        if not isinstance(role, Carrier):
-            leaves = jtu.tree_leaves(subtree, is_leaf=lambda x: isinstance(x, Carrier))
-            found.extend([role] * sum(not isinstance(x, Carrier) for x in leaves))
+        if not is_flat_module(role):
+            leaves = jtu.tree_leaves(subtree, is_leaf=is_flat_module)
+            found.extend([role] * sum(not is_flat_module(x) for x in leaves))
 
-    for roles, arg in zip(spread.args, spread.entered.args, strict=True):
+    for roles, arg in zip(spread.args, spread.bound.args, strict=True):
         jtu.tree_map(
             note,
             roles,
             arg,
-            is_leaf=lambda x: is_answer(x) or isinstance(x, Carrier),
+            is_leaf=lambda x: is_answer(x) or is_flat_module(x),
         )
     return found
 

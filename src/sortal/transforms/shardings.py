@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal.graphdef import Schema
-from sortal.state import State
-from sortal.transforms.prefixes import (
+from sortal._engine.schema import Schema
+from sortal._engine.state import State
+from sortal.transforms._adapter.prefixes import (
     alone,
     by_kind,
     column,
@@ -21,7 +21,7 @@ from sortal.transforms.prefixes import (
     new_leaves,
     said,
 )
-from sortal.transforms.traced import Carrier, Result
+from sortal.transforms._adapter.tracing import FlatModule, Result, is_flat_module
 
 _UNSET: Any = object()
 
@@ -104,28 +104,28 @@ class _Answers:
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
         def leaf(x: Any) -> Any:
-            if isinstance(x, Carrier):
+            if is_flat_module(x):
                 return self._root(given, x)
             return for_plain(given, "spec", x)
 
         return jtu.tree_map(
             leaf,
             subtree,
-            is_leaf=lambda x: isinstance(x, (Carrier, State)) or x is None,
+            is_leaf=lambda x: isinstance(x, (FlatModule, State)) or x is None,
         )
 
-    def _root(self, given: Any, carrier: Carrier) -> Carrier:
-        ticket = carrier.ticket
-        whole = ticket.graphdef.schema
+    def _root(self, given: Any, flat_module: FlatModule) -> FlatModule:
+        definition = flat_module.definition
+        whole = definition.graphdef.schema
         schema = Schema.of(
-            ticket.paths,
-            [whole.kinds[k] for k in ticket.leaves],
-            [whole.metadata[k] for k in ticket.leaves],
+            definition.paths,
+            [whole.kinds[k] for k in definition.leaves],
+            [whole.metadata[k] for k in definition.leaves],
         )
-        found = column(given, "spec", schema, lambda: carrier.values)
-        self.given[ticket.number] = given
-        self.of_leaf.update(zip(ticket.leaves, found, strict=True))
-        return Carrier(list(found), ticket)
+        found = column(given, "spec", schema, lambda: flat_module.values)
+        self.given[definition.number] = given
+        self.of_leaf.update(zip(definition.leaves, found, strict=True))
+        return FlatModule(list(found), definition)
 
 
 class _Packed:
@@ -151,7 +151,7 @@ class _Packed:
 
     def _pack(self, *args: Any, **kwargs: Any) -> Any:
         result = self._traced(*args, **kwargs)
-        answers = [self._answers.of_leaf.get(k) for k in result.exit.written]
+        answers = [self._answers.of_leaf.get(k) for k in result.effects.written]
         answers += self._of_new(result)
         lists: list[list[Any]] = [[] for _ in self._lanes]
         routes = []
@@ -159,7 +159,7 @@ class _Packed:
             lane = self._lanes.index(answer)
             routes.append((lane, len(lists[lane])))
             lists[lane].append(value)
-        return result.out, lists, _Routes((result.exit, tuple(routes)))
+        return result.out, lists, _Routes((result.effects, tuple(routes)))
 
     def _of_new(self, result: Result) -> list[Any]:
         outs = given_for_objects(self._out, result.out)
@@ -167,16 +167,18 @@ class _Packed:
         return [
             # One sharding for a whole root speaks of the leaves that were there.
             column(given, "spec", one, alone(one, value))[0] if by_kind(given) else None
-            for one, given, value in new_leaves(result.exit, roots, outs, result.fresh)
+            for one, given, value in new_leaves(
+                result.effects, roots, outs, result.fresh
+            )
         ]
 
     def unpack(self, packed: Any) -> Result:
         """The Result, with the values in their order again."""
         out, lists, routes = packed
-        exit, places = routes.static
+        effects, places = routes.static
         values = [lists[lane][at] for lane, at in places]
-        n = len(exit.written)
-        return Result(out, values[:n], values[n:], exit)
+        n = len(effects.written)
+        return Result(out, values[:n], values[n:], effects)
 
 
 class _Routes:

@@ -1,1 +1,0 @@
-../src/sortal/demo/generate.py

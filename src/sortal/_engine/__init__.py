@@ -1,0 +1,1 @@
+"""What a model is made of; private. README.md beside this file explains it."""

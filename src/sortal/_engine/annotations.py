@@ -1,0 +1,157 @@
+"""What an initialiser says of the value that it makes: metadata for its Variable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sortal.errors import VariableError
+
+PARTITION_NAME = "partition_name"
+"""The key under which ``transform_metadata`` gives the name of a new axis."""
+
+HOOKS = (
+    "on_get_value",
+    "on_set_value",
+    "on_create_value",
+    "on_add_axis",
+    "on_remove_axis",
+)
+_OLD_NAMES = ("sharding", "sharding_names")
+
+
+@dataclasses.dataclass(frozen=True)
+class VariableMetadata:
+    """A value on its way into a Variable, with metadata for it.
+
+    Args:
+      raw_value: the value.
+      metadata: entries of the Variable's metadata.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sortal import nnx
+      >>> nnx.Param(nnx.VariableMetadata(jnp.ones(2), metadata={"unit": "m"}))
+      Param(float32[2], unit='m')
+    """
+
+    raw_value: Any
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
+
+
+def with_metadata(
+    initializer: Callable[..., Any],
+    on_set_value: Any = (),
+    on_get_value: Any = (),
+    on_create_value: Any = (),
+    on_add_axis: Any = (),
+    on_remove_axis: Any = (),
+    **metadata: Any,
+) -> Callable[..., VariableMetadata]:
+    """An initialiser whose Variables get metadata.
+
+    Args:
+      initializer: a function of (key, shape, dtype).
+      on_set_value: hooks, which Sortal does not have.
+      on_get_value: likewise.
+      on_create_value: likewise.
+      on_add_axis: likewise.
+      on_remove_axis: likewise.
+      **metadata: entries of the Variable's metadata.
+
+    Returns:
+      The initialiser.
+
+    Raises:
+      VariableError: a hook is given.
+
+    Example:
+      >>> import sortal as nnx
+      >>> init = nnx.with_metadata(nnx.initializers.zeros_init(), unit="m")
+      >>> nnx.Linear(2, 3, kernel_init=init, rngs=nnx.Rngs(0)).kernel
+      Param(float32[2,3], unit='m')
+    """
+    given = (on_get_value, on_set_value, on_create_value, on_add_axis, on_remove_axis)
+    refuse_hooks("with_metadata", [n for n, f in zip(HOOKS, given, strict=True) if f])
+
+    @functools.wraps(initializer)
+    def wrapper(*args: Any, **kwargs: Any) -> VariableMetadata:
+        return VariableMetadata(initializer(*args, **kwargs), metadata=metadata)
+
+    return wrapper
+
+
+def with_partitioning(
+    initializer: Callable[..., Any], sharding: Any, mesh: Any = None, **metadata: Any
+) -> Callable[..., VariableMetadata]:
+    """An initialiser whose Variables know the names of their axes.
+
+    Args:
+      initializer: a function of (key, shape, dtype).
+      sharding: a name, a tuple of names or None for each axis; or a PartitionSpec.
+      mesh: the mesh; that of ``jax.set_mesh`` if absent.
+      **metadata: further entries of the Variable's metadata.
+
+    Returns:
+      The initialiser. Its Variables have the metadata ``out_sharding``, and are put on
+      the mesh where there is one.
+
+    Raises:
+      VariableError: the metadata has a hook.
+
+    Example:
+      >>> import sortal as nnx
+      >>> init = nnx.with_partitioning(nnx.initializers.ones_init(), (None, "model"))
+      >>> layer = nnx.Linear(2, 4, kernel_init=init, rngs=nnx.Rngs(0))
+      >>> list(nnx.get_partition_spec(nnx.state(layer))["kernel"].value)
+      [None, 'model']
+    """
+    where = {} if mesh is None else {"mesh": mesh}
+    return with_metadata(initializer, out_sharding=sharding, **where, **metadata)
+
+
+def refuse_hooks(owner: str, names: list[str]) -> None:
+    """Refuses functions that were to run when a value is read or written.
+
+    Args:
+      owner: where they were given, for the message.
+      names: what they were given as.
+
+    Raises:
+      VariableError: there are some.
+    """
+    if names:
+        raise VariableError(
+            f"{owner}: {', '.join(names)} would be hooks, which are never called here. "
+            "Write a kind of your own that defines get_value or set_value."
+        )
+
+
+def normalised(owner: str, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metadata under its present names, with tuples for lists of axis names.
+
+    Args:
+      owner: the kind's name, for the message.
+      metadata: entries by name.
+
+    Returns:
+      The same entries; ``sharding`` and ``sharding_names`` are ``out_sharding``.
+
+    Raises:
+      VariableError: an entry is a hook.
+    """
+    refuse_hooks(owner, [n for n in HOOKS if metadata.get(n)])
+    found = {k: v for k, v in metadata.items() if k not in HOOKS}
+    for old in _OLD_NAMES:
+        if old in found:
+            found["out_sharding"] = found.pop(old)
+    for name in ("out_sharding", "sharding_rules"):
+        if isinstance(found.get(name), list):
+            found[name] = _tuples(found[name])
+    return found
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, (list, tuple)) else x

@@ -1,0 +1,91 @@
+"""How two structures differ, path by path."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from sortal._engine.nodes import LEAF, STATIC
+from sortal._engine.paths import Path, show
+from sortal._engine.schema import kind_name
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
+class Difference(NamedTuple):
+    """One place where two structures differ."""
+
+    path: Path
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        old, new = str(self.old), str(self.new)
+        if old == new:  # look-alikes: two classes of one name, two orders of a dict
+            old, new = _at_length(self.old), _at_length(self.new)
+        return f"{show(self.path)}: {old} -> {new}"
+
+
+class Fact(NamedTuple):
+    """What is at one path: compared in full, printed shortly."""
+
+    cls: type | None
+    details: Hashable
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _at_length(fact: Any) -> str:
+    if not isinstance(fact, Fact) or fact.cls is None:
+        return repr(fact)
+    name = f"{fact.cls.__module__}.{fact.cls.__qualname__}"
+    return f"{name} {fact.details!r}"
+
+
+def facts_of(graphdef: Any) -> dict[Path, Any]:
+    """What is at each path of a GraphDef: a Fact, or a Static."""
+    facts: dict[Path, Any] = {}
+    seen: dict[int, Path] = {}
+    schema = graphdef.schema
+
+    # With a stack of its own, so that no depth is too deep.
+    pending: list[tuple[Any, Path]] = [(graphdef.root, ())]
+    while pending:
+        entry, path = pending.pop()
+        if entry.what == STATIC:
+            facts[path] = entry.ref
+        elif entry.what == LEAF:
+            owner, kind = schema.paths[entry.ref], schema.kinds[entry.ref]
+            meta = schema.metadata[entry.ref]
+            shown = kind_name(kind) + (f" {dict(meta)}" if meta else "")
+            facts[path] = Fact(kind, meta, shown)
+            if owner != path:
+                facts[path] = Fact(None, owner, f"alias of {show(owner)}")
+        elif entry.ref in seen:
+            owner = seen[entry.ref]
+            facts[path] = Fact(None, owner, f"alias of {show(owner)}")
+        else:
+            seen[entry.ref] = path
+            record = graphdef.records[entry.ref]
+            facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
+            children = [(c, record.below(path, c.key)) for c in record.entries]
+            pending += reversed(children)
+    return facts
+
+
+def differences(old: Any, new: Any) -> list[Difference]:
+    """One Difference for each path where two GraphDefs disagree."""
+    before, after = facts_of(old), facts_of(new)
+    return [
+        Difference(path, before.get(path, ABSENT), after.get(path, ABSENT))
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path, ABSENT) != after.get(path, ABSENT)
+    ]

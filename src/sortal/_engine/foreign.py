@@ -1,0 +1,234 @@
+"""Variables of other libraries: what the engine asks of them, and when it meets them.
+
+A library is met when a class of its package first turns up. Until then nothing of it is
+imported, and what is here costs a look-up by type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, TypeGuard
+
+import jax
+
+from sortal._engine.statics import Metadata
+
+Kind = type | None
+
+
+class VariableHandler:
+    """How the Variables of one library are read, written and built."""
+
+    def values(self, variables: Sequence[Any]) -> list[Any]:
+        """The bare values of several Variables."""
+        raise NotImplementedError
+
+    def write(self, variable: Any, value: Any) -> None:
+        """Sets the bare value, without asking which trace owns the Variable."""
+        raise NotImplementedError
+
+    def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
+        """The live metadata of several Variables; not to be changed."""
+        raise NotImplementedError
+
+    def set_metadata(self, variable: Any, metadata: dict[str, Any]) -> None:
+        """Replaces the metadata."""
+        raise NotImplementedError
+
+    def is_ours(self, variable: Any) -> bool:
+        """Whether the Variable belongs to the current trace."""
+        raise NotImplementedError
+
+    def refusal(self, variable: Any) -> str:
+        """Why the engine cannot take this Variable; empty where it can."""
+        return ""
+
+    def make(self, kind: type, value: Any, metadata: Metadata) -> Any:
+        """Builds a Variable, owned by the current trace, without running hooks."""
+        raise NotImplementedError
+
+
+_unmet: dict[str, Callable[[], None]] = {}
+"""Modules that define the classes of libraries not yet met, and what to do then."""
+_words: dict[type, Callable[[Any], Any]] = {}
+_listeners: list[Callable[[type], Any]] = []
+_handlers: dict[type, VariableHandler] = {}
+_found: dict[type, VariableHandler | None] = {}
+_twins: dict[type, type] = {}
+
+
+def introduce(module: str, teach: Callable[[], None]) -> None:
+    """Names a library that may be met.
+
+    Args:
+      module: the module that its classes are from, or are below.
+      teach: called once, when the first class of it turns up; registers what the
+        engine has to know.
+    """
+    _unmet[module] = teach
+
+
+def meet(cls: type) -> None:
+    """Learns about the libraries that a class and its bases come from.
+
+    Args:
+      cls: any class.
+
+    Raises:
+      UnsupportedError: one of them is of a version that is not supported.
+    """
+    for base in cls.__mro__ if _unmet else ():
+        for module in list(_unmet):
+            if f"{base.__module__}.".startswith(f"{module}."):
+                _learn(module)
+
+
+def meet_imported(modules: Container[str]) -> None:
+    """Learns about libraries that the user has imported already.
+
+    Args:
+      modules: the names of imported modules.
+
+    Raises:
+      UnsupportedError: one of them is of a version that is not supported.
+    """
+    for module in [name for name in _unmet if name in modules]:
+        _learn(module)
+
+
+def _learn(module: str) -> None:
+    teach = _unmet.pop(module)
+    try:
+        teach()
+    except BaseException:
+        _unmet[module] = teach  # so that the next object of it is refused as well
+        raise
+
+
+def watch_classes(listener: Callable[[type], Any]) -> None:
+    """Has a function called with each class of ours that is made from now on.
+
+    Args:
+      listener: takes the class.
+    """
+    _listeners.append(listener)
+
+
+def note_class(cls: type) -> None:
+    """Tells the listeners of a new class of objects or Variables.
+
+    Args:
+      cls: the class.
+    """
+    for listener in _listeners:
+        listener(cls)
+
+
+def translate(theirs: type, into_ours: Callable[[Any], Any]) -> None:
+    """Has instances of a class, or the class itself, taken where one of ours is due.
+
+    Args:
+      theirs: a class of another library, such as its ``StateAxes``.
+      into_ours: takes the instance or class, returns what it means here.
+    """
+    _words[theirs] = into_ours
+
+
+def in_our_words(tree: Any) -> Any:
+    """Axes, shardings and the like, as the user wrote them, in the words of Sortal.
+
+    Args:
+      tree: any pytree of them.
+
+    Returns:
+      The tree, with what other libraries have for the same replaced.
+    """
+    if not any(map(_is_word, jax.tree.leaves(tree, is_leaf=_is_word))):
+        return tree  # itself, for the user may change what is in it
+    return jax.tree.map(
+        lambda x: _words[_class(x)](x) if _is_word(x) else x, tree, is_leaf=_is_word
+    )
+
+
+def _class(x: Any) -> type:
+    return x if isinstance(x, type) else type(x)
+
+
+def _is_word(x: Any) -> bool:
+    meet(_class(x))
+    return _class(x) in _words
+
+
+def register_variable(base: type, handler: VariableHandler) -> None:
+    """Teaches the engine the Variables of a library.
+
+    Args:
+      base: the class that all its Variables derive from.
+      handler: the VariableHandler.
+    """
+    _handlers[base] = handler
+    _found.clear()
+
+
+def handler_of_kind(kind: type) -> VariableHandler | None:
+    """The handler for Variables of a class, None where it is no other library's.
+
+    Args:
+      kind: any class.
+
+    Returns:
+      The VariableHandler or None.
+    """
+    try:
+        return _found[kind]
+    except KeyError:
+        meet(kind)
+        mine = (_handlers[b] for b in kind.__mro__ if b in _handlers)
+        found = _found[kind] = next(mine, None)
+        return found
+
+
+def pair(ours: type, theirs: type) -> None:
+    """Says that two kinds are one, so that filters by either take both.
+
+    Args:
+      ours: a kind of Sortal.
+      theirs: the kind of another library with the same meaning.
+    """
+    _twins[ours], _twins[theirs] = theirs, ours
+
+
+def ancestry(kind: type) -> Iterator[type]:
+    """A kind, its bases, and the kinds that they are paired with.
+
+    Args:
+      kind: any class.
+
+    Yields:
+      Classes.
+    """
+    for base in kind.__mro__:
+        yield base
+        twin = _twins.get(base)
+        if twin is not None:
+            yield twin
+
+
+def is_kind(kind: Kind, wanted: type) -> TypeGuard[type]:
+    """Whether leaves of ``kind`` are leaves of ``wanted``, in either library's words.
+
+    Args:
+      kind: the class of a leaf; None for a raw array.
+      wanted: a class.
+
+    Returns:
+      True where ``kind`` is, or derives from, ``wanted`` or its pair.
+    """
+    if kind is None:
+        return False
+    return issubclass(kind, wanted) or (bool(_twins) and wanted in ancestry(kind))
+
+
+def same_kind(a: Kind, b: Kind) -> bool:
+    """Whether two kinds are one class, or a pair."""
+    return a is b or (a is not None and b is not None and _twins.get(a) is b)

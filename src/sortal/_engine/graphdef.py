@@ -1,0 +1,162 @@
+"""GraphDef: what a structure is apart from its values; building objects from it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from sortal._engine.difference import Difference, differences
+from sortal._engine.nodes import LEAF, NODE, STATIC, Child, Handler
+from sortal._engine.paths import Path
+from sortal._engine.schema import Schema
+from sortal._engine.statics import Interned, Static
+from sortal._engine.variable import make_all
+
+
+class Entry(NamedTuple):
+    """One child of a node: a node or leaf by number, or a Static."""
+
+    key: Hashable
+    what: Child
+    ref: Any
+
+
+class Record(NamedTuple):
+    """One node: its type, what its handler needs, and its children."""
+
+    cls: type
+    handler: Handler
+    spec: Static
+    entries: tuple[Entry, ...]
+
+    def below(self, path: Path, key: Any) -> Path:
+        """The path of the child at ``key``, where the node's own is ``path``."""
+        return path + key if self.handler.flat else (*path, key)
+
+
+class GraphDef(Interned):
+    """An immutable, interned description of everything but the values.
+
+    Two equal structures share one GraphDef, so that comparing and hashing it costs
+    nothing. It is what ``split`` returns first and ``merge`` takes first.
+
+    Example:
+      >>> import sortal as nnx
+      >>> a = nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> b = nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(1)))
+      >>> a is b
+      True
+    """
+
+    __slots__ = ("_memo", "_steps", "aliases", "records", "root", "schema")
+
+    root: Entry
+    records: tuple[Record, ...]
+    schema: Schema
+    aliases: tuple[tuple[Path, int], ...]
+
+    @classmethod
+    def of(cls, root: Any, records: Any, schema: Any, aliases: Any) -> GraphDef:
+        """The one GraphDef of this structure."""
+        parts = root, tuple(records), schema, tuple(aliases)
+        return cls._intern(parts, *parts)
+
+    def _setup(self, root: Any, records: Any, schema: Any, aliases: Any) -> None:
+        self.root, self.records, self.schema = root, records, schema
+        self.aliases = aliases
+        self._memo: dict[Any, Any] = {}
+        self._steps: list[Step] | None = None
+
+    memo = Schema.memo
+    # Annotations name the model: `GraphDef[Model]`.
+    __class_getitem__ = classmethod(types.GenericAlias)
+
+    def diff(self, other: GraphDef) -> list[Difference]:
+        """What differs from ``other``, path by path.
+
+        Args:
+          other: the GraphDef to compare with; seen as the newer one.
+
+        Returns:
+          One Difference for each path where the two disagree.
+        """
+        return differences(self, other)
+
+    def build_leaves(self, values: Sequence[Any], metadata: Any = None) -> list[Any]:
+        """Wraps values, given in order, in new Variables of their kinds."""
+        schema = self.schema
+        return make_all(schema.kinds, values, metadata or schema.metadata)
+
+    def build(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Builds the objects around ``leaves``.
+
+        Args:
+          leaves: Variables and raw arrays in order.
+
+        Returns:
+          The root, and all nodes in order.
+        """
+        steps = self._steps
+        if steps is None:
+            steps = self._steps = list(map(Step, self.records))
+        nodes = [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
+        fill(steps, nodes, leaves, range(len(nodes)))
+        what, ref = self.root[1:]
+        root = ref.value if what is STATIC else (leaves if what else nodes)[ref]
+        return root, nodes
+
+    def __reduce__(self) -> Any:
+        return (GraphDef.of, (self.root, self.records, self.schema, self.aliases))
+
+    def __repr__(self) -> str:
+        name = self.records[0].cls.__name__ if self.records else "leaf"
+        return (
+            f"GraphDef({name}: {len(self.records)} nodes, {len(self.schema)} leaves, "
+            f"{len(self.aliases)} aliases)"
+        )
+
+
+class Step:
+    """What building one node takes, laid out for speed."""
+
+    __slots__ = ("cls", "handler", "leaves", "nodes", "spec", "template", "tracked")
+
+    def __init__(self, record: Record):
+        self.cls, self.handler, self.spec = (
+            record.cls,
+            record.handler,
+            record.spec.value,
+        )
+        self.tracked = record.handler.tracked
+        self.template = {
+            e.key: e.ref.value if e.what == STATIC else None for e in record.entries
+        }
+        self.nodes = [(e.key, e.ref) for e in record.entries if e.what == NODE]
+        self.leaves = [(e.key, e.ref) for e in record.entries if e.what == LEAF]
+
+
+def fill(
+    steps: Sequence[Step], nodes: list[Any], leaves: Any, which: Sequence[int]
+) -> None:
+    """Gives the nodes numbered ``which`` their children; values are built on the way.
+
+    Children have higher numbers than the value-like nodes that hold them, so going
+    backwards every value is complete before its holder asks for it.
+    """
+    for n in reversed(which):
+        step = steps[n]
+        items = step.template.copy()
+        for key, ref in step.leaves:
+            items[key] = leaves[ref]
+        for key, ref in step.nodes:
+            items[key] = nodes[ref]
+        if step.tracked:
+            step.handler.fill(nodes[n], step.spec, items)
+        else:
+            nodes[n] = step.handler.build(step.cls, step.spec, items)
+
+
+jax.tree_util.register_static(GraphDef)

@@ -1,0 +1,231 @@
+"""Live leaves: where values hang in a model, read and written many at once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sortal._engine.foreign import VariableHandler, handler_of_kind
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.nodes import LEAF, NODE, Handler, ListHandler
+from sortal._engine.paths import Path
+from sortal._engine.variable import Variable, check_writable, write
+
+_LIST = ListHandler()
+
+
+class Slot:
+    """A raw array where it hangs, as the engine reads and writes it."""
+
+    __slots__ = ("_trace", "handler", "holder", "key", "name", "node")
+
+    def __init__(self, node: Any, handler: Handler, key: Any, trace: Any):
+        self._trace, self.handler = trace, handler
+        self.node, self.name = id(node), key
+        self.holder, self.key = handler.place(node, key)
+
+    @property
+    def held(self) -> Any:
+        """What is there for the user to see: the array."""
+        return self._value
+
+    @property
+    def _value(self) -> Any:
+        holder = self.holder
+        if isinstance(holder, (dict, list)):
+            return holder[self.key]
+        return self.handler.read(holder, self.key)
+
+    @property
+    def writable(self) -> bool:
+        """Whether the holder can be written to; tuples and other values cannot."""
+        return self.handler.tracked
+
+    def write(self, value: Any) -> None:
+        """Puts ``value`` there; the holder must be writable."""
+        if isinstance(self.holder, (dict, list)):
+            self.holder[self.key] = value
+        else:
+            self.handler.write(self.holder, self.key, value)
+
+    @property
+    def _place(self) -> tuple[Any, Path, str]:
+        return self.holder, (self.name,), "unlabelled array"
+
+    @property
+    def _id(self) -> tuple[int, Any]:
+        return (self.node, self.name)
+
+
+def live_leaves(
+    graphdef: GraphDef, nodes: Sequence[Any], leaves: Sequence[Any]
+) -> list[Any]:
+    """What the engine reads and writes leaves by: Variables, Slots and Foreigns.
+
+    Args:
+      graphdef: the structure of the objects.
+      nodes: all live nodes in its order.
+      leaves: Variables of any library, and raw arrays, in its order.
+
+    Returns:
+      One for each leaf.
+    """
+    found = list(leaves)
+    if not graphdef.records and found and graphdef.schema.kinds[0] is None:
+        return [Slot([found[0]], _LIST, 0, current_trace())]  # the root is an array
+    raw, theirs = graphdef.memo("odd leaves", lambda: _odd_leaves(graphdef))
+    for i, handler in theirs:
+        found[i] = Foreign(found[i], handler)
+    for i, key, holders in raw:
+        n = holders[0]
+        owners = (graphdef.records[h].handler.owner(nodes[h]) for h in holders)
+        owner = next((x for x in owners if x is not None), None)
+        trace = current_trace() if owner is None else owner._trace
+        found[i] = Slot(nodes[n], graphdef.records[n].handler, key, trace)
+    return found
+
+
+def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any]]:
+    """Raw arrays with key and all holders, innermost first; other libraries' leaves."""
+    kinds = graphdef.schema.kinds
+    above: dict[int, int] = {0: -1}
+    raw = []
+    for n, record in enumerate(graphdef.records):
+        for key, what, ref in record.entries:
+            if what is NODE:
+                above.setdefault(ref, n)
+            elif what is LEAF and kinds[ref] is None:
+                raw.append((ref, key, n))
+    handlers = [None if k is None else handler_of_kind(k) for k in kinds]
+    return (
+        [(ref, key, list(_upward(above, n))) for ref, key, n in raw],
+        [(i, h) for i, h in enumerate(handlers) if h is not None],
+    )
+
+
+def _upward(above: dict[int, int], n: int) -> Iterator[int]:
+    while n >= 0:
+        yield n
+        n = above[n]
+
+
+class Foreign:
+    """A Variable of another library, with the face of one of ours for the engine."""
+
+    __slots__ = ("handler", "held")
+
+    writable = True
+
+    def __init__(self, variable: Any, handler: VariableHandler):
+        self.held, self.handler = variable, handler
+
+    @property
+    def _value(self) -> Any:
+        return self.handler.values([self.held])[0]
+
+    def write(self, value: Any) -> None:
+        """Sets the value; hooks do not run."""
+        self.handler.write(self.held, value)
+
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        """Replaces the metadata."""
+        self.handler.set_metadata(self.held, metadata)
+
+    @property
+    def _trace(self) -> Any:
+        return current_trace() if self.handler.is_ours(self.held) else None
+
+    @property
+    def _place(self) -> tuple[Any, Path, str]:
+        return self.held, (), type(self.held).__name__
+
+    @property
+    def _id(self) -> int:
+        return id(self.held)
+
+
+def held(leaf: Any) -> Any:
+    """What a live leaf is to the user: a Variable of any library, or a raw array."""
+    return leaf.held if isinstance(leaf, (Slot, Foreign)) else leaf
+
+
+def identity(leaf: Any) -> Any:
+    """What is equal for one and the same live leaf, seen from two plans."""
+    return leaf._id if isinstance(leaf, (Slot, Foreign)) else id(leaf)
+
+
+class Leaves(list[Any]):
+    """Live leaves, Variables and Slots, that are read and written all at once."""
+
+    __slots__ = ("_cells", "_foreign", "_trace", "ours_only", "slotted")
+
+    def __init__(self, leaves: Iterable[Any]):
+        super().__init__(leaves)
+        types = set(map(type, self))
+        self.slotted = Slot in types
+        ours = not types & {Slot, Foreign}
+        self._cells = [x._cell for x in self] if ours else None
+        self.ours_only = ours
+        # Those of one other library can be read at once as well.
+        self._foreign: Callable[[], list[Any]] | None = None
+        if types == {Foreign} and len({x.handler for x in self}) == 1:
+            variables = [x.held for x in self]
+            self._foreign = functools.partial(self[0].handler.values, variables)
+        first = self[0]._trace if self else None
+        self._trace = first if all(x._trace is first for x in self) else None
+
+    def values(self) -> list[Any]:
+        """The values of all, in order."""
+        if self._cells is not None:
+            return [value for (value,) in self._cells]
+        if self._foreign is not None:
+            return self._foreign()
+        return [x._value for x in self]
+
+    def snapshot(self) -> list[Any]:
+        """The values, with copies of NumPy arrays, which others could write to."""
+        if self._cells is None:
+            return own(self.values())
+        kind = np.ndarray
+        return [v.copy() if v.__class__ is kind else v for (v,) in self._cells]
+
+    def ours(self) -> bool:
+        """Whether all are known to belong to the current trace."""
+        return not self or self._trace is current_trace()
+
+    def put(self, values: Iterator[Any]) -> None:
+        """Writes one value into each, without asking which trace owns it."""
+        if self._cells is not None:
+            for cell, value in zip(self._cells, values, strict=False):
+                cell[0] = value
+            return
+        for leaf, value in zip(self, values, strict=False):
+            write(leaf, value) if isinstance(leaf, Variable) else leaf.write(value)
+
+
+def store_all(parts: Sequence[Leaves], values: Iterable[Any]) -> None:
+    """Writes values into live leaves: all of them, or none.
+
+    Args:
+      parts: Variables, and Slots that are writable.
+      values: a value for each leaf of all parts.
+
+    Raises:
+      TraceError: some leaves belong to another trace; nothing is written.
+    """
+    foreign = [part for part in parts if not part.ours()]
+    check_writable(leaf for part in foreign for leaf in part)
+    values = iter(values)
+    for part in parts:
+        part.put(values)
+
+
+def own(values: list[Any]) -> list[Any]:
+    """Copies the NumPy arrays among ``values``, which others could write to."""
+    if np.ndarray in set(map(type, values)):
+        return [v.copy() if type(v) is np.ndarray else v for v in values]
+    return values

@@ -1,0 +1,566 @@
+"""How each type of node is taken apart and put together; Node, the base of objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import itertools
+import operator
+import types
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from sortal._engine import paths
+from sortal._engine.foreign import handler_of_kind, meet, note_class
+from sortal._engine.jax_compat import current_trace, one_level
+from sortal._engine.marks import Marked
+from sortal._engine.statics import edits, is_hashable, static_key
+from sortal._engine.variable import Variable, foreign_write
+
+Keys = Sequence[Any]
+
+
+class Child(enum.IntEnum):
+    """What a child of a node is."""
+
+    NODE = 0
+    LEAF = 1
+    STATIC = 2
+
+
+NODE, LEAF, STATIC = Child.NODE, Child.LEAF, Child.STATIC
+
+
+class Node:
+    """Base of objects with attributes; counts attribute writes and keeps plans.
+
+    The counter tells the engine, in one comparison of integers, that an object still
+    has the structure it was planned with; ``statics.edits`` that no object has
+    changed at all. A write that goes round ``__setattr__`` (``vars(obj)[name] = x``)
+    is noticed only when it changes the number of attributes.
+
+    Like Variables, an object belongs to the trace that it was made in: an attribute
+    set from inside another would leak a tracer.
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_plans", "_roles", "_trace", "_version")
+
+    _field_roles: ClassVar[dict[str, str] | None] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        node = object.__new__(cls)
+        _set_trace(node, current_trace())
+        _set_version(node, 0)
+        _set_plans(node, ())
+        _set_roles(node, cls._field_roles)
+        return node
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        note_class(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._trace is not current_trace():
+            raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
+        old = self.__dict__.get(name, _ABSENT)
+        if type(value) is Marked:
+            _set_roles(self, {**(self._roles or {}), name: value.role})
+            value, old = value.value, _ABSENT
+        object.__setattr__(self, name, value)
+        if type(old) in leaf_types and type(value) in leaf_types:
+            return
+        _set_version(self, self._version + 1)
+        edits.note()
+
+    def __delattr__(self, name: str) -> None:
+        if self._trace is not current_trace():
+            raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
+        object.__delattr__(self, name)
+        if self._roles and name in self._roles:
+            left = {k: role for k, role in self._roles.items() if k != name}
+            declared = self._field_roles or {}
+            left |= {k: role for k, role in declared.items() if k == name}
+            _set_roles(self, left or None)
+        _set_version(self, self._version + 1)
+        edits.note()
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        # What is compared by identity, such as a function or a setting, would as a
+        # copy be another structure, and everything compiled would compile again.
+        _keep_statics(self, memo, memo.setdefault(_keep_statics, {}))
+        node = memo[id(self)] = Node.__new__(type(self))
+        node.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return node
+
+    @property
+    def _place(self) -> tuple[Any, paths.Path, str]:
+        return self, (), type(self).__name__
+
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, str] | None]:
+        return (dict(self.__dict__), self._roles)
+
+    def __setstate__(self, state: Any) -> None:
+        attributes, roles = state if isinstance(state, tuple) else (state, None)
+        self.__dict__.update(attributes or {})
+        _set_roles(self, roles)
+        _set_version(self, self._version + 1)
+        edits.note()
+
+
+_ABSENT: Any = object()
+_set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
+_set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
+_set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
+_set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
+_set_dict: Callable[[Node, Any], None] = Node.__dict__["__dict__"].__set__
+_get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
+set_plans = _set_plans
+get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
+
+leaf_types: set[type] = {np.ndarray}
+"""Exact types of raw arrays met so far: replacing one by another keeps structure."""
+
+
+class Handler:
+    """How nodes of one type are taken apart and put together.
+
+    ``tracked`` nodes have an identity: met twice they are one object, they may be
+    part of a cycle, and they can be refilled in place. Others are values, rebuilt
+    from their children; ``fixed`` ones never change while they live. ``flat`` nodes
+    have keys that are paths. Nodes of a handler that ``notes_edits`` call
+    ``statics.edits.note`` when their structure changes; those that ``counts_edits``
+    also have a number of their own, ``_version``. ``root`` nodes are carried into
+    transforms whole, from wherever in an argument they are. In a ``plain`` container
+    that is marked data, numbers are leaves.
+    """
+
+    tracked = True
+    fixed = False
+    flat = False
+    notes_edits = False
+    counts_edits = False
+    root = False
+    plain = False
+
+    def keys(self, obj: Any) -> Keys:
+        """The keys of the children, in the order in which leaves are numbered."""
+        raise NotImplementedError
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        """The children at ``keys``."""
+        raise NotImplementedError
+
+    def spec(self, obj: Any) -> Hashable:
+        """What is needed besides keys and children to build it again; hashable."""
+        return None
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        """What says that nodes of this handler have the structure they had.
+
+        Args:
+          nodes: some nodes.
+
+        Returns:
+          A list that must stay equal, and what must stay identical one by one, where
+          raw arrays may be exchanged for raw arrays.
+        """
+        keys = list(map(self.keys, nodes))
+        specs = [(tuple(k), self.spec(x)) for x, k in zip(nodes, keys, strict=True)]
+        return list(map(static_key, specs)), itertools.chain.from_iterable(
+            map(self.children, nodes, keys)
+        )
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        """An empty object of the type; for tracked nodes."""
+        create: Any = cls.__new__
+        return create(cls)
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        """Makes ``items``, children by key, the whole content of ``obj``."""
+        raise NotImplementedError
+
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        """Puts a value together from its children; for untracked nodes."""
+        raise NotImplementedError
+
+    def read(self, obj: Any, key: Any) -> Any:
+        """The child at ``key``."""
+        keys = self.keys(obj)
+        return dict(zip(keys, self.children(obj, keys), strict=True))[key]
+
+    def write(self, obj: Any, key: Any, child: Any) -> None:
+        """Puts a raw array in the place of another; for tracked nodes."""
+        keys = self.keys(obj)
+        items = dict(zip(keys, self.children(obj, keys), strict=True))
+        self.fill(obj, self.spec(obj), {**items, key: child})
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        """The live object, and key in it, that hold the child at ``key``.
+
+        Where it is a dict or list, that is read and written without the handler.
+        """
+        return obj, key
+
+    def roles(self, obj: Any) -> Mapping[Any, str] | None:
+        """Which children are marked ``data`` or ``static``."""
+        return None
+
+    def owner(self, obj: Any) -> Any:
+        """What says by ``_trace`` and ``_place`` who may edit it; None: its holder."""
+        return None
+
+    def remove(self, obj: Any, key: Any) -> None:
+        """Takes the child at ``key`` out; only where ``can_remove`` says so."""
+        raise NotImplementedError
+
+    def can_remove(self, key: Any) -> bool:
+        """Whether the child at ``key`` can go without moving others."""
+        return False
+
+    # By what they do, so that a pickled GraphDef finds the one that is equal.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+_SHELL = -1
+"""The version of an object that was not filled yet, and that no plan knows."""
+
+
+class ObjectHandler(Handler):
+    """Node subclasses: children are the attributes, sorted by name."""
+
+    notes_edits = counts_edits = True
+    root = True
+
+    def keys(self, obj: Any) -> Keys:
+        return sorted(get_dict(obj))
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return list(map(get_dict(obj).__getitem__, keys))
+
+    def spec(self, obj: Any) -> Hashable:
+        return tuple(sorted(obj._roles.items())) if obj._roles else None
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        node = Node.__new__(cls)
+        _set_version(node, _SHELL)
+        if spec:
+            _set_roles(node, dict(spec))
+        return node
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        dicts = list(map(get_dict, nodes))
+        roles = map(_get_roles, nodes)
+        return list(map(len, dicts)), itertools.chain(
+            dicts, roles, *dicts, *map(dict.values, dicts)
+        )
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        # The dict rather than the object: a plan must not keep its root alive.
+        return get_dict(obj), key
+
+    def roles(self, obj: Any) -> Mapping[Any, str] | None:
+        return obj._roles
+
+    def owner(self, obj: Any) -> Any:
+        return obj
+
+    def remove(self, obj: Any, key: Any) -> None:
+        delattr(obj, key)
+
+    def can_remove(self, key: Any) -> bool:
+        return True
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        if obj._version == _SHELL:
+            _set_dict(obj, items)
+            _set_version(obj, 0)
+            return
+        attributes = get_dict(obj)
+        attributes.clear()
+        attributes.update(items)
+        _set_roles(obj, dict(spec) if spec else None)
+        _set_version(obj, obj._version + 1)
+        edits.note()
+
+
+class ListHandler(Handler):
+    """Lists: children at their indices."""
+
+    plain = True
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        return list(map(len, nodes)), itertools.chain(*nodes)
+
+    def keys(self, obj: Any) -> Keys:
+        return range(len(obj))
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return list(obj)
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        obj[:] = items.values()
+
+
+class DictHandler(Handler):
+    """Dicts: children sorted by key; the order of insertion is kept in the spec.
+
+    Code that loops over a dict of layers must meet them in the same order inside a
+    transform, so two dicts that differ in order differ in structure.
+    """
+
+    plain = True
+
+    def keys(self, obj: Any) -> Keys:
+        return sorted(obj, key=paths.order)
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [obj[key] for key in keys]
+
+    def spec(self, obj: Any) -> Hashable:
+        factory = getattr(obj, "default_factory", None)
+        return (tuple(obj), factory)
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        factories = [getattr(x, "default_factory", None) for x in nodes]
+        values = [x.values() for x in nodes]
+        return list(map(len, nodes)), itertools.chain(factories, *nodes, *values)
+
+    def remove(self, obj: Any, key: Any) -> None:
+        del obj[key]
+
+    def can_remove(self, key: Any) -> bool:
+        return True
+
+    def shell(self, cls: type, spec: Any) -> Any:
+        obj = super().shell(cls, spec)
+        if spec[1] is not None:
+            obj.default_factory = spec[1]
+        return obj
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        obj.clear()
+        for key in spec[0]:
+            obj[key] = items[key]
+
+
+class TupleHandler(Handler):
+    """Tuples and named tuples: values, rebuilt from their children."""
+
+    tracked = False
+    fixed = plain = True
+
+    def keys(self, obj: Any) -> Keys:
+        return sorted(obj._fields) if hasattr(obj, "_fields") else range(len(obj))
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        if hasattr(obj, "_fields"):
+            return [getattr(obj, str(key)) for key in keys]
+        return list(obj)
+
+    def read(self, obj: Any, key: Any) -> Any:
+        return getattr(obj, key) if isinstance(key, str) else obj[key]
+
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
+
+
+class DataclassHandler(Handler):
+    """Instances of plain dataclasses: children are all attributes set on them."""
+
+    def keys(self, obj: Any) -> Keys:
+        names = [f.name for f in dataclasses.fields(obj) if hasattr(obj, f.name)]
+        extra = [n for n in getattr(obj, "__dict__", ()) if n not in names]
+        return sorted([*names, *extra])
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [getattr(obj, str(key)) for key in keys]
+
+    def write(self, obj: Any, key: Any, child: Any) -> None:
+        object.__setattr__(obj, key, child)
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        for name in set(map(str, self.keys(obj))) - items.keys():
+            object.__delattr__(obj, name)
+        for name, child in items.items():
+            object.__setattr__(obj, name, child)
+
+
+class MethodHandler(Handler):
+    """Bound methods: the object is the child, so that copies bind to copies."""
+
+    tracked = False
+    fixed = True
+
+    def keys(self, obj: Any) -> Keys:
+        return ("__self__",)
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [obj.__self__]
+
+    def spec(self, obj: Any) -> Hashable:
+        return obj.__func__
+
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        return types.MethodType(spec, items["__self__"])
+
+
+class PytreeHandler(Handler):
+    """Types registered with JAX: taken apart by JAX, one level at a time."""
+
+    tracked = False
+
+    def keys(self, obj: Any) -> Keys:
+        return [key for key, _ in self._level(obj)[0]]
+
+    def children(self, obj: Any, keys: Keys) -> list[Any]:
+        return [child for _, child in self._level(obj)[0]]
+
+    def spec(self, obj: Any) -> Hashable:
+        return self._level(obj)[1]
+
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        return jax.tree_util.tree_unflatten(spec, items.values())
+
+    def _level(self, obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        return one_level(obj) or ([], None)
+
+
+_OBJECT, _DATACLASS, _PYTREE = ObjectHandler(), DataclassHandler(), PytreeHandler()
+_METHOD = MethodHandler()
+_registry: dict[type, Handler] = {}
+_found: dict[type, Any] = {}
+
+
+def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
+    """Tells ``copy.deepcopy`` to take the statics below ``obj`` as they are."""
+    stack = [obj]
+    while stack:
+        found = stack.pop()
+        handler = handler_of(found)
+        if handler is LEAF or id(found) in seen:
+            continue
+        seen[id(found)] = found  # held, so that no other object gets this id
+        if handler is not STATIC and not is_static_value(found, handler):
+            stack += handler.children(found, handler.keys(found))
+        elif is_hashable(found):
+            memo[id(found)] = found
+
+
+def register_node(node_type: type, handler: Handler) -> None:
+    """Teaches the engine how to take apart and build objects of a type.
+
+    Args:
+      node_type: the type; subclasses that have no handler of their own use it too.
+      handler: the Handler.
+
+    Example:
+      >>> import sortal as nnx
+      >>> from sortal._engine.nodes import Handler
+      >>> class Bag:
+      ...     def __init__(self, *items): self.items = items
+      >>> class BagHandler(Handler):
+      ...     def keys(self, obj): return range(len(obj.items))
+      ...     def children(self, obj, keys): return list(obj.items)
+      ...     def fill(self, obj, spec, items): obj.items = tuple(items.values())
+      >>> nnx.register_node(Bag, BagHandler())
+      >>> nnx.state(Bag(nnx.Param(1.0))).paths()
+      ((0,),)
+    """
+    _registry[node_type] = handler
+    _found.clear()
+
+
+def handler_of(obj: Any) -> Any:
+    """The Handler for an object, or ``LEAF`` or ``STATIC``.
+
+    Args:
+      obj: any object.
+
+    Returns:
+      ``LEAF`` for Variables and raw arrays, a Handler for nodes, else ``STATIC``.
+    """
+    cls = type(obj)
+    try:
+        return _found[cls]
+    except KeyError:
+        found = _found[cls] = _classify(cls, obj)
+        return found
+
+
+def is_root(x: Any) -> bool:
+    """Whether transforms carry ``x`` as a whole: a Variable, or an object of kinds.
+
+    Args:
+      x: anything.
+
+    Returns:
+      True for Variables, Modules and their like, of Sortal or of another library.
+    """
+    handler = handler_of(x)
+    if handler is LEAF:
+        return isinstance(x, Variable) or handler_of_kind(type(x)) is not None
+    return handler is not STATIC and handler.root
+
+
+def _classify(cls: type, obj: Any) -> Any:
+    if issubclass(cls, Variable):
+        return LEAF
+    meet(cls)
+    if handler_of_kind(cls) is not None:
+        return LEAF
+    if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        leaf_types.add(cls)
+        return LEAF
+    for base in cls.__mro__:
+        if base in _registry:
+            return _registry[base]
+    if issubclass(cls, Node):
+        return _OBJECT
+    if issubclass(cls, types.MethodType):
+        return _METHOD
+    if obj is None or issubclass(cls, type):
+        return STATIC
+    if one_level(obj) is not None:
+        return _PYTREE
+    if dataclasses.is_dataclass(cls):
+        return _DATACLASS
+    return STATIC
+
+
+_tuple = TupleHandler()
+register_node(list, ListHandler())
+register_node(dict, DictHandler())
+register_node(tuple, _tuple)
+
+
+def is_static_value(obj: Any, handler: Any) -> bool:
+    """Whether a value-like container holds statics only, and so is one static itself.
+
+    Args:
+      obj: an object whose handler is a Handler.
+      handler: that handler.
+
+    Returns:
+      True for tuples, methods and frozen dataclasses with no leaf or mutable inside.
+    """
+    if isinstance(handler, MethodHandler):
+        return handler_of(obj.__self__) is STATIC
+    frozen = handler is _DATACLASS and type(obj).__dataclass_params__.frozen
+    if not (handler is _tuple or frozen):
+        return False
+    for child in handler.children(obj, handler.keys(obj)):
+        inner = handler_of(child)
+        if inner is LEAF:
+            return False
+        if inner is not STATIC and not is_static_value(child, inner):
+            return False
+    # What cannot be hashed is a node, so that the culprit in it has its own path.
+    return is_hashable(obj)

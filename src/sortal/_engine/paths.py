@@ -1,0 +1,268 @@
+"""Paths: tuples of attribute names, dict keys and list indices from a root."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import gc
+import types
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from sortal.errors import ArgumentError, EntryError
+
+Path = tuple[Hashable, ...]
+
+
+def order(key: Any) -> tuple[int, Any]:
+    """A sort key for the entries of a path: integers, then strings, then the rest."""
+    if isinstance(key, int):
+        return (0, key)
+    if isinstance(key, str):
+        return (1, key)
+    return (2, f"{type(key).__name__}:{key!r}")
+
+
+def show(path: Iterable[Any]) -> str:
+    """Prints a path as ``layers.0.kernel``; odd keys as ``['a b']``.
+
+    Args:
+      path: entries from the root.
+
+    Returns:
+      The text; ``<root>`` for the empty path.
+
+    Example:
+      >>> show(("layers", 0, "kernel"))
+      'layers.0.kernel'
+      >>> show(("table", "a.b", (1, 2)))
+      "table['a.b'][(1, 2)]"
+    """
+    text = ""
+    for key in path:
+        if _is_plain(key):
+            text += f".{key}" if text else str(key)
+        else:
+            text += f"[{key!r}]"
+    return text or "<root>"
+
+
+def _is_plain(key: Any) -> bool:
+    if type(key) is int:
+        return key >= 0
+    # Digits in a string are set apart from an index, for which `parse` takes them.
+    return isinstance(key, str) and not _digits(key) and not set(key) & _ODD
+
+
+def _digits(key: str) -> bool:
+    return key == "" or (key.isascii() and key.isdigit())
+
+
+_ODD = frozenset(".[]* '\"")
+
+
+def parse(text: str) -> Path:
+    """Reads ``layers.0.kernel`` as a path; parts made of digits become integers.
+
+    Args:
+      text: entries joined by dots.
+
+    Returns:
+      The path.
+
+    Raises:
+      ArgumentError: an entry is empty.
+
+    Example:
+      >>> parse("layers.0.kernel")
+      ('layers', 0, 'kernel')
+    """
+    parts = text.split(".")
+    if not all(parts):
+        raise ArgumentError(
+            f"a path is names joined by single dots, found {text!r}. "
+            "Write for example 'layers.0.kernel'."
+        )
+    return tuple(int(p) if _digits(p) else p for p in parts)
+
+
+def matches(pattern: str, path: Path) -> bool:
+    """Whether ``path`` fits a glob such as ``encoder.**.kernel``.
+
+    ``*`` stands for one entry (or part of one), ``**`` for any number, none included.
+
+    Args:
+      pattern: entries joined by dots.
+      path: the path to test, from its root.
+
+    Returns:
+      True where the whole path fits the whole pattern.
+
+    Example:
+      >>> matches("layers.*.kernel", ("layers", 0, "kernel"))
+      True
+      >>> matches("**.bias", ("layers", 0, "kernel"))
+      False
+    """
+    return _matches(tuple(pattern.split(".")), tuple(map(str, path)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not path
+    head, rest = pattern[0], pattern[1:]
+    if head == "**":
+        return _matches(rest, path) or (bool(path) and _matches(pattern, path[1:]))
+    return (
+        bool(path) and fnmatch.fnmatchcase(path[0], head) and _matches(rest, path[1:])
+    )
+
+
+class PathKey:
+    """A JAX key-path entry for the whole path of a leaf: ``['layers'][0]``.
+
+    JAX sees a Module as one level, and asks for one entry a leaf.
+
+    Args:
+      path: entries from the root.
+
+    Example:
+      >>> str(PathKey(("layers", 0)))
+      "['layers'][0]"
+      >>> PathKey(("layers", 0)).path
+      ('layers', 0)
+    """
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"key", "idx", "name"}:
+            # Code written for one entry a level would compare it and find nothing.
+            raise EntryError(
+                f"entry.{name} of a JAX key path is one level's, but {self} is one "
+                "entry for the whole path of a leaf in a Module. Write entry.path, "
+                f"which is {self.path!r}; or map over nnx.state(model), whose key "
+                "paths have an entry for each level."
+            )
+        raise AttributeError(name)
+
+    def __str__(self) -> str:
+        return "".join(f"[{k!r}]" for k in self.path)
+
+    def __repr__(self) -> str:
+        return f"PathKey({self.path!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PathKey) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+
+def locate(*targets: Any) -> list[Path | None]:
+    """Finds where live objects hang, by asking the garbage collector.
+
+    Slow: for error messages only, so that no live object need carry its path.
+
+    Args:
+      *targets: the objects looked for.
+
+    Returns:
+      For each a path that leads to it from the outermost object found, or None where
+      no object holds it under a name.
+    """
+    wanted = set(map(id, targets))
+    found: dict[int, Path] = {}
+    # Asking who holds an object visits every object there is, so it is asked for one
+    # target; the others are looked for from the top that it leads to.
+    for target in targets[:_ASKED]:
+        if id(target) not in found:
+            top = _outermost(target, (id(targets),))
+            below = _below(top, wanted) if top is not None else {}
+            found = {**below, **found}
+    return [found.get(id(target)) for target in targets]
+
+
+_ASKED, _LEVELS, _WIDTH, _MOST = 8, 40, 32, 1_000_000
+# How many containers inside one another may lie between a model and the next above it.
+_CONTAINERS = 4
+
+
+def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
+    """The last model object on the way up from ``target``, else the last object.
+
+    What holds a model (frames aside) is of no interest to its user, and every level is
+    one more look at every object there is, so the search ends a little above it.
+    """
+    last, model, above_model = None, None, 0
+    level: tuple[Any, ...] = (target,)
+    seen = {id(target), *ours}
+    for _ in range(_LEVELS):
+        seen.add(id(level))  # the search itself holds what it looks at
+        above = [
+            x
+            for x in gc.get_referrers(*level)
+            if id(x) not in seen and _holds(x, level)
+        ]
+        seen |= {id(above), *map(id, above)}
+        owners = [x for x in above if _has_attributes(x)]
+        models = [x for x in owners if hasattr(type(x), "_plans")]
+        last = owners[0] if owners else last
+        if models:
+            model, above_model = models[0], 0
+        else:
+            above_model += model is not None
+        level = tuple(above[:_WIDTH])
+        if not level or above_model > _CONTAINERS:
+            break
+    return last if model is None else model
+
+
+def _below(top: Any, wanted: set[int]) -> dict[int, Path]:
+    """The shortest path from ``top`` to each object whose id is wanted."""
+    found: dict[int, Path] = {}
+    level: list[tuple[Any, Path]] = [(top, ())]
+    seen = {id(top)}
+    while level and len(found) < len(wanted) and len(seen) < _MOST:
+        following = []
+        for obj, path in level:
+            if id(obj) in wanted:
+                found.setdefault(id(obj), path)
+            for key, x in _items(obj):
+                if id(x) not in seen:
+                    seen.add(id(x))
+                    following.append((x, (*path, key)))
+        level = following
+    return found
+
+
+_NOT_OWNERS = (type, types.ModuleType, types.FrameType, types.CellType)
+
+
+def _has_attributes(x: Any) -> bool:
+    return not isinstance(x, (dict, list, tuple)) and hasattr(x, "__dict__")
+
+
+def _holds(holder: Any, level: Iterable[Any]) -> bool:
+    if isinstance(holder, _NOT_OWNERS):
+        return False
+    inside = {id(x) for _, x in _items(holder)}
+    if _has_attributes(holder):
+        inside.add(id(holder.__dict__))
+    return any(id(x) in inside for x in level)
+
+
+def _items(holder: Any) -> Iterable[tuple[Any, Any]]:
+    """What an object holds by key."""
+    if isinstance(holder, dict):
+        return () if "__builtins__" in holder else holder.items()
+    if isinstance(holder, (list, tuple)):
+        return enumerate(holder)
+    if isinstance(holder, _NOT_OWNERS):
+        return ()
+    attributes = getattr(holder, "__dict__", None)
+    return attributes.items() if type(attributes) is dict else ()

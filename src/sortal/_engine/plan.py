@@ -1,0 +1,338 @@
+"""Plan: a walk kept on its root, with what is needed to see that it still holds.
+
+The rule: a plan is valid while every node has the class, keys, roles and identically
+the children it was made from, raw arrays exchanged for raw arrays apart, and every
+Variable its class and metadata.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import operator
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from sortal._engine import nodes as _nodes
+from sortal._engine.foreign import VariableHandler, handler_of_kind
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.leaves import Foreign, Leaves, Slot, held
+from sortal._engine.nodes import Handler, Node, get_dict, handler_of, leaf_types
+from sortal._engine.schema import Selection, select
+from sortal._engine.statics import edits
+from sortal._engine.variable import Variable
+from sortal._engine.walk import Walk
+
+_KEPT = 4
+_uids = itertools.count()
+_is = operator.is_
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type})
+
+
+class _Mark:
+    """Stands in a Record for what a plan must not keep alive, or may find exchanged."""
+
+
+_ROOT, _ARRAY = _Mark(), _Mark()
+
+
+def _marked(x: Any, root: Any) -> Any:
+    return _ROOT if x is root else _ARRAY if type(x) in leaf_types else x
+
+
+class Record:
+    """What the nodes of one handler held when they were planned; root not kept."""
+
+    __slots__ = (
+        "_equal",
+        "_handler",
+        "_has_root",
+        "_marks",
+        "_nodes",
+        "_types",
+        "held",
+    )
+
+    def __init__(self, handler: Handler, nodes: list[Any], root: Any):
+        self._handler = handler
+        self._has_root = nodes[0] is root
+        self._nodes = nodes[1:] if self._has_root else nodes
+        self._types = list(map(type, nodes))
+        self._equal, now = handler.contents(nodes)
+        self.held = [_marked(x, root) for x in now]
+        self._marks = [i for i, x in enumerate(self.held) if type(x) is _Mark]
+
+    def same(self, root: Any) -> bool:
+        """Whether the nodes still have the same class, keys, roles and children."""
+        nodes = [root, *self._nodes] if self._has_root else self._nodes
+        if list(map(type, nodes)) != self._types:
+            return False
+        equal, now = self._handler.contents(nodes)
+        if equal != self._equal:
+            return False
+        if self._marks:
+            now = list(now)
+            if len(now) != len(self.held):
+                return False
+            for i in self._marks:
+                now[i] = _marked(now[i], root)
+            return all(map(_is, now, self.held))
+        # Of what is longer or shorter the list of what is equal would differ too.
+        return all(map(_is, now, self.held))
+
+
+class _Kinds:
+    """Class and metadata of another library's Variables, which note no edit."""
+
+    __slots__ = ("_handler", "_metadata", "_types", "held")
+
+    def __init__(self, handler: VariableHandler, variables: list[Any]):
+        self._handler, self.held = handler, variables
+        self._types = list(map(type, variables))
+        self._metadata = list(map(dict, handler.entries(variables)))
+
+    def same(self, root: Any) -> bool:
+        """Whether all still have the same class and metadata."""
+        return (
+            list(map(type, self.held)) == self._types
+            and self._handler.entries(self.held) == self._metadata
+        )
+
+
+class Plan:
+    """A GraphDef bound to the live objects of one root, kept there or for one call.
+
+    It never refers to the root itself, so that a root that is dropped is freed at
+    once, arrays and all, and not only when cycles are collected. Only a kept plan has
+    a ``uid``, and can say whether it is valid.
+    """
+
+    __slots__ = (
+        "_checked",
+        "_dicts",
+        "_lengths",
+        "_metadata",
+        "_noting",
+        "_objects",
+        "_parts",
+        "_picked",
+        "_silent",
+        "_variables",
+        "_versions",
+        "graphdef",
+        "leaves",
+        "nodes",
+        "uid",
+    )
+
+    def __init__(self, graphdef: GraphDef, nodes: Sequence[Any], leaves: Iterable[Any]):
+        self.uid: int | None = None
+        self.graphdef = graphdef
+        self.leaves = Leaves(leaves)
+        self.nodes: list[Any] = [None, *nodes[1:]]
+        self._parts: dict[Any, Leaves] = {}
+        self._picked: dict[Any, Any] = {}
+
+    def watch(self, root: Any) -> None:
+        """Records what must stay the same for this plan to be valid."""
+        self.uid = next(_uids)
+        self._checked = edits.last
+        self._variables = [x for x in self.leaves if isinstance(x, Variable)]
+        self._metadata = [x._metadata for x in self._variables]
+        self._objects = [x for x in self.nodes if isinstance(x, Node)]
+        objects = self._every_object(root)
+        self._versions = [x._version for x in objects]
+        self._dicts = list(map(get_dict, objects))
+        self._lengths = list(map(len, self._dicts))
+        by_handler: dict[Handler, list[Any]] = {}
+        for x in (root, *self.nodes[1:]):
+            handler = handler_of(x)
+            if not handler.fixed:
+                by_handler.setdefault(handler, []).append(x)
+        records = [(h, Record(h, nodes, root)) for h, nodes in by_handler.items()]
+        self._noting = [(h, r) for h, r in records if h.notes_edits]
+        self._silent: list[Any] = [r for h, r in records if not h.notes_edits]
+        theirs: dict[VariableHandler, list[Any]] = {}
+        for leaf in self.leaves:
+            if type(leaf) is Foreign:
+                theirs.setdefault(leaf.handler, []).append(leaf.held)
+        self._silent += itertools.starmap(_Kinds, theirs.items())
+
+    def _every_object(self, root: Any) -> list[Any]:
+        return [root, *self._objects] if isinstance(root, Node) else self._objects
+
+    def valid(self, root: Any) -> bool:
+        """Whether the live objects still have the structure planned.
+
+        Where no edit was noted anywhere since the last check, only what can change
+        without a note is compared: plain containers, objects of other libraries, and
+        the number of attributes.
+        """
+        if [*map(len, self._dicts)] != self._lengths:
+            return False
+        now = edits.last  # read first: an edit in the meantime must show next time
+        if self._checked != now:
+            if not self._same_objects(root):
+                return False
+            self._checked = now
+        return all(record.same(root) for record in self._silent)
+
+    def _same_objects(self, root: Any) -> bool:
+        if [x._metadata for x in self._variables] != self._metadata:
+            return False
+        versions = [x._version for x in self._every_object(root)]
+        moved = versions != self._versions
+        for handler, record in self._noting:
+            # A counter that moved may have done so only there and back: train and eval.
+            if (moved or not handler.counts_edits) and not record.same(root):
+                return False
+        self._versions = versions
+        return True
+
+    def _held(self) -> Iterator[Any]:
+        records = [*(r for _, r in self._noting), *self._silent]
+        leaves = (held(x) for x in self.leaves if type(x) is not Slot)
+        return itertools.chain(self.nodes, leaves, *(r.held for r in records))
+
+    def holds(self) -> set[int]:
+        """The ids of all that it keeps alive, numbers, strings and classes apart."""
+        return {id(x) for x in self._held() if type(x) not in _ATOMS}
+
+    def leads_to(self, root: Any) -> bool:
+        """Whether anything that this plan keeps alive keeps its root alive.
+
+        Such a plan must not be kept in a table: the root would never be freed. Arrays,
+        classes, modules and the globals of functions lead to no model.
+        """
+        seen: set[int] = set()
+        stack: list[Any] = [*self._held(), self.graphdef]
+        while stack:
+            x = stack.pop()
+            if x is root:
+                return True
+            if id(x) in seen or type(x) in leaf_types or not gc.is_tracked(x):
+                continue
+            if isinstance(x, (type, types.ModuleType)):
+                continue
+            seen.add(id(x))
+            if isinstance(x, types.FunctionType):
+                stack += [x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__]
+            else:
+                stack += gc.get_referents(x)
+        return False
+
+    def values(self) -> list[Any]:
+        """The values of all leaves, in order."""
+        return self.leaves.values()
+
+    def part(self, pick: Callable[[Any], Any]) -> Leaves:
+        """Some of the leaves, as ``pick`` takes them from a sequence; kept."""
+        found = self._parts.get(pick)
+        if found is None:
+            if len(self._parts) > 64:
+                self._parts.clear()
+            found = self._parts[pick] = Leaves(pick(self.leaves))
+        return found
+
+    def select(self, literals: tuple[Any, ...]) -> Selection:
+        """Divides the leaves among filters; see ``schema.select``."""
+        return select(self.graphdef.schema, literals, self.view)
+
+    def view(self) -> list[Any]:
+        """The leaves as filters see them: Variables, and raw arrays by value."""
+        return list(map(held, self.leaves))
+
+    def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
+        """The selection, and for each filter the live leaves that it takes."""
+        try:
+            return self._picked[literals]
+        except (KeyError, TypeError):
+            pass
+        found = self.select(literals)
+        leaves = [Leaves(self.leaves[i] for i in part[1]) for part in found.parts]
+        # Only kinds and `...` are sure to be decided by structure and to be few.
+        if all(x is Ellipsis or _is_kind(x) for x in literals):
+            self._picked[literals] = (found, leaves)
+        return found, leaves
+
+
+def _is_kind(x: Any) -> bool:
+    return isinstance(x, type) and (
+        issubclass(x, Variable) or handler_of_kind(x) is not None
+    )
+
+
+_sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}
+"""Plans of other libraries' objects, by id, with a weak reference that clears them."""
+
+
+def _kept_plans(root: Any) -> tuple[Plan, ...]:
+    if isinstance(root, Node):
+        return root._plans
+    found = _sides.get(id(root))
+    return found[1] if found is not None and found[0]() is root else ()
+
+
+def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
+    if isinstance(root, Node):
+        _nodes.set_plans(root, plans)
+        return
+    at = id(root)
+    _sides[at] = (weakref.ref(root, lambda _: _sides.pop(at, None)), plans)
+
+
+def plan_of(root: Any) -> Plan:
+    """The plan of an object, kept from earlier calls while it is valid.
+
+    Args:
+      root: a Node, or another library's object that is a root of its own.
+
+    Returns:
+      A valid Plan.
+
+    Raises:
+      StructureError: a static value cannot be hashed.
+    """
+    plans = _kept_plans(root)
+    for plan in plans:
+        if plan.valid(root):
+            if plan is not plans[0]:
+                _keep(root, (plan, *(p for p in plans if p is not plan)))
+            return plan
+    walk = Walk(root)
+    plan = Plan(walk.graphdef, walk.nodes, walk.leaves)
+    plan.watch(root)
+    if not isinstance(root, Node) and plan.leads_to(root):
+        return plan
+    # An older plan may come back (train and eval); one that alone holds something may
+    # not, or that would be kept alive after it has left the model.
+    if plans:
+        present = plan.holds()
+        plans = tuple(p for p in plans if p.holds() <= present)
+    _keep(root, (plan, *plans[: _KEPT - 1]))
+    return plan
+
+
+def has_plan(root: Any) -> bool:
+    """Whether plans of ``root`` are kept: it is an object, and no mere container."""
+    if isinstance(root, Node):
+        return True
+    handler = handler_of(root)
+    return isinstance(handler, Handler) and handler.root
+
+
+def bind(root: Any) -> Plan:
+    """The plan for any root object: kept for nodes, made anew for containers.
+
+    Args:
+      root: a Node, a container of nodes and Variables, a Variable, or an array.
+
+    Returns:
+      The Plan.
+    """
+    if has_plan(root):
+        return plan_of(root)
+    walk = Walk(root)
+    return Plan(walk.graphdef, walk.nodes, walk.leaves)

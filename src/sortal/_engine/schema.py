@@ -1,0 +1,239 @@
+"""Schema: the leaves of a structure without their values; how filters divide them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sortal._engine.paths import Path, show
+from sortal._engine.statics import EMPTY, Interned, Metadata
+from sortal.errors import FilterError, listing
+from sortal.filters import Everything, Filter, to_filter
+
+Kind = type | None
+
+
+def kind_name(kind: Kind) -> str:
+    """How messages name a kind; raw arrays are ``unlabelled array``."""
+    return "unlabelled array" if kind is None else kind.__name__
+
+
+class Schema(Interned):
+    """The leaves of a structure without their values: paths, kinds and metadata."""
+
+    __slots__ = ("_index", "_memo", "_tree", "kinds", "metadata", "paths")
+
+    paths: tuple[Path, ...]
+    kinds: tuple[Kind, ...]
+    metadata: tuple[Metadata, ...]
+
+    @classmethod
+    def of(
+        cls, paths: Sequence[Path], kinds: Sequence[Kind], metadata: Sequence[Metadata]
+    ) -> Schema:
+        """The one Schema of these leaves, given in order."""
+        parts = tuple(paths), tuple(kinds), tuple(metadata)
+        return cls._intern(parts, *parts)
+
+    def _setup(self, paths: Any, kinds: Any, metadata: Any) -> None:
+        self.paths, self.kinds, self.metadata = paths, kinds, metadata
+        self._index: dict[Path, int] | None = None
+        self._memo: dict[Any, Any] = {}
+
+    @property
+    def index(self) -> dict[Path, int]:
+        """Path to position."""
+        if self._index is None:
+            self._index = {path: i for i, path in enumerate(self.paths)}
+        return self._index
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, computed once for this schema and ``key``."""
+        try:
+            return self._memo[key]
+        except KeyError:
+            if len(self._memo) > 256:
+                self._memo.clear()
+            found = self._memo[key] = compute()
+            return found
+
+    def pick(self, indices: Sequence[int]) -> Schema:
+        """The schema of some of the leaves."""
+        return Schema.of(
+            [self.paths[i] for i in indices],
+            [self.kinds[i] for i in indices],
+            [self.metadata[i] for i in indices],
+        )
+
+    def below(self, prefix: Path) -> tuple[Schema, tuple[int, ...]]:
+        """The leaves below ``prefix`` with paths from there, and their positions."""
+
+        def compute() -> tuple[Schema, tuple[int, ...]]:
+            n = len(prefix)
+            at = tuple(
+                i for i, p in enumerate(self.paths) if p[:n] == prefix and len(p) > n
+            )
+            part = self.pick(at)
+            cut = Schema.of([p[n:] for p in part.paths], part.kinds, part.metadata)
+            return cut, at
+
+        return self.memo(("below", prefix), compute)
+
+    def children(self, prefix: Path) -> tuple[Hashable, ...]:
+        """The next entries that paths below ``prefix`` have, in order."""
+        below, _ = self.below(prefix)
+        return self.memo(
+            ("children", prefix),
+            lambda: tuple(dict.fromkeys(p[0] for p in below.paths)),
+        )
+
+    def of_kind(self, kind: Kind, metadata: Metadata | None = None) -> Schema:
+        """The same leaves, all of one kind."""
+        return self.memo(
+            ("kind", kind, metadata),
+            lambda: Schema.of(
+                self.paths,
+                [kind] * len(self),
+                self.metadata if metadata is None else [metadata] * len(self),
+            ),
+        )
+
+    def rows(self, leaves: Sequence[Any] | None) -> Iterator[tuple[Any, ...]]:
+        """Path, kind, metadata and leaf of each; leaves None where not at hand."""
+        at = leaves if leaves is not None else [None] * len(self)
+        return zip(self.paths, self.kinds, self.metadata, at, strict=True)
+
+    def describe(self, i: int) -> str:
+        """``layers.0.kernel (Param)``."""
+        return f"{show(self.paths[i])} ({kind_name(self.kinds[i])})"
+
+    def __reduce__(self) -> Any:
+        return (Schema.of, (self.paths, self.kinds, self.metadata))
+
+    def __repr__(self) -> str:
+        return f"Schema({', '.join(map(self.describe, range(len(self))))})"
+
+
+class Selection(NamedTuple):
+    """What some filters take: for each its schema and positions; and the rest."""
+
+    parts: tuple[tuple[Schema, tuple[int, ...]], ...]
+    rest: tuple[int, ...]
+
+
+def select(
+    schema: Schema, literals: tuple[Any, ...], leaves: Callable[[], Sequence[Any]]
+) -> Selection:
+    """Divides leaves among filters; the first that takes a leaf has it.
+
+    Args:
+      schema: the leaves.
+      literals: filters or filter literals.
+      leaves: gives the leaves themselves, for filters that look at values.
+
+    Returns:
+      The Selection, kept with the schema where structure alone decides.
+
+    Raises:
+      FilterError: a literal is no filter, or an earlier filter swallows a later one.
+    """
+    try:
+        found = schema._memo.get(literals)
+    except TypeError:
+        found = None
+    if type(found) is Selection:
+        return found
+    filters = tuple(map(to_filter, literals))
+    _check_order(filters)
+    if all(f.structural for f in filters):
+        return schema.memo(filters, lambda: _remember(schema, literals, filters))
+    return _divide(schema, filters, leaves())
+
+
+def _remember(
+    schema: Schema, literals: tuple[Any, ...], filters: tuple[Filter, ...]
+) -> Selection:
+    found = _divide(schema, filters, None)
+    if all(isinstance(x, type) or x is Ellipsis for x in literals):
+        schema._memo[literals] = found
+    return found
+
+
+def _divide(
+    schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
+) -> Selection:
+    takes = [
+        frozenset(i for i, row in enumerate(schema.rows(leaves)) if f.test(*row))
+        for f in filters
+    ]
+    for later in range(len(filters)):
+        for earlier in range(later):
+            if takes[later] and takes[later] < takes[earlier]:
+                raise FilterError(_swallowed(filters, earlier, later))
+    rest = range(len(schema))
+    parts = []
+    for taken in takes:
+        mine = tuple(i for i in rest if i in taken)
+        parts.append((schema.pick(mine), mine))
+        rest = [i for i in rest if i not in taken]
+    return Selection(tuple(parts), tuple(rest))
+
+
+def _check_order(filters: tuple[Filter, ...]) -> None:
+    last = len(filters) - 1
+    for later, f in enumerate(filters):
+        for earlier in range(later):
+            swallows = filters[earlier].covers(f)
+            if swallows and not (later == last and _is_rest(f, filters[earlier])):
+                raise FilterError(_swallowed(filters, earlier, later))
+
+
+def _is_rest(last: Filter, earlier: Filter) -> bool:
+    return isinstance(last, Everything) and not isinstance(earlier, Everything)
+
+
+def _swallowed(filters: tuple[Filter, ...], earlier: int, later: int) -> str:
+    return (
+        f"filter {later + 1}, {filters[later]!r}, can take nothing: filter "
+        f"{earlier + 1}, {filters[earlier]!r}, comes first and takes all of it. Write "
+        f"the narrower one first: {filters[later]!r}, {filters[earlier]!r}."
+    )
+
+
+def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> None:
+    """Refuses a division that leaves leaves over.
+
+    Args:
+      schema: the leaves.
+      literals: the filters as written.
+      rest: positions that no filter took.
+
+    Raises:
+      FilterError: ``rest`` is not empty; every leaf in it is listed.
+    """
+    if not rest:
+        return
+    filters = [to_filter(x) for x in literals]
+    tags = {metadata.get("tag") for metadata in schema.metadata}
+    texts = [".".join(map(str, path)) + "." for path in schema.paths]
+    hints = [
+        f"\n{literal!r} is read as a tag; for the path write Under({literal!r})."
+        for literal in literals
+        if isinstance(literal, str) and literal not in tags
+        if any(text.startswith(f"{literal}.") for text in texts)
+    ]
+    raise FilterError(
+        f"the filters {', '.join(map(repr, filters))} leave {len(rest)} "
+        f"{'leaf' if len(rest) == 1 else 'leaves'} over:\n"
+        + listing(schema.describe(i) for i in rest)
+        + "\nAdd a filter for them, or ... as the last one."
+        + "".join(hints)
+    )
+
+
+def plain_leaf_schema(paths: Sequence[Path]) -> Schema:
+    """A schema of raw arrays at ``paths``."""
+    return Schema.of(paths, [None] * len(paths), [EMPTY] * len(paths))

@@ -1,0 +1,634 @@
+"""State: a flat mapping path -> value with kinds and metadata, read as if nested."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey
+
+from sortal._engine.jax_compat import current_trace, register_pytree
+from sortal._engine.leaves import own
+from sortal._engine.nested import (
+    empty_node,
+    equal,
+    flatten,
+    locate_all,
+    nest,
+    ordered,
+)
+from sortal._engine.nodes import Handler, register_node
+from sortal._engine.paths import Path, PathKey, show
+from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
+from sortal._engine.statics import EMPTY, Metadata, edits
+from sortal._engine.variable import (
+    Variable,
+    describe,
+    foreign_write,
+    is_variable,
+    make_all,
+    metadata_of,
+    value_of,
+)
+from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
+
+
+class _Leaves:
+    """The leaves of a State, flat: bare values until one is read, then Variables."""
+
+    __slots__ = ("_cells", "_checked", "_schema", "_trace")
+
+    def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
+        # The list and what it holds change together, seen from any thread.
+        self._cells = (cells, boxed)
+        self._schema, self._checked, self._trace = schema, -1, current_trace()
+
+    @property
+    def schema(self) -> Schema:
+        cells, boxed = self._cells
+        if boxed and self._checked != edits.last:
+            now, old = edits.last, self._schema
+            kinds, metadata = _kinds(cells)
+            if kinds != old.kinds or metadata != old.metadata:
+                self._schema = Schema.of(old.paths, kinds, metadata)
+            self._checked = now
+        return self._schema
+
+    def values(self) -> list[Any]:
+        cells, boxed = self._cells
+        if not boxed:
+            return list(cells)
+        return [x._value if isinstance(x, Variable) else value_of(x) for x in cells]
+
+    def leaves(self) -> list[Any]:
+        cells, boxed = self._cells
+        if not boxed:
+            kinds, metadata = self._schema.kinds, self._schema.metadata
+            cells = make_all(kinds, cells, metadata, self._trace)
+            self._cells = (cells, True)
+        return cells
+
+    def leaf(self, i: int) -> Any:
+        return self.leaves()[i]
+
+    def write(self, owner: State, new: dict[Path, Any], gone: set[Path]) -> None:
+        if self._trace is not current_trace():
+            raise foreign_write((owner, p, "in a State") for p in [*new, *gone])
+        schema, leaves = self.schema, self.leaves()
+        added = {p: x for p, x in new.items() if p not in schema.index}
+        if added or gone:
+            items = zip(schema.paths, leaves, strict=True)
+            kept = [(p, x) for p, x in items if p not in gone]
+            fresh = _from_items([*kept, *added.items()])
+            schema, leaves = fresh._schema, fresh.leaves()
+            self._schema, self._cells = schema, (leaves, True)
+        for path in new.keys() - added.keys():
+            at, leaf = schema.index[path], new[path]
+            if is_variable(leaf) or not is_variable(leaves[at]):
+                leaves[at] = leaf
+            else:  # a bare value keeps the Variable
+                leaves[at].set_value(leaf)
+        edits.note()
+
+
+class _Part:
+    """The leaves of a State below a prefix; to write to them is to write to it."""
+
+    __slots__ = ("_prefix", "_whole")
+
+    def __init__(self, whole: State, prefix: Path):
+        self._whole, self._prefix = whole, prefix
+
+    @property
+    def _at(self) -> tuple[int, ...]:
+        return self._whole.schema.below(self._prefix)[1]
+
+    @property
+    def schema(self) -> Schema:
+        return self._whole.schema.below(self._prefix)[0]
+
+    def values(self) -> list[Any]:
+        values = self._whole.values_list()
+        return [values[i] for i in self._at]
+
+    def leaves(self) -> list[Any]:
+        leaves = self._whole.leaves()
+        return [leaves[i] for i in self._at]
+
+    def leaf(self, i: int) -> Any:
+        return self._whole._leaf(self._at[i])
+
+    def write(self, owner: State, new: dict[Path, Any], gone: set[Path]) -> None:
+        whole = {(*self._prefix, *p): x for p, x in new.items()}
+        self._whole._write(whole, {(*self._prefix, *p) for p in gone})
+
+
+def _kinds(
+    leaves: Sequence[Any],
+) -> tuple[tuple[type | None, ...], tuple[Metadata, ...]]:
+    kinds = [
+        type(x) if isinstance(x, Variable) or is_variable(x) else None for x in leaves
+    ]
+    metadata = [
+        EMPTY if kind is None else metadata_of(x)
+        for x, kind in zip(leaves, kinds, strict=True)
+    ]
+    return tuple(kinds), tuple(metadata)
+
+
+def _from_leaves(paths: Sequence[Path], leaves: list[Any]) -> _Leaves:
+    kinds, metadata = _kinds(leaves)
+    return _Leaves(Schema.of(paths, kinds, metadata), leaves, any(kinds))
+
+
+def _from_items(items: Iterable[tuple[Path, Any]]) -> _Leaves:
+    found = ordered(items)
+    return _from_leaves([path for path, _ in found], [leaf for _, leaf in found])
+
+
+class State(MutableMapping[Any, Any]):
+    """The leaves of a model, apart from it: a snapshot that is safe to edit.
+
+    Stored flat, read nested: ``s["layers"][0]["kernel"]`` and
+    ``s.layers[0].kernel`` are a Variable of the leaf's kind that belongs to this
+    State alone; ``s["layers"]`` is a view, so that writing through it edits ``s``.
+    Variables given one by one are kept; another State given is copied. To JAX a
+    State is nested dicts of Variables, with a ``DictKey`` for each level.
+
+    Args:
+      mapping: a nested mapping, or pairs of a key and a leaf or mapping.
+
+    Example:
+      >>> import sortal as nnx
+      >>> s = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> s.paths()
+      (('bias',), ('kernel',))
+      >>> s["kernel"]
+      Param(float32[2,3])
+    """
+
+    __slots__ = ("__weakref__", "_leaves")
+
+    def __new__(cls, mapping: Any = (), /) -> Any:
+        return _state(_Leaves(_NOTHING, [], False))
+
+    def __init__(self, mapping: Any = (), /):
+        if mapping:
+            pairs = mapping if isinstance(mapping, Mapping) else dict(mapping)
+            _set_leaves(self, _from_items(_walk(pairs)))
+
+    @classmethod
+    def from_flat_path(cls, flat: Any, /) -> State:
+        """Builds a State from paths and leaves.
+
+        Args:
+          flat: a mapping, or pairs, of path (tuple) and leaf: a Variable or a value.
+
+        Returns:
+          The State.
+        """
+        items = flat.items() if isinstance(flat, Mapping) else flat
+        return _state(_from_items((tuple(path), leaf) for path, leaf in items))
+
+    @property
+    def schema(self) -> Schema:
+        """Paths, kinds and metadata of the leaves, in order."""
+        return self._leaves.schema
+
+    def values_list(self) -> list[Any]:
+        """The bare values, in order."""
+        return self._leaves.values()
+
+    def _leaf(self, i: int) -> Any:
+        return self._leaves.leaf(i)
+
+    def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
+        """Sets some leaves and removes others; a bare value keeps the leaf's kind."""
+        self._leaves.write(self, new, gone)
+
+    # ------------------------------------------------- nested mapping
+    def __getitem__(self, key: Any) -> Any:
+        schema = self.schema
+        at = schema.index.get((key,))
+        if at is not None:
+            return self._leaf(at)
+        if key in schema.children(()):
+            return _state(_Part(self, (key,)))
+        raise PathError(
+            f"no {key!r} in this State; it has "
+            f"{', '.join(map(repr, schema.children(()))) or 'nothing'}."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # While a State is unpickled it has no leaves to look among.
+        if name == "_leaves" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except PathError as e:
+            raise PathAttributeError(str(e)) from None
+
+    def __setitem__(self, key: Any, leaf: Any) -> None:
+        new = dict(_walk({key: leaf}))
+        self._write(new, self._below(key) - new.keys())
+
+    def _below(self, key: Any) -> set[Path]:
+        return {p for p in self.schema.paths if p[:1] == (key,)}
+
+    def __setattr__(self, name: str, leaf: Any) -> None:
+        self[name] = leaf
+
+    def __delitem__(self, key: Any) -> None:
+        gone = self._below(key)
+        if not gone:
+            self[key]
+        self._write({}, gone)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Removes what is at a key and returns it, a part as a State of its own.
+
+        Args:
+          key: a key of the outermost level.
+          *default: what to return where there is no such key.
+
+        Returns:
+          The leaf or the State.
+
+        Raises:
+          PathError: there is no such key, and no default.
+        """
+        if default and key not in self:
+            return default[0]
+        found = self[key]
+        if isinstance(found, State):  # a view, which would follow the removal
+            found = State.from_flat_path(_items(found))
+        del self[key]
+        return found
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Removes the first key and returns it with what was there."""
+        key = next(iter(self), None)
+        return key, self.pop(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.schema.children(()))
+
+    def __len__(self) -> int:
+        return len(self.schema.children(()))
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.schema.children(())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, State):
+            return NotImplemented
+        if self.schema is not other.schema:
+            return False
+        pairs = zip(self.values_list(), other.values_list(), strict=True)
+        return all(a is b or equal(a, b) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: Any) -> State:
+        return State.merge(self, other)
+
+    def __sub__(self, other: Any) -> State:
+        gone, schema = as_state(other).schema.index, self.schema
+        kept = [i for i, path in enumerate(schema.paths) if path not in gone]
+        values = own(self.values_list())
+        return snapshot(schema.pick(kept), [values[i] for i in kept])
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{show(path)}: "
+            + (describe(v) if kind is None else f"{kind_name(kind)}({describe(v)})")
+            for path, kind, v in zip(
+                self.schema.paths, self.schema.kinds, self.values_list(), strict=True
+            )
+        ]
+        return f"State(\n{listing(rows)}\n)" if rows else "State()"
+
+    def __getstate__(self) -> Any:
+        return (self.schema, self.values_list())
+
+    def __setstate__(self, saved: Any) -> None:
+        _set_leaves(self, _Leaves(*saved, boxed=False))
+
+    def __copy__(self) -> State:
+        return snapshot(self.schema, own(self.values_list()))
+
+    def __deepcopy__(self, memo: Any) -> State:
+        values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
+        return snapshot(self.schema, values)
+
+    # ------------------------------------------------------------ flat
+    def paths(self) -> tuple[Path, ...]:
+        """The paths of all leaves, in order."""
+        return self.schema.paths
+
+    def leaves(self) -> list[Any]:
+        """All leaves in order: Variables of this State, and raw arrays."""
+        return list(self._leaves.leaves())
+
+    def flat_state(self) -> FlatState:
+        """The pairs of path and leaf, in order."""
+        return FlatState(zip(self.paths(), self.leaves(), strict=True))
+
+    def map(self, f: Callable[[Path, Any], Any]) -> State:
+        """A State of what ``f`` makes of each path and leaf.
+
+        Args:
+          f: takes a path and a Variable or array; returns the new leaf.
+
+        Returns:
+          The new State, with Variables of its own.
+        """
+        leaves = [f(path, x) for path, x in _items(self)]
+        return copy.copy(_state(_from_leaves(self.paths(), leaves)))
+
+    # --------------------------------------------------- by filter
+    def filter(self, *filters: Any) -> Any:
+        """The leaves that filters take, as ``sortal.state`` does for a model.
+
+        Args:
+          *filters: one or more filters.
+
+        Returns:
+          A State, or a tuple with one State for each filter.
+
+        Raises:
+          FilterError: a filter is malformed, or swallowed by an earlier one.
+        """
+        parts, _ = self._divide(filters)
+        return parts[0] if len(filters) == 1 else tuple(parts)
+
+    def split(self, *filters: Any) -> Any:
+        """Divides all leaves among filters.
+
+        Args:
+          *filters: one or more filters.
+
+        Returns:
+          A State, or a tuple with one State for each filter.
+
+        Raises:
+          FilterError: as ``filter``; or leaves are left over.
+        """
+        parts, rest = self._divide(filters)
+        check_exhaustive(self.schema, filters, rest)
+        return parts[0] if len(filters) == 1 else tuple(parts)
+
+    def _divide(self, filters: tuple[Any, ...]) -> tuple[list[State], Sequence[int]]:
+        found = select(self.schema, filters, self.leaves)
+        values = own(self.values_list())
+        parts = [snapshot(s, [values[i] for i in at]) for s, at in found.parts]
+        return parts, found.rest
+
+    @staticmethod
+    def merge(state: Any, /, *states: Any) -> State:
+        """One State of all leaves; where two have the same path the later wins.
+
+        Args:
+          state: a State or nested mapping.
+          *states: more of them.
+
+        Returns:
+          The new State, with Variables of its own.
+        """
+        merged: dict[Path, Any] = {}
+        for x in (state, *states):
+            merged.update(_items(copy.copy(as_state(x))))
+        return _state(_from_items(merged.items()))
+
+    # --------------------------------------------------- nested dicts
+    def to_pure_dict(self, extract_fn: Callable[[Any], Any] | None = None) -> dict:
+        """Nested dicts of bare values.
+
+        Args:
+          extract_fn: takes a leaf, returns what to put; its value if absent.
+
+        Returns:
+          The dict, with integer keys where the paths have them.
+        """
+        if extract_fn is None:
+            leaves = self.values_list()
+        else:
+            leaves = map(extract_fn, self.leaves())
+        return nest(zip(self.paths(), leaves, strict=True))
+
+    def replace_by_pure_dict(
+        self, pure: Mapping, replace_fn: Callable[[Any, Any], Any] | None = None
+    ) -> None:
+        """Replaces values in place from nested dicts; keys ``"0"`` may stand for 0.
+
+        Args:
+          pure: nested dicts of values.
+          replace_fn: takes the old leaf and the new value, returns the new leaf.
+
+        Raises:
+          PathError: paths that this State does not have; all listed, none replaced.
+        """
+        schema = self.schema
+        found = locate_all(schema.paths, _walk(pure), schema.index.get)
+        if replace_fn is not None:
+            found = [(at, replace_fn(self._leaf(at), value)) for at, value in found]
+        self._write({schema.paths[at]: value for at, value in found}, set())
+
+
+class FlatState(tuple):
+    """Pairs of path and leaf, in order; ``dict(flat)`` gives a mapping by path.
+
+    Args:
+      iterable: pairs of path (tuple) and leaf.
+
+    Example:
+      >>> import sortal as nnx
+      >>> dict(nnx.State({"a": {"b": 1}}).flat_state())
+      {('a', 'b'): 1}
+    """
+
+    __slots__ = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths."""
+        return tuple(path for path, _ in self)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves."""
+        return [leaf for _, leaf in self]
+
+    def to_nested_state(self) -> State:
+        """The State of these pairs."""
+        return State.from_flat_path(self)
+
+
+_NOTHING = Schema.of((), (), ())
+_set_leaves = State.__dict__["_leaves"].__set__
+
+
+def _state(leaves: _Leaves | _Part) -> State:
+    state = object.__new__(State)
+    _set_leaves(state, leaves)
+    return state
+
+
+def snapshot(schema: Schema, values: list[Any]) -> State:
+    """A State over ``values``, which it keeps as they are; for the engine.
+
+    Args:
+      schema: paths, kinds and metadata.
+      values: the bare values in the same order.
+
+    Returns:
+      The State.
+    """
+    return _state(_Leaves(schema, values, False))
+
+
+def as_state(x: Any) -> State:
+    """Reads a State, a FlatState, or a nested mapping of leaves, as a State.
+
+    Args:
+      x: one of these.
+
+    Returns:
+      The State.
+
+    Raises:
+      ArgumentError: it is none of them.
+    """
+    if isinstance(x, State):
+        return x
+    if isinstance(x, FlatState):
+        return x.to_nested_state()
+    if isinstance(x, Mapping):
+        return State(x)
+    raise ArgumentError(
+        f"expected a State or a nested dict of leaves, found a {type(x).__name__}."
+    )
+
+
+def _items(state: State) -> list[tuple[Path, Any]]:
+    return list(zip(state.paths(), state.leaves(), strict=True))
+
+
+def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a nested mapping; of a State in it, copies of the leaves."""
+    for path, leaf in flatten(mapping, lambda _, x: isinstance(x, State)):
+        if isinstance(leaf, State):
+            yield from (((*path, *p), x) for p, x in _items(copy.copy(leaf)))
+        elif leaf is not empty_node:
+            yield path, leaf
+
+
+class _Layout:
+    """How the leaves of a State lie in the nested dicts that JAX sees.
+
+    Equal for equal outermost keys, since JAX compares the dicts and the Variables in
+    them itself: a State of bare values, such as a mask or labels, is thus a prefix of
+    the State of Variables that it is about.
+    """
+
+    __slots__ = ("entries", "keys", "schema", "tree")
+
+    def __init__(self, schema: Schema):
+        lone = schema.paths == ((),)  # of a lone Variable
+        parts = {None: 0} if lone else nest((path, 0) for path in schema.paths)
+        self.schema, self.keys = schema, tuple(parts)
+        self.entries = [PathKey(()) if lone else DictKey(key) for key in parts]
+        self.tree = jax.tree.structure(tuple(map(_pytree, parts.values())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Layout) and self.keys == other.keys
+
+    def __hash__(self) -> int:
+        return hash(self.keys)
+
+    def __repr__(self) -> str:
+        return ", ".join(map(repr, self.keys))
+
+
+def _pytree(part: Any) -> Any:
+    """Dicts, which JAX sorts by key, where that is the order of paths too."""
+    if not isinstance(part, dict):
+        return part
+    inner = {key: _pytree(x) for key, x in part.items()}
+    try:
+        return inner if sorted(inner) == list(inner) else OrderedDict(inner)
+    except TypeError:  # such as integers among strings
+        return OrderedDict(inner)
+
+
+def _layout(state: State) -> _Layout:
+    schema = state.schema
+    return schema.memo("layout", lambda: _Layout(schema))
+
+
+def _flatten(state: State) -> tuple[tuple[Any, ...], _Layout]:
+    layout = _layout(state)
+    return layout.tree.unflatten(state._leaves.leaves()), layout
+
+
+def _flatten_with_keys(state: State) -> tuple[Any, _Layout]:
+    children, layout = _flatten(state)
+    return tuple(zip(layout.entries, children, strict=True)), layout
+
+
+def _unflatten(layout: _Layout, children: Iterable[Any]) -> State:
+    children = tuple(children)
+    try:
+        cells = layout.tree.flatten_up_to(children)
+    except ValueError:  # a map gave one leaf in the place of a whole part
+        return State(zip(layout.keys, children, strict=True))
+    return _state(_Leaves(layout.schema, cells, boxed=True))
+
+
+class _StateHandler(Handler):
+    """A State held by an object is one node whose children lie at whole paths."""
+
+    flat = True
+    notes_edits = True
+
+    def keys(self, obj: State) -> Sequence[Hashable]:
+        return obj.schema.paths
+
+    def children(self, obj: State, keys: Any) -> list[Any]:
+        return obj.leaves()
+
+    def contents(self, nodes: Sequence[State]) -> tuple[list[Any], Iterable[Any]]:
+        return [x.schema for x in nodes], (leaf for x in nodes for leaf in x.leaves())
+
+    def shell(self, cls: type, spec: Any) -> State:
+        return State()
+
+    def remove(self, obj: State, key: Any) -> None:
+        obj._write({}, {key})
+
+    def can_remove(self, key: Any) -> bool:
+        return True
+
+    def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
+        _set_leaves(obj, _from_leaves(tuple(items), list(items.values())))
+        edits.note()
+
+
+register_node(State, _StateHandler())
+register_pytree(State, _flatten, _flatten_with_keys, _unflatten)
+jax.tree_util.register_pytree_node(
+    FlatState,
+    lambda flat: (flat.leaves, flat.paths),
+    lambda paths, leaves: FlatState(zip(paths, leaves, strict=True)),
+)

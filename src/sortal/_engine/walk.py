@@ -1,0 +1,196 @@
+"""Walk: one traversal of live objects, and what it refuses."""
+
+from __future__ import annotations
+
+import numbers
+import types
+from typing import Any
+
+import numpy as np
+
+from sortal._engine import nodes as _nodes
+from sortal._engine.foreign import VariableHandler, handler_of_kind
+from sortal._engine.graphdef import Entry, GraphDef, Record
+from sortal._engine.leaves import live_leaves
+from sortal._engine.marks import Marked
+from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, handler_of, is_root
+from sortal._engine.paths import Path, show
+from sortal._engine.schema import Schema
+from sortal._engine.statics import EMPTY, Static, is_hashable
+from sortal._engine.variable import Variable, metadata_of
+from sortal.errors import StructureError, UnsupportedError, listing
+
+_NUMBERS = (numbers.Number, np.generic)
+
+
+class Walk:
+    """One traversal: the GraphDef, and the live nodes and leaves in its order."""
+
+    def __init__(self, root: Any):
+        self.nodes: list[Any] = []
+        self._leaves: list[Any] = []
+        self._paths: list[Path] = []
+        self._kinds: list[Any] = []
+        self._metadata: list[Any] = []
+        self._records: list[Any] = []
+        self._aliases: list[tuple[Path, int]] = []
+        self._numbers: dict[int, int] = {}
+        self._bad: list[str] = []
+        self._refused: list[str] = []
+        # Taken apart with a stack of its own, so that no depth is too deep.
+        self._open: list[tuple[Any, ...]] = []
+        root_entry = self._visit(root, None, (), False)
+        while self._open:
+            self._take_apart(*self._open[-1])
+        self._refuse()
+        schema = Schema.of(self._paths, self._kinds, self._metadata)
+        self.graphdef = GraphDef.of(root_entry, self._records, schema, self._aliases)
+        self.leaves = live_leaves(self.graphdef, self.nodes, self._leaves)
+
+    def _visit(self, obj: Any, key: Any, path: Path, data: bool) -> Entry:
+        """The Entry of one object; in what is marked data, numbers are leaves."""
+        found = handler_of(obj)
+        if found is LEAF:
+            return Entry(key, LEAF, self._leaf(obj, path))
+        if found is STATIC:
+            if data and isinstance(obj, _NUMBERS):
+                return Entry(key, LEAF, self._leaf(obj, path))
+            return Entry(key, STATIC, self._static(obj, path))
+        data = data and found.plain
+        if not data and _nodes.is_static_value(obj, found):
+            return Entry(key, STATIC, self._static(obj, path))
+        return Entry(key, NODE, self._node(obj, path, found, data))
+
+    def _leaf(self, obj: Any, path: Path) -> int:
+        theirs = None
+        boxed = isinstance(obj, Variable)
+        if not boxed:
+            theirs = handler_of_kind(type(obj))
+            boxed = theirs is not None
+        number = len(self._leaves)
+        # Raw arrays are values: one met twice is two leaves, else the structure would
+        # depend on which equal arrays happen to be one object.
+        if boxed:
+            first = self._numbers.setdefault(id(obj), number)
+            if first != number:
+                self._aliases.append((path, first))
+                return first
+        metadata = EMPTY
+        if theirs is not None and not self._is_refused(obj, path, theirs):
+            metadata = metadata_of(obj)
+        elif boxed and theirs is None:
+            metadata = obj._metadata
+        self._leaves.append(obj)
+        self._paths.append(path)
+        self._kinds.append(type(obj) if boxed else None)
+        self._metadata.append(metadata)
+        return number
+
+    def _is_refused(self, obj: Any, path: Path, handler: VariableHandler) -> bool:
+        refusal = handler.refusal(obj)
+        (entries,) = handler.entries([obj])
+        bad = [k for k, v in entries.items() if not is_hashable(v)]
+        if bad:
+            refusal = (
+                f"its metadata {', '.join(map(repr, bad))} cannot be hashed; use "
+                "tuples for lists, and set it anew by set_metadata"
+            )
+        if refusal:
+            self._refused.append(f"{show(path)} ({type(obj).__name__}): {refusal}")
+        return bool(refusal)
+
+    def _static(self, obj: Any, path: Path) -> Static | None:
+        if isinstance(obj, Marked):
+            self._bad.append(
+                f"{show(path)}: a value marked {obj.role} inside a container, where "
+                "the mark says nothing; mark the attribute that holds the container"
+            )
+            return None
+        hidden = _hidden_state(obj)
+        if hidden:
+            self._bad.append(
+                f"{show(path)}: a {type(obj).__name__} that is no Module but holds "
+                f"{hidden}; derive it from sortal.Module"
+            )
+            return None
+        try:
+            return Static(obj)
+        except TypeError:
+            self._bad.append(f"{show(path)}: a {type(obj).__name__}, {obj!r:.60}")
+            return None
+
+    def _node(self, obj: Any, path: Path, handler: Handler, data: bool) -> int:
+        number = len(self.nodes)
+        if handler.tracked:
+            first = self._numbers.setdefault(id(obj), number)
+            if first != number:
+                return first
+        if isinstance(obj, (list, dict)) and getattr(obj, "__dict__", None):
+            self._bad.append(
+                f"{show(path)}: a {type(obj).__name__} with the attributes "
+                f"{', '.join(obj.__dict__)}, which copies of a {type(obj).__base__} "
+                "do not keep; derive it from sortal.Module"
+            )
+        self.nodes.append(obj)
+        self._records.append(None)
+        keys = handler.keys(obj)
+        children = zip(keys, handler.children(obj, keys), strict=True)
+        self._open.append((number, obj, path, handler, data, children, []))
+        return number
+
+    def _take_apart(
+        self,
+        number: int,
+        obj: Any,
+        path: Path,
+        handler: Handler,
+        data: bool,
+        children: Any,
+        entries: list[Entry],
+    ) -> None:
+        """Visits the children left of the innermost open node, up to a new node."""
+        depth = len(self._open)
+        roles = handler.roles(obj) or {}
+        for key, child in children:
+            below = path + key if handler.flat else (*path, key)
+            role = roles.get(key)
+            if role == "static":
+                entries.append(Entry(key, STATIC, self._static(child, below)))
+            elif role == "data" and handler_of(child) is STATIC:
+                entries.append(Entry(key, LEAF, self._leaf(child, below)))
+            else:
+                marked = data or role == "data"
+                entries.append(self._visit(child, key, below, marked))
+                if len(self._open) > depth:
+                    return
+        self._open.pop()
+        spec = Static(handler.spec(obj))
+        self._records[number] = Record(type(obj), handler, spec, tuple(entries))
+
+    def _refuse(self) -> None:
+        if self._refused:
+            raise UnsupportedError(
+                "these Variables of another library cannot be carried:\n"
+                + listing(self._refused)
+            )
+        if self._bad:
+            raise StructureError(
+                "static values must be hashable, because compiled functions are kept "
+                "by them, and must hold no state; found:\n"
+                + listing(self._bad)
+                + "\nUse a tuple or frozenset, "
+                "hold arrays in Variables, or give the class __eq__ and __hash__."
+            )
+
+
+def _hidden_state(obj: Any) -> str:
+    """Names Variables and nodes directly inside a static object, where JAX is blind."""
+    attributes = getattr(obj, "__dict__", None)
+    if type(attributes) is not dict or isinstance(obj, types.FunctionType):
+        return ""
+    found = [
+        f"{name} ({type(value).__name__})"
+        for name, value in attributes.items()
+        if is_root(value)
+    ]
+    return ", ".join(found)

@@ -1,0 +1,478 @@
+"""Generation: choosing tokens, and running a decoder token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal._engine.variable import Cache, describe
+from sortal.errors import ArgumentError, CacheError, DecodingError
+from sortal.module import iter_modules
+from sortal.nn.cache import KVCache, check_room
+from sortal.random import Rngs
+from sortal.transforms.compile import jit
+from sortal.transforms.control import while_loop
+
+NO_TOKEN = -1
+"""Stands where there is no token: after the end of a sequence."""
+_LEAST = 16
+
+
+class Decoder(Protocol):
+    """What ``stream`` and ``generate`` ask of a model."""
+
+    def next_logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Logits of the token after the last one of each sequence.
+
+        Args:
+          tokens: int32 (batch, length), which follow those in the model's caches.
+          lengths: int32 (batch,): how many of them count, from the first.
+
+        Returns:
+          Floating-point array (batch, vocabulary).
+        """
+        ...
+
+
+def sample(
+    logits: Any,
+    key: Any = None,
+    *,
+    temperature: Any = None,
+    top_k: int | None = None,
+    top_p: Any = None,
+) -> jax.Array:
+    """Chooses a token for each row of logits.
+
+    ``top_k`` is applied before ``top_p``, and both after the temperature.
+
+    Args:
+      logits: floating-point array (..., vocabulary).
+      key: a JAX random key; needed where ``temperature`` is given.
+      temperature: positive number by which logits are divided; the most likely token is
+        taken if absent.
+      top_k: how many of the most likely tokens are considered; all if absent.
+      top_p: the most likely tokens that together have at least this probability are
+        considered, at least one; all if absent. In (0, 1].
+
+    Returns:
+      int32 (...); -1 where a row holds NaN, for which there is no token.
+
+    Raises:
+      ArgumentError: a temperature without a key, or ``top_k`` is not positive.
+
+    References:
+      Holtzman et al., "The curious case of neural text degeneration",
+      arXiv:1904.09751, section 3.1, for ``top_p``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> logits = jnp.array([[0.0, 3.0, 1.0], [jnp.nan, 0.0, 0.0]])
+      >>> nnx.decoding.sample(logits)
+      Array([ 1, -1], dtype=int32)
+      >>> nnx.decoding.sample(logits, jax.random.key(0), temperature=2.0, top_k=1)
+      Array([ 1, -1], dtype=int32)
+    """
+    if top_k is not None and top_k < 1:
+        raise ArgumentError(f"top_k={top_k} leaves no token; it is 1 or more.")
+    if temperature is None:
+        chosen = jnp.argmax(logits, axis=-1)
+    elif key is None:
+        raise ArgumentError(
+            "sample(temperature=...) draws, and needs a key: sample(logits, "
+            "jax.random.key(0), temperature=...)."
+        )
+    else:
+        scaled = logits.astype(jnp.float32) / temperature
+        kept = min(top_k or scaled.shape[-1], scaled.shape[-1])
+        if kept < scaled.shape[-1] or top_p is not None:
+            # Sorted from the most likely on, so that both cuts are cuts of the front.
+            scaled, order = jax.lax.top_k(scaled, kept)
+            if top_p is not None:
+                before = jnp.cumsum(p := jax.nn.softmax(scaled), axis=-1) - p
+                first = jnp.arange(kept) == 0
+                scaled = jnp.where(first | (before < top_p), scaled, -jnp.inf)
+            place = jax.random.categorical(key, scaled)
+            chosen = jnp.take_along_axis(order, place[..., None], axis=-1)[..., 0]
+        else:
+            chosen = jax.random.categorical(key, scaled)
+    bad = jnp.isnan(logits).any(axis=-1)
+    return jnp.where(bad, NO_TOKEN, chosen).astype(jnp.int32)
+
+
+def stream(
+    model: Any,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    rngs: Rngs | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+) -> Iterator[np.ndarray]:
+    """Generates in a loop of compiled steps, and yields each token as it comes.
+
+    Prompts follow what the caches hold: begin anew with ``reset_cache(model)``. Of the
+    tokens generated, the caches hold all but the last; where the loop is left early,
+    all. ``generate`` gives the same tokens from one compiled loop.
+
+    Args:
+      model: a Decoder with caches, such as ``init_cache`` gives.
+      prompts: a list of lists of token ids, one for each sequence of the caches' batch,
+        of any lengths but 0; or an integer array (batch, length).
+      max_new_tokens: how many to generate at most.
+      rngs: keys are drawn from its stream ``sample``; needed unless the temperature
+        is 0.
+      temperature: as for ``sample``; 0 takes the most likely token.
+      top_k: as for ``sample``.
+      top_p: as for ``sample``.
+      stop: token ids that end a sequence; the last token it gets is one of them.
+
+    Yields:
+      int32 (batch,): a token for each sequence, -1 where it has ended.
+
+    Raises:
+      ArgumentError: prompts or options that cannot be used.
+      CacheError: the model has no caches, or too short ones for prompts and tokens; no
+        token is generated and nothing changed.
+      DecodingError: logits were NaN.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> class Next(nnx.Module):
+      ...     def __init__(self):
+      ...         self.cache = nnx.KVCache(1, 8, num_heads=1, head_dim=1)
+      ...     def next_logits(self, tokens, lengths):   # the number after the last one
+      ...         return jax.nn.one_hot(tokens[:, lengths[0] - 1] + 1, 10)
+      >>> [int(token[0]) for token in nnx.decoding.stream(
+      ...     Next(), [[3, 4]], max_new_tokens=3)]
+      [5, 6, 7]
+    """
+    call = _Call(model, prompts, max_new_tokens, rngs, temperature, top_k, top_p, stop)
+    return _steps(call)
+
+
+def generate(
+    model: Any,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    rngs: Rngs | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+) -> np.ndarray:
+    """Generates in one compiled loop, which ends when every sequence has ended.
+
+    The prompts go through the model in a program of their own, which ``stream`` uses
+    too.
+
+    Args:
+      model: as for ``stream``.
+      prompts: as for ``stream``.
+      max_new_tokens: how many to generate at most; another number is another program.
+      rngs: as for ``stream``.
+      temperature: as for ``stream``.
+      top_k: as for ``stream``.
+      top_p: as for ``stream``.
+      stop: as for ``stream``.
+
+    Returns:
+      int32 (batch, max_new_tokens); -1 after the end of a sequence.
+
+    Raises:
+      ArgumentError: prompts or options that cannot be used.
+      CacheError: the model has no caches, or too short ones for prompts and tokens; no
+        token is generated and nothing changed.
+      DecodingError: logits were NaN.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> class Next(nnx.Module):
+      ...     def __init__(self):
+      ...         self.cache = nnx.KVCache(1, 8, num_heads=1, head_dim=1)
+      ...     def next_logits(self, tokens, lengths):   # the number after the last one
+      ...         return jax.nn.one_hot(tokens[:, lengths[0] - 1] + 1, 10)
+      >>> nnx.decoding.generate(Next(), [[3, 4]], max_new_tokens=4, stop=[7])
+      array([[ 5,  6,  7, -1]], dtype=int32)
+    """
+    call = _Call(model, prompts, max_new_tokens, rngs, temperature, top_k, top_p, stop)
+    if call.steps == 0:
+        return np.zeros((len(call.lengths), 0), np.int32)
+    rngs, choice, top_k = call.rngs, call.choice, call.top_k
+    first = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
+    tokens, failed = decode_all(
+        model, rngs, *first, choice, steps=call.steps, top_k=top_k
+    )
+    _check(np.asarray(failed))
+    return np.asarray(tokens)
+
+
+class Choice(NamedTuple):
+    """What decides on tokens and may change without anything being compiled again.
+
+    Attributes:
+      temperature: as for ``sample``.
+      top_p: as for ``sample``.
+      stop: int32 (number,): tokens that end a sequence; or None.
+    """
+
+    temperature: Any = None
+    top_p: Any = None
+    stop: Any = None
+
+
+class _Call:
+    """The arguments of ``stream`` and ``generate``, checked and in their final form."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Any,
+        steps: int,
+        rngs: Any,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        stop: Sequence[int],
+    ):
+        self.model, self.steps = model, steps
+        self.tokens, self.lengths = pad(prompts)
+        _check_options(steps, rngs, temperature, top_p)
+        caches = [m for _, m in iter_modules(model) if isinstance(m, KVCache)]
+        if not caches:
+            raise CacheError(
+                f"{type(model).__name__} has no KVCache to decode with. Make them with "
+                "init_cache(model, batch, length)."
+            )
+        batches = {cache.position.shape[0] for cache in caches}
+        if batches != {len(self.lengths)}:
+            raise CacheError(
+                f"there are {len(self.lengths)} prompts, and caches for "
+                f"{', '.join(map(str, sorted(batches)))} sequences. Make caches for "
+                "the batch with init_cache(model, batch, length)."
+            )
+        check_room(model, self.lengths + max(steps - 1, 0))
+        greedy = temperature == 0
+        self.rngs = None if greedy else rngs
+        self.choice = Choice(
+            temperature=None if greedy else temperature,
+            top_p=None if greedy or top_p == 1 else top_p,
+            stop=np.asarray(stop, np.int32) if len(stop) else None,
+        )
+        self.top_k = None if greedy else top_k
+
+
+def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of several lengths as one array.
+
+    Args:
+      prompts: a list of lists of token ids, or an integer array (batch, length).
+
+    Returns:
+      int32 (batch, padded) and int32 (batch,), the lengths. What is padded is a power
+      of two from 16 on, so that prompts of many lengths share few programs.
+
+    Raises:
+      ArgumentError: there is no prompt, one is empty, or something is no token id.
+
+    Example:
+      >>> tokens, lengths = pad([[5, 6, 7], [8]])
+      >>> tokens.shape, lengths
+      ((2, 16), array([3, 1], dtype=int32))
+    """
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], str)):
+        raise ArgumentError(
+            "prompts are token ids, not text. Write [tokenizer.encode(text).ids]."
+        )
+    rows = [np.asarray(row) for row in prompts]
+    bad = [i for i, row in enumerate(rows) if row.ndim != 1 or not row.size]
+    bad += [i for i, r in enumerate(rows) if r.size and r.dtype.kind not in "iu"]
+    if not rows or bad:
+        found = (
+            f"prompt {bad[0]} is {describe(rows[bad[0]])}" if rows else "there is none"
+        )
+        raise ArgumentError(
+            "prompts are lists of one or more integers, one list for each sequence; "
+            f"{found}. A batch of one is [[1, 2, 3]]."
+        )
+    lengths = np.array([row.size for row in rows], np.int32)
+    tokens = np.zeros(
+        (len(rows), max(_LEAST, 1 << int(lengths.max() - 1).bit_length()))
+    )
+    tokens = tokens.astype(np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : row.size] = row
+    return tokens, lengths
+
+
+def _check_options(steps: int, rngs: Any, temperature: float, top_p: Any) -> None:
+    if steps < 0:
+        raise ArgumentError(f"max_new_tokens={steps}; it is 0 or more.")
+    if not temperature >= 0:
+        raise ArgumentError(f"temperature={temperature}; it is 0 or more.")
+    if temperature and not isinstance(rngs, Rngs):
+        raise ArgumentError(
+            f"temperature={temperature} draws tokens, and needs random keys: "
+            "rngs=nnx.Rngs(0). temperature=0 takes the most likely token instead."
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ArgumentError(f"top_p={top_p}; it is above 0 and at most 1.")
+
+
+def _advance(
+    model: Any,
+    rngs: Any,
+    tokens: Any,
+    lengths: Any,
+    done: Any,
+    choice: Choice,
+    top_k: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token for each sequence: the token, which have ended, which have failed."""
+    logits = model.next_logits(tokens, lengths)
+    key = None if rngs is None else rngs.sample()
+    heat, top_p, stop = choice
+    new = sample(logits, key, temperature=heat, top_k=top_k, top_p=top_p)
+    failed = (new == NO_TOKEN) & ~done
+    new = jnp.where(done, NO_TOKEN, new)
+    if stop is not None:
+        done |= jnp.isin(new, stop)
+    return new, done, failed
+
+
+def _follow(
+    model: Any, rngs: Any, tokens: Any, done: Any, choice: Choice, top_k: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``_advance`` by the one token that each sequence got last."""
+    lengths = jnp.where(done, 0, 1).astype(jnp.int32)
+    return _advance(model, rngs, tokens[:, None], lengths, done, choice, top_k)
+
+
+@functools.partial(jit, donate=Cache, static_argnames="top_k")
+def prefill(
+    model: Any,
+    rngs: Any,
+    tokens: Any,
+    lengths: Any,
+    choice: Choice,
+    *,
+    top_k: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The compiled step from prompts to their first tokens, as ``stream`` makes it.
+
+    Args:
+      model: a Decoder with caches, which are donated.
+      rngs: where keys come from, or None.
+      tokens: int32 (batch, length).
+      lengths: int32 (batch,).
+      choice: what decides on tokens.
+      top_k: as for ``sample``.
+
+    Returns:
+      The tokens, int32 (batch,); which sequences have ended; which gave NaN.
+    """
+    done = jnp.zeros(lengths.shape, bool)
+    return _advance(model, rngs, tokens, lengths, done, choice, top_k)
+
+
+@functools.partial(jit, donate=Cache, static_argnames="top_k")
+def decode(
+    model: Any, rngs: Any, tokens: Any, done: Any, choice: Choice, *, top_k: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The compiled step from one token of each sequence to the next.
+
+    Args:
+      model: as for ``prefill``.
+      rngs: as for ``prefill``.
+      tokens: int32 (batch,).
+      done: booleans (batch,): which have ended; their caches are left alone.
+      choice: as for ``prefill``.
+      top_k: as for ``sample``.
+
+    Returns:
+      As ``prefill``.
+    """
+    return _follow(model, rngs, tokens, done, choice, top_k)
+
+
+@functools.partial(jit, donate=Cache, static_argnames=("steps", "top_k"))
+def decode_all(
+    model: Any,
+    rngs: Any,
+    tokens: Any,
+    done: Any,
+    failed: Any,
+    choice: Choice,
+    *,
+    steps: int,
+    top_k: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """All tokens from the first ones on, as one program.
+
+    Args:
+      model: as for ``prefill``.
+      rngs: as for ``prefill``.
+      tokens: what ``prefill`` returned first.
+      done: the second.
+      failed: the third.
+      choice: as for ``prefill``.
+      steps: how many tokens at most, the first ones included.
+      top_k: as for ``sample``.
+
+    Returns:
+      The tokens, int32 (batch, steps), and which sequences gave NaN.
+    """
+    out = jnp.full((len(tokens), steps), NO_TOKEN, jnp.int32).at[:, 0].set(tokens)
+
+    def goes_on(state: Any) -> jax.Array:
+        *_, done, failed, i = state
+        return (i < steps) & ~done.all() & ~failed.any()
+
+    def body(state: Any) -> Any:
+        model, rngs, out, new, done, _, i = state
+        new, done, failed = _follow(model, rngs, new, done, choice, top_k)
+        return model, rngs, out.at[:, i].set(new), new, done, failed, i + 1
+
+    state = (model, rngs, out, tokens, done, failed, jnp.int32(1))
+    _, _, out, _, _, failed, _ = while_loop(goes_on, body, state)
+    return out, failed
+
+
+def _steps(call: _Call) -> Iterator[np.ndarray]:
+    if call.steps == 0:
+        return
+    model, rngs, choice, top_k = call.model, call.rngs, call.choice, call.top_k
+    ahead = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
+    for left in range(call.steps - 1, -1, -1):
+        new, done, failed = ahead
+        # The next step is on its way before this token is read, unless whether there
+        # is a next one hangs on it.
+        more = left > 0 and not (choice.stop is not None and bool(done.all()))
+        if more:
+            ahead = decode(model, rngs, new, done, choice, top_k=top_k)
+        _check(np.asarray(failed))
+        yield np.asarray(new)
+        if not more:
+            return
+
+
+def _check(failed: np.ndarray) -> None:
+    if failed.any():
+        rows = ", ".join(map(str, np.flatnonzero(failed)))
+        raise DecodingError(
+            f"the logits of sequence {rows} are NaN: the parameters or a cache hold "
+            "NaN, or a cache was given more tokens than it has slots for. Look at "
+            "state(model), and begin anew with reset_cache(model)."
+        )

@@ -1,0 +1,490 @@
+"""The verbs over live objects: state, split, merge, update, pop, clone, variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple, Never
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal._engine.foreign import same_kind
+from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.leaves import Leaves, Slot, held, own, store_all
+from sortal._engine.nodes import LEAF, NODE, STATIC
+from sortal._engine.paths import Path, show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
+from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.statics import Metadata
+from sortal._engine.variable import check_writable, describe
+from sortal._engine.walk import Walk
+from sortal._nnx_names import refuse_unknown
+from sortal.errors import FilterError, MergeError, StructureError, UpdateError, listing
+
+_Getter = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
+    """A snapshot of the leaves that filters take.
+
+    Editing the snapshot never edits the model. Each leaf goes to the first filter that
+    takes it; leaves that no filter takes are left out.
+
+    Args:
+      node: a Module, or a container of Modules, Variables and arrays.
+      *filters: kinds, tags, ``...``, Filter objects; everything if absent.
+
+    Returns:
+      A State, or a tuple with one State for each filter where there are several.
+
+    Raises:
+      FilterError: a filter is malformed, or an earlier one swallows a later one.
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+      >>> params, stats = nnx.state(model, nnx.Param, nnx.BatchStat)
+      >>> stats.paths()
+      (('mean',), ('var',))
+    """
+    if _unknown:
+        refuse_unknown("state", _unknown)
+    found, leaves = bind(node).pick(filters or _ALL)
+    states = _snapshots(found, leaves)
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+_ALL = (...,)
+
+
+def _snapshots(found: Selection, leaves: list[Leaves]) -> list[State]:
+    return [
+        snapshot(schema, mine.snapshot())
+        for (schema, _), mine in zip(found.parts, leaves, strict=True)
+    ]
+
+
+def graphdef(node: Any, /, **_unknown: Never) -> GraphDef:
+    """The description of everything but the values.
+
+    Args:
+      node: a Module, or a container of Modules, Variables and arrays.
+
+    Returns:
+      The GraphDef; one and the same object for equal structures.
+
+    Raises:
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      GraphDef(Linear: 1 nodes, 2 leaves, 0 aliases)
+    """
+    if _unknown:
+        refuse_unknown("graphdef", _unknown)
+    return bind(node).graphdef
+
+
+def split(node: Any, *filters: Any, **_unknown: Never) -> tuple[Any, ...]:
+    """Divides a model into its GraphDef and one State for each filter.
+
+    Args:
+      node: a Module, or a container of Modules, Variables and arrays.
+      *filters: together they must take every leaf; everything if absent.
+
+    Returns:
+      ``(graphdef, state, ...)``.
+
+    Raises:
+      FilterError: a filter is malformed, swallowed by an earlier one, or leaves are
+        left over; all of them are listed.
+      StructureError: a static value in the model cannot be hashed.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+      >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+      >>> copy = nnx.merge(graphdef, params, rest)
+    """
+    if _unknown:
+        refuse_unknown("split", _unknown)
+    plan = bind(node)
+    found, leaves = plan.pick(filters or _ALL)
+    check_exhaustive(plan.graphdef.schema, filters, found.rest)
+    return (plan.graphdef, *_snapshots(found, leaves))
+
+
+class _Match(NamedTuple):
+    """Which leaves of a schema are in some states put end to end, and where."""
+
+    found: list[int]
+    missing: list[int]
+    live: _Getter  # takes the leaves that were found from all of the schema's
+    given: _Getter  # takes their new values, in the same order, from the states' values
+    metadata: list[Metadata]
+    problems: list[str]
+
+
+def _match(graphdef: GraphDef, given: list[State]) -> _Match:
+    schemas = tuple(state.schema for state in given)
+    return graphdef.memo(
+        ("match", schemas), lambda: _match_schemas(graphdef.schema, schemas)
+    )
+
+
+def _match_schemas(schema: Schema, given: tuple[Schema, ...]) -> _Match:
+    places = [-1] * len(schema)
+    metadata = list(schema.metadata)
+    problems = []
+    offset = 0
+    for number, part in enumerate(given, 1):
+        for i, path in enumerate(part.paths):
+            at = schema.index.get(path)
+            if at is None:
+                problems.append(f"unknown: {part.describe(i)}, in state {number}")
+            elif places[at] != -1:
+                problems.append(f"given twice: {part.describe(i)}, again in {number}")
+            elif part.kinds[i] and not same_kind(part.kinds[i], schema.kinds[at]):
+                problems.append(
+                    f"wrong kind: {show(path)} is a {kind_name(schema.kinds[at])}, "
+                    f"found a {kind_name(part.kinds[i])}"
+                )
+                places[at] = offset + i
+            else:
+                places[at] = offset + i
+                if part.kinds[i] is not None:
+                    metadata[at] = part.metadata[i]
+        offset += len(part)
+    missing = [i for i, place in enumerate(places) if place == -1]
+    found = [i for i, place in enumerate(places) if place != -1]
+    live, new = _getter(found), _getter([places[i] for i in found])
+    return _Match(found, missing, live, new, metadata, problems)
+
+
+def _getter(indices: list[int]) -> _Getter:
+    if len(indices) < 2:
+        return lambda items: [items[i] for i in indices]
+    return itemgetter(*indices)
+
+
+def _values(given: list[State], match: _Match) -> list[Any]:
+    values = [value for state in given for value in state.values_list()]
+    return own(list(match.given(values)))
+
+
+def merge(
+    graphdef: GraphDef,
+    state: Any,
+    /,
+    *states: Any,
+    missing: Any = None,
+    **_unknown: Never,
+) -> Any:
+    """Builds a new model from a GraphDef and States that hold each leaf once.
+
+    Args:
+      graphdef: what ``split`` returned first.
+      state: a State or nested dict of leaves.
+      *states: more of them.
+      missing: where leaves that no state holds come from: a State, or a function of
+        (path, kind) that returns a value. Without it a missing leaf is an error.
+
+    Returns:
+      The new model.
+
+    Raises:
+      MergeError: leaves are missing, unknown, given twice or of the wrong kind; all
+        of them are listed.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.merge(*nnx.split(model)).kernel
+      Param(float32[2,3])
+    """
+    if _unknown:
+        refuse_unknown("merge", _unknown)
+    given = [as_state(s) for s in (state, *states)]
+    schema, match = graphdef.schema, _match(graphdef, given)
+    filled: dict[int, Any] = {}
+    if match.missing and missing is not None:
+        filled = _fill_missing(schema, match.missing, missing)
+    _check_merge(schema, match, filled)
+    values = _values(given, match)
+    if filled:
+        filled.update(zip(match.found, values, strict=True))
+        values = own([filled[i] for i in range(len(schema))])
+    return graphdef.build(graphdef.build_leaves(values, match.metadata))[0]
+
+
+def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:
+    if callable(source) and not isinstance(source, State):
+        return {i: source(schema.paths[i], schema.kinds[i]) for i in missing}
+    other = as_state(source)
+    values = other.values_list()
+    return {
+        i: values[other.schema.index[schema.paths[i]]]
+        for i in missing
+        if schema.paths[i] in other.schema.index
+    }
+
+
+def _check_merge(schema: Schema, match: _Match, filled: dict[int, Any]) -> None:
+    absent = [i for i in match.missing if i not in filled]
+    if not absent and not match.problems:
+        return
+    rows = [f"missing: {schema.describe(i)}" for i in absent] + match.problems
+    raise MergeError(
+        f"merge needs each of the {len(schema)} leaves of the GraphDef exactly once; "
+        f"found:\n{listing(rows)}\n"
+        "Pass the remaining states too, or missing=another_state to fill a kind."
+    )
+
+
+def update(node: Any, /, *states: Any, strict: bool = True) -> None:
+    """Writes the leaves of States into a live model: all of them, or none.
+
+    Args:
+      node: a Module, or a container of Modules and Variables.
+      *states: States or nested dicts; they may hold some of the leaves only.
+      strict: False allows other shapes and dtypes; never other paths or kinds.
+
+    Raises:
+      UpdateError: a path is unknown, or a leaf has the wrong kind, shape or dtype; all
+        are listed and nothing is changed.
+      TraceError: the model belongs to another trace than the current one.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> doubled = jax.tree.map(lambda x: 2 * x, nnx.state(model))
+      >>> nnx.update(model, doubled)
+    """
+    plan = bind(node)
+    given = [as_state(s) for s in states]
+    schema, match = plan.graphdef.schema, _match(plan.graphdef, given)
+    leaves, new = plan.part(match.live), _values(given, match)
+    problems, olds = list(match.problems), leaves.values()
+    if leaves.slotted or (strict and not all(map(_fits, olds, new))):
+        rows = zip(match.found, leaves, olds, new, strict=True)
+        found = (_misfit(schema.describe(i), *row, strict) for i, *row in rows)
+        problems += filter(None, found)
+    if problems:
+        raise UpdateError(
+            f"the model was left as it was, because {len(problems)} of the given "
+            f"leaves do not fit it:\n{listing(problems)}\n"
+            "Give leaves with the model's paths, kinds, shapes and dtypes; "
+            "strict=False allows other shapes and dtypes."
+        )
+    store_all([leaves], new)
+
+
+def _fits(old: Any, new: Any) -> bool:
+    try:
+        return new.shape == old.shape and new.dtype == old.dtype
+    except AttributeError:
+        return False  # values that are no arrays are compared by their leaves
+
+
+def _misfit(where: str, leaf: Any, old: Any, new: Any, strict: bool) -> str:
+    """Why a value cannot take the place of another; empty where it can."""
+    both = f"{where} is {describe(old)}, found {describe(new)}"
+    if type(leaf) is Slot:
+        if not leaf.writable:
+            return f"cannot be written: {where} is in a tuple or other value"
+        if not isinstance(new, _ARRAYS) and type(new) is not type(old):
+            return f"no array: {both}, which would be static; write jnp.asarray(...)"
+    if strict and not _fits(old, new):
+        names = ("structure", "shape", "dtype")
+        for name, a, b in zip(names, _form(old), _form(new), strict=True):
+            if a != b:
+                return f"wrong {name}: {both}"
+    return ""
+
+
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+def _form(value: Any) -> tuple[Any, list[Any], list[Any]]:
+    leaves, structure = jax.tree.flatten(value)
+    return structure, list(map(np.shape, leaves)), list(map(_dtype, leaves))
+
+
+def _dtype(x: Any) -> Any:
+    number = isinstance(x, bool | int | float | complex)
+    return jnp.result_type(x) if number else getattr(x, "dtype", type(x))
+
+
+def pop(node: Any, *filters: Any) -> Any:
+    """Removes the leaves that filters take from a live model, and returns them.
+
+    Args:
+      node: a Module.
+      *filters: one or more filters.
+
+    Returns:
+      A State, or a tuple with one State for each filter where there are several.
+
+    Raises:
+      FilterError: no filter is given, one is malformed, or swallowed by another.
+      StructureError: a leaf hangs in a list or tuple, whose other indices would move;
+        nothing is removed.
+      TraceError: the model belongs to another trace than the current one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> model.sow(nnx.Intermediate, "y", jnp.ones(2))
+      True
+      >>> nnx.pop(model, nnx.Intermediate).paths()
+      (('y',),)
+    """
+    if not filters:
+        raise FilterError("pop needs a filter that says which leaves to remove.")
+    taken = state(node, *filters)
+    states = [taken] if len(filters) == 1 else taken
+    gone = {path for s in states for path in s.paths()}
+    walk = Walk(node)
+    schema = walk.graphdef.schema
+    places = [
+        (record, holder, entry)
+        for record, holder in zip(walk.graphdef.records, walk.nodes, strict=True)
+        for entry in record.entries
+        if entry.what == LEAF and schema.paths[entry.ref] in gone
+    ]
+    stuck = [
+        f"{schema.describe(entry.ref)}, in a {record.cls.__name__}"
+        for record, _, entry in places
+        if not record.handler.can_remove(entry.key)
+    ]
+    if stuck:
+        raise StructureError(
+            "pop cannot take leaves out of lists and tuples, because the indices of "
+            f"others would move; found:\n{listing(stuck)}\nNothing was removed."
+        )
+    check_writable(walk.leaves[entry.ref] for _, _, entry in places)
+    for record, holder, entry in places:
+        record.handler.remove(holder, entry.key)
+    return taken
+
+
+def clone(
+    node: Any,
+    variables: bool = True,
+    *,
+    arrays: bool = False,
+    **_unknown: Never,
+) -> Any:
+    """A new model of the same structure and values.
+
+    Args:
+      node: a Module, or a container of Modules, Variables and arrays.
+      variables: whether it has Variables of its own; False shares the old model's.
+      arrays: True also copies the arrays, so that donating one model's buffers leaves
+        the other's alive.
+
+    Returns:
+      The new model.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.clone(model).kernel is model.kernel
+      False
+    """
+    if _unknown:
+        refuse_unknown("clone", _unknown)
+    plan = bind(node)
+    if not variables:
+        return plan.graphdef.build(plan.view())[0]
+    values = plan.leaves.snapshot()
+    if arrays:
+        values = jax.tree.map(jnp.copy, values)
+    return plan.graphdef.build(plan.graphdef.build_leaves(values))[0]
+
+
+def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
+    """The live Variables themselves, by path: writing to one writes to the model.
+
+    Args:
+      node: a Module, or a container of Modules and Variables.
+      *filters: as for ``state``.
+
+    Returns:
+      A State of the live Variables, or a tuple with one for each filter.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.variables(model, nnx.Param)["kernel"] is model.kernel
+      True
+    """
+    if _unknown:
+        refuse_unknown("variables", _unknown)
+    found, leaves = bind(node).pick(filters or _ALL)
+    states = [
+        State.from_flat_path(zip(schema.paths, map(held, mine), strict=True))
+        for (schema, _), mine in zip(found.parts, leaves, strict=True)
+    ]
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
+    """Every node and leaf once with its first path, children before their holder.
+
+    Args:
+      node: any root.
+
+    Yields:
+      Pairs of path and object; static values are left out.
+
+    Example:
+      >>> import sortal as nnx
+      >>> [p for p, _ in nnx.iter_graph(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))]
+      [('bias',), ('kernel',), ()]
+    """
+    if _unknown:
+        refuse_unknown("iter_graph", _unknown)
+    walk = Walk(node)
+    seen: set[tuple[int, int]] = set()
+    # A stack of (entry, path, whether its children were met), so that no depth is too
+    # deep.
+    todo: list[tuple[Entry, Path, bool]] = [(walk.graphdef.root, (), False)]
+    while todo:
+        entry, path, left = todo.pop()
+        if left:
+            yield path, walk.nodes[entry.ref]
+        elif entry.what == STATIC or (entry.what, entry.ref) in seen:
+            continue
+        elif entry.what == LEAF:
+            seen.add((LEAF, entry.ref))
+            leaf = walk.leaves[entry.ref]
+            yield path, held(leaf)
+        else:
+            seen.add((NODE, entry.ref))
+            record = walk.graphdef.records[entry.ref]
+            todo.append((entry, path, True))
+            todo += [
+                (child, record.below(path, child.key), False)
+                for child in reversed(record.entries)
+            ]
+
+
+def iter_nodes(node: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:
+    """The nodes that ``wanted`` says yes to, with their paths, children first.
+
+    Args:
+      node: any root.
+      wanted: takes an object, returns a truth value.
+
+    Yields:
+      Pairs of path and object.
+    """
+    return ((path, x) for path, x in iter_graph(node) if wanted(x))

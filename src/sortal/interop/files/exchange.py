@@ -1,0 +1,347 @@
+"""Models to and from the files of others: one verb for each way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sortal._engine.leaves import Leaves, store_all
+from sortal._engine.paths import Path as ModelPath
+from sortal._engine.paths import show
+from sortal._engine.plan import bind
+from sortal._engine.schema import select
+from sortal._engine.state import State
+from sortal.checkpoint import files
+from sortal.checkpoint import manifest as _manifest
+from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
+from sortal.checkpoint.layout import encode_path
+from sortal.checkpoint.loading import Want, host_value, wanted
+from sortal.checkpoint.restoring import read, shardings
+from sortal.checkpoint.store import Reader
+from sortal.checkpoint.values import (
+    Array,
+    Plain,
+    arrays,
+    describe,
+)
+from sortal.checkpoint.verifying import open_step, read_step
+from sortal.errors import NoCheckpointError, RestoreError, SaveError, listing
+from sortal.interop.files import gguf, npz, orbax, safetensors
+from sortal.interop.files.entries import Entry, Opened, dotted, of_arrays
+
+Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
+_SUFFIXES: dict[str, Callable[[Path], Opened]] = {
+    ".safetensors": safetensors.read,
+    ".npz": npz.read,
+    ".gguf": gguf.read,
+}
+
+
+def open_arrays(path: str | os.PathLike[str], step: int | str = "latest") -> Opened:
+    """Opens whatever holds arrays: by Sortal, Orbax, safetensors, NumPy or GGUF.
+
+    Args:
+      path: a file, the folder of a step, or a folder of steps.
+      step: which step, in the last case.
+
+    Returns:
+      What is in it; arrays are read when asked for.
+
+    Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
+      NoCheckpointError: there is nothing of a known format.
+      DamagedError: it is damaged.
+    """
+    path = files.local(path)
+    if not path.exists():
+        raise NoCheckpointError(f"there is no {path}.")
+    if path.suffix in _SUFFIXES and path.is_file():
+        return _SUFFIXES[path.suffix](path)
+    if (path / _manifest.NAME).is_file() or files.steps(path):
+        return _of_sortal(open_step(path, step))
+    if orbax.folder_of(path) is not None:
+        return orbax.read(path)
+    raise NoCheckpointError(
+        f"{path} is nothing that Sortal can read: a checkpoint of Sortal or Orbax, or "
+        "a file .safetensors, .npz or .gguf."
+    )
+
+
+def _of_sortal(folder: Path) -> Opened:
+    m = read_step(folder)
+    reader = Reader(folder / m.folder, m)
+    entries = []
+    for leaf in m.leaves:
+        inside = list(arrays(leaf.value))
+        kind = m.kind_of(leaf)
+        for n, a in enumerate(inside):
+            name = leaf.path if len(inside) == 1 else (*leaf.path, n)
+
+            def get(path: Any = leaf.path, a: Array = a) -> np.ndarray:
+                plain = a._replace(key=None, shape=a.stored_shape)
+                return read(reader, [Want(path, plain, "numpy", a.dtype)])[0]
+
+            dtype = a.dtype if a.key is None else f"key<{a.key.impl}>"
+            entries.append(
+                Entry(name, dtype, a.shape, a.nbytes, get, kind.name, a.sharding)
+            )
+        if isinstance(leaf.value, Plain):
+            value = np.asarray(leaf.value.value)
+            dtype = type(leaf.value.value).__name__
+            entries.append(Entry(leaf.path, dtype, (), 0, lambda v=value: v, kind.name))
+    about = {
+        "step": m.step, "created": m.created, "metadata": m.metadata,
+        "metrics": dict(m.metrics), "versions": dict(m.versions),
+        "aliases": [[show(a), show(b)] for a, b in m.aliases],
+    }  # fmt: skip
+    return Opened(folder, "sortal", about, entries)
+
+
+# ----------------------------------------------------------------------------- import
+def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> State:
+    """Reads the arrays of a file of another library as a State.
+
+    Args:
+      path: a file ``.safetensors`` or ``.npz``, or a checkpoint of Orbax.
+      names: from globs of paths here to globs of names there; see ``restore_from``.
+
+    Returns:
+      A State of unlabelled NumPy arrays.
+
+    Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
+      NoCheckpointError: there is nothing of a known format.
+      DamagedError: it is damaged.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> file = tempfile.mkdtemp() + "/weights.npz"
+      >>> np.savez(file, **{"layers.0.kernel": np.ones((2, 3))})
+      >>> load_arrays(file).paths()
+      (('layers', 0, 'kernel'),)
+    """
+    opened = open_arrays(path)
+    return State.from_flat_path(
+        [(e.name, e.read()) for e in _renamed(opened.entries, names or {}, str(path))]
+    )
+
+
+def restore_from(
+    path: str | os.PathLike[str],
+    root: Any,
+    /,
+    *,
+    names: Names | None = None,
+    only: Any = None,
+    partial: bool = False,
+    cast: bool = False,
+    fill: Any = None,
+    sharding: Any = None,
+) -> tuple[ModelPath, ...]:
+    """Reads a file of another library into a live model: all of it, or nothing.
+
+    As strict as ``restore``. Kinds are the model's, for other formats know none.
+
+    Args:
+      path: a file ``.safetensors`` or ``.npz``, or a checkpoint of Orbax.
+      root: a Module, or a container of Modules, Variables and arrays.
+      names: from globs of paths here to globs of names there, such as
+        ``{"layers.*.kernel": ("model.layers.*.weight", (1, 0))}``; the numbers say
+        which of their axes each of ours is, as ``numpy.transpose`` takes them.
+      only: a filter; other leaves are left as they are.
+      partial: True allows leaves that only one side has.
+      cast: True converts floats to floats, and integers to integers that can hold them.
+      fill: where leaves come from that the file lacks, as in ``restore``.
+      sharding: where arrays are put, as in ``restore``.
+
+    Returns:
+      The paths that were restored.
+
+    Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
+      NoCheckpointError: there is nothing of a known format.
+      DamagedError: it is damaged.
+      RestoreError: it does not fit the model; every difference is listed.
+
+    Example:
+      >>> import tempfile
+      >>> import sortal as nnx
+      >>> file = tempfile.mkdtemp() + "/weights.safetensors"
+      >>> layout = {"kernel": ("fc.weight", (1, 0)), "bias": "fc.bias"}
+      >>> export(file, nnx.Linear(2, 3, rngs=nnx.Rngs(0)), names=layout)
+      >>> restore_from(file, nnx.Linear(2, 3, rngs=nnx.Rngs(1)), names=layout)
+      (('bias',), ('kernel',))
+    """
+    opened = open_arrays(path)
+    plan = bind(root)
+    schema = plan.graphdef.schema
+    # Formats with string keys only have lost which entries were numbers.
+    spelled = {tuple(map(str, p)): encode_path(p) for p in schema.paths}
+    values = dict(zip(map(encode_path, schema.paths), plan.values(), strict=True))
+    sources: dict[Any, Entry] = {}
+    given = []
+    for e in _renamed(opened.entries, names or {}, str(path)):
+        at = spelled.get(tuple(map(str, e.name)), encode_path(e.name))
+        sources[at] = e
+        given.append(Candidate(at, ANY_KIND, _described(e, values.get(at))))
+    options = Options(only, None, partial, None, cast, fill)
+    found = fit(plan, given, None, options, str(opened.path))
+    said = shardings(sharding, schema, plan)
+    new = []
+    for pair in found.pairs:
+        source = sources[encode_path(schema.paths[pair.at])]
+        (stored,), (live,) = arrays(pair.stored), arrays(pair.live)
+        path = schema.paths[pair.at]
+        want = wanted(path, stored, pair.like[0], live, said[pair.at])
+        new.append(host_value(want, source.read()))
+    at = [p.at for p in found.pairs] + list(found.filled)
+    store_all([Leaves(plan.leaves[i] for i in at)], [*new, *found.filled.values()])
+    return tuple(schema.paths[p.at] for p in found.pairs)
+
+
+def _described(e: Entry, live: Any) -> Array:
+    """What an entry is; words of uint32 are keys where the model has keys."""
+    if isinstance(live, (jax.Array, jax.ShapeDtypeStruct)):
+        mine = describe(live, [])
+        if isinstance(mine, Array) and mine.key is not None:
+            whole = (f"key<{mine.key.impl}>", mine.shape)
+            if (e.dtype, e.shape) in (("uint32", mine.stored_shape), whole):
+                return mine
+    if e.dtype.startswith("key<"):
+        words = e.nbytes // 4 // max(1, e.elements)
+        return Array((*e.shape, words), "uint32", "numpy")
+    return Array(e.shape, e.dtype, "numpy")
+
+
+def _renamed(entries: list[Entry], names: Names, where: str) -> Iterator[Entry]:
+    """Entries under the names that they have here."""
+    used = set()
+    for e in entries:
+        found = e
+        for ours, theirs in names.items():
+            pattern, axes = theirs if isinstance(theirs, tuple) else (theirs, None)
+            new = translate(pattern, ours, e.name)
+            if new is not None:
+                used.add(ours)
+                found = _turned(e._replace(name=new), axes)
+                break
+        yield found
+    if idle := [f"{ours!r}: {names[ours]!r}" for ours in names if ours not in used]:
+        raise RestoreError(
+            f"names= has patterns that fit nothing in {where}:\n{listing(idle)}\n"
+            f"Its names are:\n{listing(dotted(e.name) for e in entries)}"
+        )
+
+
+def _turned(e: Entry, axes: tuple[int, ...] | None) -> Entry:
+    if axes is None:
+        return e
+    if sorted(axes) != list(range(len(e.shape))):
+        raise RestoreError(
+            f"{dotted(e.name)} has the shape {e.shape}, of which {axes} are not the "
+            "axes."
+        )
+    return e._replace(
+        shape=tuple(e.shape[i] for i in axes),
+        read=lambda: np.transpose(e.read(), axes),
+    )
+
+
+# ----------------------------------------------------------------------------- export
+def export(
+    path: str | os.PathLike[str],
+    root: Any,
+    /,
+    *,
+    names: Names | None = None,
+    only: Any = None,
+) -> None:
+    """Writes a model as a file of another library.
+
+    Kinds, sharing and all but arrays is lost. Keys are written as their words.
+
+    Args:
+      path: a file ``.safetensors`` or ``.npz``, or a new folder for Orbax.
+      root: a Module, or a container of Modules, Variables and arrays.
+      names: as in ``restore_from``.
+      only: a filter; all leaves if absent.
+
+    Raises:
+      ArgumentError: the path is none, or an address such as ``gs://...``.
+      SaveError: something is no array, or the format cannot hold it.
+      FilterError: ``only`` is no filter.
+
+    Example:
+      >>> import tempfile
+      >>> import sortal as nnx
+      >>> file = tempfile.mkdtemp() + "/weights.safetensors"
+      >>> export(file, nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> load_arrays(file)["kernel"].shape
+      (2, 3)
+    """
+    plan = bind(root)
+    schema = plan.graphdef.schema
+    at = range(len(schema))
+    if only is not None:
+        at = select(schema, (only,), plan.view).parts[0][1]
+    values = plan.values()
+    odd = [schema.describe(i) for i in at if not _is_array(values[i])]
+    if odd or not at:
+        raise SaveError(
+            "only arrays can be exported; leave other leaves out with only=. Found:\n"
+            + (listing(odd) or "  no leaf at all")
+        )
+    named = [(schema.paths[i], _words(values[i])) for i in at]
+    write_arrays(files.local(path), _theirs(of_arrays(named), names or {}))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _words(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)
+
+
+def _theirs(entries: list[Entry], names: Names) -> list[Entry]:
+    return [_their(e, names) for e in entries]
+
+
+def _their(e: Entry, names: Names) -> Entry:
+    for ours, theirs in names.items():
+        pattern, axes = theirs if isinstance(theirs, tuple) else (theirs, None)
+        new = translate(ours, pattern, e.name)
+        if new is not None:
+            back = None if axes is None else tuple(map(int, np.argsort(axes)))
+            return _turned(e._replace(name=new), back)
+    return e
+
+
+def write_arrays(path: Path, entries: list[Entry]) -> None:
+    """Writes entries in the format that the path's ending says.
+
+    Args:
+      path: a file ``.safetensors`` or ``.npz``, or a new folder for Orbax.
+      entries: what to write.
+
+    Raises:
+      SaveError: the format cannot hold it, or it cannot be written.
+    """
+    if path.suffix == ".safetensors":
+        safetensors.write(path, entries)
+    elif path.suffix == ".npz":
+        npz.write(path, entries)
+    elif path.suffix:
+        raise SaveError(
+            f"{path.name}: no format of this ending is written; use .safetensors, "
+            ".npz, or a folder for Orbax."
+        )
+    else:
+        orbax.write(path, entries)

@@ -1,0 +1,42 @@
+"""GGUF files, as far as their table of contents goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sortal.errors import DamagedError
+from sortal.interop.files.entries import Entry, Opened, parts
+
+
+def read(path: Path) -> Opened:
+    """Opens a file of the format, through the package ``gguf``.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its entries; quantised ones read as their bytes.
+
+    Raises:
+      DamagedError: it is not of the format, or damaged.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        entries = [
+            Entry(
+                parts(t.name),
+                t.tensor_type.name.lower(),
+                # The format counts axes from the last one.
+                tuple(map(int, reversed(t.shape))),
+                int(t.n_bytes),
+                lambda t=t: np.asarray(t.data),
+            )
+            for t in reader.tensors
+        ]
+    except Exception as e:
+        raise DamagedError(f"{path} is no GGUF file, or damaged: {e}") from e
+    return Opened(path, "gguf", {"fields": len(reader.fields)}, entries)

@@ -1,0 +1,1 @@
+"""Flax Linen modules in Sortal models, and the other way round."""

@@ -1,0 +1,122 @@
+"""Linen's variables, nested dicts by collection, and Variables: one as the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from sortal._engine.kind_names import (
+    variable_name_from_type,
+    variable_type_from_name,
+)
+from sortal._engine.nested import nest
+from sortal._engine.paths import Path, show
+from sortal._engine.variable import Variable
+from sortal.errors import ArgumentError, listing
+
+_BOX = "linen_meta_type"
+"""The metadata that says in which box of Linen's the value was."""
+
+
+def from_linen(variables: Mapping[str, Any]) -> dict[Path, Variable]:
+    """Variables by path, of the kinds that their collections stand for.
+
+    Args:
+      variables: what Linen's ``init`` returns.
+
+    Returns:
+      Each with its path, without the collection.
+
+    Raises:
+      ArgumentError: two collections have the same path; all are listed.
+    """
+    found: dict[Path, Variable] = {}
+    twice = []
+    for collection, nested in variables.items():
+        kind = variable_type_from_name(collection, allow_register=True)
+        for path, x in _leaves(nested):
+            if path in found:
+                twice.append(f"{show(path)}: in {collection} and another")
+            found[path] = _unboxed(kind, x)
+    if twice:
+        raise ArgumentError(
+            "two Linen collections have a variable of one path, which can be one "
+            f"attribute only; found:\n{listing(twice)}\nRename one in the Linen module."
+        )
+    return found
+
+
+def _leaves(nested: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if not isinstance(nested, Mapping):
+        yield path, nested
+        return
+    for key, x in nested.items():
+        yield from _leaves(x, (*path, key))
+
+
+def _unboxed(kind: type[Variable], x: Any) -> Variable:
+    from flax.core import meta
+
+    if not isinstance(x, meta.AxisMetadata):
+        return kind(x)
+    # Some boxes of Flax take themselves apart when asked, hence the copy.
+    box: Any = copy.copy(x)
+    told = box.to_nnx_metadata() if hasattr(box, "to_nnx_metadata") else vars(box)
+    metadata = {**told, _BOX: type(x)}
+    return kind(metadata.pop("value"), **metadata)
+
+
+def to_linen(leaves: Iterable[tuple[Path, Any]], box: Any = None) -> dict[str, Any]:
+    """Nested dicts by collection, as Linen's ``apply`` takes them.
+
+    Args:
+      leaves: pairs of path and Variable.
+      box: takes a Variable, returns what to give Linen for it; by default the value,
+        in a box of Linen's where metadata names its axes.
+
+    Returns:
+      The dict.
+
+    Raises:
+      ArgumentError: a leaf is no Variable, so that its collection is not known; all
+        such are listed.
+    """
+    leaves = list(leaves)
+    bad = [show(path) for path, x in leaves if not isinstance(x, Variable)]
+    if bad:
+        raise ArgumentError(
+            "Linen needs to know the collection of each value, which its kind says; "
+            f"these are no Variables:\n{listing(bad)}\nWrite Param(array)."
+        )
+    return nest(
+        ((_collection(x), *path), boxed(x) if box is None else box(x))
+        for path, x in leaves
+    )
+
+
+def _collection(variable: Variable) -> str:
+    return variable_name_from_type(type(variable), allow_register=True)
+
+
+def boxed(variable: Variable) -> Any:
+    """A value as Linen holds it.
+
+    Args:
+      variable: the Variable.
+
+    Returns:
+      The value, in the box that it came in, or in a ``Partitioned`` where metadata
+      names its axes.
+    """
+    metadata = variable.get_metadata()
+    box = metadata.pop(_BOX, None)
+    if box is None:
+        if not variable.get_metadata("out_sharding", None):
+            return variable.value
+        from flax.core import meta
+
+        box = meta.Partitioned
+    if hasattr(box, "from_nnx_metadata"):
+        return box.from_nnx_metadata({"value": variable.value, **metadata})
+    return box(variable.value, **metadata)

@@ -1,0 +1,108 @@
+"""to_linen: a Module class as a Linen module."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from sortal._engine.variable import RngState
+from sortal.filters import Not
+from sortal.functional import state, update
+from sortal.interop.linen import collections
+from sortal.random import Rngs
+
+
+def to_linen(
+    nnx_class: Any,
+    *args: Any,
+    metadata_fn: Any = collections.boxed,
+    name: str | None = None,
+    skip_rng: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A Linen module that makes a Module and keeps its Variables as Linen does.
+
+    Args:
+      nnx_class: the class of the Module, not an instance.
+      *args: what its constructor takes.
+      metadata_fn: takes a Variable, returns what Linen keeps for it; by default the
+        value, in a ``flax.linen.Partitioned`` where metadata names its axes. None
+        keeps the value alone.
+      name: the Linen module's name.
+      skip_rng: whether the constructor takes no ``rngs``.
+      **kwargs: what the constructor takes.
+
+    Returns:
+      The Linen module. Its collections are named after kinds, ``params`` for ``Param``;
+      random streams are drawn from Linen's at each call and not kept.
+
+    Example:
+      >>> import jax
+      >>> from sortal import nnx
+      >>> dense = nnx.bridge.to_linen(nnx.Linear, 2, 3)
+      >>> variables = dense.init(jax.random.key(0), jax.numpy.ones((1, 2)))
+      >>> variables["params"]["kernel"].shape
+      (2, 3)
+    """
+    from flax.core import FrozenDict
+
+    return _wrapper()(
+        nnx_class=nnx_class,
+        args=args,
+        kwargs=FrozenDict(kwargs),
+        skip_rng=skip_rng,
+        metadata_fn=metadata_fn,
+        name=name,
+    )
+
+
+@functools.cache
+def _wrapper() -> Any:
+    # The class is made at the first use, so that Flax is imported by who needs it.
+    from flax import linen
+    from flax.core import FrozenDict, meta, unfreeze
+
+    class ToLinen(linen.Module):  # type: ignore[misc]
+        nnx_class: Any
+        args: Any = ()
+        kwargs: Any = FrozenDict({})
+        skip_rng: bool = False
+        metadata_fn: Any = collections.boxed
+
+        @linen.compact
+        def __call__(self, *args: Any, nnx_method: Any = None, **kwargs: Any) -> Any:
+            first = self.is_initializing()
+            module = self.nnx_class(*self.args, **self.kwargs, **self._rngs(first))
+            if first:
+                self._keep(module)
+            else:
+                kept: Any = self.variables
+                mine: Any = meta.unbox(unfreeze(kept))
+                update(module, *mine.values())
+            method = nnx_method or "__call__"
+            if isinstance(method, str):
+                method = getattr(type(module), method)
+            out = method(module, *args, **kwargs)
+            if not first:
+                self._keep(module)
+            return out
+
+        def _rngs(self, first: bool) -> dict[str, Any]:
+            if self.skip_rng:
+                return {}
+            scope: Any = self.scope
+            keys: dict[str, Any] = {name: self.make_rng(name) for name in scope.rngs}
+            if not first:
+                # A constructor draws from it though its values are not kept.
+                keys.setdefault("default", 0)
+            return {"rngs": Rngs(**keys)}
+
+        def _keep(self, module: Any) -> None:
+            leaves = state(module, Not(RngState)).flat_state()
+            box = self.metadata_fn or (lambda variable: variable.value)
+            for collection, nested in collections.to_linen(leaves, box).items():
+                if self.is_mutable_collection(collection):
+                    for key, x in nested.items():
+                        self.put_variable(collection, key, x)
+
+    return ToLinen

@@ -1,0 +1,106 @@
+"""Flax NNX's names: `from sortal import nnx` in the place of `from flax import nnx`.
+
+Here stands what exists for NNX code alone, and what takes more keywords for its sake.
+Every other name is the one of ``sortal``: the classes of both are the same.
+"""
+
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+import sortal as _sortal
+from sortal import _late as _late
+from sortal import _nnx_names as _names
+from sortal.nnx import old_names as _old_names
+
+if _TYPE_CHECKING:
+    from sortal import *  # noqa: F403
+    from sortal.nnx import bridge as bridge
+    from sortal.nnx import filterlib as filterlib
+    from sortal.nnx import graph as graph
+    from sortal.nnx import graphlib as graphlib
+    from sortal.nnx import metrics as metrics
+    from sortal.nnx import module as module
+    from sortal.nnx import optimizer as optimizer
+    from sortal.nnx import pytreelib as pytreelib
+    from sortal.nnx import rnglib as rnglib
+    from sortal.nnx import spmd as spmd
+    from sortal.nnx import statelib as statelib
+    from sortal.nnx import tracers as tracers
+    from sortal.nnx import transforms as transforms
+    from sortal.nnx import traversals as traversals
+    from sortal.nnx import variablelib as variablelib
+    from sortal.nnx.capturing import capture as capture
+    from sortal.nnx.containers import Dict as Dict
+    from sortal.nnx.containers import List as List
+    from sortal.nnx.ema import EMA as EMA
+    from sortal.nnx.graphlib import GraphState as GraphState
+    from sortal.nnx.graphlib import clone as clone
+    from sortal.nnx.graphlib import graphdef as graphdef
+    from sortal.nnx.graphlib import iter_graph as iter_graph
+    from sortal.nnx.graphlib import merge as merge
+    from sortal.nnx.graphlib import split as split
+    from sortal.nnx.graphlib import state as state
+    from sortal.nnx.graphlib import variables as variables
+    from sortal.nnx.module import iter_children as iter_children
+    from sortal.nnx.module import iter_modules as iter_modules
+    from sortal.nnx.optimizer import ModelAndOptimizer as ModelAndOptimizer
+    from sortal.nnx.optimizer import Optimizer as Optimizer
+    from sortal.nnx.partial import cached_partial as cached_partial
+    from sortal.nnx.partial import jit_partial as jit_partial
+    from sortal.nnx.pytreelib import data as data
+    from sortal.nnx.pytreelib import static as static
+    from sortal.nnx.rnglib import fork_rngs as fork_rngs
+    from sortal.nnx.rnglib import reseed as reseed
+    from sortal.nnx.rnglib import split_rngs as split_rngs
+    from sortal.nnx.spmd import as_abstract as as_abstract
+    from sortal.nnx.spmd import get_abstract_model as get_abstract_model
+    from sortal.nnx.statelib import filter_state as filter_state
+    from sortal.nnx.statelib import from_flat_state as from_flat_state
+    from sortal.nnx.statelib import map_state as map_state
+    from sortal.nnx.statelib import merge_state as merge_state
+    from sortal.nnx.statelib import replace_by_pure_dict as replace_by_pure_dict
+    from sortal.nnx.statelib import restore_int_paths as restore_int_paths
+    from sortal.nnx.statelib import split_state as split_state
+    from sortal.nnx.statelib import to_flat_state as to_flat_state
+    from sortal.nnx.statelib import to_pure_dict as to_pure_dict
+    from sortal.nnx.tracers import TraceContextError as TraceContextError
+    from sortal.nnx.transforms import StateSpecs as StateSpecs
+    from sortal.nnx.transforms import checkpoint as checkpoint
+    from sortal.nnx.transforms import cond as cond
+    from sortal.nnx.transforms import custom_vjp as custom_vjp
+    from sortal.nnx.transforms import eval_shape as eval_shape
+    from sortal.nnx.transforms import fori_loop as fori_loop
+    from sortal.nnx.transforms import grad as grad
+    from sortal.nnx.transforms import jit as jit
+    from sortal.nnx.transforms import jvp as jvp
+    from sortal.nnx.transforms import make_jaxpr as make_jaxpr
+    from sortal.nnx.transforms import remat as remat
+    from sortal.nnx.transforms import scan as scan
+    from sortal.nnx.transforms import shard_map as shard_map
+    from sortal.nnx.transforms import switch as switch
+    from sortal.nnx.transforms import value_and_grad as value_and_grad
+    from sortal.nnx.transforms import vjp as vjp
+    from sortal.nnx.transforms import vmap as vmap
+    from sortal.nnx.transforms import while_loop as while_loop
+    from sortal.nnx.variablelib import A as A
+    from sortal.nnx.variablelib import VariableMetadata as VariableMetadata
+    from sortal.nnx.variablelib import VariableState as VariableState
+    from sortal.nnx.variablelib import register_variable_name as register_variable_name
+    from sortal.nnx.variablelib import (
+        variable_name_from_type as variable_name_from_type,
+    )
+    from sortal.nnx.variablelib import (
+        variable_type_from_name as variable_type_from_name,
+    )
+    from sortal.nnx.views import view as view
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in _names.TABLE or name in _names.MODULES:
+            return _late.load(globals(), name, _names.TABLE, _names.MODULES)
+        if name.startswith("_") or not hasattr(_sortal, name):
+            raise AttributeError(f"module 'sortal.nnx' has no attribute {name!r}")
+        return getattr(_sortal, name)
+
+    def __dir__() -> list[str]:
+        native = {name for name in dir(_sortal) if not name.startswith("_")}
+        return sorted({*globals(), *_names.TABLE, *_names.MODULES, *native})

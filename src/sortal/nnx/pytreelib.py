@@ -1,0 +1,6 @@
+"""Pytree and its marks, where NNX code looks for them."""
+
+from sortal._engine.marks import data as data
+from sortal._engine.marks import static as static
+from sortal.module import Pytree as Pytree
+from sortal.module import dataclass as dataclass

@@ -1,0 +1,192 @@
+"""Rule: what each pipeline does with a leaf, and how that prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from sortal._engine.statics import is_hashable
+from sortal.errors import PolicyError, listing
+
+
+class _UnsetType:
+    """The type of ``UNSET``."""
+
+    def __repr__(self) -> str:
+        return "-"
+
+    def __reduce__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Any = _UnsetType()
+"""Stands where a Rule gives no answer."""
+
+
+# ------------------------------------------------------------- what may be answered
+class Column(NamedTuple):
+    """What answers a column takes, in code and in words, and an example."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+    example: str
+
+
+def _is_axis(x: Any) -> bool:
+    return not isinstance(x, (bool, float, str))
+
+
+def _is_reduction(x: Any) -> bool:
+    return x is None or callable(x) or _among("mean", "sum", "max", "min")(x)
+
+
+def _is_spec(x: Any) -> bool:
+    known = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
+    return x is None or isinstance(x, known)
+
+
+def _is_transformation(x: Any) -> bool:
+    # The function `optax.adam` itself, not called, has neither.
+    parts = (getattr(x, "init", None), getattr(x, "update", None))
+    return x is None or (all(map(callable, parts)) and not isinstance(x, type))
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
+def _among(*words: str) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, str) and x in words
+
+
+COLUMNS: dict[str, Column] = {
+    "axis": Column(_is_axis, "an int, None or Carry", "0"),
+    "reduce": Column(
+        _is_reduction,
+        "'mean', 'sum', 'max', 'min', a function of the stacked array, or None",
+        "'mean'",
+    ),
+    "spec": Column(
+        _is_spec, "a PartitionSpec, a Sharding or None", "PartitionSpec('data')"
+    ),
+    "checkpoint": Column(
+        _among("keep", "drop", "keep-last"), "'keep', 'drop' or 'keep-last'", "'keep'"
+    ),
+    "donate": Column(_is_bool, "True or False", "True"),
+    "optimizer": Column(
+        _is_transformation,
+        "an optax transformation such as optax.adam(1e-3), or None for frozen",
+        "optax.adam(1e-3)",
+    ),
+    "trainable": Column(_is_bool, "True or False", "False"),
+}
+
+
+def fault(name: str, answer: Any) -> str:
+    """What is wrong with an answer.
+
+    Args:
+      name: the column.
+      answer: what was given there.
+
+    Returns:
+      The answer and what is expected; empty where nothing is wrong.
+
+    Example:
+      >>> fault("reduce", "avarage")[:32], fault("reduce", "mean")
+      ("reduce='avarage', where 'mean', ", '')
+    """
+    column = COLUMNS[name]
+    if not column.fits(answer):
+        return f"{name}={answer!r:.80}, where {column.expected} is expected"
+    if not is_hashable(answer):
+        return f"{name}={answer!r:.80}, which cannot be hashed"
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Rule:
+    """What each pipeline does with some leaves; a column not given has no answer.
+
+    Args:
+      axis: the axis that ``vmap`` or ``scan`` maps over: an int, None for what all
+        replicas share, or in ``scan`` also ``Carry``.
+      reduce: what becomes of a leaf of axis None that replicas write with different
+        values: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a function from the
+        values, stacked along axis 0, to one. None refuses such a write.
+      spec: a ``PartitionSpec`` or ``Sharding``; None leaves it to JAX.
+      checkpoint: ``"keep"``, ``"drop"``, or ``"keep-last"`` for the newest one only.
+      donate: whether the buffer may be given away to a compiled function.
+      optimizer: the optax transformation that trains the leaf, or None for frozen.
+      trainable: False freezes the leaf whatever its optimizer.
+
+    Raises:
+      PolicyError: a value is none of these, or cannot be hashed; all are listed.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.Rule(axis=None, reduce="mean")
+      Rule(axis=None, reduce='mean')
+    """
+
+    axis: Any = UNSET
+    reduce: Any = UNSET
+    spec: Any = UNSET
+    checkpoint: Any = UNSET
+    donate: Any = UNSET
+    optimizer: Any = UNSET
+    trainable: Any = UNSET
+
+    def __post_init__(self) -> None:
+        faults = [f for name, answer in self.given() if (f := fault(name, answer))]
+        if faults:
+            raise PolicyError(
+                "a Rule says for each pipeline what it can do; found:\n"
+                + listing(faults)
+            )
+
+    def given(self) -> Iterator[tuple[str, Any]]:
+        """The columns that have an answer, and the answers.
+
+        Returns:
+          Pairs of name and answer, in the order of the fields.
+        """
+        for field in dataclasses.fields(self):
+            answer = getattr(self, field.name)
+            if answer is not UNSET:
+                yield field.name, answer
+
+    def __repr__(self) -> str:
+        given = (f"{name}={written(name, answer)}" for name, answer in self.given())
+        return f"Rule({', '.join(given)})"
+
+
+# -------------------------------------------------------------------- answers as text
+def written(name: str, answer: Any) -> str:
+    """An answer as code, or nearly.
+
+    Args:
+      name: the column.
+      answer: what a Rule, a kind or metadata says.
+
+    Returns:
+      The text. Of an optax transformation the type's name: it does not know what
+      made it.
+
+    Example:
+      >>> written("spec", jax.sharding.PartitionSpec(None, "model"))
+      "P(None, 'model')"
+    """
+    if isinstance(answer, jax.sharding.PartitionSpec):
+        return f"P({', '.join(map(repr, answer))})"
+    if isinstance(answer, jax.sharding.NamedSharding):
+        return f"NamedSharding({written(name, answer.spec)})"
+    if name == "optimizer" and answer not in (None, UNSET):
+        return f"<{type(answer).__name__}>"
+    if callable(answer):
+        return getattr(answer, "__qualname__", repr(answer))
+    return repr(answer)

@@ -1,0 +1,1 @@
+"""Partition specs by kind, and names for the axes of arrays."""

@@ -1,0 +1,173 @@
+"""Names of array axes: the partition spec they stand for, and arrays put on a mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental.layout import Format
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sortal.errors import ArgumentError, listing
+
+Rules = tuple[tuple[str, Any], ...]
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=())
+_eager: contextvars.ContextVar[bool] = contextvars.ContextVar("eager", default=True)
+
+
+@contextlib.contextmanager
+def logical_axis_rules(rules: Any) -> Iterator[None]:
+    """Says, within a ``with`` block, which mesh axes the names of array axes stand for.
+
+    Args:
+      rules: pairs of a name and a mesh axis, a tuple of mesh axes, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sortal import nnx
+      >>> names = {"out_sharding": ("embed", "mlp"), "eager_sharding": False}
+      >>> kernel = nnx.Param(jnp.ones((2, 4)), **names)
+      >>> with nnx.logical_axis_rules([("mlp", "model"), ("embed", None)]):
+      ...     list(nnx.spmd.get_var_pspec(kernel))
+      [None, 'model']
+    """
+    token = _rules.set(tuple((name, axis) for name, axis in rules))
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+@contextlib.contextmanager
+def use_eager_sharding(value: bool, /) -> Iterator[None]:
+    """Says, within a ``with`` block, whether new Variables are put on the mesh.
+
+    Outside of such a block they are, where their metadata names their axes and there is
+    a mesh to put them on.
+
+    Args:
+      value: whether they are.
+
+    Example:
+      >>> import sortal as nnx
+      >>> with nnx.use_eager_sharding(False):
+      ...     nnx.using_eager_sharding()
+      False
+    """
+    token = _eager.set(bool(value))
+    try:
+        yield
+    finally:
+        _eager.reset(token)
+
+
+def using_eager_sharding() -> bool:
+    """Whether new Variables are put on the mesh where their metadata names axes.
+
+    Returns:
+      True, except within ``use_eager_sharding(False)``.
+
+    Example:
+      >>> import sortal as nnx
+      >>> nnx.using_eager_sharding()
+      True
+    """
+    return _eager.get()
+
+
+def in_force() -> tuple[Any, ...]:
+    """What the ``with`` blocks of this file, and those of Flax, say at the moment."""
+    return _rules.get(), _rules_of_flax(), _eager.get()
+
+
+def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
+    """The partition spec that names of axes stand for.
+
+    Args:
+      names: a name, a tuple of names or None for each axis; or a PartitionSpec or
+        NamedSharding.
+      rules: pairs of name and mesh axis, besides those of ``logical_axis_rules``.
+
+    Returns:
+      The spec; names that no rule mentions are mesh axes.
+
+    Raises:
+      ArgumentError: two rules give one name different mesh axes.
+    """
+    spec = names.spec if isinstance(names, NamedSharding) else names
+    known = _joined(_rules.get(), _rules_of_flax(), tuple(rules or ()))
+    return PartitionSpec(*(_on_mesh(name, known) for name in spec))
+
+
+def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:
+    return rules.get(name, name) if isinstance(name, str) else name
+
+
+def _rules_of_flax() -> Rules:
+    # Linen's rules are those of Flax; code that sets them there has imported it.
+    of_flax = sys.modules.get("flax.core.spmd")
+    return of_flax.get_logical_axis_rules() if of_flax else ()
+
+
+def _joined(*several: Rules) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    bad = []
+    for rules in several:
+        # Within one list the last rule for a name holds, as in Flax NNX.
+        for name, axis in {name: axis for name, axis, *_ in rules}.items():
+            if joined.setdefault(name, axis) != axis:
+                bad.append(f"{name!r}: {joined[name]!r} and {axis!r}")
+    if bad:
+        raise ArgumentError(
+            "two rules give one name of an axis different mesh axes; found:\n"
+            f"{listing(bad)}\nGive each name one rule, in logical_axis_rules or in the "
+            "metadata sharding_rules."
+        )
+    return joined
+
+
+def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
+    """A new Variable's value, on the mesh as its metadata says.
+
+    Args:
+      value: an array, or a pytree of arrays of one rank.
+      metadata: ``out_sharding`` names the axes, and ``sharding_rules`` what the names
+        stand for; ``mesh`` is the mesh, that of ``jax.set_mesh`` if absent.
+        ``eager_sharding=False`` leaves the value where it is.
+
+    Returns:
+      The value; as it was where no axes are named or there is no mesh.
+
+    Raises:
+      ArgumentError: the mesh has some Explicit and some Auto axes.
+    """
+    names = metadata.get("out_sharding")
+    eager = metadata.get("eager_sharding")
+    if not names or not (_eager.get() if eager is None else eager):
+        return value
+    if isinstance(names, Format):
+        return jax.lax.with_sharding_constraint(value, names)
+    mesh: Any = metadata.get("mesh") or getattr(names, "mesh", None)
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not _concrete(value):
+        return value
+    spec = spec_of(names, metadata.get("sharding_rules"))
+    if mesh.are_all_axes_explicit:
+        return jax.sharding.reshard(value, NamedSharding(mesh, spec))
+    if not mesh.are_all_axes_auto:
+        raise ArgumentError(
+            "a Variable can be put on a mesh whose axes are all Explicit or all Auto; "
+            f"found {mesh.axis_types}. Pass eager_sharding=False and place it yourself."
+        )
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+
+
+def _concrete(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

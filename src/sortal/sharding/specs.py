@@ -1,0 +1,198 @@
+"""Partition specs and shardings of models, from the names of their Variables' axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Never
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
+from sortal._engine.annotations import with_partitioning as with_partitioning
+from sortal._engine.nodes import Node
+from sortal._engine.variable import Variable
+from sortal._nnx_names import refuse_unknown
+from sortal.functional import merge, split
+from sortal.sharding.mesh_axes import spec_of
+from sortal.transforms.compile import eval_shape
+
+_NO_AXES = PartitionSpec()
+
+
+def get_var_pspec(v: Variable) -> PartitionSpec | None:
+    """The partition spec of a Variable's value.
+
+    Args:
+      v: the Variable; its metadata ``out_sharding`` names the axes.
+
+    Returns:
+      The spec, of no axes where none are named; None where the value is no array.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sortal import nnx
+      >>> w = nnx.Param(jnp.ones(2), sharding=("data",))
+      >>> list(nnx.spmd.get_var_pspec(w))
+      ['data']
+    """
+    names = v.get_metadata("out_sharding", None)
+    if names:
+        return spec_of(names, v.get_metadata("sharding_rules", ()))
+    return _NO_AXES if hasattr(v._value, "shape") else None
+
+
+def get_partition_spec(tree: Any) -> Any:
+    """A tree with the partition spec in the place of each value.
+
+    Args:
+      tree: a State, a Module, or any pytree of these, Variables and arrays.
+
+    Returns:
+      The tree; Variables keep their kinds and metadata. An array of no Variable has
+      the spec of no axes.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> w = nnx.Param(jnp.ones((2, 4)), out_sharding=(None, "model"))
+      >>> state = nnx.State({"w": w})
+      >>> list(nnx.get_partition_spec(state)["w"].value)
+      [None, 'model']
+    """
+    return _map(get_var_pspec, tree)
+
+
+def get_named_sharding(tree: Any, mesh: Mesh) -> Any:
+    """A tree with the sharding on a mesh in the place of each value.
+
+    Args:
+      tree: a State, a Module, or any pytree of these, Variables and arrays.
+      mesh: the mesh.
+
+    Returns:
+      The tree, as of ``get_partition_spec``, with ``NamedSharding(mesh, spec)``.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
+      >>> state = nnx.State({"w": nnx.Param(jnp.ones(2), out_sharding=("data",))})
+      >>> list(nnx.get_named_sharding(state, mesh)["w"].value.spec)
+      ['data']
+    """
+
+    def sharding(v: Variable) -> NamedSharding | None:
+        spec = get_var_pspec(v)
+        return None if spec is None else NamedSharding(mesh, spec)
+
+    return _map(sharding, tree, NamedSharding(mesh, _NO_AXES))
+
+
+def _map(of: Callable[[Variable], Any], tree: Any, of_array: Any = _NO_AXES) -> Any:
+    def one(x: Any) -> Any:
+        if isinstance(x, Variable):
+            return x.replace(of(x))
+        if isinstance(x, Node):
+            graphdef, state = split(x)
+            return merge(graphdef, _map(of, state, of_array))
+        return of_array if hasattr(x, "shape") else None
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (Variable, Node)))
+
+
+def as_abstract(tree: Any, **_unknown: Never) -> Any:
+    """A tree of abstract values that know their sharding.
+
+    Args:
+      tree: a Module or State whose values are ``jax.ShapeDtypeStruct``s, such as
+        ``eval_shape`` returns.
+
+    Returns:
+      The tree. Where a Variable's metadata names its axes, its value has the sharding
+      that they stand for on the Variable's mesh, or else that of ``jax.set_mesh``.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
+      >>> init = nnx.with_partitioning(nnx.initializers.ones_init(), ("data",), mesh)
+      >>> abstract = nnx.eval_shape(
+      ...     lambda: nnx.Linear(2, 4, kernel_init=init, rngs=nnx.Rngs(0))
+      ... )
+      >>> list(nnx.as_abstract(abstract).kernel.value.sharding.spec)
+      ['data']
+    """
+    refuse_unknown("as_abstract", _unknown)
+
+    def with_sharding(v: Variable) -> Any:
+        value = v._value
+        known = getattr(value, "sharding", None) is not None
+        named = v.get_metadata("out_sharding", None)
+        if known or not named or not hasattr(value, "dtype"):
+            return value
+        mesh = v.get_metadata("mesh", None) or jax.sharding.get_abstract_mesh()
+        return _abstract(value, NamedSharding(mesh, get_var_pspec(v) or _NO_AXES))
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Variable):
+            return x.replace(with_sharding(x))
+        if isinstance(x, Node):
+            graphdef, state = split(x)
+            return merge(graphdef, as_abstract(state))
+        return x
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (Variable, Node)))
+
+
+def _abstract(value: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+
+def get_abstract_model(
+    init_fn: Callable[[], Any], mesh: Mesh, **_unknown: Never
+) -> tuple[Any, Any]:
+    """The GraphDef of a model that is not made, and a State of shapes and shardings.
+
+    Args:
+      init_fn: a function of nothing that returns the model.
+      mesh: the mesh that the model is to live on.
+
+    Returns:
+      ``(graphdef, state)``; the State's values are ``jax.ShapeDtypeStruct``s with the
+      sharding on the mesh that their axes' names stand for.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
+      >>> init = nnx.with_partitioning(nnx.initializers.ones_init(), ("data",))
+      >>> make = lambda: nnx.Linear(2, 4, kernel_init=init, rngs=nnx.Rngs(0))
+      >>> graphdef, state = nnx.get_abstract_model(make, mesh)
+      >>> list(state["kernel"].value.sharding.spec)
+      ['data']
+    """
+    refuse_unknown("get_abstract_model", _unknown)
+    with jax.set_mesh(mesh):
+        graphdef, state = split(eval_shape(init_fn))
+        shardings = get_named_sharding(state, mesh)
+    return graphdef, jax.tree.map(_abstract, state, shardings)

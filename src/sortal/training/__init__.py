@@ -1,0 +1,1 @@
+"""Optimizers, averages and metrics that know kinds."""

@@ -1,0 +1,188 @@
+"""EMA: an exponential moving average of the leaves of a model that a filter takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Never, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from sortal._engine.leaves import Leaves, store_all
+from sortal._engine.marks import static
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema
+from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.variable import describe
+from sortal._nnx_names import refuse_unknown
+from sortal.errors import ArgumentError, FilterError, UpdateError, listing
+from sortal.filters import to_filter
+from sortal.module import Pytree
+
+M = TypeVar("M")
+
+
+class EMA(Pytree):
+    """A moving average of a model's leaves: ``ema = decay * ema + (1 - decay) * x``.
+
+    ``params`` is a State of Variables of the model's kinds at the model's paths. It
+    begins as a copy of the model's values, in buffers of its own, so that model and
+    average may be donated apart.
+
+    Args:
+      model: a Module, a container of Modules and Variables, or a State.
+      decay: the share of the old average that is kept, from 0 to 1.
+      only: which leaves to track: Variables of floating or complex dtype.
+
+    Raises:
+      ArgumentError: ``decay`` is not from 0 to 1.
+      FilterError: ``only`` takes nothing, or leaves that have no average; all listed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sortal as nnx
+      >>> class Scale(nnx.Module):
+      ...     def __init__(self):
+      ...         self.w = nnx.Param(jnp.zeros(2))
+      >>> model = Scale()
+      >>> ema = nnx.EMA(model, decay=0.75, only=nnx.Param)
+      >>> model.w.value = jnp.ones(2)
+      >>> ema.update(model)
+      >>> ema.apply_to(model).w.value.tolist()
+      [0.25, 0.25]
+    """
+
+    params: State
+
+    def __init__(self, model: Any, decay: Any, *, only: Any = ..., **_unknown: Never):
+        refuse_unknown("EMA", _unknown)
+        if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
+            raise ArgumentError(
+                f"decay={decay!r} is not a share from 0 to 1. Write decay=0.999 to "
+                "keep all but a thousandth of the old average at each step."
+            )
+        only = tuple(only) if isinstance(only, list) else only
+        found = _taken(model, only)
+        _check_averages(found, only)
+        self.decay = decay
+        self.filter = static(only)
+        values = [jax.tree.map(jnp.copy, v) for v in found.values_list()]
+        self.params = snapshot(found.schema, values)
+
+    def update(self, model: Any) -> None:
+        """Moves the average towards the model's values.
+
+        Args:
+          model: the model, or a State or nested dict of its leaves.
+
+        Raises:
+          UpdateError: the leaves that the filter takes are not those tracked, or have
+            another shape; all are listed and nothing is changed.
+          TraceError: the average belongs to another trace than the current one.
+        """
+        found = _taken(model, self.filter)
+        schema = self.params.schema
+        _check_paths(schema, found.schema, wider=True)
+        variables, at = self.params.leaves(), found.schema.index
+        values = found.values_list()
+        news = [values[at[path]] for path in schema.paths]
+        _check_shapes(schema, variables, news)
+        decay = self.decay
+
+        def average(old: Any, new: Any) -> Any:
+            mean = decay * old + (1.0 - decay) * new
+            return mean if mean.dtype == old.dtype else mean.astype(old.dtype)
+
+        olds = [v.value for v in variables]
+        store_all([Leaves(variables)], jax.tree.map(average, olds, news))
+
+    def apply_to(self, model: M) -> M:
+        """A new model with the average in the place of the tracked leaves.
+
+        The new model shares the average's Variables, and so follows later updates. All
+        other leaves are new Variables with the values that ``model`` has now; they
+        share its buffers.
+
+        Args:
+          model: a Module of the structure that is tracked; left as it is.
+
+        Returns:
+          The new model.
+
+        Raises:
+          UpdateError: ``model`` lacks tracked leaves; all are listed.
+        """
+        plan = bind(model)
+        graphdef, schema = plan.graphdef, self.params.schema
+        _check_paths(schema, graphdef.schema, wider=False)
+        leaves = graphdef.build_leaves(plan.leaves.snapshot())
+        for path, variable in zip(schema.paths, self.params.leaves(), strict=True):
+            leaves[graphdef.schema.index[path]] = variable
+        return graphdef.build(leaves)[0]
+
+
+def _taken(model: Any, only: Any) -> State:
+    if isinstance(model, (State, Mapping)):
+        return as_state(model).filter(only)
+    found, leaves = bind(model).pick((only,))
+    return snapshot(found.parts[0][0], leaves[0].snapshot())
+
+
+def _check_averages(found: State, only: Any) -> None:
+    schema = found.schema
+    if not len(schema):
+        raise FilterError(
+            f"only={to_filter(only)!r} takes no leaf of the model, so there is nothing "
+            "to average. Write a kind that the model has, such as only=Param."
+        )
+    bad = [
+        f"{schema.describe(i)}: {describe(value)}"
+        for i, value in enumerate(found.values_list())
+        if schema.kinds[i] is None
+        or not all(_is_inexact(x) for x in jax.tree.leaves(value))
+    ]
+    if bad:
+        raise FilterError(
+            f"only={to_filter(only)!r} takes leaves that are no Variables, or neither "
+            f"floating nor complex, and so have no average:\n{listing(bad)}\n"
+            "Narrow it, as in only=Param."
+        )
+
+
+def _is_inexact(x: Any) -> bool:
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _check_paths(tracked: Schema, found: Schema, *, wider: bool) -> None:
+    if found.paths == tracked.paths:
+        return
+    rows = [
+        f"missing: {tracked.describe(i)}"
+        for i, path in enumerate(tracked.paths)
+        if path not in found.index
+    ]
+    if wider:
+        rows += [
+            f"not tracked: {found.describe(i)}"
+            for i, path in enumerate(found.paths)
+            if path not in tracked.index
+        ]
+    if rows:
+        raise UpdateError(
+            f"the model's leaves are not those that the EMA tracks:\n{listing(rows)}\n"
+            "Pass the model that the EMA was made from, or make a new EMA."
+        )
+
+
+def _check_shapes(schema: Schema, variables: list[Any], news: list[Any]) -> None:
+    rows = [
+        f"{schema.describe(i)} is {describe(old.value)}, found {describe(new)}"
+        for i, (old, new) in enumerate(zip(variables, news, strict=True))
+        if jax.tree.map(jnp.shape, old.value) != jax.tree.map(jnp.shape, new)
+    ]
+    if rows:
+        raise UpdateError(
+            "the model's leaves have other shapes than those that the EMA tracks:\n"
+            f"{listing(rows)}\nMake a new EMA after changing a shape."
+        )

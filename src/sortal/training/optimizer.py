@@ -1,0 +1,519 @@
+"""Optimizer: any optax transformation over the leaves that a filter takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Never
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from sortal._engine.leaves import Leaves, Slot, store_all
+from sortal._engine.marks import static
+from sortal._engine.plan import bind
+from sortal._engine.schema import Kind, Schema, plain_leaf_schema
+from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.statics import EMPTY, Metadata
+from sortal._engine.variable import (
+    OptArray,
+    OptState,
+    OptVariable,
+    Param,
+    Variable,
+    describe,
+    is_variable,
+    value_of,
+)
+from sortal._nnx_names import refuse_unknown
+from sortal.errors import OptimizerError, listing
+from sortal.filters import Any_, Everything, Filter, to_filter
+from sortal.module import Pytree
+from sortal.policy.policy import UNSET, Policy
+
+
+class Hyperparam(OptArray):
+    """A hyperparameter that optax keeps in its state, such as a learning rate.
+
+    A Python number written to it takes on the dtype that is there, so that compiled
+    steps stay valid. ``optax.inject_hyperparams`` makes them.
+    """
+
+    def set_value(self, value: Any, **options: Any) -> None:
+        """Replaces the value; a Python or NumPy number is given the old one's dtype.
+
+        Args:
+          value: the new value.
+          **options: ``index``, as for every Variable.
+
+        Raises:
+          TraceError: this Variable belongs to another trace than the current one.
+        """
+        old: Any = self._value
+        number = isinstance(value, (int, float, complex, np.generic))
+        if number and isinstance(old, jax.Array) and not options:
+            new = jnp.asarray(value)
+            fits = new.dtype == old.dtype and new.weak_type == old.weak_type
+            value = new if fits else new.astype(old.dtype)
+        super().set_value(value, **options)
+
+
+class Optimizer(Pytree):
+    """Trains the parameters of a model by an optax transformation; keeps its state.
+
+    The transformation sees parameters, gradients and its own moments as States of one
+    and the same treedef, so that masks and labels may be made from
+    ``sortal.state(model, wrt)``. What it keeps is held by Variables: ``OptVariable`` at
+    a parameter's path, ``OptArray`` for everything else.
+
+    Several transformations may share a model: ``Optimizer(model, {filter: tx, ...})``.
+    Each parameter belongs to one group, and each group has its own optax state; a last
+    ``...`` takes what the others leave. ``Optimizer(model, policy)`` reads the columns
+    ``optimizer`` and ``trainable`` of a Policy: a group for each transformation, and
+    nothing kept for what is frozen.
+
+    Args:
+      model: a Module, or a container of Modules and Variables.
+      tx: an optax transformation, a dict of filter to transformation, or a Policy.
+      wrt: which leaves to train, all of a floating or complex dtype; ``Param`` if
+        absent, for a dict whatever its filters take, and for a Policy whatever has a
+        transformation. ``optimizer.wrt`` is what to give to ``grad``.
+
+    Raises:
+      OptimizerError: ``wrt`` takes no leaf, or leaves that are not floating or cannot
+        be written; a leaf is in no group or in two; a group is empty; or ``tx`` is no
+        transformation.
+      PolicyError: of a Policy: leaves of ``wrt`` have no answer, a row's transformation
+        trains no leaf, or nothing is trained.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import sortal as nnx
+      >>> class Scale(nnx.Module):
+      ...     def __init__(self):
+      ...         self.w = nnx.Param(jnp.ones(2))
+      >>> model = Scale()
+      >>> optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param)
+      >>> grads = nnx.grad(lambda m: m.w.sum())(model)
+      >>> _ = optimizer.update(model, grads)
+      >>> model.w.value.tolist(), int(optimizer.step)
+      ([0.5, 0.5], 1)
+    """
+
+    def __init__(self, model: Any, tx: Any, *, wrt: Any = UNSET, **_unknown: Never):
+        refuse_unknown("Optimizer", _unknown)
+        if isinstance(tx, Policy):
+            tx, wrt = tx.optimizer_groups(model, wrt), UNSET
+        groups = tuple(tx.items()) if isinstance(tx, Mapping) else None
+        _check_transformations(tx, groups)
+        if wrt is UNSET:
+            wrt = Param if groups is None else Any_(*(f for f, _ in groups))
+        wrt = tuple(wrt) if isinstance(wrt, list) else wrt
+        _, params = _trainable(model, wrt)
+        if groups is not None:
+            groups = tuple((to_filter(f), t) for f, t in groups)
+        self.step = OptState(jnp.array(0, dtype=jnp.uint32))
+        self.tx = static(tx if groups is None else groups)
+        self.wrt = static(wrt)
+        self._trained = static(plain_leaf_schema(params.schema.paths))
+        shared = set(map(id, jax.tree.leaves(params)))
+        states = tuple(
+            _stored(t.init(_part(params, at)), shared)
+            for t, at in _divide(self.tx, groups, params)
+        )
+        self.opt_state = states[0] if groups is None else states
+
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
+        """One step: changes the model's parameters and this optimizer's state.
+
+        Args:
+          model: the model that the optimizer was made for.
+          grads: a State or nested dict with exactly the leaves that ``wrt`` takes, of
+            the parameters' shapes.
+          **kwargs: handed to ``tx.update``, such as ``value``, ``grad``, ``value_fn``;
+            a State among them is given the parameters' treedef. Of several groups,
+            those get them that take extra arguments.
+
+        Returns:
+          The updates that were added to the parameters, as a State.
+
+        Raises:
+          ArgumentError: ``grads`` is neither a State nor a nested dict.
+          OptimizerError: gradients are missing, unknown or of the wrong shape, or the
+            model has other trainable leaves than at the start; all are listed and
+            nothing is changed.
+          TraceError: the model or this optimizer belongs to another trace than the
+            current one; nothing is changed.
+        """
+        if isinstance(model, State):
+            raise OptimizerError(
+                "update(model, grads) was given a State as the model. Write "
+                "optimizer.update(model, grads), with the live model first."
+            )
+        targets, params = _chosen(model, self.wrt)
+        _check_paths(
+            "the model's trainable leaves",
+            params.schema,
+            self._trained,
+            "Make a new Optimizer after changing the model, or pass the model that "
+            "this one was made for.",
+        )
+        gradients = _gradients(grads, params)
+        several = _groups(self.tx)
+        stored = (self.opt_state,) if several is None else self.opt_state
+        updates: list[Any] = [None] * len(targets)
+        values: list[Any] = [None] * len(targets)
+        steps = []
+        for (tx, at), kept in zip(
+            _divide(self.tx, several, params), stored, strict=True
+        ):
+            part = _part(params, at)
+            takes = several is None or _takes_extra(tx)
+            extra = {k: _extra(v, part) for k, v in kwargs.items()} if takes else {}
+            step = _step(tx, _part(gradients, at), kept, part, extra)
+            _scatter(updates, at, step.updates)
+            _scatter(values, at, step.params)
+            targets += step.targets
+            values += step.values
+            steps.append(step)
+        # One write of everything: a refusal leaves model and optimizer as they were.
+        store_all([Leaves([*targets, self.step])], [*values, self.step.value + 1])
+        if any(step.replaced is not None for step in steps):
+            now = tuple(
+                kept if step.replaced is None else step.replaced
+                for step, kept in zip(steps, stored, strict=True)
+            )
+            self.opt_state = now[0] if several is None else now
+        return snapshot(params.schema, updates)
+
+
+# ------------------------------------------------------------------ what is trained
+def _chosen(model: Any, wrt: Any) -> tuple[list[Any], State]:
+    """The live leaves that ``wrt`` takes, and a snapshot of them."""
+    found, leaves = bind(model).pick((wrt,))
+    mine = leaves[0]
+    return list(mine), snapshot(found.parts[0][0], mine.snapshot())
+
+
+def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
+    leaves, params = _chosen(model, wrt)
+    schema = params.schema
+    if not leaves:
+        every = bind(model).graphdef.schema
+        raise OptimizerError(
+            f"wrt={to_filter(wrt)!r} takes none of the {len(every)} leaves of the "
+            "model, so there is nothing to train; it has:\n"
+            + listing(map(every.describe, range(len(every))))
+        )
+    bad = [
+        f"{schema.describe(i)}: {describe(value)}"
+        for i, value in enumerate(params.values_list())
+        if not all(
+            jnp.issubdtype(_dtype(x), jnp.inexact) for x in jax.tree.leaves(value)
+        )
+    ]
+    if bad:
+        raise OptimizerError(
+            f"wrt={to_filter(wrt)!r} takes leaves that are neither floating nor "
+            f"complex and so have no gradient:\n{listing(bad)}\n"
+            "Give them another kind than Param, or narrow wrt."
+        )
+    stuck = [
+        schema.describe(i)
+        for i, leaf in enumerate(leaves)
+        if type(leaf) is Slot and not leaf.writable
+    ]
+    if stuck:
+        raise OptimizerError(
+            "raw arrays in tuples and other values cannot be written:\n"
+            f"{listing(stuck)}\nHold them in Variables, such as Param(array)."
+        )
+    return leaves, params
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _check_transformations(tx: Any, groups: Any) -> None:
+    if groups == ():
+        raise OptimizerError("the dict of groups is empty; write {filter: tx, ...}.")
+    named = [("tx", tx)] if groups is None else groups
+    bad = [
+        f"{name if groups is None else repr(to_filter(name))}: {t!r:.60}"
+        for name, t in named
+        if not (hasattr(t, "init") and hasattr(t, "update"))
+    ]
+    if bad:
+        raise OptimizerError(
+            "an optax transformation, such as optax.adam(1e-3), is due; found:\n"
+            + listing(bad)
+        )
+
+
+# ------------------------------------------------------------------------- groups
+def _groups(tx: Any) -> Any:
+    """The (filter, transformation) pairs; None where there is one transformation."""
+    # A transformation may itself be a plain tuple, but one of functions.
+    pairs = type(tx) is tuple and tx and type(tx[0]) is tuple
+    return tx if pairs else None
+
+
+def _divide(tx: Any, groups: Any, params: State) -> list[tuple[Any, Any]]:
+    """Each transformation with the positions of its leaves, None for all of them."""
+    if groups is None:
+        return [(tx, None)]
+    schema = params.schema
+    filters = tuple(f for f, _ in groups)
+    if all(f.structural for f in filters):
+        at = schema.memo(("groups", filters), lambda: _assign(schema, filters, None))
+    else:
+        at = _assign(schema, filters, params.leaves())
+    return [(t, mine) for (_, t), mine in zip(groups, at, strict=True)]
+
+
+def _assign(
+    schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
+) -> list[tuple[int, ...]]:
+    takers = [
+        [g for g, f in enumerate(filters) if f.test(*row)]
+        for row in schema.rows(leaves)
+    ]
+    last = len(filters) - 1
+    if isinstance(filters[last], Everything):
+        takers = [[g for g in mine if g != last] or [last] for mine in takers]
+    bad = [
+        f"{schema.describe(i)}: "
+        + (f"in {', '.join(repr(filters[g]) for g in mine)}" if mine else "in no group")
+        for i, mine in enumerate(takers)
+        if len(mine) != 1
+    ]
+    if bad:
+        raise OptimizerError(
+            "each trained leaf must be in exactly one of the groups "
+            f"{', '.join(map(repr, filters))}; found:\n{listing(bad)}\n"
+            "Narrow the filters with & and ~, narrow wrt, or add a last group `...` "
+            "for the rest."
+        )
+    parts = [
+        tuple(i for i, (g,) in enumerate(takers) if g == group)
+        for group in range(len(filters))
+    ]
+    empty = [repr(f) for f, mine in zip(filters, parts, strict=True) if not mine]
+    if empty:
+        raise OptimizerError(
+            f"no trained leaf is in the group {', '.join(empty)}; there are:\n"
+            + listing(map(schema.describe, range(len(schema))))
+        )
+    return parts
+
+
+def _part(state: State, at: Any) -> State:
+    if at is None:
+        return state
+    values = state.values_list()
+    schema = state.schema.memo(("part", at), lambda: state.schema.pick(at))
+    return snapshot(schema, [values[i] for i in at])
+
+
+def _scatter(into: list[Any], at: Any, values: list[Any]) -> None:
+    if at is None:
+        into[: len(values)] = values
+        return
+    for i, value in zip(at, values, strict=True):
+        into[i] = value
+
+
+def _takes_extra(tx: Any) -> bool:
+    import optax
+
+    plain = isinstance(tx, optax.GradientTransformation)
+    return not plain or isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+# ---------------------------------------------------------------------- gradients
+def _gradients(grads: Any, params: State) -> State:
+    given = as_state(grads)
+    schema = params.schema
+    if given.schema is not schema:
+        _check_paths(
+            "the gradients",
+            given.schema,
+            schema,
+            "Give grad and Optimizer the same wrt, or pass grads.filter(wrt).",
+        )
+        given = _reordered(given, schema)
+    bad = [
+        f"{schema.describe(i)} is {describe(p)}, its gradient {describe(g)}"
+        for i, (p, g) in enumerate(
+            zip(params.values_list(), given.values_list(), strict=True)
+        )
+        if not _same_shape(p, g)
+    ]
+    if bad:
+        raise OptimizerError(
+            "gradients must have the shapes of their parameters; found:\n"
+            + listing(bad)
+        )
+    return given
+
+
+def _same_shape(p: Any, g: Any) -> bool:
+    try:
+        return p.shape == g.shape
+    except AttributeError:
+        pass  # numbers, and small pytrees of arrays
+    if jax.tree.structure(p) != jax.tree.structure(g):
+        return False
+    pairs = zip(jax.tree.leaves(p), jax.tree.leaves(g), strict=True)
+    return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs)
+
+
+def _check_paths(what: str, found: Schema, due: Schema, advice: str) -> None:
+    if found.paths == due.paths or found.index.keys() == due.index.keys():
+        return
+    rows = [
+        f"missing: {due.describe(i)}"
+        for i, path in enumerate(due.paths)
+        if path not in found.index
+    ]
+    rows += [
+        f"unknown: {found.describe(i)}"
+        for i, path in enumerate(found.paths)
+        if path not in due.index
+    ]
+    raise OptimizerError(
+        f"{what} are not those that the optimizer trains; found:\n{listing(rows)}\n"
+        f"{advice}"
+    )
+
+
+def _reordered(state: State, schema: Schema) -> State:
+    """The values of ``state`` at the paths of ``schema``, all of which it has."""
+    values, index = state.values_list(), state.schema.index
+    return snapshot(schema, [values[index[path]] for path in schema.paths])
+
+
+def _extra(x: Any, params: State) -> Any:
+    """A keyword argument as optax sees it: trees of parameters have their treedef."""
+    if is_variable(x):
+        return value_of(x)
+    if isinstance(x, State) and params.schema.index.keys() <= x.schema.index.keys():
+        return _reordered(x, params.schema)
+    return x
+
+
+# ------------------------------------------------------------------- optax's state
+class _Step(NamedTuple):
+    """What one transformation did: values to write, or a replaced optax state."""
+
+    updates: list[Any]
+    params: list[Any]
+    targets: list[Variable]
+    values: list[Any]
+    replaced: Any
+
+
+def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
+    import optax
+
+    old, treedef = _flatten(kept)
+    plain = treedef.unflatten([_plain(x, params.schema) for x in old])
+    updates, state = tx.update(grads, plain, params, **extra)
+    changed: Any = optax.apply_updates(params, updates)
+    new, after = _flatten(state)
+    pairs = _pairs(old, new, params.schema) if after == treedef else None
+    replaced = _stored(state, ()) if pairs is None else None
+    targets, values = pairs or ([], [])
+    return _Step(
+        updates.values_list(), changed.values_list(), targets, values, replaced
+    )
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, State) or is_variable(x)
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    return jtu.tree_flatten(tree, is_leaf=_is_leaf)
+
+
+def _pairs(
+    old: list[Any], new: list[Any], schema: Schema
+) -> tuple[list[Variable], list[Any]] | None:
+    """The Variables kept and their new values; None where the structure changed."""
+    targets: list[Variable] = []
+    values: list[Any] = []
+    for a, b in zip(old, new, strict=True):
+        if isinstance(a, State):
+            if not isinstance(b, State) or b.schema is not _seen(a.schema, schema):
+                return None
+            targets += a.leaves()
+            values += b.values_list()
+        elif isinstance(a, Variable) and not isinstance(b, State):
+            targets.append(a)
+            values.append(value_of(b))
+        else:
+            return None
+    return targets, values
+
+
+def _stored(tree: Any, shared: Any) -> Any:
+    """An optax state with its arrays in Variables.
+
+    Args:
+      tree: what optax made.
+      shared: ids of arrays that must be copied, because the model holds them too and
+        one of the two may be donated.
+    """
+
+    def own_buffer(x: Any) -> Any:
+        return jnp.copy(x) if id(x) in shared else x
+
+    def store(path: Any, x: Any) -> Any:
+        if isinstance(x, State):
+            values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
+            return snapshot(_kept(x.schema), values)
+        value = jax.tree.map(own_buffer, value_of(x))
+        named = any(getattr(key, "name", None) == "hyperparams" for key in path)
+        return Hyperparam(value) if named else OptArray(value)
+
+    return jtu.tree_map_with_path(store, tree, is_leaf=_is_leaf)
+
+
+def _kept(schema: Schema) -> Schema:
+    """How a State of optax's is stored: the same paths, in kinds of OptState."""
+    if None not in schema.kinds:
+        return schema.of_kind(OptVariable)
+    kinds = [OptArray if kind is None else OptVariable for kind in schema.kinds]
+    return Schema.of(schema.paths, kinds, schema.metadata)
+
+
+def _plain(x: Any, params: Schema) -> Any:
+    """What is stored, as optax made it."""
+    if isinstance(x, State):
+        return snapshot(_seen(x.schema, params), x.values_list())
+    return value_of(x)
+
+
+def _seen(kept: Schema, params: Schema) -> Schema:
+    """The Schema under which optax sees a stored State: kinds of the parameters."""
+    if kept is params.of_kind(OptVariable):
+        return params
+    return kept.memo(("seen", params), lambda: _seen_by_path(kept, params))
+
+
+def _seen_by_path(kept: Schema, params: Schema) -> Schema:
+    kinds: list[Kind] = []
+    metadata: list[Metadata] = []
+    for path, kind, old in zip(kept.paths, kept.kinds, kept.metadata, strict=True):
+        at = params.index.get(path)
+        if kind is OptArray:
+            kinds.append(None)
+            metadata.append(EMPTY)
+        else:
+            kinds.append(Param if at is None else params.kinds[at])
+            metadata.append(old if at is None else params.metadata[at])
+    return Schema.of(kept.paths, kinds, metadata)

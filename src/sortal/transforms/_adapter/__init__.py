@@ -1,0 +1,1 @@
+"""The one way into and out of a JAX trace."""

@@ -1,0 +1,336 @@
+"""The one adapter that carries live objects into and out of JAX tracing.
+
+``BoundArguments`` replaces every Module and Variable among the arguments by a
+FlatModule of bare values; ``tracing.run`` builds fresh copies around those values
+inside the trace, calls the function, and describes what it changed; ``write_back``
+brings that to the live objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import Tracer
+
+from sortal._engine.bounded import Bounded
+from sortal._engine.graphdef import Entry, GraphDef, Step, fill
+from sortal._engine.leaves import held, identity, store_all
+from sortal._engine.nodes import NODE, handler_of
+from sortal._engine.paths import show
+from sortal._engine.plan import bind, has_plan
+from sortal._engine.variable import check_writable, describe, make
+from sortal._engine.walk import Walk
+from sortal.transforms._adapter.tracing import (
+    Edits,
+    FlatModule,
+    FlatModuleDef,
+    Result,
+    flat_module_def,
+    has_roots,
+    replace_roots,
+    resolve,
+)
+
+
+class AliasMap(NamedTuple):
+    """How several roots share Variables and nodes; numbers only, no live objects.
+
+    Each leaf of the joint GraphDef belongs to the first root that reaches it.
+    ``leaf_at`` and ``node_at`` say which leaf or node of which root's own plan it is;
+    ``picks`` say which leaves each root sends, None for all of them.
+    """
+
+    graphdef: GraphDef
+    definitions: tuple[FlatModuleDef, ...]
+    picks: tuple[Any, ...]
+    leaf_at: tuple[tuple[int, int], ...]
+    node_at: dict[int, tuple[int, int]]
+
+
+_alias_maps: Bounded[AliasMap] = Bounded(256)
+_UNKNOWN: Any = None
+
+
+def _alias_map(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
+    if len(plans) == 1:
+        return plans[0].graphdef.memo("alias_map", lambda: _single(plans[0].graphdef))
+    key = tuple([plan.uid for plan in plans])
+    if None in key:
+        return _several(roots, plans)
+    found = _alias_maps.get(key)
+    if found is None:
+        found = _several(roots, plans)
+        _alias_maps.put(key, found)
+    return found
+
+
+def _single(graphdef: GraphDef) -> AliasMap:
+    leaves = tuple((0, i) for i in range(len(graphdef.schema)))
+    nodes = {i: (0, i) for i in range(len(graphdef.records))}
+    return AliasMap(
+        graphdef, (flat_module_def(graphdef, 0, 1),), (None,), leaves, nodes
+    )
+
+
+def _several(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
+    walk = Walk(tuple(roots))
+    where: dict[Any, tuple[int, int]] = {}
+    for i, (root, plan) in enumerate(zip(roots, plans, strict=True)):
+        for j, leaf in enumerate(plan.leaves):
+            where.setdefault(identity(leaf), (i, j))
+        for k, node in enumerate(plan.nodes):
+            where.setdefault(id(root if k == 0 else node), (i, k))
+    leaf_at = tuple(where[identity(leaf)] for leaf in walk.leaves)
+    picks: list[Any] = []
+    for i, plan in enumerate(plans):
+        mine = tuple(j for owner, j in leaf_at if owner == i)
+        picks.append(None if len(mine) == len(plan.leaves) else mine)
+    graphdef = walk.graphdef
+    node_at = {
+        n: where[id(node)] for n, node in enumerate(walk.nodes) if id(node) in where
+    }
+    definitions = tuple(
+        flat_module_def(graphdef, i, len(roots)) for i in range(len(roots))
+    )
+    return AliasMap(graphdef, definitions, tuple(picks), leaf_at, node_at)
+
+
+class BoundArguments:
+    """Arguments on their way into a trace, and the live objects they came from."""
+
+    __slots__ = ("alias_map", "args", "flat_modules", "kwargs", "plans", "roots")
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __init__(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        skip: Collection[Any] = (),
+    ):
+        self.roots: list[Any] = []
+        self.plans: list[Any] = []
+        self.flat_modules: list[FlatModule] = []
+        carry = self._carry
+        self.args = tuple(
+            [x if i in skip else replace_roots(x, carry) for i, x in enumerate(args)]
+        )
+        self.kwargs = {
+            k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
+        }
+        if self.roots:
+            self._load()
+
+    def _carry(self, root: Any) -> FlatModule:
+        # Loaded when all roots are known: what each brings depends on the others.
+        self.roots.append(root)
+        flat_module = FlatModule([], _UNKNOWN)
+        self.flat_modules.append(flat_module)
+        return flat_module
+
+    def _load(self) -> None:
+        self.plans = plans = [bind(root) for root in self.roots]
+        self.alias_map = alias_map = _alias_map(self.roots, plans)
+        for flat_module, plan, mine, pick in zip(
+            self.flat_modules,
+            plans,
+            alias_map.definitions,
+            alias_map.picks,
+            strict=True,
+        ):
+            values = plan.values()
+            flat_module.values = values if pick is None else [values[j] for j in pick]
+            flat_module.definition = mine
+
+    def live_leaf(self, k: int) -> Any:
+        """The live leaf that number ``k`` of the joint GraphDef stands for."""
+        i, j = self.alias_map.leaf_at[k]
+        return self.plans[i].leaves[j]
+
+    def live_node(self, n: int) -> Any:
+        """The live node that number ``n`` of the joint GraphDef stands for."""
+        i, k = self.alias_map.node_at[n]
+        return self.roots[i] if k == 0 else self.plans[i].nodes[k]
+
+
+def write_back(bound: BoundArguments, result: Result) -> Any:
+    """Brings what a call did back to the live objects.
+
+    Args:
+      bound: the arguments of the call.
+      result: what ``run`` returned, with concrete values.
+
+    Returns:
+      The function's output, in which objects that were passed in are those very
+      objects.
+
+    Raises:
+      TraceError: a live Variable to be written belongs to another trace; nothing is
+        written.
+    """
+    effects = result.effects
+    if effects.edits is not None:
+        check_writable(_edited(bound, effects.edits))
+    if effects.written:
+        routes = effects.routes(bound.alias_map.leaf_at)
+        parts = [bound.plans[i].part(pick) for i, pick in routes]
+        store_all(parts, result.values)
+    if effects.edits is not None:
+        objects = _carry_out(bound, effects.edits, effects.outputs, result.fresh)
+    elif effects.outputs:
+        objects = [
+            bound.live_node(e.ref) if e.what == NODE else held(bound.live_leaf(e.ref))
+            for e in effects.outputs
+        ]
+    else:
+        return result.out
+    return resolve(result.out, objects)
+
+
+def _edited(bound: BoundArguments, edits: Edits) -> list[Any]:
+    """What edits will write to: objects, those that hold containers, Variables."""
+    numbers = [edits.node_from[n] for n in edits.dirty]
+    nodes = [bound.live_node(n) for n in numbers if n is not None]
+    roots = [
+        bound.roots[bound.alias_map.node_at[n][0]] for n in numbers if n is not None
+    ]
+    owners = [
+        handler_of(x).owner(x) or handler_of(r).owner(r)
+        for x, r in zip(nodes, roots, strict=True)
+    ]
+    owners = [x for x in owners if x is not None]
+    return [*owners, *(bound.live_leaf(k) for k, _ in edits.metadata)]
+
+
+def _carry_out(
+    bound: BoundArguments, edits: Edits, outputs: Sequence[Entry], fresh: Sequence[Any]
+) -> list[Any]:
+    schema = edits.graphdef.schema
+    new = iter(fresh)
+    leaves: list[Any] = []
+    for i, k in enumerate(edits.leaf_from):
+        kind = schema.kinds[i]
+        if k is None:
+            value = next(new)
+            leaf = value if kind is None else make(kind, value, schema.metadata[i])
+        else:
+            leaf = held(bound.live_leaf(k))
+        leaves.append(leaf)
+    for k, metadata in edits.metadata:
+        live = bound.live_leaf(k)
+        live.set_metadata(dict(metadata))
+    nodes: list[Any] = []
+    for record, origin in zip(edits.graphdef.records, edits.node_from, strict=True):
+        if origin is not None:
+            nodes.append(bound.live_node(origin))
+        elif record.handler.tracked:
+            nodes.append(record.handler.shell(record.cls, record.spec.value))
+        else:
+            nodes.append(None)
+    steps = list(map(Step, edits.graphdef.records))
+    fill(steps, nodes, leaves, edits.dirty)
+    return [(nodes if e.what == NODE else leaves)[e.ref] for e in outputs]
+
+
+def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Takes the object out of a bound method or callable Module.
+
+    Left inside, the object would be a closed-over constant whose changes are lost.
+
+    Args:
+      fn: any callable.
+
+    Returns:
+      A plain function, and the arguments to put before those of each call.
+    """
+    if isinstance(fn, types.MethodType) and has_plan(fn.__self__):
+        return fn.__func__, (fn.__self__,)
+    if has_plan(fn):
+        return type(fn).__call__, (fn,)
+    if isinstance(fn, functools.partial):
+        inner, first = unbind(fn.func)
+        names = [k for k, x in fn.keywords.items() if has_roots(x)]
+        if first or names or has_roots(fn.args):
+            rest = {k: x for k, x in fn.keywords.items() if k not in names}
+            inner = functools.partial(inner, **rest) if rest else inner
+            inner = _by_position(inner, names) if names else inner
+            return inner, (*[fn.keywords[k] for k in names], *first, *fn.args)
+    return fn, ()
+
+
+def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """``fn`` with some keyword arguments before all others; a call may replace them."""
+    n = len(names)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args[n:], **{**dict(zip(names, args, strict=False)), **kwargs})
+
+    try:
+        given = functools.partial(fn, **dict.fromkeys(names))
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):
+        return call
+    only = inspect.Parameter.POSITIONAL_ONLY
+    first = [inspect.Parameter(f"_{name}", only) for name in names]
+    parameters = [*first, *signature.parameters.values()]
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
+    return call
+
+
+def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
+    """Positions and names that ``argnums`` and ``argnames`` together mean.
+
+    Args:
+      fn: the function they are about.
+      nums: an int, or several, or None.
+      names: a string, or several, or None.
+
+    Returns:
+      A set of non-negative positions and of names, and the number of positional
+      parameters (0 where unknown).
+    """
+    # As in JAX: where both are given, neither says anything about the other.
+    one_spelling = nums is None or names is None
+    nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    n = len(positional)
+    found: set[Any] = {i + n if i < 0 else i for i in nums} | set(names)
+    if not one_spelling:
+        return found, n
+    found |= {i for i, name in enumerate(positional) if name in found}
+    found |= {positional[i] for i in list(found) if isinstance(i, int) and i < n}
+    return found, n
+
+
+def stale_buffers(flat_modules: Sequence[FlatModule]) -> list[str]:
+    """Paths and kinds of leaves whose buffers were donated to an earlier call.
+
+    Args:
+      flat_modules: the roots of a call that failed.
+
+    Returns:
+      A row for each such leaf.
+    """
+    return [
+        f"{show(path)}: {describe(value)}"
+        for c in flat_modules
+        for path, value in zip(c.definition.paths, c.values, strict=True)
+        if isinstance(value, jax.Array)
+        and not isinstance(value, Tracer)
+        and value.is_deleted()
+    ]

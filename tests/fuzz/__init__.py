@@ -1,0 +1,1 @@
+"""Random programs, run three ways; ``python -m tests.fuzz --help``."""

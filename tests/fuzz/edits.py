@@ -1,0 +1,644 @@
+"""Programs of verbs and edits: nothing in them compiles."""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import reference as ref
+from . import zoo
+from .world import World
+
+NAMES = ("a", "b", "c", "d")
+KEYS = ("'x'", "'y'", "'a b'", "0", "7", "('t', 1)")
+_DEEPEST = 6
+
+
+class Place:
+    """An object that a program can name."""
+
+    __slots__ = ("depth", "obj", "text")
+
+    def __init__(self, text: str, obj: Any, depth: int):
+        self.text, self.obj, self.depth = text, obj, depth
+
+
+def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
+    """Every object with a short expression for it, each once."""
+    seen: set[int] = set()
+    # No edit makes what has a name with an underscore part of another model.
+    named = ((name, x) for name, x in bound if name[0] != "_")
+    todo = collections.deque(Place(name, x, 0) for name, x in named)
+    while todo:
+        place = todo.popleft()
+        x = place.obj
+        if isinstance(x, (ref.GraphDef, type)) or type(x) in (int, bool, str, float):
+            continue
+        if id(x) in seen or x is None:
+            continue
+        seen.add(id(x))
+        yield place
+        if place.depth >= _DEEPEST:
+            continue
+        todo.extend(
+            Place(place.text + how, child, place.depth + 1) for how, child in _below(x)
+        )
+
+
+def _below(x: Any) -> list[tuple[str, Any]]:
+    if isinstance(x, (ref.Module, zoo.D, zoo.FD)):
+        return [(f".{k}", v) for k, v in x.__dict__.items()]
+    if isinstance(x, dict):
+        return [(f"[{k!r}]", v) for k, v in x.items()]
+    if isinstance(x, (list, tuple)):
+        return [(f"[{i}]", v) for i, v in enumerate(x)]
+    if isinstance(x, ref.State):
+        return [(f"[{k!r}]", x[k]) for k in x]
+    return []
+
+
+class Drawn:
+    """One random program of verbs and edits, drawn while the reference runs it.
+
+    Args:
+      seed: all randomness comes from it.
+      flax: whether objects of Flax may occur.
+      counts: what was drawn is counted here.
+    """
+
+    def __init__(self, seed: Any, *, flax: bool, counts: collections.Counter[str]):
+        self.random = random.Random(seed)
+        self.counts = counts
+        self.flax = flax
+        self.world = World(ref)
+        self.lines: list[str] = []
+        self.codes: list[Any] = []
+        self.outcomes: list[str] = []
+        self._fresh = 0
+
+    # ------------------------------------------------------------- running
+    def do(self, text: str) -> str:
+        """Adds a statement, and runs it in the reference."""
+        code = compile(text, "<program>", "exec")
+        self.lines.append(text)
+        self.codes.append(code)
+        outcome = self.world.run(code)
+        self.outcomes.append(outcome)
+        if outcome:
+            self.counts[f"error {outcome}"] += 1
+        return outcome
+
+    def name(self, prefix: str) -> str:
+        self._fresh += 1
+        return f"{prefix}{self._fresh}"
+
+    def places(self, *kinds: type) -> list[Place]:
+        every = places(self.world.bound())
+        return [p for p in every if not kinds or isinstance(p.obj, kinds)]
+
+    def pick(self, *kinds: type) -> Place | None:
+        found = self.places(*kinds)
+        return self.random.choice(found) if found else None
+
+    def roots(self, *kinds: type) -> list[str]:
+        return [
+            k
+            for k, v in self.world.bound()
+            if isinstance(v, kinds) and k[0] != "_"
+        ]
+
+    # ------------------------------------------------------- expressions
+    def number(self) -> int:
+        return self.random.randrange(1, 9)
+
+    def array(self) -> str:
+        r = self.random.random()
+        if r < 0.8:
+            return f"arr({self.number()})"
+        if r < 0.9:
+            return f"arr([{self.number()}, {self.number()}])"
+        return f"np.array({self.number()}, np.float32)"
+
+    def variable(self) -> str:
+        kind = self.random.choice(("P", "P", "BS", "K", "K2", "V"))
+        self.counts[f"node {kind}"] += 1
+        tag = f", tag='t{self.random.randrange(2)}'" if self.random.random() < 0.2 else ""
+        return f"{kind}({self.array()}{tag})"
+
+    def static(self) -> str:
+        n = self.number() % 3
+        return self.random.choice(
+            (
+                *(f"{n}", f"{n}.0", "True", "False", "None", "'s'", "nan", "-0.0"),
+                *("relu", "double", f"({n}, 's')", f"({n}, {n}.0)", f"(None, {n})"),
+                *(f"FD({n}, 's')", f"FD({n}.0, None)", f"OwnEq({n}, {self.number()})"),
+                *(f"SubEq({n}, {self.number()})", f"frozenset([{n}])"),
+                *(f"np.float32({n})", f"NT({n}, 's')", f"Plain({n})", f"Callable({n})"),
+                *(f"1j * {n}", "np.float64(0.5)", "lambda x: x"),
+            )
+        )
+
+    def bad(self) -> str:
+        """What no model may hold."""
+        return self.random.choice(
+            (
+                *("{1, 2}", "Plain(P(arr(1)))", "Callable(P(arr(1)))"),
+                *("Callable(A(w=P(arr(1))))", "[nnx.data(0.5)]", "bytearray(3)"),
+            )
+        )
+
+    def expression(self, depth: int = 2) -> str:
+        """Something to put into a model."""
+        r = self.random.random()
+        if r < 0.22:
+            return self.variable()
+        if r < 0.32:
+            self.counts["node raw array"] += 1
+            return self.array()
+        if r < 0.5:
+            return self.static()
+        if r < 0.66:
+            found = self.pick()
+            if found is not None and not isinstance(found.obj, ref.Marked):
+                self.counts["shared or cyclic"] += 1
+                return found.text
+        if r < 0.675:
+            self.counts["bad value"] += 1
+            return self.bad()
+        if depth == 0:
+            return self.variable()
+        return self.holder(depth - 1)
+
+    def holder(self, depth: int) -> str:
+        kind = self.random.choice(
+            (
+                *("module", "module", "module", "list", "list", "dict", "dict"),
+                *("tuple", "tuple", "D", "FD", "NT", "List", "Dict", "Ordered"),
+                *("method", "defaultdict", "State"),
+                *(("flax", "flax") if self.flax else ()),
+            )
+        )
+        self.counts[f"node {kind}"] += 1
+        n = self.random.randrange(3)
+        some = [self.expression(depth) for _ in range(n)]
+        if kind == "module":
+            return self.module(depth)
+        if kind == "flax":
+            return self.flax_module()
+        if kind == "list":
+            return f"[{', '.join(some)}]"
+        if kind == "List":
+            return f"nnx.List([{', '.join(some)}])"
+        if kind in ("dict", "Ordered", "Dict"):
+            keys = self.random.sample(KEYS, n)
+            inside = ", ".join(f"{k}: {v}" for k, v in zip(keys, some, strict=True))
+            around = {"dict": "{%s}", "Ordered": "Ordered({%s})"}
+            return around.get(kind, "nnx.Dict({%s})") % inside
+        if kind == "tuple":
+            return f"({', '.join(some)}{',' if n == 1 else ''})"
+        if kind in ("D", "FD"):
+            fields = zip(("a", "b"), some, strict=False)
+            return f"{kind}({', '.join(f'{k}={v}' for k, v in fields)})"
+        if kind == "NT":
+            return f"NT({self.expression(depth)}, {self.expression(depth)})"
+        if kind == "method":
+            found = self.pick(ref.Module)
+            if found is not None and not isinstance(found.obj, ref.FlaxModule):
+                return f"{found.text}.method"
+        if kind == "State":
+            return f"nnx.State({{'p': {self.variable()}, 'q': {{'r': {self.array()}}}}})"
+        return self.variable()
+
+    def module(self, depth: int) -> str:
+        names = self.random.sample(NAMES, self.random.randrange(1, 4))
+        inside = [f"{n}={self.expression(depth)}" for n in names]
+        if self.random.random() < 0.3:
+            inside.append("deterministic=False")
+        return f"{self.random.choice(('A', 'A', 'B', 'C'))}({', '.join(inside)})"
+
+    def flax_module(self) -> str:
+        names = self.random.sample(NAMES, self.random.randrange(1, 3))
+        inside = [f"{n}={self.flax_value()}" for n in names]
+        return f"{self.random.choice(('F', 'F2'))}({', '.join(inside)})"
+
+    def flax_value(self) -> str:
+        found = self.pick(ref.FlaxModule, ref.FlaxVariable)
+        return self.random.choice(
+            (
+                *(f"FP(arr({self.number()}))", f"FP2(arr({self.number()}))"),
+                *(f"FP(arr({self.number()}), tag='t0')", "'s'", f"{self.number()}"),
+                *(f"F(a=FP(arr({self.number()})))", "None"),
+                *((found.text, found.text) if found else ()),
+            )
+        )
+
+    # --------------------------------------------------------------- edits
+    def edit(self) -> None:
+        """One random edit of what there is."""
+        kind, draw = self.random.choice(_EDITS)
+        text = draw(self)
+        if text:
+            self.counts[f"edit {kind}"] += 1
+            self.do(text)
+
+    def attribute(self) -> tuple[Place, str] | None:
+        """A module and one of its attributes."""
+        found = self.pick(ref.Module)
+        if found is None or not found.obj.__dict__:
+            return None
+        return found, self.random.choice(list(found.obj.__dict__))
+
+    def set_attribute(self) -> str | None:
+        found = self.pick(ref.Module, zoo.D)
+        if found is None:
+            return None
+        name = self.random.choice(NAMES)
+        if isinstance(found.obj, ref.FlaxModule):
+            # Flax refuses data in the place of a static.
+            old = found.obj.__dict__.get(name)
+            data = isinstance(old, (ref.Module, ref.Variable))
+            value = self.flax_value() if name not in found.obj.__dict__ else (
+                f"FP(arr({self.number()}))" if data else "'u'"
+            )
+            return f"{found.text}.{name} = {value}"
+        return f"{found.text}.{name} = {self.expression()}"
+
+    def replace_array(self) -> str | None:
+        """A raw array in the place of another."""
+        found = [
+            (p, k)
+            for p in self.places(ref.Module)
+            for k, v in p.obj.__dict__.items()
+            if ref.is_array(v) and not isinstance(p.obj, ref.FlaxModule)
+        ]
+        if not found:
+            return None
+        place, name = self.random.choice(found)
+        return f"{place.text}.{name} = {self.array()}"
+
+    def delete_attribute(self) -> str | None:
+        found = self.attribute()
+        return found and f"del {found[0].text}.{found[1]}"
+
+    def back_reference(self) -> str | None:
+        roots = self.roots(ref.Module)
+        found = self.pick(ref.Module, list, dict)
+        if found is None or not roots:
+            return None
+        root = self.random.choice(roots)
+        theirs = isinstance(self.world.names[root], ref.FlaxModule)
+        if isinstance(found.obj, list):
+            return f"{found.text}.append({root})"
+        if isinstance(found.obj, dict):
+            return f"{found.text}[{self.random.choice(KEYS)}] = {root}"
+        name = self.random.choice(NAMES)
+        if isinstance(found.obj, ref.FlaxModule):
+            old = found.obj.__dict__.get(name, root)
+            data = old is root or isinstance(old, (ref.Module, ref.Variable))
+            return f"{found.text}.{name} = {root}" if theirs and data else None
+        return f"{found.text}.{name} = {self.random.choice((root, root, 'None'))}"
+
+    def swap(self) -> str | None:
+        found = self.pick(ref.Module)
+        if found is None or len(found.obj.__dict__) < 2:
+            return None
+        if isinstance(found.obj, ref.FlaxModule):
+            return None
+        a, b = self.random.sample(list(found.obj.__dict__), 2)
+        m = found.text
+        return f"{m}.{a}, {m}.{b} = {m}.{b}, {m}.{a}"
+
+    def edit_list(self) -> str | None:
+        found = self.pick(list)
+        if found is None:
+            return None
+        m, n = found.text, len(found.obj)
+        options = [f"{m}.append({self.expression()})"]
+        if n:
+            i = self.random.randrange(n)
+            options += [f"{m}[{i}] = {self.expression()}", f"del {m}[{i}]"]
+            options += [f"{m}.reverse()", f"{m}.insert({i}, {self.expression(1)})"]
+        return self.random.choice(options)
+
+    def edit_dict(self) -> str | None:
+        found = self.pick(dict)
+        if found is None:
+            return None
+        m = found.text
+        options = [f"{m}[{self.random.choice(KEYS)}] = {self.expression()}"]
+        if found.obj:
+            key = self.random.choice(list(found.obj))
+            options += [f"del {m}[{key!r}]", f"{m}[{key!r}] = {self.expression()}"]
+            options += [f"{m}[{key!r}] = {m}.pop({key!r})"]
+        return self.random.choice(options)
+
+    def set_value(self) -> str | None:
+        found = self.pick(ref.Variable)
+        return found and f"{found.text}.set_value(arr({self.number()}))"
+
+    def metadata(self) -> str | None:
+        found = self.pick(ref.Variable)
+        if found is None or isinstance(found.obj, ref.FlaxVariable):
+            return None
+        name = self.random.choice(("tag", "m"))
+        value = self.random.choice(("'t0'", "'t1'", "1", "1.0", "True", "(1, 's')"))
+        if self.random.random() < 0.2:
+            return f"{found.text}.del_metadata({name!r})"
+        return f"{found.text}.set_metadata({name!r}, {value})"
+
+    def role(self) -> str | None:
+        found = self.pick(ref.Module)
+        if found is None or isinstance(found.obj, ref.FlaxModule):
+            return None
+        value = self.random.choice(
+            (
+                *("nnx.data(0.5)", "nnx.data(3)", "nnx.static(0.5)", "0.25", "0.75"),
+                *("nnx.static((1, 2))", "nnx.data((0.5, 0.25))", "nnx.data([0.5, 2.0])"),
+                *(f"nnx.data({self.array()})", "nnx.static('s')"),
+            )
+        )
+        return f"{found.text}.{self.random.choice('qr')} = {value}"
+
+    def mode(self) -> str | None:
+        found = self.pick(ref.Module)
+        if found is None or isinstance(found.obj, ref.FlaxModule):
+            return None
+        return f"{found.text}.{self.random.choice(('train', 'eval'))}()"
+
+    def through_vars(self) -> str | None:
+        found = self.pick(ref.Module)
+        if found is None or isinstance(found.obj, ref.FlaxModule):
+            return None
+        return f"vars({found.text})['v{self.name('')}'] = {self.expression(1)}"
+
+    def other_class(self) -> str | None:
+        found = self.pick(ref.Module, ref.FlaxVariable)
+        if found is None:
+            return None
+        others = {
+            **dict.fromkeys("ABC", "ABC"),
+            **dict.fromkeys(("F", "F2"), ("F", "F2")),
+            **dict.fromkeys(("FP", "FP2"), ("FP", "FP2")),
+        }
+        other = self.random.choice(others[type(found.obj).__name__])
+        if isinstance(found.obj, (ref.FlaxModule, ref.FlaxVariable)):
+            return f"object.__setattr__({found.text}, '__class__', {other})"
+        return f"{found.text}.__class__ = {other}"
+
+    def other_dict(self) -> str | None:
+        found = self.pick(ref.Module)
+        if found is None:
+            return None
+        m = found.text
+        if isinstance(found.obj, ref.FlaxModule):
+            return f"object.__setattr__({m}, '__dict__', {{**vars({m})}})"
+        value = self.expression(1)
+        return f"{m}.__dict__ = {{**vars({m}), {self.random.choice(NAMES)!r}: {value}}}"
+
+    def numpy_item(self) -> str | None:
+        found = [p for p in self.places() if type(p.obj) is ref.np.ndarray]
+        if not found:
+            return None
+        return f"{self.random.choice(found).text}[...] = {self.number()}"
+
+    def attributes_on_list(self) -> str | None:
+        found = self.pick(ref.Module)
+        if found is None or self.random.random() < 0.9:
+            return None
+        return f"{found.text}.a = Attributed([{self.variable()}]); {found.text}.a.z = 1"
+
+    # --------------------------------------------------------------- verbs
+    def verb(self) -> None:
+        """One random verb on what there is."""
+        kind, draw = self.random.choice(_VERBS)
+        text = draw(self)
+        if text:
+            self.counts[f"verb {kind}"] += 1
+            self.do(text)
+
+    def root(self) -> str | None:
+        """Most often a whole model, so that kept plans are asked for."""
+        if self.random.random() < 0.75:
+            found = self.roots(ref.Module)
+            if found:
+                return self.random.choice(found)
+        found = self.pick(ref.Module, ref.Module, list, dict, zoo.D, ref.Variable)
+        return found and found.text
+
+    def filter(self) -> str:
+        kinds = ("P", "BS", "K", "K2", "V", "...", "None", "'t0'", "'t1'", "()")
+        one = self.random.choice(kinds)
+        r = self.random.random()
+        if r < 0.1:
+            return f"nnx.Not({one})"
+        if r < 0.2:
+            return f"nnx.Under({self.random.choice(NAMES)!r})"
+        if r < 0.3:
+            return f"({one}, {self.random.choice(kinds)})"
+        if r < 0.35:
+            return f"nnx.All({one}, {self.random.choice(kinds)})"
+        return "FP" if self.flax and r < 0.4 else one
+
+    def filters(self) -> str:
+        return ", ".join(self.filter() for _ in range(self.random.randrange(3)))
+
+    def state(self) -> str | None:
+        root = self.root()
+        return root and f"{self.name('s')} = nnx.state({_call(root, self.filters())})"
+
+    def split(self) -> str | None:
+        root = self.root()
+        if root is None:
+            return None
+        filters = [self.filter() for _ in range(self.random.randrange(3))]
+        if filters and self.random.random() < 0.7:
+            filters[-1] = "..."
+        names = [self.name("g"), *(self.name("s") for _ in filters or (0,))]
+        return f"{', '.join(names)} = nnx.split({_call(root, ', '.join(filters))})"
+
+    def merge(self) -> str | None:
+        splits = [t for t in self.lines if " = nnx.split(" in t]
+        if splits and self.random.random() < 0.7:
+            names = self.random.choice(splits).split(" = ")[0].split(", ")
+            if all(n in self.world.names for n in names):
+                return f"{self.name('m')} = nnx.merge({', '.join(names)})"
+        definitions, states = self.roots(ref.GraphDef), self.roots(ref.State)
+        if not definitions or not states:
+            return None
+        some = [self.random.choice(states) for _ in range(self.random.randrange(1, 3))]
+        definition = self.random.choice(definitions)
+        return f"{self.name('m')} = nnx.merge({definition}, {', '.join(some)})"
+
+    def update(self) -> str | None:
+        root = self.root()
+        states = self.roots(ref.State)
+        if root is None or not states:
+            return None
+        some = [self.random.choice(states) for _ in range(self.random.randrange(1, 3))]
+        strict = self.random.choice(("", "", ", strict=False"))
+        return f"nnx.update({root}, {', '.join(some)}{strict})"
+
+    def update_own(self) -> str | None:
+        """With what the model's own state says, changed a little."""
+        root = self.root()
+        if root is None:
+            return None
+        change = self.random.choice(("arr(7)", "x", "1.0", "3", "np.float32(2)"))
+        return (
+            f"nnx.update({root}, nnx.state({_call(root, self.filters())})"
+            f".map(lambda p, x: {change}))"
+        )
+
+    def update_one(self) -> str | None:
+        """One leaf of one module by a nested dict."""
+        found = self.attribute()
+        if found is None:
+            return None
+        value = self.random.choice(
+            ("arr(5)", "1.0", "2", "arr([1, 2])", self.variable(), "np.float32(3)")
+        )
+        name = self.random.choice((found[1], found[1], "zz"))
+        return f"nnx.update({found[0].text}, {{{name!r}: {value}}})"
+
+    def pop(self) -> str | None:
+        root = self.root()
+        filters = self.random.choice((self.filter(), self.filters()))
+        return root and f"{self.name('s')} = nnx.pop({_call(root, filters)})"
+
+    def clone(self) -> str | None:
+        root = self.root()
+        how = self.random.choice(("", "", ", variables=False"))
+        return root and f"{self.name('m')} = nnx.clone({root}{how})"
+
+    def mapped(self) -> str | None:
+        roots = [
+            k for k in self.roots(ref.Module)
+            if not isinstance(self.world.names[k], ref.FlaxModule)
+        ]
+        root = self.random.choice(roots) if roots else None
+        return root and f"{self.name('m')} = nnx.mapped({root})"
+
+    def deepcopy(self) -> str | None:
+        roots = self.roots(ref.Module)
+        root = self.random.choice(roots) if roots else None
+        if root is None or self.flax:
+            return None
+        return f"{self.name('m')} = copy.deepcopy({root})"
+
+    def variables(self) -> str | None:
+        root = self.root()
+        return root and f"{self.name('s')} = nnx.variables({_call(root, self.filters())})"
+
+    def iter_graph(self) -> str | None:
+        root = self.root()
+        return root and f"{self.name('r')} = nnx.iter_graph({root})"
+
+    def same_graphdef(self) -> str | None:
+        a, b = self.root(), self.root()
+        if a is None or b is None or self.flax:
+            return None
+        return f"{self.name('r')} = nnx.graphdef({a}) == nnx.graphdef({b})"
+
+    def state_operation(self) -> str | None:
+        states = [p.text for p in self.places(ref.State)]
+        if not states:
+            return None
+        a, b = self.random.choice(states), self.random.choice(states)
+        new = self.name("s")
+        return self.random.choice(
+            (
+                *(f"{new} = {a} | {b}", f"{new} = {a} - {b}"),
+                f"{new} = {a}.map(lambda p, x: x)",
+                f"{new} = nnx.State.merge({a}, {b})",
+                f"{new} = nnx.State({{'q': {a}}})",
+                f"{new} = {a}.filter({self.filter()})",
+                f"{new} = {a}.split({self.filter()}, ...)",
+                f"{new} = {a}.to_pure_dict()",
+            )
+        )
+
+    def edit_state(self) -> str | None:
+        found = self.pick(ref.State)
+        if found is None:
+            return None
+        keys = list(found.obj)
+        options = [f"{found.text}['n'] = {self.array()}"]
+        if keys:
+            key = self.random.choice(keys)
+            at = f"{found.text}[{key!r}]"
+            options += [f"{at} = {self.array()}", f"del {at}", f"{at} = {self.variable()}"]
+        return self.random.choice(options)
+
+    def forget(self) -> str | None:
+        names = [k for k, v in self.world.bound() if not isinstance(v, ref.GraphDef)]
+        if len(names) < 4:
+            return None
+        return f"del {self.random.choice(names)}"
+
+    # ------------------------------------------------------------- program
+    def program(self) -> Drawn:
+        """Draws the whole program."""
+        for _ in range(self.random.randrange(1, 3)):
+            theirs = self.flax and self.random.random() < 0.5
+            made = self.flax_module() if theirs else self.module(2)
+            self.do(f"{self.name('m')} = {made}")
+        if self.random.random() < 0.02:
+            self.counts["deep"] += 1
+            self.do(f"{self.name('m')} = A(a={'[A(a=' * 30}P(arr(2)){')]' * 30})")
+        for _ in range(self.random.randrange(3, 9)):
+            self.edit() if self.random.random() < 0.5 else self.verb()
+        return self
+
+
+def _call(root: str, filters: str) -> str:
+    return f"{root}, {filters}" if filters else root
+
+
+_EDITS: list[tuple[str, Callable[[Drawn], str | None]]] = [
+    ("set attribute", Drawn.set_attribute),
+    ("set attribute", Drawn.set_attribute),
+    ("replace raw array", Drawn.replace_array),
+    ("delete attribute", Drawn.delete_attribute),
+    ("back reference", Drawn.back_reference),
+    ("back reference", Drawn.back_reference),
+    ("swap", Drawn.swap),
+    ("list", Drawn.edit_list),
+    ("list", Drawn.edit_list),
+    ("dict", Drawn.edit_dict),
+    ("dict", Drawn.edit_dict),
+    ("set value", Drawn.set_value),
+    ("metadata", Drawn.metadata),
+    ("role", Drawn.role),
+    ("role", Drawn.role),
+    ("train or eval", Drawn.mode),
+    ("through vars()", Drawn.through_vars),
+    ("other __class__", Drawn.other_class),
+    ("other __dict__", Drawn.other_dict),
+    ("numpy item", Drawn.numpy_item),
+    ("attributes on a list", Drawn.attributes_on_list),
+    ("state", Drawn.edit_state),
+    ("forget a name", Drawn.forget),
+]
+_VERBS: list[tuple[str, Callable[[Drawn], str | None]]] = [
+    ("state", Drawn.state),
+    ("state", Drawn.state),
+    ("split", Drawn.split),
+    ("split", Drawn.split),
+    ("merge", Drawn.merge),
+    ("merge", Drawn.merge),
+    ("update", Drawn.update),
+    ("update own", Drawn.update_own),
+    ("update one", Drawn.update_one),
+    ("pop", Drawn.pop),
+    ("clone", Drawn.clone),
+    ("clone", Drawn.clone),
+    ("tree map", Drawn.mapped),
+    ("deepcopy", Drawn.deepcopy),
+    ("variables", Drawn.variables),
+    ("iter_graph", Drawn.iter_graph),
+    ("graphdef ==", Drawn.same_graphdef),
+    ("State operation", Drawn.state_operation),
+    ("State operation", Drawn.state_operation),
+]

@@ -1,0 +1,123 @@
+"""Sortal as programs see it, and the one place that knows its internals."""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sortal import nnx
+
+try:
+    import flax.nnx as flax_nnx
+except ImportError:
+    flax_nnx = None
+
+slots = False
+Module, Variable, State, GraphDef = nnx.Module, nnx.Variable, nnx.State, nnx.GraphDef
+Param, BatchStat = nnx.Param, nnx.BatchStat
+FlaxModule = flax_nnx and flax_nnx.Module
+FlaxParam = flax_nnx and flax_nnx.Param
+variables = (Variable, flax_nnx.Variable) if flax_nnx else (Variable,)
+modules = (Module, FlaxModule) if flax_nnx else (Module,)
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def attributes(x: Any) -> list[tuple[str, Any]]:
+    """A module's attributes, without those that Flax keeps for itself."""
+    found = [(k, v) for k, v in vars(x).items() if not k.startswith("_pytree__")]
+    return sorted(found)
+
+
+def metadata(variable: Any) -> dict[str, Any]:
+    return variable.get_metadata()
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    return np.asarray(x)
+
+
+def state_items(s: Any) -> list[tuple[Any, Any]]:
+    return list(zip(s.paths(), s.leaves(), strict=True))
+
+
+def array(tracked: Any) -> Any:
+    """A function that makes a new array and notes it."""
+
+    def arr(value: Any) -> Any:
+        made = jnp.asarray(np.asarray(value, np.float32).copy())
+        tracked.append(weakref.ref(made))
+        return made
+
+    return arr
+
+
+def scan(f: Any, *, length: int) -> Any:
+    return nnx.scan(f, length=length)
+
+
+def vmap(f: Any, in_axes: Any) -> Any:
+    return nnx.vmap(f, in_axes=in_axes)
+
+
+def mapped(model: Any) -> Any:
+    return jax.tree.map(lambda x: x, model)
+
+
+def iter_graph(model: Any) -> list[Any]:
+    return list(nnx.iter_graph(model))
+
+
+names = types.SimpleNamespace(
+    **{
+        name: getattr(nnx, name)
+        for name in (
+            "state split merge update pop clone variables graphdef data static State "
+            "List Dict Not Under All jit grad value_and_grad cond switch fori_loop "
+            "while_loop remat"
+        ).split()
+    },
+    mapped=mapped,
+    iter_graph=iter_graph,
+    scan=scan,
+    vmap=vmap,
+)
+
+
+# ----------------------------------------------------------------- internals
+def throw_away(objects: list[Any], *, compiled: bool) -> None:
+    """Drops all that is kept between calls: plans, memos, compiled programs.
+
+    Args:
+      objects: the modules and containers of a program.
+      compiled: whether programs may have been compiled.
+    """
+    from sortal._engine import graphdef, nodes, plan, schema
+
+    for x in objects:
+        if isinstance(x, nodes.Node):
+            nodes.set_plans(x, ())
+    plan._sides.clear()
+    for pool in (graphdef.GraphDef._pool, schema.Schema._pool):
+        for kept in list(pool.values()):
+            kept._memo.clear()
+    if compiled:
+        from sortal.transforms import eager
+
+        for key in list(eager._programs._entries):
+            eager._programs.drop(key)
+        jax.clear_caches()
+
+
+def collect() -> None:
+    gc.collect()
+
+

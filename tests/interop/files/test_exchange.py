@@ -1,0 +1,301 @@
+"""Files of others: read as their own libraries write them, and the other way round."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import struct
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sortal import nnx
+from sortal.errors import DamagedError, NoCheckpointError, RestoreError, SaveError
+from sortal.interop.files.exchange import export, load_arrays, open_arrays, restore_from
+
+ARRAYS = {
+    "a.0.w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "a.1.w": np.arange(6.0).reshape(2, 3).T,
+    "b": np.array(3, np.int64),
+    "c": np.zeros((0, 2), np.float16),
+    "d": np.array([True, False]),
+}
+TORCH = {
+    "layers.*.kernel": ("model.*.fc.weight", (1, 0)),
+    "layers.*.bias": "model.*.fc.bias",
+}
+
+
+class Two(nnx.Module):
+    def __init__(self, seed: int):
+        rngs = nnx.Rngs(seed)
+        self.layers = [nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)]
+
+    def __call__(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+def test_a_file_of_the_safetensors_library_is_read(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    given = {k: np.array(v, order="C") for k, v in ARRAYS.items()}
+    numpy.save_file(given, tmp_path / "x.safetensors", metadata={"format": "np"})
+    found = load_arrays(tmp_path / "x.safetensors")
+    for name, value in ARRAYS.items():
+        got = found.flat_state()
+        (mine,) = [x for p, x in got if ".".join(map(str, p)) == name]
+        assert mine.dtype == value.dtype
+        assert np.array_equal(mine, value)
+
+
+def test_what_is_exported_is_read_by_the_safetensors_library(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    export(tmp_path / "x.safetensors", dict(ARRAYS.items()))
+    found = numpy.load_file(tmp_path / "x.safetensors")
+    assert found.keys() == ARRAYS.keys()
+    assert all(np.array_equal(found[k], v) for k, v in ARRAYS.items())
+
+
+def test_dtypes_that_numpy_does_not_know_come_back(tmp_path):
+    root = {
+        "b": nnx.Param(jnp.ones(3, jnp.bfloat16)),
+        "f": nnx.Param(jnp.ones(3, ml_dtypes.float8_e4m3fn)),
+    }
+    export(tmp_path / "x.safetensors", root)
+    into = {k: nnx.Param(jnp.zeros_like(v.value)) for k, v in root.items()}
+    assert restore_from(tmp_path / "x.safetensors", into) == (("b",), ("f",))
+    assert all(jnp.array_equal(into[k].value, root[k].value) for k in root)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npz", ""])
+def test_a_model_goes_out_and_comes_back(tmp_path, ending):
+    model, into = Two(0), Two(1)
+    export(tmp_path / f"x{ending}", model, only=nnx.Param)
+    restore_from(tmp_path / f"x{ending}", into)
+    assert nnx.state(into) == nnx.state(model)
+
+
+def test_weights_in_the_layout_of_pytorch_compute_the_same(tmp_path):
+    """Names by globs, and kernels turned: checked by what the layers compute."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "model.0.fc.weight": rng.standard_normal((3, 2), np.float32),
+        "model.0.fc.bias": rng.standard_normal(3, np.float32),
+        "model.1.fc.weight": rng.standard_normal((1, 3), np.float32),
+        "model.1.fc.bias": rng.standard_normal(1, np.float32),
+    }
+    np.savez(tmp_path / "x.npz", **weights)
+    model = Two(0)
+    restore_from(tmp_path / "x.npz", model, names=TORCH)
+    x = rng.standard_normal((5, 2), np.float32)
+    due = x @ weights["model.0.fc.weight"].T + weights["model.0.fc.bias"]
+    due = due @ weights["model.1.fc.weight"].T + weights["model.1.fc.bias"]
+    np.testing.assert_allclose(model(x), due, rtol=1e-5)
+    export(tmp_path / "y.npz", model, names=TORCH)
+    with np.load(tmp_path / "y.npz") as back:
+        assert {k: v.tolist() for k, v in back.items()} == {
+            k: v.tolist() for k, v in weights.items()
+        }
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
+    np.savez(
+        tmp_path / "x.npz", **{"layers.0.kernel": np.ones((2, 2)), "z": np.ones(1)}
+    )
+    model = Two(0)
+    before = nnx.state(model)
+    with pytest.raises(RestoreError) as caught:
+        restore_from(tmp_path / "x.npz", model)
+    text = str(caught.value)
+    assert (
+        "shape: layers.0.kernel (Param) is float32[2,3] in the model, float64[2,2]"
+        in text
+    )
+    assert "missing: layers.1.bias (Param)" in text
+    assert "unknown: z" in text
+    with pytest.raises(RestoreError, match="patterns that fit nothing in"):
+        restore_from(tmp_path / "x.npz", model, names={"a.**": "nothing.**"})
+    with pytest.raises(RestoreError, match=r"\(2, 2\), of which \(0, 0\) are not the"):
+        restore_from(tmp_path / "x.npz", model, names={"q.**": ("layers.**", (0, 0))})
+    assert nnx.state(model) == before
+
+
+def test_what_no_format_holds_is_refused(tmp_path):
+    with pytest.raises(
+        SaveError, match=r"only arrays can be exported.*\n  x \(Cache\)"
+    ):
+        export(tmp_path / "x.npz", {"x": nnx.Cache("text")})
+    with pytest.raises(SaveError, match="no name for these dtypes:\n  x: bfloat16"):
+        export(tmp_path / "x.npz", {"x": nnx.Cache(jnp.ones(1, jnp.bfloat16))})
+    with pytest.raises(SaveError, match="safetensors has no dtype for:\n  x: int4"):
+        export(tmp_path / "x.safetensors", {"x": nnx.Cache(jnp.ones(1, jnp.int4))})
+    with pytest.raises(SaveError, match=r"x\.pkl: no format of this ending"):
+        export(tmp_path / "x.pkl", Two(0))
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------- Flax, Orbax
+def flax_model():
+    from flax import nnx as flax
+
+    class Model(flax.Module):
+        def __init__(self, rngs):
+            self.layers = flax.List([flax.Linear(2, 3, rngs=rngs)])
+            self.norm = flax.BatchNorm(3, rngs=rngs)
+            self.drop = flax.Dropout(0.1, rngs=rngs)
+
+    return flax, Model
+
+
+class Ours(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs)])
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+
+def test_a_checkpoint_by_the_recipe_of_flax_is_imported(tmp_path):
+    """``nnx.split``, then ``StandardCheckpointer.save``, as Flax's guide has it."""
+    import orbax.checkpoint as ocp
+
+    flax, model = flax_model()
+    theirs = model(flax.Rngs(7))
+    _, state = flax.split(theirs)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    ours = Ours(nnx.Rngs(0))
+    restored = restore_from(tmp_path / "state", ours)
+    assert len(restored) == len(nnx.state(ours).paths()) == 8
+    assert np.array_equal(ours.layers[0].kernel.value, theirs.layers[0].kernel[...])
+    assert np.array_equal(ours.norm.var.value, theirs.norm.var[...])
+    ours_key = jax.random.key_data(ours.drop.rngs.key.value)
+    assert np.array_equal(ours_key, jax.random.key_data(theirs.drop.rngs.key[...]))
+
+
+def test_pure_dicts_and_the_newer_orbax_are_imported_too(tmp_path):
+    from orbax.checkpoint import v1
+
+    flax, model = flax_model()
+    theirs = model(flax.Rngs(7))
+    pure = flax.to_pure_dict(flax.state(theirs, flax.Param))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        v1.save_pytree(tmp_path / "v1", pure)
+    ours = Ours(nnx.Rngs(0))
+    restore_from(tmp_path / "v1", ours, only=nnx.Param)
+    assert np.array_equal(ours.layers[0].kernel.value, theirs.layers[0].kernel[...])
+
+
+def test_what_is_exported_for_orbax_is_read_by_orbax(tmp_path):
+    import orbax.checkpoint as ocp
+
+    model = Two(3)
+    export(tmp_path / "x", model)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.restore(
+            tmp_path / "x",
+            restore_args=jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                checkpointer.metadata(tmp_path / "x").item_metadata.tree,
+            ),
+        )
+    assert np.array_equal(found["layers"]["0"]["kernel"], model.layers[0].kernel.value)
+    with pytest.raises(SaveError, match="exists, and Orbax cannot replace it safely"):
+        export(tmp_path / "x", model)
+
+
+def _takes_flax() -> bool:
+    flax, model = flax_model()
+    try:
+        return ("norm", "var") in nnx.state(model(flax.Rngs(0))).paths()
+    except Exception:  # noqa: BLE001 - whatever it is, Flax's objects are not taken
+        return False
+
+
+@pytest.mark.skipif(not _takes_flax(), reason="the engine does not take Flax's objects")
+def test_a_model_and_optimizer_of_flax_are_saved_and_restored_directly(tmp_path):
+    import optax
+
+    flax, model = flax_model()
+    saved, into = model(flax.Rngs(7)), model(flax.Rngs(0))
+    roots = [
+        {"model": m, "optimizer": flax.Optimizer(m, optax.adam(1e-3), wrt=flax.Param)}
+        for m in (saved, into)
+    ]
+    nnx.save(tmp_path, roots[0], step=1)
+    nnx.restore(tmp_path, roots[1])
+    a, b = (jax.tree.leaves(flax.state((r["model"], r["optimizer"]))) for r in roots)
+    for x, y in zip(a, b, strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.array_equal(x, y)
+
+
+# ---------------------------------------------------------------- hostile files
+def test_a_pickle_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("code was run",))
+
+    np.savez(tmp_path / "x.npz", x=np.array([Evil()], dtype=object))
+    with pytest.raises(DamagedError, match="holds Python objects, which are not read"):
+        open_arrays(tmp_path / "x.npz")
+    (tmp_path / "y.npz").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DamagedError, match="no archive of arrays"):
+        open_arrays(tmp_path / "y.npz")
+
+
+def safetensors_file(header, data=b"\0" * 8, length=None) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        safetensors_file({"a": GOOD}, length=1 << 60),
+        safetensors_file({"a": GOOD}, data=b"\0" * 7),
+        safetensors_file({"a": GOOD}, data=b"\0" * 9),
+        safetensors_file({"a": {**GOOD, "dtype": "PICKLE"}}),
+        safetensors_file({"a": {**GOOD, "shape": [1 << 60]}}),
+        safetensors_file({"a": {**GOOD, "shape": [-2]}}),
+        safetensors_file({"a": {**GOOD, "data_offsets": [0, 1 << 60]}}),
+        safetensors_file({"a": {**GOOD, "data_offsets": [4, 8]}}),
+        safetensors_file({"a": GOOD, "b": GOOD}),
+        safetensors_file([1]),
+        safetensors_file({"a": 3}),
+    ],
+)
+def test_a_safetensors_file_that_lies_is_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(DamagedError, match="is no safetensors file, or damaged"):
+        open_arrays(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npz", ".gguf"])
+def test_noise_is_an_error_and_no_crash(tmp_path, ending):
+    rng = random.Random(0)  # noqa: S311 - no secrets here
+    export(tmp_path / "good.npz", Two(0))
+    good = (tmp_path / "good.npz").read_bytes()
+    file = tmp_path / f"x{ending}"
+    for n in range(30):
+        cut = good[: rng.randrange(len(good))]
+        file.write_bytes(cut if n % 2 else rng.randbytes(n * 40))
+        with pytest.raises(DamagedError):
+            open_arrays(file)
+
+
+def test_what_is_nothing_known_says_what_is(tmp_path):
+    with pytest.raises(NoCheckpointError, match="there is no"):
+        open_arrays(tmp_path / "no")
+    with pytest.raises(NoCheckpointError, match="is nothing that Sortal can read: a"):
+        open_arrays(tmp_path)

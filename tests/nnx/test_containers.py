@@ -1,0 +1,303 @@
+"""List, Dict and Sequential: plain containers under NNX's names."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx as flax_nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sortal
+from sortal import nnx
+from sortal.errors import ArgumentError, PathAttributeError, TraceError
+from strategies import KEYS, Box, arrays, variables
+
+Param = sortal.Param
+leaves = st.one_of(variables(), arrays)
+
+
+class Heads(nnx.Dict):
+    """A type of its own."""
+
+
+class Scale(sortal.Module):
+    def __init__(self, factor):
+        self.factor = Param(jnp.array(factor))
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+class FlaxScale(flax_nnx.Module):
+    def __init__(self, factor):
+        self.factor = flax_nnx.Param(jnp.array(factor))
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+# --------------------------------------------------------------- List and Dict
+@given(st.lists(leaves, max_size=3))
+def test_a_list_is_a_plain_list_to_models_and_a_pytree_to_jax(items):
+    model, plain = Box(x=nnx.List(items)), Box(x=items)
+    assert sortal.state(model).paths() == sortal.state(plain).paths()
+    assert isinstance(model.x, list)
+    flat, treedef = jax.tree.flatten(model.x)
+    assert type(treedef.unflatten(flat)) is nnx.List
+    assert [type(x) for x in treedef.unflatten(flat)] == [
+        type(x) for x in jax.tree.map(lambda x: x, items)
+    ]
+    assert key_paths(model.x) == key_paths(list(items))
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), leaves, max_size=4))
+def test_a_dict_is_a_plain_dict_to_models_and_a_pytree_to_jax(items):
+    """Integers among strings too, which JAX's own dicts cannot have."""
+    model, plain = Box(x=nnx.Dict(items)), Box(x=items)
+    assert sortal.state(model).paths() == sortal.state(plain).paths()
+    flat, treedef = jax.tree.flatten(model.x)
+    made = treedef.unflatten(flat)
+    assert type(made) is nnx.Dict
+    assert made.keys() == items.keys()
+    assert all(type(made[k]) is type(items[k]) for k in items)
+    if len({type(k) for k in items}) == 1:
+        assert key_paths(model.x) == key_paths(dict(items))
+
+
+def key_paths(tree):
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path) for path, _ in pairs]
+
+
+def test_items_of_a_dict_are_attributes():
+    heads = nnx.Dict(policy=1, value=2)
+    assert heads.policy == heads["policy"] == 1
+    heads.extra = 3
+    assert heads["extra"] == 3
+    del heads.policy
+    assert "policy" not in heads
+    assert not hasattr(heads, "__dict__")
+
+
+def test_a_missing_item_is_an_attribute_error_that_lists_what_there_is():
+    heads = nnx.Dict({"policy": 1, 0: 2})
+    text = r"Dict has no item 'polciy'; it has \['0', 'policy'\]\."
+    with pytest.raises(PathAttributeError, match=text):
+        _ = heads.polciy
+    with pytest.raises(PathAttributeError, match=text):
+        del heads.polciy
+    assert not hasattr(heads, "polciy")
+    assert getattr(heads, "polciy", None) is None
+    with pytest.raises(KeyError):
+        heads["polciy"]
+
+
+@pytest.mark.parametrize(
+    "made", [nnx.List([1, 2]), nnx.Dict(a=1), nnx.Dict({0: 1}), Heads(a=1)]
+)
+def test_containers_survive_pickle_and_both_copies_with_their_type(made):
+    for other in (
+        pickle.loads(pickle.dumps(made)),
+        copy.copy(made),
+        copy.deepcopy(made),
+    ):
+        assert type(other) is type(made)
+        assert other == made
+
+
+def test_containers_in_a_model_come_back_with_their_types():
+    model = Box(a=nnx.List([Param(1)]), b=nnx.Dict(w=Param(2)), c=Heads(w=1))
+    copied = sortal.merge(*sortal.split(model))
+    assert [type(x) for x in (copied.a, copied.b, copied.c)] == [
+        nnx.List, nnx.Dict, Heads
+    ]  # fmt: skip
+    assert copied.b.w.value == 2
+
+
+def test_nnx_code_that_names_the_containers_works():
+    class Ours(sortal.Module):
+        def __init__(self):
+            self.layers = nnx.List([])
+            self.layers.append(Scale(2.0))
+            self.heads = nnx.Dict()
+            self.heads["a"] = Scale(3.0)
+
+    class Theirs(flax_nnx.Module):
+        def __init__(self):
+            self.layers = flax_nnx.List([])
+            self.layers.append(FlaxScale(2.0))
+            self.heads = flax_nnx.Dict()
+            self.heads["a"] = FlaxScale(3.0)
+
+    flax = flax_nnx.to_flat_state(flax_nnx.state(Theirs()))
+    assert sortal.state(Ours()).paths() == tuple(path for path, _ in flax)
+
+
+# ---------------------------------------------------------------- Sequential
+def pair(x):
+    return x, x + 1
+
+
+def total(a, b, c=0.0):
+    return a + b + c
+
+
+def named(x):
+    return {"a": x, "b": 2 * x, "c": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ([Scale(2.0), jnp.sin], [FlaxScale(2.0), jnp.sin]),
+        ([pair, total], [pair, total]),
+        ([named, total, Scale(3.0)], [named, total, FlaxScale(3.0)]),
+        ([pair], [pair]),
+        ([named], [named]),
+        ([lambda x: [x, x], jnp.stack], [lambda x: [x, x], jnp.stack]),
+    ],
+)
+def test_functions_are_called_one_after_another_as_in_flax(ours, theirs):
+    x = jnp.arange(3.0)
+    mine, flax = sortal.Sequential(*ours), flax_nnx.Sequential(*theirs)
+    a, b = mine(x), flax(x)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
+    flat = flax_nnx.to_flat_state(flax_nnx.state(flax))
+    assert sortal.state(mine).paths() == tuple(path for path, _ in flat)
+    assert list(mine) == ours
+
+
+def test_the_first_function_takes_all_arguments():
+    model = sortal.Sequential(total, Scale(2.0))
+    assert model(1.0, 2.0, c=3.0) == 12
+
+
+def test_rngs_are_handed_to_those_that_take_them():
+    seen = []
+
+    def takes(x, rngs):
+        seen.append(("takes", rngs))
+        return x
+
+    def may(x, *, rngs=None):
+        seen.append(("may", rngs))
+        return x
+
+    def anything(x, **kwargs):
+        seen.append(("anything", kwargs["rngs"]))
+        return x
+
+    def not_me(x):
+        seen.append(("not me", None))
+        return x
+
+    class Layer(sortal.Module):
+        def __call__(self, x, rngs=None):
+            seen.append(("layer", rngs))
+            return x
+
+    fns = [
+        takes,
+        not_me,
+        may,
+        anything,
+        Layer(),
+        functools.partial(takes),
+        jnp.sin,
+        abs,
+    ]
+    rngs = sortal.Rngs(0)
+    sortal.Sequential(*fns)(jnp.ones(2), rngs=rngs)
+    assert [name for name, _ in seen] == [
+        "takes", "not me", "may", "anything", "layer", "takes"
+    ]  # fmt: skip
+    assert all(given is rngs for name, given in seen if name != "not me")
+    seen.clear()
+    sortal.Sequential(may, Layer())(jnp.ones(2))
+    assert seen == [("may", None), ("layer", None)]
+
+
+def test_a_builtin_without_a_signature_takes_no_rngs():
+    """``inspect`` knows no signature of some functions, such as ``min``."""
+    assert sortal.Sequential(min)([3, 1], rngs=sortal.Rngs(0)) == 1
+
+
+def test_what_cannot_be_called_is_named_with_its_place():
+    with pytest.raises(
+        ArgumentError, match=r"Sequential: layers\.1 is a list, .* call"
+    ):
+        sortal.Sequential(abs, [abs])(1)
+    with pytest.raises(TypeError):
+        flax_nnx.Sequential(abs, 1)(1)
+
+
+def test_layers_may_be_changed_like_any_list():
+    model = sortal.Sequential(Scale(2.0))
+    model.layers.append(Scale(5.0))
+    assert model(1.0) == 10
+    assert len(list(model)) == 2
+    assert model.layers[1].factor.value == 5
+    assert sortal.state(model).paths() == (
+        ("layers", 0, "factor"), ("layers", 1, "factor")
+    )  # fmt: skip
+
+
+CHANGES = {
+    "append": lambda m, v: m.items.append(v),
+    "extend": lambda m, v: m.items.extend([v]),
+    "insert": lambda m, v: m.items.insert(0, v),
+    "set item": lambda m, v: m.items.__setitem__(0, v),
+    "delete item": lambda m, v: m.items.__delitem__(0),
+    "pop": lambda m, v: m.items.pop(),
+    "clear": lambda m, v: m.items.clear(),
+    "reverse": lambda m, v: m.items.reverse(),
+    "dict item": lambda m, v: m.named.__setitem__("b", v),
+    "dict attribute": lambda m, v: setattr(m.named, "c", v),
+    "dict update": lambda m, v: m.named.update(b=v),
+    "dict pop": lambda m, v: m.named.pop("a"),
+    "dict default": lambda m, v: m.named.setdefault("d", v),
+}
+
+
+@pytest.mark.parametrize("transform", [sortal.jit, jax.jit, sortal.grad, sortal.vmap])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_in_a_trace_that_the_container_was_not_passed_to_is_refused(
+    transform, change
+):
+    model = sortal.Module()
+    model.items = nnx.List([sortal.Param(jnp.ones(2))])
+    model.named = nnx.Dict(a=sortal.Param(jnp.ones(2)))
+    before = list(model.items), dict(model.named)
+
+    def f(x):
+        change(model, sortal.Param(x))
+        return x.sum()
+
+    with pytest.raises(TraceError, match=r"(items|named) \((List|Dict)\)"):
+        transform(f)(jnp.ones(2))
+    assert len(model.items) == 1
+    assert model.items[0] is before[0][0]
+    assert list(model.named) == ["a"]
+
+
+def test_a_change_in_a_trace_that_the_container_was_passed_to_is_carried_out():
+    model = sortal.Module()
+    model.items = nnx.List([])
+    model.named = nnx.Dict()
+
+    @sortal.jit
+    def grow(model, x):
+        model.items.append(sortal.Param(x))
+        model.named.a = sortal.Param(2 * x)
+
+    grow(model, jnp.ones(2))
+    grow(model, jnp.ones(2))
+    assert len(model.items) == 2
+    assert sortal.state(model).paths() == (("items", 0), ("items", 1), ("named", "a"))
