@@ -55,6 +55,7 @@ ORDER = (
     "sortal.module",
     "sortal.random",
     "sortal.policy.rule",
+    "sortal.policy.table",
     "sortal.policy.policy",
     "sortal.policy",
     "sortal.transforms._adapter.tracing",

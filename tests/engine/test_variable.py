@@ -639,7 +639,7 @@ def test_options_of_a_kind_are_not_written_to():
 def test_an_unknown_option_is_refused_with_those_there_are():
     text = (
         "class Stat: unknown kind option axes, sepc. The options are axis, checkpoint, "
-        "donate, dtype, optimizer, reduce, role, spec, trainable."
+        "donate, optimizer, reduce, spec, trainable."
     )
     with pytest.raises(VariableError, match=text):
 

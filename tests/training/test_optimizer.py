@@ -959,8 +959,8 @@ def test_a_policy_keeps_state_for_what_it_trains_alone():
         (1, "kernel"),
     }
     assert [repr(f) for f, _ in optimizer.tx] == [
-        "TrainedBy(chain(scale_by_adam, scale))",
-        "TrainedBy(chain(trace, scale))",
+        "TrainedBy(At('head.**'))",
+        "TrainedBy(Param)",
     ]
 
 
