@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
-from sortal._engine.nodes import Node, get_dict
+from sortal._engine.nodes import Node, get_dict, leaf_types
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.plan import plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError, VariableError
+from sortal.errors import ArgumentError, StructureError, VariableError, listing
 from sortal.filters import to_filter
 from sortal.functional import iter_nodes
 
@@ -52,13 +52,44 @@ class Pytree(Node):
 
 def _flatten(node: Any) -> tuple[list[Any], GraphDef]:
     plan = plan_of(node)
-    return plan.values(), plan.graphdef
+    values = plan.values()
+    if not leaf_types.issuperset(map(type, values)):
+        _refuse_cycle(node, plan.graphdef, values)
+    return values, plan.graphdef
 
 
 def _flatten_with_keys(node: Any) -> tuple[list[Any], GraphDef]:
-    plan = plan_of(node)
-    keys = map(PathKey, plan.graphdef.schema.paths)
-    return list(zip(keys, plan.values(), strict=True)), plan.graphdef
+    values, graphdef = _flatten(node)
+    keys = map(PathKey, graphdef.schema.paths)
+    return list(zip(keys, values, strict=True)), graphdef
+
+
+def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
+    """Refuses Variables whose values hold the object that holds them.
+
+    JAX would take it apart until the stack is full, and Python would take the stack
+    to be full for ever after.
+    """
+    bad, seen = [], {id(node)}
+    for k, value in enumerate(values):
+        todo = [value]
+        while todo:
+            for x in jax.tree.leaves(todo.pop(), is_leaf=_is_node):
+                if x is node:
+                    bad.append(graphdef.schema.describe(k))
+                elif _is_node(x) and id(x) not in seen:
+                    seen.add(id(x))
+                    todo += plan_of(x).values()
+    if bad:
+        raise StructureError(
+            f"the values of these leaves hold the {type(node).__name__} that they "
+            f"belong to:\n{listing(bad)}\nHold an object in an attribute, not in a "
+            "Variable."
+        )
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, Node)
 
 
 def _unflatten(graphdef: GraphDef, values: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from sortal import nnx
 
 try:
@@ -99,21 +100,20 @@ def throw_away(objects: list[Any], *, compiled: bool) -> None:
       objects: the modules and containers of a program.
       compiled: whether programs may have been compiled.
     """
-    from sortal._engine import graph, graphdef, nodes
+    from sortal._engine import graphdef, nodes, plan, schema
 
     for x in objects:
         if isinstance(x, nodes.Node):
             nodes.set_plans(x, ())
-    graph._sides.clear()
-    for pool in (graphdef.GraphDef._pool, graphdef.Schema._pool):
+    plan._sides.clear()
+    for pool in (graphdef.GraphDef._pool, schema.Schema._pool):
         for kept in list(pool.values()):
             kept._memo.clear()
     if compiled:
-        from sortal.transforms import captures
-        from sortal.transforms._adapter import binding
+        from sortal.transforms import eager
 
-        captures._programs.clear()
-        binding._joints.clear()
+        for key in list(eager._programs._entries):
+            eager._programs.drop(key)
         jax.clear_caches()
 
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import numbers
 import threading
 import types
 import weakref
@@ -62,6 +63,7 @@ class Left(Exception):  # noqa: N818 - no error of the program's
 
 # ------------------------------------------------------------------ arrays
 _LIMIT = 2.0**20
+_SHORTER = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
 
 class Arr:
@@ -73,8 +75,8 @@ class Arr:
 
     def __init__(self, val: Any, dot: Any = None):
         val = np.asarray(val)
-        if val.dtype == np.float64:
-            val = val.astype(np.float32)
+        if val.dtype in _SHORTER:
+            val = val.astype(_SHORTER[val.dtype])
         self.val = val
         self.dot = dot
         if val.size and val.dtype.kind == "f" and not np.abs(val).max() < _LIMIT:
@@ -122,6 +124,9 @@ class Arr:
 
     def __gt__(self, other: Any) -> Arr:
         return Arr(self.val > lift(other).val)
+
+    def __lt__(self, other: Any) -> Arr:
+        return Arr(self.val < lift(other).val)
 
     def __bool__(self) -> bool:
         return bool(self.val)
@@ -518,12 +523,14 @@ class Walk:
             return self._leaf(Leaf(path, x, holder, key), x)
         if is_array(x):
             return self._leaf(Leaf(path, None, holder, key), x)
-        if not is_node(x):
-            if role == "data" and not isinstance(x, tuple):
+        plain = isinstance(x, (tuple, list, dict))
+        if not is_node(x) and not (role and plain):
+            # In what is marked data, numbers are leaves.
+            data = role == "data" and not _is_frozen(x)
+            if data or (role and isinstance(x, (numbers.Number, np.generic))):
                 return self._leaf(Leaf(path, None, holder, key), x)
-            if not (role == "data" and isinstance(x, tuple)):
-                return self._static(x)
-        return self._node(x, path, role if isinstance(x, (tuple, list, dict)) else None)
+            return self._static(x)
+        return self._node(x, path, "inside data" if role and plain else None)
 
     def _leaf(self, leaf: Leaf, x: Any) -> Any:
         self.leaves.append(leaf)
@@ -531,11 +538,7 @@ class Walk:
         return (LEAF, len(self.leaves) - 1)
 
     def _static(self, x: Any) -> Any:
-        hidden = not isinstance(x, (type, types.FunctionType)) and any(
-            isinstance(v, (Variable, Module))
-            for v in getattr(x, "__dict__", {}).values()
-        )
-        self._bad |= hidden or isinstance(x, Marked) or not hashable(x)
+        self._bad |= _hides_state(x) or isinstance(x, Marked) or not hashable(x)
         return (STATIC, x)
 
     def _node(self, x: Any, path: Any, role: Any) -> Any:
@@ -567,6 +570,18 @@ class Walk:
     def graphdef(self) -> GraphDef:
         schema = [(x.path, x.kind, _meta(x)) for x in self.leaves]
         return GraphDef(self.template, schema)
+
+
+def _hides_state(x: Any) -> bool:
+    """Whether a static holds what should be a node or leaf, directly or in tuples."""
+    if isinstance(x, (tuple, frozenset)):
+        return any(map(_hides_state, x))
+    if isinstance(x, (type, types.FunctionType)):
+        return False
+    inside = getattr(x, "__dict__", {}).values()
+    if any(isinstance(v, (Variable, Module)) for v in inside):
+        return True
+    return _is_frozen(x) and any(map(_hides_state, inside))
 
 
 def _meta(leaf: Leaf) -> dict[str, Any]:
@@ -766,6 +781,8 @@ class State:
     def to_pure_dict(self) -> dict[Any, Any]:
         nested: dict[Any, Any] = {}
         for path, leaf in self.flat():
+            if not path:
+                raise PathError
             at = nested
             for key in path[:-1]:
                 at = at.setdefault(key, {})
@@ -980,7 +997,7 @@ def merge(definition: GraphDef, *states: Any) -> Any:
 
 
 def _form(value: Any) -> Any:
-    if is_array(value):
+    if is_array(value) or isinstance(value, np.generic):
         return (value.shape, value.dtype)
     return ((), np.dtype(np.float32 if isinstance(value, float) else np.int32))
 

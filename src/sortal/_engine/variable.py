@@ -343,7 +343,13 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
     Returns:
       The Variable.
     """
-    return make_all((kind,), (value,), (metadata,), trace)[0]
+    if not issubclass(kind, Variable):
+        return _handler(kind).make(kind, value, metadata)
+    variable = object.__new__(kind)
+    _init_cell(variable, [value])
+    _init_metadata(variable, metadata)
+    _init_trace(variable, current_trace() if trace is None else trace)
+    return variable
 
 
 def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sortal.nnx.transforms import jit
+from sortal.transforms.compile import JittedPartial
 
 
 def cached_partial(
@@ -64,4 +65,4 @@ def jit_partial(
       >>> forward(jnp.ones(2)).shape
       (3,)
     """
-    return functools.partial(jit(fun, **options), *partial_args)
+    return JittedPartial(jit(fun, **options), *partial_args)

@@ -365,7 +365,7 @@ class _Branches:
         )
         plain, m = self.operands.plain, sum(not is_flat_module(x) for x in mine)
         self.start, self.fixed = (plain[:m], self.operands.values), plain[m:]
-        # JAX keeps what it traced, so that the user's function is run once all the same.
+        # JAX keeps what it traced, so that the user's function is run once.
         runs = [functools.partial(self._run, b) for b in range(len(branches))]
         self.runs = [jax.jit(run, inline=True) for run in runs]
         self.seen = [run.eval_shape(*self.start) for run in self.runs]
