@@ -3,35 +3,19 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from sortal import _late as _late
-
-# The package before the function of that name, which NNX code calls `remat` too.
-from sortal import checkpoint as _checkpoint
+from sortal import _nnx_names as _nnx_names
 from sortal import errors as errors
 from sortal import interop as interop
 from sortal import module as module
 from sortal import nn as nn
 from sortal import transforms as transforms
 from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
-from sortal._engine.annotations import VariableMetadata as VariableMetadata
 from sortal._engine.annotations import with_metadata as with_metadata
 from sortal._engine.annotations import with_partitioning as with_partitioning
 from sortal._engine.graphdef import GraphDef as GraphDef
-from sortal._engine.kind_names import (
-    register_variable_name as register_variable_name,
-)
-from sortal._engine.kind_names import (
-    variable_name_from_type as variable_name_from_type,
-)
-from sortal._engine.kind_names import (
-    variable_type_from_name as variable_type_from_name,
-)
-from sortal._engine.marks import data as data
-from sortal._engine.marks import static as static
 from sortal._engine.nodes import register_node as register_node
 from sortal._engine.state import FlatState as FlatState
-from sortal._engine.state import State as GraphState
 from sortal._engine.state import State as State
-from sortal._engine.variable import A as A
 from sortal._engine.variable import BatchStat as BatchStat
 from sortal._engine.variable import Cache as Cache
 from sortal._engine.variable import Intermediate as Intermediate
@@ -44,9 +28,7 @@ from sortal._engine.variable import RngCount as RngCount
 from sortal._engine.variable import RngKey as RngKey
 from sortal._engine.variable import RngState as RngState
 from sortal._engine.variable import Variable as Variable
-from sortal._engine.variable import VariableState as VariableState
 from sortal.errors import SortalError as SortalError
-from sortal.errors import TraceError as TraceContextError
 from sortal.errors import TraceError as TraceError
 from sortal.filters import All as All
 from sortal.filters import Any_ as Any
@@ -150,33 +132,9 @@ from sortal.nn.reparameterization import WeightNorm as WeightNorm
 from sortal.nn.rnn import RNN as RNN
 from sortal.nn.rnn import Bidirectional as Bidirectional
 from sortal.nn.rnn import flip_sequences as flip_sequences
-from sortal.nn.rotary import rotary as rotary
+from sortal.nn.rope import rotary as rotary
 from sortal.nn.sequential import Sequential as Sequential
 from sortal.nn.stochastic import Dropout as Dropout
-from sortal.nnx import filterlib as filterlib
-from sortal.nnx import graphlib as graph
-from sortal.nnx import graphlib as graphlib
-from sortal.nnx import pytreelib as pytreelib
-from sortal.nnx import rnglib as rnglib
-from sortal.nnx import statelib as statelib
-from sortal.nnx import tracers as tracers
-from sortal.nnx import traversals as traversals
-from sortal.nnx import variablelib as variablelib
-from sortal.nnx.capture import capture as capture
-from sortal.nnx.containers import Dict as Dict
-from sortal.nnx.containers import List as List
-from sortal.nnx.partial import cached_partial as cached_partial
-from sortal.nnx.partial import jit_partial as jit_partial
-from sortal.nnx.statelib import filter_state as filter_state
-from sortal.nnx.statelib import from_flat_state as from_flat_state
-from sortal.nnx.statelib import map_state as map_state
-from sortal.nnx.statelib import merge_state as merge_state
-from sortal.nnx.statelib import replace_by_pure_dict as replace_by_pure_dict
-from sortal.nnx.statelib import restore_int_paths as restore_int_paths
-from sortal.nnx.statelib import split_state as split_state
-from sortal.nnx.statelib import to_flat_state as to_flat_state
-from sortal.nnx.statelib import to_pure_dict as to_pure_dict
-from sortal.nnx.view import view as view
 from sortal.policy.policy import Policy as Policy
 from sortal.policy.rule import Rule as Rule
 from sortal.random import Rngs as Rngs
@@ -185,7 +143,6 @@ from sortal.random import fork_rngs as fork_rngs
 from sortal.random import reseed as reseed
 from sortal.random import restore_rngs as restore_rngs
 from sortal.random import split_rngs as split_rngs
-from sortal.sharding import specs as spmd
 from sortal.sharding.mesh_axes import logical_axis_rules as logical_axis_rules
 from sortal.sharding.mesh_axes import use_eager_sharding as use_eager_sharding
 from sortal.sharding.mesh_axes import using_eager_sharding as using_eager_sharding
@@ -194,16 +151,13 @@ from sortal.sharding.specs import get_abstract_model as get_abstract_model
 from sortal.sharding.specs import get_named_sharding as get_named_sharding
 from sortal.sharding.specs import get_partition_spec as get_partition_spec
 from sortal.training import metrics as metrics
-from sortal.training import optimizer as optimizer
 from sortal.training.ema import EMA as EMA
 from sortal.training.metrics import Metric as Metric
 from sortal.training.metrics import MultiMetric as MultiMetric
-from sortal.training.optimizer import ModelAndOptimizer as ModelAndOptimizer
 from sortal.training.optimizer import Optimizer as Optimizer
 from sortal.transforms._adapter.prefixes import Carry as Carry
 from sortal.transforms._adapter.prefixes import StateAxes as StateAxes
 from sortal.transforms._adapter.prefixes import StateSharding as StateSharding
-from sortal.transforms._adapter.prefixes import StateSpecs as StateSpecs
 from sortal.transforms.autodiff import DiffState as DiffState
 from sortal.transforms.autodiff import grad as grad
 from sortal.transforms.autodiff import value_and_grad as value_and_grad
@@ -221,14 +175,15 @@ from sortal.transforms.derivatives import make_jaxpr as make_jaxpr
 from sortal.transforms.derivatives import vjp as vjp
 from sortal.transforms.mapping import shard_map as shard_map
 from sortal.transforms.mapping import vmap as vmap
-from sortal.transforms.remat import checkpoint as checkpoint
 from sortal.transforms.remat import remat as remat
 from sortal.transforms.retrace import RetraceWarning as RetraceWarning
 from sortal.transforms.retrace import explain_retrace as explain_retrace
 from sortal.transforms.scan import scan as scan
 
 if _TYPE_CHECKING:
+    from sortal import checkpoint as checkpoint
     from sortal import decoding as decoding
+    from sortal import nnx as nnx
     from sortal.checkpoint.manager import Checkpoints as Checkpoints
     from sortal.checkpoint.pending import Saving as Saving
     from sortal.checkpoint.restoring import Restored as Restored
@@ -238,11 +193,12 @@ if _TYPE_CHECKING:
     from sortal.inspect.display import display as display
     from sortal.inspect.text import explain as explain
     from sortal.inspect.text import tabulate as tabulate
-    from sortal.nnx import bridge as bridge
     from sortal.training.train_state import TrainState as TrainState
 else:
 
     def __getattr__(name: str) -> object:
+        if name not in _late.TABLE and name not in _late.MODULES:
+            _nnx_names.check_name(name)
         return _late.load(globals(), name)
 
     def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 TABLE = {
@@ -19,16 +19,27 @@ TABLE = {
     "tabulate": "sortal.inspect.text",
 }
 """The file of each name."""
-MODULES = {"bridge": "sortal.nnx.bridge", "decoding": "sortal.decoding"}
+MODULES = {
+    "checkpoint": "sortal.checkpoint",
+    "decoding": "sortal.decoding",
+    "nnx": "sortal.nnx",
+}
 """Modules by the names that they have in the package."""
 
 
-def load(namespace: MutableMapping[str, Any], name: str) -> Any:
+def load(
+    namespace: MutableMapping[str, Any],
+    name: str,
+    table: Mapping[str, str] = TABLE,
+    modules: Mapping[str, str] = MODULES,
+) -> Any:
     """What a name of the package stands for, imported now and kept.
 
     Args:
       namespace: the package's own.
       name: the name asked for.
+      table: the file of each name.
+      modules: the modules that are names.
 
     Returns:
       The object or module.
@@ -37,10 +48,10 @@ def load(namespace: MutableMapping[str, Any], name: str) -> Any:
       AttributeError: the package has no such name.
     """
     package = namespace["__name__"]
-    if name in MODULES:
-        found = importlib.import_module(MODULES[name])
-    elif name in TABLE:
-        found = getattr(importlib.import_module(TABLE[name]), name)
+    if name in modules:
+        found = importlib.import_module(modules[name])
+    elif name in table:
+        found = getattr(importlib.import_module(table[name]), name)
     else:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     namespace[name] = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, dataclass_transform
+from typing import Any, Never, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
-from sortal._engine.nodes import Node, get_dict
+from sortal._engine.nodes import Node, get_dict, leaf_types
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.plan import plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
-from sortal.errors import ArgumentError, VariableError
+from sortal._nnx_names import refuse_unknown
+from sortal.errors import ArgumentError, StructureError, VariableError, listing
 from sortal.filters import to_filter
 from sortal.functional import iter_nodes
 
@@ -51,13 +52,44 @@ class Pytree(Node):
 
 def _flatten(node: Any) -> tuple[list[Any], GraphDef]:
     plan = plan_of(node)
-    return plan.values(), plan.graphdef
+    values = plan.values()
+    if not leaf_types.issuperset(map(type, values)):
+        _refuse_cycle(node, plan.graphdef, values)
+    return values, plan.graphdef
 
 
 def _flatten_with_keys(node: Any) -> tuple[list[Any], GraphDef]:
-    plan = plan_of(node)
-    keys = map(PathKey, plan.graphdef.schema.paths)
-    return list(zip(keys, plan.values(), strict=True)), plan.graphdef
+    values, graphdef = _flatten(node)
+    keys = map(PathKey, graphdef.schema.paths)
+    return list(zip(keys, values, strict=True)), graphdef
+
+
+def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
+    """Refuses Variables whose values hold the object that holds them.
+
+    JAX would take it apart until the stack is full, and Python would take the stack
+    to be full for ever after.
+    """
+    bad, seen = [], {id(node)}
+    for k, value in enumerate(values):
+        todo = [value]
+        while todo:
+            for x in jax.tree.leaves(todo.pop(), is_leaf=_is_node):
+                if x is node:
+                    bad.append(graphdef.schema.describe(k))
+                elif _is_node(x) and id(x) not in seen:
+                    seen.add(id(x))
+                    todo += plan_of(x).values()
+    if bad:
+        raise StructureError(
+            f"the values of these leaves hold the {type(node).__name__} that they "
+            f"belong to:\n{listing(bad)}\nHold an object in an attribute, not in a "
+            "Variable."
+        )
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, Node)
 
 
 def _unflatten(graphdef: GraphDef, values: Any) -> Any:
@@ -235,14 +267,11 @@ def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> 
         )
 
 
-def iter_modules(
-    node: Any, /, *, graph: bool | None = None
-) -> Iterator[tuple[Path, Module]]:
+def iter_modules(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Module]]:
     """Every Module once with its first path, children before their holder.
 
     Args:
       node: a Module or a container of modules.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and Module.
@@ -253,17 +282,16 @@ def iter_modules(
       >>> [path for path, _ in nnx.iter_modules(model)]
       [('layers', 0), ()]
     """
+    if _unknown:
+        refuse_unknown("iter_modules", _unknown)
     return iter_nodes(node, lambda x: isinstance(x, Module))
 
 
-def iter_children(
-    node: Module, /, *, graph: bool | None = None
-) -> Iterator[tuple[str, Module]]:
+def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Module]]:
     """The modules that are attributes of a module, sorted by name.
 
     Args:
       node: a Module.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of attribute name and Module.
@@ -277,6 +305,8 @@ def iter_children(
       >>> [name for name, _ in nnx.iter_children(Pair(nnx.Rngs(0)))]
       ['a', 'b']
     """
+    if _unknown:
+        refuse_unknown("iter_children", _unknown)
     attributes = sorted(get_dict(node).items())
     return ((name, x) for name, x in attributes if isinstance(x, Module))
 
@@ -293,7 +323,7 @@ def dataclass(module: type | None = None, /, **options: Any) -> Any:
       The class.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> @nnx.dataclass
       ... class Scale(nnx.Module):
       ...     factor: float = nnx.data(default=2.0)

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import sortal as nnx
+
+from sortal import nnx
 
 try:
     import flax.nnx as flax_nnx

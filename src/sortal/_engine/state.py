@@ -162,8 +162,8 @@ class State(MutableMapping[Any, Any]):
 
     Stored flat, read nested: ``s["layers"][0]["kernel"]`` and
     ``s.layers[0].kernel`` are a Variable of the leaf's kind that belongs to this
-    State alone; ``s["layers"]`` is a view, so that writing through it edits ``s``. Variables
-    given one by one are kept; of another State's leaves there are copies. To JAX a
+    State alone; ``s["layers"]`` is a view, so that writing through it edits ``s``.
+    Variables given one by one are kept; another State given is copied. To JAX a
     State is nested dicts of Variables, with a ``DictKey`` for each level.
 
     Args:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
 from sortal._engine.foreign import in_our_words
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
@@ -24,6 +26,7 @@ from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded
 
 _NO_FUNCTION: Any = object()
+_OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
 
 
@@ -89,7 +92,7 @@ class Jitted:
         return self._donation.call(function, bound)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else JittedPartial(self, instance)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Lowers for these arguments, as ``jax.jit(f).lower``; nothing is run."""
@@ -101,8 +104,7 @@ class Jitted:
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the output; nothing is run or changed."""
-        call = functools.partial(self._fn, *self._first)
-        return eval_shape(call, *args, **kwargs)
+        return _shapes(self._fn, (*self._first, *args), kwargs, self._static)
 
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
@@ -111,6 +113,22 @@ class Jitted:
         self._history.forget()
         if self._donation is not None:
             self._donation.forget()
+
+
+class JittedPartial(functools.partial):
+    """A Jitted with its first arguments given, such as the object of a method."""
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Jitted.lower``, for the remaining arguments."""
+        return self.func.lower(*self.args, *args, **{**self.keywords, **kwargs})
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Jitted.trace``, for the remaining arguments."""
+        return self.func.trace(*self.args, *args, **{**self.keywords, **kwargs})
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Jitted.eval_shape``, for the remaining arguments."""
+        return self.func.eval_shape(*self.args, *args, **{**self.keywords, **kwargs})
 
 
 def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> Any:
@@ -203,8 +221,7 @@ def jit(
       >>> before.is_deleted(), int(counter.n.value)
       (True, 2)
     """
-    options.pop("graph", None)
-    options.pop("graph_updates", None)
+    refuse_unknown("jit", options, _OF_JAX)
     if fun is _NO_FUNCTION:
         return lambda f: Jitted(f, options, donate, on_retrace)
     if not callable(fun):
@@ -250,13 +267,24 @@ def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
       >>> model.kernel.value
       ShapeDtypeStruct(shape=(2, 3), dtype=float32)
     """
-    kwargs.pop("graph", None)
-    kwargs.pop("graph_updates", None)
     fn, first = unbind(f)
-    args, kwargs = abstracted((*first, *args), kwargs)
-    bound = BoundArguments(args, kwargs)
-    result = jax.eval_shape(lambda a, k: run(fn, a, k), bound.args, bound.kwargs)
-    return write_back(bound, result)
+    return _shapes(fn, (*first, *args), kwargs, ())
+
+
+def _shapes(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    static: Collection[Any],
+) -> Any:
+    args, kwargs = abstracted(args, kwargs, static)
+    bound = BoundArguments(args, kwargs, static)
+    jitted = jax.jit(
+        lambda *args, **kwargs: run(fn, args, kwargs),
+        static_argnums=tuple(i for i in static if isinstance(i, int)),
+        static_argnames=tuple(k for k in static if isinstance(k, str)),
+    )
+    return write_back(bound, jitted.eval_shape(*bound.args, **bound.kwargs))
 
 
 def abstracted(
@@ -281,4 +309,7 @@ def abstracted(
         x if i in skip else replace_roots(x, lambda _: next(copies))
         for i, x in enumerate(args)
     )
-    return args, replace_roots(kwargs, lambda _: next(copies))
+    return args, {
+        k: x if k in skip else replace_roots(x, lambda _: next(copies))
+        for k, x in kwargs.items()
+    }

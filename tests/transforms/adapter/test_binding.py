@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from models import (
     untouched,
 )
 from sortal import BatchStat, Cache, Param
-from sortal.errors import TraceError
+from sortal.errors import StructureError, TraceError
 from sortal.transforms._adapter import binding
 
 # What each transform makes of a function that is called with one model.
@@ -529,6 +530,9 @@ class Caller(sortal.Module):
         self.n[...] += 1
         return self.n + x
 
+    def add_only(self, x: Any, k: int) -> Any:
+        return self.n.value * x * k
+
     def add(self, x: Any, *, by: Any = 1) -> Any:
         self.n[...] += by
         return self.n + x
@@ -556,12 +560,134 @@ def test_a_partial_by_keyword_with_a_model_inside_is_not_a_silent_loss() -> None
     assert int(sortal.jit(functools.partial(Caller.add, by=2))(live, 0)) == 2
     assert int(live.n.value) == 2
     f = functools.partial(lambda x, model: model.add(x), model=live)
+    sortal.jit(f)(0)
+    assert int(live.n.value) == 3
+
+
+def scaled(model: Any, x: Any, k: int = 1, bias: Any = 0.0) -> Any:
+    return model.n.value * x * k + bias
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: functools.partial(scaled, m, k=1),
+        lambda m: functools.partial(functools.partial(scaled, k=1), m),
+        lambda m: functools.partial(lambda ms, x, k: scaled(ms[0], x, k), [m], k=1),
+        lambda m: functools.partial(scaled, model=m),
+        lambda m: functools.partial(lambda x, ms: scaled(ms["a"], x), ms={"a": m}),
+        lambda m: functools.partial(m.add_only, k=1),
+    ],
+    ids=["keyword", "nested", "list", "by keyword", "dict by keyword", "method"],
+)
+@pytest.mark.parametrize("transform", [sortal.jit, sortal.remat])
+def test_what_a_partial_holds_has_its_value_of_now(make: Any, transform: Any) -> None:
+    m = Caller()
+    f = make(m)
+    compiled = transform(f)
+    for n in (2, 3):
+        m.n.value = jnp.array(n)
+        by_name = "model" in f.keywords
+        assert int(compiled(x=5) if by_name else compiled(5)) == 5 * n
+
+
+def test_keywords_of_a_partial_can_be_given_anew_and_be_static() -> None:
+    m, other = Caller(), Caller()
+    m.n.value, other.n.value = jnp.array(2), jnp.array(3)
+    f = sortal.jit(functools.partial(scaled, model=m, k=1), static_argnames="k")
+    assert int(f(x=5)) == 10
+    assert int(f(x=5, model=other)) == 15
+    assert int(f(x=5, k=2)) == 20
+    g = sortal.jit(
+        functools.partial(lambda m, x, n: x * m.n.value if n else x, m),
+        static_argnums=1,
+    )
+    assert [int(g(5, n)) for n in (0, 1)] == [5, 10]
+
+
+def test_threads_that_bind_many_pairs_of_models_get_their_own_values() -> None:
+    """More pairs than are remembered, so that all threads make room all the time."""
+    models = [Holder(w=Param(float(k))) for k in range(40)]
+    errors: list[Any] = []
+
+    def call(first: int) -> None:
+        try:
+            for i in [*range(40)] * 6:
+                for j in range(first, 40):
+                    bound = binding.BoundArguments((models[i], models[j]), {})
+                    given = [x.values for x in bound.args]
+                    assert given == [[i], [j] if i != j else []]
+        except BaseException as e:  # noqa: BLE001 - a thread must not swallow it
+            errors.append(e)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
-        sortal.jit(f)(0)
-    except TraceError:
-        assert int(live.n.value) == 2
-    else:
-        assert int(live.n.value) == 3
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+
+
+# A container in itself, taken apart by JAX, uses up Python's stack for ever.
+
+
+def stack_is_whole() -> bool:
+    nested: list[Any] = []
+    for _ in range(200):
+        nested = [nested]
+    return len(repr(nested)) > 200
+
+
+def test_an_object_set_into_itself_and_returned_can_be_passed_again() -> None:
+    m = Holder(ref=sortal.data(None), w=Param(jnp.ones(2)))
+
+    @sortal.jit
+    def f(m: Any) -> Any:
+        m.ref = m
+        return m
+
+    for _ in range(3):
+        assert f(m) is m
+        assert m.ref is m
+    assert stack_is_whole()
+
+
+def test_what_holds_itself_never_reaches_jax() -> None:
+    m = Holder(w=Param(jnp.ones(2)), list=[], pair=())
+    m.list.append(m.list)
+    m.pair = (m, m.list)
+    assert sortal.jit(lambda m: (m.w * 2, m))(m)[1] is m
+    inside = [jnp.ones(1)]
+    inside.append(inside)
+    with pytest.raises(RecursionError):
+        sortal.jit(lambda x: x[0])(inside)
+
+    def returns(x: Any) -> Any:
+        inside: list[Any] = [x]
+        inside.append(inside)
+        return inside
+
+    with pytest.raises(RecursionError):
+        sortal.jit(returns)(jnp.ones(1))
+    assert stack_is_whole()
+
+
+@pytest.mark.parametrize("value", [lambda m: m, lambda m: [m], lambda m: Holder(v=m)])
+def test_an_object_in_the_value_of_its_own_variable_is_refused(value: Any) -> None:
+    m = Holder(w=Param(jnp.ones(2)))
+    m.v = Count(jnp.ones(1))
+    m.v.value = value(m)
+    for call in (sortal.jit(lambda m: m.w * 2), jax.tree.leaves):
+        if type(value(m)) is Holder and value(m) is not m:
+            m.v.value = Holder(v=Count([m]))
+        with pytest.raises(StructureError, match=r"v \(Count\)"):
+            call(m)
+    assert stack_is_whole()
 
 
 def test_named_positions_reads_numbers_and_names_of_parameters() -> None:

@@ -11,26 +11,27 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
 
+from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import Entry, GraphDef, Step, fill
 from sortal._engine.leaves import held, identity, store_all
-from sortal._engine.nodes import NODE, handler_of, is_root
+from sortal._engine.nodes import NODE, handler_of
 from sortal._engine.paths import show
 from sortal._engine.plan import bind, has_plan
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
-from sortal.errors import ArgumentError
 from sortal.transforms._adapter.tracing import (
     Edits,
     FlatModule,
     FlatModuleDef,
     Result,
     flat_module_def,
+    has_roots,
     replace_roots,
     resolve,
 )
@@ -51,7 +52,7 @@ class AliasMap(NamedTuple):
     node_at: dict[int, tuple[int, int]]
 
 
-_alias_maps: dict[tuple[int, ...], AliasMap] = {}
+_alias_maps: Bounded[AliasMap] = Bounded(256)
 _UNKNOWN: Any = None
 
 
@@ -63,9 +64,8 @@ def _alias_map(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
         return _several(roots, plans)
     found = _alias_maps.get(key)
     if found is None:
-        if len(_alias_maps) >= 256:
-            _alias_maps.pop(next(iter(_alias_maps)))
-        found = _alias_maps[key] = _several(roots, plans)
+        found = _several(roots, plans)
+        _alias_maps.put(key, found)
     return found
 
 
@@ -253,29 +253,34 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return fn.__func__, (fn.__self__,)
     if has_plan(fn):
         return type(fn).__call__, (fn,)
-    if isinstance(fn, functools.partial) and not fn.keywords:
+    if isinstance(fn, functools.partial):
         inner, first = unbind(fn.func)
-        if first or any(map(is_root, fn.args)):
-            return inner, (*first, *fn.args)
+        names = [k for k, x in fn.keywords.items() if has_roots(x)]
+        if first or names or has_roots(fn.args):
+            rest = {k: x for k, x in fn.keywords.items() if k not in names}
+            inner = functools.partial(inner, **rest) if rest else inner
+            inner = _by_position(inner, names) if names else inner
+            return inner, (*[fn.keywords[k] for k in names], *first, *fn.args)
     return fn, ()
 
 
-def refuse_unknown(
-    name: str, options: Iterable[str], also: Collection[str] = ()
-) -> None:
-    """Refuses keywords that a transform does not have.
+def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """``fn`` with some keyword arguments before all others; a call may replace them."""
+    n = len(names)
 
-    Args:
-      name: the transform.
-      options: the keywords given.
-      also: those it takes for NNX code besides ``graph`` and ``graph_updates``.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args[n:], **{**dict(zip(names, args, strict=False)), **kwargs})
 
-    Raises:
-      ArgumentError: some are unknown; all are listed.
-    """
-    unknown = set(options) - {"graph", "graph_updates", *also}
-    if unknown:
-        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
+    try:
+        given = functools.partial(fn, **dict.fromkeys(names))
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):
+        return call
+    only = inspect.Parameter.POSITIONAL_ONLY
+    first = [inspect.Parameter(f"_{name}", only) for name in names]
+    parameters = [*first, *signature.parameters.values()]
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
+    return call
 
 
 def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -127,10 +127,22 @@ def replace_roots(tree: Any, replace: Callable[[Any], Any]) -> Any:
         return tree
     if mode is ROOT:
         return replace(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=lambda x: _mode(x) is not SCAN)
-    if not any(_mode(x) is ROOT for x in leaves):
-        return tree
-    return treedef.unflatten([replace(x) if _mode(x) is ROOT else x for x in leaves])
+    # Not by JAX's own flattening alone, which a container that holds itself would
+    # leave with a stack that Python takes to be full for ever after.
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        new = [replace_roots(x, replace) for x in tree]
+        return tree if all(map(is_, new, tree)) else kind(new)
+    children, treedef = jtu.tree_flatten(tree, is_leaf=lambda x: x is not tree)
+    new = [replace_roots(x, replace) for x in children]
+    return tree if all(map(is_, new, children)) else treedef.unflatten(new)
+
+
+def has_roots(tree: Any) -> bool:
+    """Whether there is an object or Variable anywhere in ``tree``."""
+    found: list[Any] = []
+    replace_roots(tree, found.append)
+    return bool(found)
 
 
 class Ref:
