@@ -844,7 +844,7 @@ def read(f: Any) -> Any:
     if f is None or f is False:
         return False
     if isinstance(f, (tuple, list)):
-        return tuple(map(read, f))
+        return tuple(map(read, f)) or False
     if isinstance(f, Not):
         return Not(read(f.of))
     if isinstance(f, All):
@@ -1260,12 +1260,30 @@ def remat(f: Any) -> Any:
     return lambda *args, **kwargs: _call(f, args, kwargs)
 
 
+class _Undone(Exception):  # noqa: N818 - no error: ends a trial
+    """Has what a branch did taken back."""
+
+
+def _trace(f: Any, args: Any) -> None:
+    """Runs what JAX would trace only, for its errors; what it writes is taken back."""
+    f, first = _unbound(f)
+    with contextlib.suppress(_Undone), _inside((first, args)):
+        f(*first, *args)
+        raise _Undone
+
+
 def cond(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
-    return _call(true_fun if bool(lift(pred).val) else false_fun, operands, {})
+    return _choice((true_fun, false_fun), 0 if bool(lift(pred).val) else 1, operands)
 
 
 def switch(index: Any, branches: Any, *operands: Any) -> Any:
     at = min(max(int(lift(index).val), 0), len(branches) - 1)
+    return _choice(branches, at, operands)
+
+
+def _choice(branches: Any, at: int, operands: Any) -> Any:
+    for branch in branches:
+        _trace(branch, operands)
     return _call(branches[at], operands, {})
 
 
@@ -1278,6 +1296,7 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
 
 
 def while_loop(condition: Any, body: Any, init: Any) -> Any:
+    _trace(body, (init,))
     with _inside(init):
         value = init
         while bool(lift(condition(value)).val):
