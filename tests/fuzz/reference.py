@@ -844,7 +844,7 @@ def read(f: Any) -> Any:
     if f is None or f is False:
         return False
     if isinstance(f, (tuple, list)):
-        return tuple(map(read, f)) or False
+        return tuple(map(read, f))
     if isinstance(f, Not):
         return Not(read(f.of))
     if isinstance(f, All):
@@ -891,7 +891,7 @@ def covers(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, All) and a.parts and all(covers(part, b) for part in a.parts):
         return True
-    if isinstance(b, tuple):
+    if isinstance(b, tuple) and b:
         return all(covers(a, part) for part in b)
     if isinstance(b, All):
         return any(covers(a, part) for part in b.parts)
