@@ -59,6 +59,7 @@ ORDER = (
     "sortal.policy.table",
     "sortal.policy.policy",
     "sortal.policy",
+    "sortal.transforms._adapter.decorator",
     "sortal.transforms._adapter.tracing",
     "sortal.transforms._adapter.binding",
     "sortal.transforms.axis_names",
