@@ -8,7 +8,9 @@ what was planted there.
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
+import importlib
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
+
+import sortal
 
 PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 
@@ -108,7 +112,8 @@ ORDER = (
     "sortal.inspect",
     "sortal.nn.*",
     "sortal.nn",
-    "sortal.decoding.*",
+    "sortal.decoding.sampling",
+    "sortal.decoding.generation",
     "sortal.decoding",
     "sortal.interop.flax",
     "sortal.interop.files.*",
@@ -343,6 +348,17 @@ LAWS: tuple[Callable[[Path], list[str]], ...] = (
 def test_the_source_tree_obeys_every_law(law: Callable[[Path], list[str]]) -> None:
     offences = law(PACKAGE)
     assert not offences, f"{law.__doc__}\n  " + "\n  ".join(offences)
+
+
+def test_every_file_is_found_under_its_name_whatever_was_asked_for_before() -> None:
+    """No name that a package gives out later hides a file of its folder."""
+    for package in (sortal, sortal.nnx):
+        for name in dir(package):
+            getattr(package, name)
+    for name in modules(PACKAGE):
+        module = importlib.import_module(name)
+        found = functools.reduce(getattr, name.split(".")[1:], sortal)
+        assert found is module, name
 
 
 def newly_imported(statement: str) -> set[str]:
