@@ -374,8 +374,8 @@ def _steps(call: _Call) -> Iterator[np.ndarray]:
     ahead = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
     for left in range(call.steps - 1, -1, -1):
         new, done, failed = ahead
-        # The next step is on its way before this token is read, unless whether there
-        # is a next one hangs on it.
+        # The next step starts before this token is read, unless the token decides
+        # whether there is a next one.
         more = left > 0 and not (choice.stop is not None and bool(done.all()))
         if more:
             ahead = decode(model, rngs, new, done, choice, top_k=top_k)
