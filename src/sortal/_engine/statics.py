@@ -149,7 +149,7 @@ class _Key:
         made = None if self._made is None else self._made()
         return self._parts if made is None else made._key
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: Any) -> bool:
         parts = self.parts()
         return parts is not None and parts == other.parts()
 
