@@ -149,9 +149,13 @@ class _Key:
         made = None if self._made is None else self._made()
         return self._parts if made is None else made._key
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         parts = self.parts()
-        return parts is not None and parts == other.parts()
+        return (
+            isinstance(other, type(self))
+            and parts is not None
+            and parts == other.parts()
+        )
 
     def __hash__(self) -> int:
         return self._hash
