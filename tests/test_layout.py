@@ -383,6 +383,14 @@ def test_importing_sortal_loads_no_heavy_package_and_warns_of_nothing() -> None:
     assert not loaded & HEAVY
 
 
+def test_no_name_of_sortal_loads_a_heavy_package() -> None:
+    code = "import sortal; [getattr(sortal, name) for name in dir(sortal)]"
+    assert not newly_imported(code) & HEAVY
+    # JAX's own kernels, which `jax.extend.core` loads, take as long as all of Sortal.
+    program = f"import sys; {code}; assert 'jax._src.pallas.core' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_heavy_package_would_be_seen() -> None:
     assert "rich" in newly_imported("import rich") & HEAVY
 

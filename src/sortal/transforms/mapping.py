@@ -20,7 +20,7 @@ from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
-from sortal.policy.rule import written
+from sortal.policy.rule import answer_text
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     unbind,
@@ -339,13 +339,13 @@ class _Call:
         spread = self.spread
         plain = jtu.tree_leaves((spread.args, spread.kwargs), is_leaf=is_flat_module)
         bad = [
-            f"{plan.graphdef.schema.describe(j)}: {written(self.name, answer)}"
+            f"{plan.graphdef.schema.describe(j)}: {answer_text(self.name, answer)}"
             for plan, root in zip(spread.bound.plans, spread.roots, strict=True)
             for j, answer in enumerate(root)
             if not self.fits(answer)
         ]
         bad += [
-            f"an array or State: {written(self.name, x)}"
+            f"an array or State: {answer_text(self.name, x)}"
             for x in plain
             if not is_flat_module(x) and not self.fits(x)
         ]
@@ -513,10 +513,10 @@ class _Sharded(_Call):
     def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
         value, spec = leaf.value, leaf.answer
         if spec not in self.lanes:
-            self.problem(_NO_LANE, f"{leaf.name}: {written('spec', spec)}")
+            self.problem(_NO_LANE, f"{leaf.name}: {answer_text('spec', spec)}")
             return self.lanes[0], None, value
         if any(np.ndim(x) < len(spec) for x in jax.tree.leaves(value)):
-            row = f"{leaf.name} of spec {written('spec', spec)}: {describe(value)}"
+            row = f"{leaf.name} of spec {answer_text('spec', spec)}: {describe(value)}"
             self.problem(_TOO_SHORT, row)
         how = leaf.how
         differing = {a for x in jax.tree.leaves(value) for a in varying_axes(x)}
@@ -527,7 +527,7 @@ class _Sharded(_Call):
         if how is None and axes:
             self.problem(
                 _NOT_SHARED_BY_DEVICES,
-                f"{leaf.name} of spec {written('spec', spec)}: {describe(value)} "
+                f"{leaf.name} of spec {answer_text('spec', spec)}: {describe(value)} "
                 f"differs along {axes}",
             )
         elif how is not None and hidden and (how != "mean" or self.check_mean(leaf)):

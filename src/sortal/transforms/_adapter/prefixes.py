@@ -14,7 +14,7 @@ from sortal._engine.variable import describe, make
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing
 from sortal.filters import Filter, to_filter
 from sortal.policy.policy import Policy, answers
-from sortal.policy.rule import written
+from sortal.policy.rule import answer_text
 from sortal.transforms._adapter.binding import BoundArguments, identity
 from sortal.transforms._adapter.tracing import Effects, FlatModule, Ref, is_flat_module
 
@@ -57,8 +57,8 @@ class ByKind:
         """Pairs of filter and answer, in order."""
         return zip(self.filters, self.answers, strict=True)
 
-    def said(self, name: str) -> list[Any]:
-        """All answers there are, as ``Policy.said``."""
+    def values(self, name: str) -> list[Any]:
+        """All answers there are, as ``Policy.values``."""
         return list(self.answers)
 
     def __eq__(self, other: object) -> bool:
@@ -156,7 +156,7 @@ def said(tree: Any, name: str) -> list[Any]:
     return [
         answer
         for x in jtu.tree_leaves(tree, is_leaf=is_answer)
-        for answer in (x.said(name) if by_kind(x) else [x])
+        for answer in (x.values(name) if by_kind(x) else [x])
     ]
 
 
@@ -318,7 +318,7 @@ class Spread:
                 where, answer = plan.graphdef.schema.describe(j), self.roots[i][j]
                 other = first.setdefault(identity(leaf), (where, answer))
                 if other[1] != answer:
-                    was, now = (written(self.name, a) for a in (other[1], answer))
+                    was, now = (answer_text(self.name, a) for a in (other[1], answer))
                     bad.append(f"{other[0]}: {was}, and {where}: {now}")
         if bad:
             raise AxisError(
