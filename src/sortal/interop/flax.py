@@ -19,7 +19,6 @@ from sortal._engine import variable as _kinds
 from sortal._engine.foreign import (
     VariableHandler,
     in_our_words,
-    introduce,
     pair,
     register_variable,
     translate,
@@ -268,7 +267,7 @@ class FlaxStates(Handler):
         mapping.update(items)
 
 
-def _meet() -> None:
+def register() -> None:
     """Teaches the engine Flax's types, and Flax the few of ours that it may hold."""
     import flax
     from flax import nnx
@@ -353,6 +352,3 @@ def _clear(state: State) -> None:
 def _fill(state: State, items: Iterable[tuple[Any, Any]]) -> None:
     for key, value in items:
         state[key] = value
-
-
-introduce("flax.nnx", _meet)
