@@ -382,9 +382,6 @@ class DataclassHandler(Handler):
     def children(self, obj: Any, keys: Keys) -> list[Any]:
         return [getattr(obj, str(key)) for key in keys]
 
-    def write(self, obj: Any, key: Any, child: Any) -> None:
-        object.__setattr__(obj, key, child)
-
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         for name in set(map(str, self.keys(obj))) - items.keys():
             object.__delattr__(obj, name)
