@@ -159,7 +159,7 @@ class Plan:
             if not self._unedited(root):
                 return False
             self._checked = now
-        return all(record.same(root) for record in self._silent)
+        return not self._silent or all(record.same(root) for record in self._silent)
 
     def _unedited(self, root: Any) -> bool:
         if [x._metadata for x in self._variables] != self._metadata:
