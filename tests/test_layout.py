@@ -25,8 +25,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 # (its `__init__`) has the package's name.
 ORDER = (
     "sortal.errors",
-    "sortal._nnx_names",
     "sortal._late",
+    "sortal._nnx_names",
     "sortal._engine.jax_compat",
     "sortal._engine.bounded",
     "sortal._engine.tables",

@@ -261,10 +261,14 @@ class Drawn(edits.Drawn):
         how = self.random.random()
         model, x = self.model, f"arr({self.number()})"
         if how < 0.15:
-            self.do(f"{j} = nnx.jit(functools.partial({f}, {model}))")
+            p = self.name("p")
+            self.do(f"{p} = functools.partial({f}, {model})")
+            self.do(f"{j} = nnx.jit({p})")
             call = f"{j}({x})"
         elif how < 0.3:
-            self.do(f"{j} = nnx.jit(functools.partial({f}, {model}, x={x}))")
+            p = self.name("p")
+            self.do(f"{p} = functools.partial({f}, {model}, x={x})")
+            self.do(f"{j} = nnx.jit({p})")
             call = f"{j}()"
         else:
             self.do(f"{j} = nnx.jit({f})")

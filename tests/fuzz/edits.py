@@ -34,7 +34,9 @@ def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
     while todo:
         place = todo.popleft()
         x = place.obj
-        if isinstance(x, (ref.GraphDef, type)) or type(x) in (int, bool, str, float):
+        if callable(x) and not isinstance(x, (ref.Module, zoo.Plain)):
+            continue
+        if isinstance(x, (ref.GraphDef, int, str, float)):
             continue
         if id(x) in seen or x is None:
             continue

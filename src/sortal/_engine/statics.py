@@ -200,7 +200,7 @@ class Metadata(Interned, Mapping[str, Any]):
 
     __slots__ = ("_items",)
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     @classmethod
     def of(cls, items: Mapping[str, Any]) -> Metadata:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 
 import sortal
+from sortal import nnx
 from models import (
     Count,
     Holder,
@@ -644,7 +645,7 @@ def stack_is_whole() -> bool:
 
 
 def test_an_object_set_into_itself_and_returned_can_be_passed_again() -> None:
-    m = Holder(ref=sortal.data(None), w=Param(jnp.ones(2)))
+    m = Holder(ref=nnx.data(None), w=Param(jnp.ones(2)))
 
     @sortal.jit
     def f(m: Any) -> Any:
