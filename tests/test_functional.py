@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal import nnx
 from models import (
     KINDS,
     Count,
