@@ -130,14 +130,12 @@ class _Match(NamedTuple):
     problems: list[str]
 
 
-def _match(graphdef: GraphDef, given: list[State]) -> _Match:
-    schemas = tuple(state.schema for state in given)
-    return graphdef.memo(
-        ("match", schemas), lambda: _match_schemas(graphdef.schema, schemas)
-    )
+def _match(graphdef: GraphDef, states: list[State]) -> _Match:
+    given = tuple(state.schema for state in states)
+    return graphdef.memo(("match", given), lambda: _matched(graphdef.schema, given))
 
 
-def _match_schemas(schema: Schema, given: tuple[Schema, ...]) -> _Match:
+def _matched(schema: Schema, given: tuple[Schema, ...]) -> _Match:
     places = [-1] * len(schema)
     metadata = list(schema.metadata)
     problems = []
