@@ -54,8 +54,9 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     if _unknown:
         refuse_unknown("state", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
-    states = _snapshots(found, leaves)
-    return states[0] if len(states) == 1 else tuple(states)
+    if len(leaves) == 1:
+        return snapshot(found.parts[0][0], leaves[0].snapshot())
+    return tuple(_snapshots(found, leaves))
 
 
 _ALL = (...,)

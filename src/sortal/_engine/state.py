@@ -144,7 +144,8 @@ class State(MutableMapping[Any, Any]):
 
     def __init__(self, mapping: Any = (), /):
         pairs = mapping if isinstance(mapping, Mapping) else dict(mapping)
-        _begin(self, _from_items(_walk(pairs)))
+        _set_stored(self, _from_items(_walk(pairs)))
+        _set_prefix(self, ())
 
     @classmethod
     def from_flat_path(cls, flat: Any, /) -> State:
@@ -190,7 +191,7 @@ class State(MutableMapping[Any, Any]):
         if path in schema.index:
             return self._stored.leaves()[schema.index[path]]
         if schema.children(path):
-            return _begin(object.__new__(State), self._stored, path)
+            return _state(self._stored, path)
         raise PathError(
             f"no {key!r} in this State; it has "
             f"{', '.join(map(repr, self)) or 'nothing'}."
@@ -450,14 +451,11 @@ _set_stored = State.__dict__["_stored"].__set__
 _set_prefix = State.__dict__["_prefix"].__set__
 
 
-def _begin(state: State, leaves: _Stored, prefix: Path = ()) -> State:
+def _state(leaves: _Stored, prefix: Path = ()) -> State:
+    state = object.__new__(State)
     _set_stored(state, leaves)
     _set_prefix(state, prefix)
     return state
-
-
-def _state(leaves: _Stored) -> State:
-    return _begin(object.__new__(State), leaves)
 
 
 def snapshot(schema: Schema, values: list[Any]) -> State:
@@ -554,8 +552,7 @@ class _StateHandler(Handler):
         return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
-        _begin(obj, _from_leaves(tuple(items), list(items.values())))
-        edits.note()
+        obj._write(items, set(obj.schema.paths) - items.keys())
 
 
 register_node(State, _StateHandler())
