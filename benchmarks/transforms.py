@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.networks import STEPS, lists, modules
@@ -16,7 +17,9 @@ from benchmarks.sections import Peers, agree, progress
 from benchmarks.timing import Effort, compare
 
 ROWS = tuple(lists.FUNCTIONS)
-SHALLOW = 4
+PATIENCE = 0.5
+"""Seconds from which on a call is timed once: some of Flax's, called eagerly."""
+SHALLOW = 1
 """Layers of the eager ``shard_map``: JAX compiles each operation in it at each call."""
 
 Call = Callable[[], Any]
@@ -47,11 +50,13 @@ def transforms(peers: Peers, effort: Effort, depth: int = 100) -> Table:
                 "eagerly, every transform is given the same function object at each "
                 "call, with which JAX keeps what it compiled; shard_map compiles each "
                 "operation at each call all the same, and so has "
-                f"{SHALLOW} layers there."
+                f"{SHALLOW} layer there. Calls of {PATIENCE} s and more are timed once."
             ),
         ],
     )
     makers = _makers(peers)
+    # Comparing the results has warmed each call up once.
+    effort = replace(effort, warmup=1, patience=PATIENCE)
     for jitted in (False, True):
         for name in ROWS:
             table.rows.append(_row(makers, effort, name, depth, jitted))

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import sortal
-from sortal import errors
+from sortal import errors, nnx
 
 CLASSES = [
     thing
@@ -64,7 +64,7 @@ def test_a_path_error_without_arguments_prints_nothing():
 
 
 def test_the_trace_error_has_the_name_that_nnx_code_catches():
-    assert sortal.TraceContextError is sortal.TraceError
+    assert nnx.TraceContextError is sortal.TraceError
 
 
 def test_listing_indents_one_row_a_line():

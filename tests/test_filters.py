@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import pickle
+import weakref
 from typing import Any, Union
 
 import jax
@@ -238,6 +240,22 @@ def test_a_literal_is_read_as_its_filter(literal, expected):
     assert type(found) is type(expected)
     assert to_filter(found) == found
     assert to_predicate is to_filter
+
+
+def test_a_filter_given_once_is_freed_with_all_that_it_reaches():
+    class Scale:
+        def takes(self, path, leaf):
+            return True
+
+    def select(scale):
+        model = {"w": sortal.Param(jnp.ones(2))}
+        assert len(sortal.state(model, scale.takes)) == 1
+        assert len(sortal.state(model, lambda path, leaf: scale is not None)) == 1
+        return weakref.ref(scale)
+
+    freed = select(Scale())
+    gc.collect()
+    assert freed() is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
+from sortal import nnx
 from models import (
     KINDS,
     Count,
@@ -25,7 +26,7 @@ from models import (
     portrait,
     untouched,
 )
-from sortal import BatchStat, Cache, Param, Variable
+from sortal import BatchStat, Cache, Param, Variable, nnx
 from sortal.errors import (
     FilterError,
     MergeError,
@@ -166,6 +167,37 @@ def test_the_roots_may_be_containers_variables_and_arrays() -> None:
     assert sortal.state({"x": jnp.ones(1), "m": model}, array).paths() == (("x",),)
 
 
+def test_a_filter_that_can_take_nothing_gives_an_empty_state() -> None:
+    for nothing in (None, (), []):
+        params, none = sortal.state(Linear(1, 1), Param, nothing)
+        assert len(params.paths()) == 2
+        assert none.paths() == ()
+
+
+class Pair:
+    """A pytree whose two keys read the same."""
+
+    def __init__(self, a: Any, b: Any):
+        self.a, self.b = a, b
+
+
+jax.tree_util.register_pytree_with_keys(
+    Pair,
+    lambda pair: (
+        ((jax.tree_util.DictKey("x"), pair.a), (jax.tree_util.GetAttrKey("x"), pair.b)),
+        None,
+    ),
+    lambda _, children: Pair(*children),
+)
+
+
+def test_two_keys_of_a_pytree_that_read_the_same_keep_both_leaves() -> None:
+    model = Holder(pair=Pair(Param(jnp.zeros(1)), Param(jnp.ones(1))))
+    assert sortal.state(model).paths() == (("pair", 0), ("pair", 1))
+    copied = sortal.clone(model)
+    assert (copied.pair.a[0], copied.pair.b[0]) == (0, 1)
+
+
 # --------------------------------------------------------------------------- split
 def test_split_lists_every_leaf_left_over_and_proposes_the_rest() -> None:
     model = Net()
@@ -236,13 +268,6 @@ def test_merge_takes_bare_values_and_metadata_of_the_states() -> None:
     assert sortal.merge(graphdef, params).kernel.get_metadata("tag") == "t"
 
 
-def test_merge_accepts_the_copy_keyword_of_nnx_code() -> None:
-    model = Linear(1, 1)
-    for flag in (True, False):
-        made = sortal.merge(*sortal.split(model), copy=flag)
-        assert made.kernel is not model.kernel
-
-
 # -------------------------------------------------------------------------- update
 def bad_updates() -> dict[str, tuple[Any, str]]:
     ok = {"layers": {0: {"bias": jnp.ones(4)}}}
@@ -267,6 +292,38 @@ def test_an_update_that_does_not_fit_changes_nothing_at_all(why: str) -> None:
     with untouched(model), pytest.raises(UpdateError, match=text) as e:
         sortal.update(model, given)
     assert "the model was left as it was" in str(e.value)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("value", [1.0, np.float32(1.0), "x", (1.0,), None])
+def test_update_keeps_a_raw_array_an_array(strict: bool, value: Any) -> None:
+    """Anything else would be static in its place, and the leaf be gone."""
+    model = Holder(x=jnp.array(0.0))
+    given = sortal.State.from_flat_path({("x",): value})
+    with untouched(model), pytest.raises(UpdateError, match="no array: x") as e:
+        sortal.update(model, given, strict=strict)
+    assert "is float32[], found" in str(e.value)
+    assert "write jnp.asarray" in str(e.value)
+    sortal.update(model, {"x": np.ones(3)}, strict=False)
+    assert sortal.state(model).paths() == (("x",),)
+
+
+def test_update_writes_numbers_that_are_marked_as_data() -> None:
+    model = Holder(q=nnx.data(0.25))
+    sortal.update(model, {"q": 0.5})
+    assert model.q == 0.5
+    sortal.update(model, {"q": jnp.array(2.0)})
+    assert sortal.state(model)["q"] == 2
+
+
+def test_update_compares_values_that_are_no_arrays() -> None:
+    model = Holder(name=Variable("a"), w=Param(jnp.ones(2)))
+    sortal.update(model, {"name": "b"})
+    assert model.name.value == "b"
+    with untouched(model), pytest.raises(UpdateError, match=r"wrong shape: w .* 'abc'"):
+        sortal.update(model, {"w": "abc"})
+    with untouched(model), pytest.raises(UpdateError, match="wrong dtype: name"):
+        sortal.update(model, {"name": 1})
 
 
 def test_update_lists_every_problem_at_once() -> None:
@@ -401,7 +458,7 @@ def test_pop_from_lists_is_refused_and_nothing_is_removed() -> None:
 
 
 def test_pop_without_a_filter_is_refused() -> None:
-    with pytest.raises(StructureError, match="pop needs a filter"):
+    with pytest.raises(FilterError, match="pop needs a filter"):
         sortal.pop(Net())
 
 

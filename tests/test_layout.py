@@ -26,6 +26,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 ORDER = (
     "sortal.errors",
     "sortal._late",
+    "sortal._nnx_names",
     "sortal._engine.jax_compat",
     "sortal._engine.bounded",
     "sortal._engine.tables",
@@ -35,7 +36,6 @@ ORDER = (
     "sortal.sharding.mesh_axes",
     "sortal.sharding",
     "sortal._engine.annotations",
-    "sortal._engine.old_names",
     "sortal._engine.operators",
     "sortal._engine.variable",
     "sortal._engine.kind_names",
@@ -49,12 +49,14 @@ ORDER = (
     "sortal._engine.walk",
     "sortal._engine.plan",
     "sortal._engine.nested",
+    "sortal._engine.storage",
     "sortal._engine.state",
     "sortal._engine",
     "sortal.functional",
     "sortal.module",
     "sortal.random",
     "sortal.policy.rule",
+    "sortal.policy.table",
     "sortal.policy.policy",
     "sortal.policy",
     "sortal.transforms._adapter.tracing",
@@ -114,11 +116,11 @@ ORDER = (
     "sortal.interop.linen",
     "sortal.interop",
     "sortal.inspect.stored",
-    "sortal.nnx.*",
-    "sortal.nnx",
     "sortal",
     "sortal.demo.*",
     "sortal.demo",
+    "sortal.nnx.*",
+    "sortal.nnx",
 )
 # Rows whose files the design names and nobody has written yet. Who writes one strikes
 # it out here.
@@ -127,6 +129,8 @@ UNWRITTEN = {
 }
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}
+# The contents table says to type checkers what is read when first asked for.
+FOR_TYPE_CHECKERS = {("sortal", "sortal.nnx")}
 MAY_USE_PRIVATE_JAX = {"sortal._engine.jax_compat"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
@@ -206,6 +210,8 @@ def upward_imports(package: Path, order: tuple[str, ...] = ORDER) -> list[str]:
     for name, target, line, late in edges(package):
         if late and name in MAY_IMPORT_ANYTHING_LATE:
             continue
+        if (name, target) in FOR_TYPE_CHECKERS:
+            continue
         mine, other = row_of(name, order), row_of(target, order)
         if mine is None or other is None:
             continue
@@ -252,6 +258,44 @@ def private_jax(package: Path) -> list[str]:
     ]
 
 
+def nnx_outside_its_room(package: Path) -> list[str]:
+    """Law: no file outside of `nnx/` imports it or takes a keyword of its two modes."""
+    room = f"{package.name}.nnx"
+
+    def in_room(name: str) -> bool:
+        return name == room or name.startswith(f"{room}.")
+
+    offences = [
+        f"{name}:{line} imports {target}"
+        for name, target, line, _ in edges(package)
+        if in_room(target) and not in_room(name)
+        if (name, target) not in FOR_TYPE_CHECKERS
+    ]
+    offences += [
+        f"{name}:{node.lineno} takes {node.arg}="
+        for name, file in modules(package).items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.arg) and node.arg in {"graph", "graph_updates"}
+        if not in_room(name)
+    ]
+    return offences
+
+
+def hidden_modules(package: Path) -> list[str]:
+    """Law: no name in a contents table hides a file of the folder."""
+    known = modules(package)
+    return [
+        f"{name}:{node.lineno} {alias.asname or alias.name} hides the file"
+        for name, file in known.items()
+        if file.name == "__init__.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{name}.{alias.asname or alias.name}" in known
+        if (node.module, alias.name) != (name, alias.asname or alias.name)
+    ]
+
+
 def long_files(package: Path) -> list[str]:
     """Law: a file is read in one sitting."""
     lengths = {
@@ -287,6 +331,8 @@ LAWS: tuple[Callable[[Path], list[str]], ...] = (
     stale_rows,
     folders_without_contents,
     private_jax,
+    nnx_outside_its_room,
+    hidden_modules,
     long_files,
     long_functions,
 )
@@ -415,6 +461,27 @@ def test_files_rows_and_folders_out_of_place_are_caught(plant: Plant) -> None:
 def test_private_jax_is_caught_even_in_a_string(plant: Plant) -> None:
     tree = plant({"low.py": "x = 1\nname = 'jax._src.core'"})
     assert private_jax(tree) == ["p.low:2 mentions jax._src"]
+
+
+def test_nnx_is_caught_outside_of_its_room(plant: Plant) -> None:
+    tree = plant(
+        {
+            "nnx/__init__.py": "from p.nnx.face import f",
+            "nnx/face.py": "def f(x, *, graph=None): ...",
+            "low.py": "def g(x, *, graph_updates=None):\n    from p import nnx",
+            "high.py": "from p.nnx.face import f as h",
+        }
+    )
+    assert nnx_outside_its_room(tree) == [
+        "p.high:1 imports p.nnx.face",
+        "p.low:2 imports p.nnx",
+        "p.low:1 takes graph_updates=",
+    ]
+
+
+def test_a_file_hidden_by_a_name_of_its_folder_is_caught(plant: Plant) -> None:
+    tree = plant({"mid/__init__.py": "from p.mid import b as b\nfrom p.mid.b import a"})
+    assert hidden_modules(tree) == ["p.mid:2 a hides the file"]
 
 
 def test_a_file_is_too_long_one_line_beyond_the_limit(plant: Plant) -> None:

@@ -13,6 +13,7 @@ from flax import nnx as flax_nnx
 
 import sortal
 from models import Count, Holder, Linear, Net, portrait, untouched
+from sortal import nnx
 from sortal.errors import ArgumentError, VariableError
 
 
@@ -174,7 +175,7 @@ def test_the_repr_of_a_cycle_ends_and_shows_each_node_once() -> None:
 
 # ---------------------------------------------------------------- data and static
 def test_data_makes_a_number_a_leaf_and_static_makes_it_none() -> None:
-    model = Holder(rate=sortal.data(0.1), shape=sortal.static((2, 3)), plain=0.5)
+    model = Holder(rate=nnx.data(0.1), shape=nnx.static((2, 3)), plain=0.5)
     assert model.rate == 0.1
     assert jax.tree.leaves(model) == [0.1]
     assert sortal.state(model).to_pure_dict() == {"rate": 0.1}
@@ -187,13 +188,13 @@ def test_data_makes_a_number_a_leaf_and_static_makes_it_none() -> None:
 
 def test_data_of_a_module_or_array_is_what_it_would_be_anyway() -> None:
     inner = Linear(1, 1)
-    model = Holder(a=sortal.data(inner), b=sortal.data([Linear(1, 1)]))
+    model = Holder(a=nnx.data(inner), b=nnx.data([Linear(1, 1)]))
     plain = Holder(a=inner, b=[Linear(1, 1)])
     assert sortal.state(model).paths() == sortal.state(plain).paths()
 
 
 def test_a_static_that_cannot_be_hashed_is_refused_by_path() -> None:
-    model = Holder(inner=Holder(s=sortal.static(np.ones(2))))
+    model = Holder(inner=Holder(s=nnx.static(np.ones(2))))
     with pytest.raises(sortal.errors.StructureError, match=r"inner\.s: a ndarray"):
         sortal.state(model)
 
@@ -202,13 +203,13 @@ def test_dataclass_modules_have_fields_of_both_roles() -> None:
     @sortal.dataclass
     class Scale(sortal.Module):
         w: Any
-        factor: float = sortal.data(default=2.0)
-        sizes: tuple[int, ...] = sortal.static(default=(1, 2))
+        factor: float = nnx.data(default=2.0)
+        sizes: tuple[int, ...] = nnx.static(default=(1, 2))
         extra: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @sortal.dataclass(frozen=False)
     class Child(Scale):
-        gain: float = sortal.data(default=3.0)
+        gain: float = nnx.data(default=3.0)
 
     model = Child(sortal.Param(jnp.ones(1)), 4.0)
     assert sortal.state(model).paths() == (("factor",), ("gain",), ("w",))
@@ -221,7 +222,7 @@ def test_dataclass_modules_have_fields_of_both_roles() -> None:
 
 
 def test_roles_of_one_instance_are_not_those_of_another() -> None:
-    first, second = Holder(x=sortal.data(1)), Holder(x=1)
+    first, second = Holder(x=nnx.data(1)), Holder(x=1)
     assert jax.tree.leaves(first) == [1]
     assert jax.tree.leaves(second) == []
 

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx as flax_nnx
 
 import sortal
+from sortal import nnx
 
 STEPS = 12
 PEERS = pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -97,7 +98,7 @@ def test_training_equals_plain_jax_bit_for_bit():
     model = build(sortal, jnp.float32)
     params = {
         path: leaf.value
-        for path, leaf in sortal.to_flat_state(sortal.state(model, sortal.Param))
+        for path, leaf in nnx.to_flat_state(sortal.state(model, sortal.Param))
     }
     stats = {"mean": model.norm.mean.value, "var": model.norm.var.value}
     key = model.dropout.rngs.key.value

@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks.decoders import Contender, Params
 from sortal.demo.llama import Config
-from sortal.nn.rotary import rotary
+from sortal.nn.rope import rotary
 
 
 class Attention(nnx.Module):

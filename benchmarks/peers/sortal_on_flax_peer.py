@@ -36,14 +36,9 @@ def _step(roots: tuple[Any, ...]) -> Callable[[], Any]:
 
 def training(shape: w.Shape) -> dict[str, Callable[[], Any]]:
     """A whole training step; the call returns the loss."""
-    arguments = (*build(shape), *w.batch(shape.width))
-    step = sortal.jit(w.step_with(sortal.value_and_grad))
-    return {LABEL: lambda: step(*arguments).block_until_ready()}
+    return {LABEL: sortal_peer.train(build(shape), shape.width)}
 
 
 def lowering(shape: w.Shape) -> dict[str, Callable[[], Any]]:
     """The same step, written anew, traced and lowered."""
-    arguments = (*build(shape), *w.batch(shape.width))
-    return {
-        LABEL: lambda: sortal.jit(w.step_with(sortal.value_and_grad)).lower(*arguments)
-    }
+    return {LABEL: sortal_peer.lower(build(shape), shape.width)}

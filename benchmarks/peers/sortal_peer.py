@@ -94,16 +94,24 @@ def _step(roots: tuple[Any, ...]) -> Callable[[], Any]:
     return call
 
 
+def train(roots: tuple[Any, ...], width: int) -> Callable[[], Any]:
+    """A call of a whole training step of the roots, which returns the loss."""
+    arguments = (*roots, *w.batch(width))
+    step = sortal.jit(w.step_with(sortal.value_and_grad))
+    return lambda: step(*arguments).block_until_ready()
+
+
+def lower(roots: tuple[Any, ...], width: int) -> Callable[[], Any]:
+    """A call that traces and lowers the same step, written anew."""
+    arguments = (*roots, *w.batch(width))
+    return lambda: sortal.jit(w.step_with(sortal.value_and_grad)).lower(*arguments)
+
+
 def training(shape: w.Shape) -> dict[str, Callable[[], Any]]:
     """A whole training step; the call returns the loss."""
-    arguments = (*build(shape), *w.batch(shape.width))
-    step = sortal.jit(w.step_with(sortal.value_and_grad))
-    return {LABEL: lambda: step(*arguments).block_until_ready()}
+    return {LABEL: train(build(shape), shape.width)}
 
 
 def lowering(shape: w.Shape) -> dict[str, Callable[[], Any]]:
     """The same step, written anew, traced and lowered."""
-    arguments = (*build(shape), *w.batch(shape.width))
-    return {
-        LABEL: lambda: sortal.jit(w.step_with(sortal.value_and_grad)).lower(*arguments)
-    }
+    return {LABEL: lower(build(shape), shape.width)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class Filter:
         Returns:
           True where that follows from the filters alone.
         """
-        if isinstance(other, Any_):
+        if isinstance(other, Any_) and other.filters:
             return all(self.covers(part) for part in other.filters)
         if isinstance(other, All):
             return any(self.covers(part) for part in other.filters)
@@ -497,20 +496,10 @@ def to_filter(literal: Any) -> Filter:
       >>> nnx.to_filter(nnx.Param | nnx.BatchStat)
       Any(Param, BatchStat)
     """
-    if isinstance(literal, (tuple, list)):
-        return Any_(*literal)
-    try:
-        hash(literal)
-    except TypeError:
-        return _read.__wrapped__(type(literal), literal)
-    # The type is part of the key because Python takes True and 1 as equal.
-    return _read(type(literal), literal)
-
-
-@functools.lru_cache(maxsize=4096)
-def _read(kind: type, literal: Any) -> Filter:
     if isinstance(literal, Filter):
         return literal
+    if isinstance(literal, (tuple, list)):
+        return Any_(*literal)
     if literal is Ellipsis or literal is True:
         return Everything()
     if literal is None or literal is False:

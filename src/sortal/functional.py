@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sortal._engine.foreign import same_kind
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, store_all
 from sortal._engine.nodes import LEAF, NODE, STATIC
 from sortal._engine.paths import Path, show
-from sortal._engine.plan import bind
-from sortal._engine.schema import Schema, check_exhaustive, kind_name
+from sortal._engine.plan import bind, build
+from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
 from sortal._engine.walk import Walk
-from sortal.errors import MergeError, StructureError, UpdateError, listing
+from sortal._nnx_names import refuse_unknown
+from sortal.errors import FilterError, MergeError, StructureError, UpdateError, listing
+
+_Getter = Callable[[Sequence[Any]], Sequence[Any]]
 
 
-def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
+def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """A snapshot of the leaves that filters take.
 
     Editing the snapshot never edits the model. Each leaf goes to the first filter that
@@ -31,7 +36,6 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: kinds, tags, ``...``, Filter objects; everything if absent.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       A State, or a tuple with one State for each filter where there are several.
@@ -47,23 +51,28 @@ def state(node: Any, *filters: Any, graph: bool | None = None) -> Any:
       >>> stats.paths()
       (('mean',), ('var',))
     """
-    plan = bind(node)
-    if not filters:
-        return snapshot(plan.graphdef.schema, plan.leaves.snapshot())
-    found, leaves = plan.pick(filters)
-    states = tuple(
-        snapshot(part[0], mine.snapshot())
-        for part, mine in zip(found.parts, leaves, strict=True)
-    )
-    return states[0] if len(states) == 1 else states
+    if _unknown:
+        refuse_unknown("state", _unknown)
+    found, leaves = bind(node).pick(filters or _ALL)
+    states = _snapshots(found, leaves)
+    return states[0] if len(states) == 1 else tuple(states)
 
 
-def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
+_ALL = (...,)
+
+
+def _snapshots(found: Selection, leaves: list[Leaves]) -> list[State]:
+    return [
+        snapshot(schema, mine.snapshot())
+        for (schema, _), mine in zip(found.parts, leaves, strict=True)
+    ]
+
+
+def graphdef(node: Any, /, **_unknown: Never) -> GraphDef:
     """The description of everything but the values.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The GraphDef; one and the same object for equal structures.
@@ -76,16 +85,17 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
       >>> nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       GraphDef(Linear: 1 nodes, 2 leaves, 0 aliases)
     """
+    if _unknown:
+        refuse_unknown("graphdef", _unknown)
     return bind(node).graphdef
 
 
-def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...]:
+def split(node: Any, *filters: Any, **_unknown: Never) -> tuple[Any, ...]:
     """Divides a model into its GraphDef and one State for each filter.
 
     Args:
       node: a Module, or a container of Modules, Variables and arrays.
       *filters: together they must take every leaf; everything if absent.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       ``(graphdef, state, ...)``.
@@ -101,29 +111,33 @@ def split(node: Any, *filters: Any, graph: bool | None = None) -> tuple[Any, ...
       >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
       >>> copy = nnx.merge(graphdef, params, rest)
     """
+    if _unknown:
+        refuse_unknown("split", _unknown)
     plan = bind(node)
-    if not filters:
-        return plan.graphdef, snapshot(plan.graphdef.schema, plan.leaves.snapshot())
-    found, leaves = plan.pick(filters)
+    found, leaves = plan.pick(filters or _ALL)
     check_exhaustive(plan.graphdef.schema, filters, found.rest)
-    states = [
-        snapshot(part[0], mine.snapshot())
-        for part, mine in zip(found.parts, leaves, strict=True)
-    ]
-    return (plan.graphdef, *states)
+    return (plan.graphdef, *_snapshots(found, leaves))
 
 
 class _Match(NamedTuple):
-    """Where each leaf of a schema is found in the given states put end to end."""
+    """Which leaves of a schema are in some states put end to end, and where."""
 
-    places: list[int]
-    metadata: list[Metadata]
-    missing: list[int]
     found: list[int]
+    missing: list[int]
+    live: _Getter  # takes the leaves that were found from all of the schema's
+    given: _Getter  # takes their new values, in the same order, from the states' values
+    metadata: list[Metadata]
     problems: list[str]
 
 
-def _match(schema: Schema, given: tuple[Schema, ...]) -> _Match:
+def _match(graphdef: GraphDef, given: list[State]) -> _Match:
+    schemas = tuple(state.schema for state in given)
+    return graphdef.memo(
+        ("match", schemas), lambda: _match_schemas(graphdef.schema, schemas)
+    )
+
+
+def _match_schemas(schema: Schema, given: tuple[Schema, ...]) -> _Match:
     places = [-1] * len(schema)
     metadata = list(schema.metadata)
     problems = []
@@ -148,7 +162,19 @@ def _match(schema: Schema, given: tuple[Schema, ...]) -> _Match:
         offset += len(part)
     missing = [i for i, place in enumerate(places) if place == -1]
     found = [i for i, place in enumerate(places) if place != -1]
-    return _Match(places, metadata, missing, found, problems)
+    live, new = _getter(found), _getter([places[i] for i in found])
+    return _Match(found, missing, live, new, metadata, problems)
+
+
+def _getter(indices: list[int]) -> _Getter:
+    if len(indices) < 2:
+        return lambda items: [items[i] for i in indices]
+    return itemgetter(*indices)
+
+
+def _values(given: list[State], match: _Match) -> list[Any]:
+    values = [value for state in given for value in state.values_list()]
+    return own(list(match.given(values)))
 
 
 def merge(
@@ -157,7 +183,7 @@ def merge(
     /,
     *states: Any,
     missing: Any = None,
-    copy: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """Builds a new model from a GraphDef and States that hold each leaf once.
 
@@ -167,7 +193,6 @@ def merge(
       *states: more of them.
       missing: where leaves that no state holds come from: a State, or a function of
         (path, kind) that returns a value. Without it a missing leaf is an error.
-      copy: taken for NNX code and of no effect: the model's Variables are always new.
 
     Returns:
       The new model.
@@ -182,21 +207,19 @@ def merge(
       >>> nnx.merge(*nnx.split(model)).kernel
       Param(float32[2,3])
     """
-    del copy
+    if _unknown:
+        refuse_unknown("merge", _unknown)
     given = [as_state(s) for s in (state, *states)]
-    schemas = tuple(s.schema for s in given)
-    schema = graphdef.schema
-    match = graphdef.memo(("merge", schemas), lambda: _match(schema, schemas))
+    schema, match = graphdef.schema, _match(graphdef, given)
     filled: dict[int, Any] = {}
     if match.missing and missing is not None:
         filled = _fill_missing(schema, match.missing, missing)
     _check_merge(schema, match, filled)
-    values = [v for s in given for v in s.values_list()]
-    ordered = [
-        values[place] if place >= 0 else filled[i]
-        for i, place in enumerate(match.places)
-    ]
-    return graphdef.build(graphdef.build_leaves(own(ordered), match.metadata))[0]
+    values = _values(given, match)
+    if filled:
+        filled.update(zip(match.found, values, strict=True))
+        values = own([filled[i] for i in range(len(schema))])
+    return build(graphdef, values, match.metadata)
 
 
 def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:
@@ -244,22 +267,17 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
       >>> nnx.update(model, doubled)
     """
     plan = bind(node)
-    schema = plan.graphdef.schema
     given = [as_state(s) for s in states]
-    schemas = tuple(s.schema for s in given)
-    match = plan.graphdef.memo(("update", schemas), lambda: _match(schema, schemas))
-    values = [v for s in given for v in s.values_list()]
-    leaves = Leaves(plan.leaves[i] for i in match.found)
-    new = own([values[match.places[i]] for i in match.found])
-    problems = list(match.problems)
-    if strict:
-        problems += _misfits(schema, match.found, leaves, new)
-    if leaves.slotted:
-        problems += [
-            f"cannot be written: {schema.describe(i)} is in a tuple or other value"
-            for i, leaf in zip(match.found, leaves, strict=True)
-            if type(leaf) is Slot and not leaf.writable
-        ]
+    schema, match = plan.graphdef.schema, _match(plan.graphdef, given)
+    leaves, new = plan.part(match.live), _values(given, match)
+    problems, olds = list(match.problems), leaves.values()
+    if leaves.slotted or (strict and not all(map(_fits, olds, new))):
+        rows = zip(match.found, leaves, olds, new, strict=True)
+        found = (
+            _misfit(schema.describe(i), leaf, old, x, strict)
+            for i, leaf, old, x in rows
+        )
+        problems += filter(None, found)
     if problems:
         raise UpdateError(
             f"the model was left as it was, because {len(problems)} of the given "
@@ -270,23 +288,6 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     store_all([leaves], new)
 
 
-def _misfits(
-    schema: Schema, at: list[int], leaves: Leaves, new: list[Any]
-) -> list[str]:
-    olds = leaves.values()
-    if all(map(_fits, olds, new)):
-        return []
-    rows = []
-    for i, old, value in zip(at, olds, new, strict=True):
-        what = _misfit(old, value)
-        if what:
-            rows.append(
-                f"wrong {what}: {schema.describe(i)} is {_shown(old)}, "
-                f"found {_shown(value)}"
-            )
-    return rows
-
-
 def _fits(old: Any, new: Any) -> bool:
     try:
         return new.shape == old.shape and new.dtype == old.dtype
@@ -294,25 +295,33 @@ def _fits(old: Any, new: Any) -> bool:
         return False  # values that are no arrays are compared by their leaves
 
 
-def _misfit(old: Any, new: Any) -> str:
-    if _fits(old, new):
-        return ""
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        return "structure"
-    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        if jnp.shape(a) != jnp.shape(b):
-            return "shape"
-        if _dtype(a) != _dtype(b):
-            return "dtype"
+def _misfit(where: str, leaf: Any, old: Any, new: Any, strict: bool) -> str:
+    """Why a value cannot take the place of another; empty where it can."""
+    both = f"{where} is {describe(old)}, found {describe(new)}"
+    if type(leaf) is Slot:
+        if not leaf.writable:
+            return f"cannot be written: {where} is in a tuple or other value"
+        if not isinstance(new, _ARRAYS) and type(new) is not type(old):
+            return f"no array: {both}, which would be static; write jnp.asarray(...)"
+    if strict and not _fits(old, new):
+        names = ("structure", "shape", "dtype")
+        for name, a, b in zip(names, _form(old), _form(new), strict=True):
+            if a != b:
+                return f"wrong {name}: {both}"
     return ""
 
 
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+def _form(value: Any) -> tuple[Any, list[Any], list[Any]]:
+    leaves, structure = jax.tree.flatten(value)
+    return structure, list(map(np.shape, leaves)), list(map(_dtype, leaves))
+
+
 def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-
-
-def _shown(value: Any) -> str:
-    return describe(jax.tree.map(lambda x: x, value))
+    number = isinstance(x, bool | int | float | complex)
+    return jnp.result_type(x) if number else getattr(x, "dtype", type(x))
 
 
 def pop(node: Any, *filters: Any) -> Any:
@@ -341,31 +350,31 @@ def pop(node: Any, *filters: Any) -> Any:
       (('y',),)
     """
     if not filters:
-        raise StructureError("pop needs a filter that says which leaves to remove.")
+        raise FilterError("pop needs a filter that says which leaves to remove.")
     taken = state(node, *filters)
     states = [taken] if len(filters) == 1 else taken
-    gone = {p for s in states for p in s.paths()}
+    gone = {path for s in states for path in s.paths()}
     walk = Walk(node)
     schema = walk.graphdef.schema
-    removals, stuck = [], []
-    for n, record in enumerate(walk.graphdef.records):
-        for entry in record.entries:
-            if entry.what == LEAF and schema.paths[entry.ref] in gone:
-                if record.handler.can_remove(entry.key):
-                    removals.append((record.handler, walk.nodes[n], entry.key))
-                else:
-                    stuck.append(
-                        f"{schema.describe(entry.ref)}, in a {record.cls.__name__}"
-                    )
+    places = [
+        (record, holder, entry)
+        for record, holder in zip(walk.graphdef.records, walk.nodes, strict=True)
+        for entry in record.entries
+        if entry.what == LEAF and schema.paths[entry.ref] in gone
+    ]
+    stuck = [
+        f"{schema.describe(entry.ref)}, in a {record.cls.__name__}"
+        for record, _, entry in places
+        if not record.handler.can_remove(entry.key)
+    ]
     if stuck:
         raise StructureError(
             "pop cannot take leaves out of lists and tuples, because the indices of "
             f"others would move; found:\n{listing(stuck)}\nNothing was removed."
         )
-    leaves = zip(walk.leaves, schema.paths, strict=True)
-    check_writable(x for x, path in leaves if path in gone)
-    for handler, holder, key in removals:
-        handler.remove(holder, key)
+    check_writable(walk.leaves[entry.ref] for _, _, entry in places)
+    for record, holder, entry in places:
+        record.handler.remove(holder, entry.key)
     return taken
 
 
@@ -374,7 +383,7 @@ def clone(
     variables: bool = True,
     *,
     arrays: bool = False,
-    graph: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """A new model of the same structure and values.
 
@@ -383,7 +392,6 @@ def clone(
       variables: whether it has Variables of its own; False shares the old model's.
       arrays: True also copies the arrays, so that donating one model's buffers leaves
         the other's alive.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The new model.
@@ -394,20 +402,23 @@ def clone(
       >>> nnx.clone(model).kernel is model.kernel
       False
     """
+    if _unknown:
+        refuse_unknown("clone", _unknown)
+    plan = bind(node)
     if not variables:
-        plan = bind(node)
         return plan.graphdef.build(plan.view())[0]
-    definition, leaves = split(node)
-    return merge(definition, jax.tree.map(jnp.copy, leaves) if arrays else leaves)
+    values = plan.leaves.snapshot()
+    if arrays:
+        values = jax.tree.map(jnp.copy, values)
+    return plan.graphdef.build(plan.graphdef.build_leaves(values))[0]
 
 
-def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
+def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """The live Variables themselves, by path: writing to one writes to the model.
 
     Args:
       node: a Module, or a container of Modules and Variables.
       *filters: as for ``state``.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       A State of the live Variables, or a tuple with one for each filter.
@@ -418,30 +429,21 @@ def variables(node: Any, *filters: Any, graph: bool | None = None) -> Any:
       >>> nnx.variables(model, nnx.Param)["kernel"] is model.kernel
       True
     """
-    plan = bind(node)
-    literals = filters or (...,)
-    found, leaves = plan.pick(literals)
-    states = tuple(
-        State.from_flat_path(
-            zip(
-                schema.paths,
-                map(held, mine),
-                strict=True,
-            )
-        )
+    if _unknown:
+        refuse_unknown("variables", _unknown)
+    found, leaves = bind(node).pick(filters or _ALL)
+    states = [
+        State.from_flat_path(zip(schema.paths, map(held, mine), strict=True))
         for (schema, _), mine in zip(found.parts, leaves, strict=True)
-    )
-    return states[0] if len(states) == 1 else states
+    ]
+    return states[0] if len(states) == 1 else tuple(states)
 
 
-def iter_graph(
-    node: Any, /, *, graph: bool | None = None
-) -> Iterator[tuple[Path, Any]]:
+def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
     """Every node and leaf once with its first path, children before their holder.
 
     Args:
       node: any root.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and object; static values are left out.
@@ -451,6 +453,8 @@ def iter_graph(
       >>> [p for p, _ in nnx.iter_graph(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))]
       [('bias',), ('kernel',), ()]
     """
+    if _unknown:
+        refuse_unknown("iter_graph", _unknown)
     walk = Walk(node)
     seen: set[tuple[int, int]] = set()
     # A stack of (entry, path, whether its children were met), so that no depth is too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, dataclass_transform
+from typing import Any, Never, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
 from sortal._engine.nodes import Node, get_dict, leaf_types
 from sortal._engine.paths import Path, PathKey
-from sortal._engine.plan import plan_of
+from sortal._engine.plan import build, plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StructureError, VariableError, listing
 from sortal.filters import to_filter
 from sortal.functional import iter_nodes
@@ -92,7 +93,7 @@ def _is_node(x: Any) -> bool:
 
 
 def _unflatten(graphdef: GraphDef, values: Any) -> Any:
-    return graphdef.build(graphdef.build_leaves(tuple(values)))[0]
+    return build(graphdef, tuple(values))
 
 
 class Module(Pytree):
@@ -266,14 +267,11 @@ def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> 
         )
 
 
-def iter_modules(
-    node: Any, /, *, graph: bool | None = None
-) -> Iterator[tuple[Path, Module]]:
+def iter_modules(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Module]]:
     """Every Module once with its first path, children before their holder.
 
     Args:
       node: a Module or a container of modules.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of path and Module.
@@ -284,17 +282,16 @@ def iter_modules(
       >>> [path for path, _ in nnx.iter_modules(model)]
       [('layers', 0), ()]
     """
+    if _unknown:
+        refuse_unknown("iter_modules", _unknown)
     return iter_nodes(node, lambda x: isinstance(x, Module))
 
 
-def iter_children(
-    node: Module, /, *, graph: bool | None = None
-) -> Iterator[tuple[str, Module]]:
+def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Module]]:
     """The modules that are attributes of a module, sorted by name.
 
     Args:
       node: a Module.
-      graph: taken for NNX code, of no effect.
 
     Yields:
       Pairs of attribute name and Module.
@@ -308,6 +305,8 @@ def iter_children(
       >>> [name for name, _ in nnx.iter_children(Pair(nnx.Rngs(0)))]
       ['a', 'b']
     """
+    if _unknown:
+        refuse_unknown("iter_children", _unknown)
     attributes = sorted(get_dict(node).items())
     return ((name, x) for name, x in attributes if isinstance(x, Module))
 
@@ -324,7 +323,7 @@ def dataclass(module: type | None = None, /, **options: Any) -> Any:
       The class.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> @nnx.dataclass
       ... class Scale(nnx.Module):
       ...     factor: float = nnx.data(default=2.0)

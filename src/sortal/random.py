@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self, TypeGuard
+from typing import Any, Never, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from sortal._engine.foreign import is_kind, meet_imported
 from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import RngCount, RngKey, describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import RngAttributeError, RngError, UnsupportedError
 from sortal.filters import to_filter
 from sortal.functional import iter_nodes
@@ -317,8 +318,7 @@ def split_rngs(
     splits: Split,
     only: Any = ...,
     squeeze: bool = False,
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """Turns the keys of a model's streams, in place, into arrays of keys.
 
@@ -328,8 +328,6 @@ def split_rngs(
       splits: the number or shape of keys.
       only: which streams, as a filter over their Variables; a name is a tag.
       squeeze: keep no axis; for ``splits=1``.
-      graph: taken for NNX code, of no effect.
-      graph_updates: likewise.
 
     Returns:
       An RngBackups, usable with ``with`` or ``restore_rngs``; or the decorator.
@@ -346,6 +344,7 @@ def split_rngs(
       >>> rngs.default.key.shape
       ()
     """
+    refuse_unknown("split_rngs", _unknown)
     if squeeze and splits != 1:
         raise RngError(f"squeeze=True is for splits=1; found splits={splits!r}.")
     if node is _NO_NODE:
@@ -376,16 +375,13 @@ def fork_rngs(
     /,
     *,
     split: Any = None,
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> RngBackups:
     """Gives a model's streams new keys in place, each derived from the old one.
 
     Args:
       node: a Module, Rngs or container.
       split: None, a number or shape of keys, or a mapping from filters to these.
-      graph: taken for NNX code, of no effect.
-      graph_updates: likewise.
 
     Returns:
       An RngBackups, usable with ``with`` or ``restore_rngs``.
@@ -396,6 +392,7 @@ def fork_rngs(
       >>> with nnx.fork_rngs(rngs):
       ...     key = rngs()
     """
+    refuse_unknown("fork_rngs", _unknown)
     splits = split if isinstance(split, Mapping) else {...: split}
     backups = []
     for only, k in splits.items():
@@ -435,7 +432,6 @@ def reseed(
     policy: str | Callable[[Path, jax.Array, tuple[int, ...]], jax.Array] = (
         "scalars_only"
     ),
-    graph: bool | None = None,
     **stream_keys: Any,
 ) -> None:
     """Gives a model's streams, by name, new keys and counts of zero, in place.
@@ -445,7 +441,6 @@ def reseed(
       policy: what to do with streams that hold several keys: ``"scalars_only"`` is an
         error, ``"match_shape"`` splits the new key; or a function of (path, key,
         shape) that returns the keys.
-      graph: taken for NNX code, of no effect.
       **stream_keys: seeds or keys by stream name.
 
     Raises:

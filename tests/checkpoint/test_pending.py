@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,23 @@ def test_a_restore_and_the_next_save_wait_for_it(tmp_path):
     for step in range(3):
         nnx.save(tmp_path, nnx.Rngs(step), step=step, wait=False)
     assert nnx.restore(tmp_path, nnx.Rngs(0)).step == 2
+
+
+def test_a_save_that_is_about_to_begin_can_be_waited_for(tmp_path, monkeypatch):
+    """Another thread asks for it before its own thread runs."""
+    begin, asked = threading.Thread.start, []
+    pool = ThreadPoolExecutor(1)
+
+    def late(thread):
+        if thread.name == "sortal save":
+            asked.append(pool.submit(pending.settle, tmp_path))
+            wait(asked, timeout=0.2)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    nnx.save(tmp_path, nnx.Rngs(0), step=0, wait=False).wait()
+    assert asked[0].result(60) is None
+    pool.shutdown()
 
 
 def fail(where) -> pending.Saving:

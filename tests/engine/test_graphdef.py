@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
+from sortal import nnx
 from sortal._engine.difference import ABSENT
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
@@ -138,8 +139,8 @@ def test_a_graphdef_that_nobody_holds_is_freed():
         (Box(w=[Param(1)]), Box(w=(Param(1),))),
         (Box(w={"a": 1, "b": 2}), Box(w={"b": 2, "a": 1})),
         (Box(w=Pair(Param(1))), Box(w=(Param(1), None))),
-        (Box(n=sortal.data(1)), Box(n=1)),
-        (Box(n=sortal.static("a")), Box(n="a")),
+        (Box(n=nnx.data(1)), Box(n=1)),
+        (Box(n=nnx.static("a")), Box(n="a")),
     ],
 )
 def test_structures_that_a_trace_could_tell_apart_are_two(a, b):

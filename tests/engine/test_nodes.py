@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 
 import sortal
+from sortal import nnx
 from sortal._engine import nodes
 from sortal._engine.nodes import (
     LEAF,
@@ -169,8 +170,8 @@ def test_special_dicts_and_lists_keep_their_types():
     default = through(collections.defaultdict(list, a=[Param(1)]))
     assert type(default) is collections.defaultdict
     assert default.default_factory is list
-    assert type(through(sortal.List([Param(1)]))) is sortal.List
-    assert type(through(sortal.Dict(a=Param(1)))) is sortal.Dict
+    assert type(through(nnx.List([Param(1)]))) is nnx.List
+    assert type(through(nnx.Dict(a=Param(1)))) is nnx.Dict
     assert through(collections.Counter("aab")) == collections.Counter("aab")
 
 
@@ -361,7 +362,7 @@ def test_deleting_an_attribute_that_is_not_there_is_pythons_own_error():
     [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
 )
 def test_copies_and_pickles_have_the_structure_and_plans_of_their_own(duplicate):
-    model = Box(w=Param(jnp.ones(2), tag="a"), layers=[Box(n=1)], rate=sortal.data(0.5))
+    model = Box(w=Param(jnp.ones(2), tag="a"), layers=[Box(n=1)], rate=nnx.data(0.5))
     before = sortal.graphdef(model)
     other = duplicate(model)
     assert sortal.graphdef(other) is before
@@ -457,7 +458,7 @@ def test_setting_attributes_runs_properties_and_descriptors():
 
 # ------------------------------------------------------------ data and static
 def test_marked_data_is_a_leaf_and_marked_statics_are_none():
-    model = Box(rate=sortal.data(0.5), size=sortal.static((2, 3)), n=1)
+    model = Box(rate=nnx.data(0.5), size=nnx.static((2, 3)), n=1)
     assert (model.rate, model.size) == (0.5, (2, 3))
     assert sortal.state(model).to_pure_dict() == {"rate": 0.5}
     model.rate = 0.25
@@ -468,21 +469,21 @@ def test_marked_data_is_a_leaf_and_marked_statics_are_none():
 def test_marked_containers_are_what_they_would_be_without():
     """NNX code marks lists of layers; plain lists need no mark here."""
     plain = Box(layers=[Param(1)], table={"a": Param(2)})
-    marked = Box(layers=sortal.data([Param(1)]), table=sortal.data({"a": Param(2)}))
+    marked = Box(layers=nnx.data([Param(1)]), table=nnx.data({"a": Param(2)}))
     assert sortal.state(marked) == sortal.state(plain)
 
 
 def test_a_mark_may_be_changed():
-    model = Box(n=sortal.data(1))
+    model = Box(n=nnx.data(1))
     assert len(sortal.state(model)) == 1
-    model.n = sortal.static(1)
+    model.n = nnx.static(1)
     assert len(sortal.state(model)) == 0
-    model.n = sortal.data(2)
+    model.n = nnx.data(2)
     assert sortal.state(model).to_pure_dict() == {"n": 2}
 
 
 def test_a_mark_ends_with_the_attribute():
-    model = Box(n=sortal.data(1))
+    model = Box(n=nnx.data(1))
     del model.n
     model.n = 1
     assert sortal.graphdef(model) is sortal.graphdef(Box(n=1))
@@ -490,17 +491,17 @@ def test_a_mark_ends_with_the_attribute():
 
 def test_a_static_array_is_refused_because_it_cannot_be_compared():
     with pytest.raises(StructureError, match=r"table: a .*ndarray"):
-        sortal.state(Box(table=sortal.static(np.ones(2))))
+        sortal.state(Box(table=nnx.static(np.ones(2))))
 
 
 def test_fields_of_dataclass_modules_are_marked_in_the_class():
     @sortal.dataclass
     class Schedule(sortal.Module):
         name: str
-        rate: float = sortal.data(default=0.1)
-        sizes: tuple = sortal.static(default=(1, 2))
-        steps: list = sortal.data(default_factory=list)
-        note: str = sortal.static(default="n", metadata={"doc": "a note"})
+        rate: float = nnx.data(default=0.1)
+        sizes: tuple = nnx.static(default=(1, 2))
+        steps: list = nnx.data(default_factory=list)
+        note: str = nnx.static(default="n", metadata={"doc": "a note"})
 
     made = Schedule("a")
     assert sortal.state(made).to_pure_dict() == {"rate": 0.1}
@@ -549,7 +550,7 @@ def test_state_hidden_in_a_callable_object_is_refused_too():
 def test_a_mark_set_or_ended_inside_a_trace_is_there_afterwards():
     @sortal.jit
     def mark(model):
-        model.rate = sortal.data(0.25)
+        model.rate = nnx.data(0.25)
 
     model = Box(w=Param(jnp.ones(1)))
     mark(model)
@@ -568,10 +569,10 @@ def test_a_mark_set_or_ended_inside_a_trace_is_there_afterwards():
 def test_a_mark_over_that_of_a_field_ends_with_the_attribute():
     @sortal.dataclass
     class Schedule(sortal.Module):
-        rate: float = sortal.data(default=0.1)
+        rate: float = nnx.data(default=0.1)
 
     model = Schedule()
-    model.rate = sortal.static(0.2)
+    model.rate = nnx.static(0.2)
     assert len(sortal.state(model)) == 0
     del model.rate
     model.rate = 0.3
@@ -582,7 +583,7 @@ def test_a_mark_over_that_of_a_field_ends_with_the_attribute():
     "value", [(0.1, 0.2), [0.1, 0.2], {"a": 0.1, "b": (0.2,)}], ids=repr
 )
 def test_numbers_in_a_marked_container_are_leaves(value):
-    model = Box(rates=sortal.data(value), w=Param(jnp.ones(1)))
+    model = Box(rates=nnx.data(value), w=Param(jnp.ones(1)))
     assert jax.tree.leaves(model)[:2] == [0.1, 0.2]
     assert jax.tree.leaves(sortal.clone(model).rates) == [0.1, 0.2]
     traces = []
@@ -599,7 +600,7 @@ def test_numbers_in_a_marked_container_are_leaves(value):
 
 
 def test_numbers_in_a_marked_list_are_written_by_a_transform():
-    model = Box(rates=sortal.data([0.1, 0.2]), names=sortal.data(["a", None]))
+    model = Box(rates=nnx.data([0.1, 0.2]), names=nnx.data(["a", None]))
 
     @sortal.jit
     def double(m):

@@ -6,7 +6,6 @@ import fnmatch
 import pickle
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
@@ -164,17 +163,10 @@ def test_a_path_entry_read_as_one_level_says_what_to_write() -> None:
         with pytest.raises(
             EntryError,
             match=rf"entry.{name} of a JAX key path is one level's, but "
-            r"\['layers'\]\[0\] is one entry for the whole path of a leaf. Write "
-            r"entry.path, which is "
-            r"\('layers', 0\); or nnx.map_state\(",
+            r"\['layers'\]\[0\] is one entry for the whole path of a leaf in a Module. "
+            r"Write entry.path, which is \('layers', 0\); or map over nnx.state\(",
         ):
             getattr(paths.PathKey(("layers", 0)), name)
     assert not hasattr(paths.PathKey(("layers", 0)), "key")
     with pytest.raises(AttributeError):
         paths.PathKey(("layers", 0)).other  # noqa: B018
-
-
-def test_a_path_of_one_level_is_an_entry_of_jax() -> None:
-    one, two = paths.entries([("kernel",), ("layers", 0)])
-    assert one == jax.tree_util.DictKey("kernel")
-    assert two == paths.PathKey(("layers", 0))

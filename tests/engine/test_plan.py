@@ -19,6 +19,7 @@ from flax import nnx as flax_nnx
 
 import sortal
 from models import Count, Holder, Linear, Net, objects, portrait
+from sortal import nnx
 from sortal._engine import plan as graph
 from sortal._engine import walk
 from sortal.errors import StructureError
@@ -81,7 +82,7 @@ EDITS = {
     "metadata deep": lambda m: m.deep.list[0][0]["k"].set_metadata(tag="t"),
     "a Variable shared": lambda m: setattr(m.layer, "bias", m.box.inner),
     "a raw array gone": lambda m: setattr(m, "raw", 3),
-    "data marked": lambda m: setattr(m, "rate", sortal.data(0.1)),
+    "data marked": lambda m: setattr(m, "rate", nnx.data(0.1)),
     "sow": lambda m: m.deep.__class__ and sortal.Module.sow(
         m.layer, sortal.Intermediate, "y", jnp.ones(1)
     ),
@@ -530,7 +531,7 @@ def variety(nnx: Any) -> Any:
 
 def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
     theirs = flax_nnx.to_flat_state(flax_nnx.state(variety(flax_nnx)))
-    ours = sortal.to_flat_state(sortal.state(variety(sortal)))
+    ours = nnx.to_flat_state(sortal.state(variety(nnx)))
     assert [p for p, _ in ours] == [p for p, _ in theirs]
     assert [type(v).__name__ for _, v in ours if isinstance(v, sortal.Variable)] == [
         type(v).__name__ for _, v in theirs if isinstance(v, flax_nnx.Variable)
@@ -547,7 +548,7 @@ def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
 def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:
     """``[nnx.data(x)]`` would else hide the value in the structure."""
     model = sortal.Module()
-    model.rates = [sortal.data(0.1)]
+    model.rates = [nnx.data(0.1)]
     with pytest.raises(StructureError, match=r"rates\.0: a value marked data inside"):
         sortal.state(model)
 

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint
 import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from orbax.checkpoint import v1
 
 import sortal
 from sortal._engine.paths import order, show
@@ -92,6 +95,16 @@ def test_to_and_from_flat_state_is_a_round_trip(state):
     assert as_state(flat) == state
     assert flat.paths == state.paths()
     assert list(dict(flat)) == list(state.paths())
+
+
+def test_a_mapping_may_have_any_attributes():
+    """A table of a database, for one, has a schema."""
+
+    class Table(dict):
+        schema = "users"
+
+    assert State({"a": Table(b=1)}).paths() == (("a", "b"),)
+    assert State(Table(b=1)).paths() == (("b",),)
 
 
 def test_what_is_no_state_is_refused_by_its_type():
@@ -377,15 +390,107 @@ def test_paths_order_and_values_are_those_of_flax():
     assert list(ours["layers"]) == list(theirs["layers"])
 
 
-def test_key_paths_print_as_those_of_flax():
-    def printed(state: Any) -> list[str]:
-        pairs = jax.tree_util.tree_flatten_with_path(state)[0]
-        return [jax.tree_util.keystr(path) for path, _ in pairs]
+def is_variable(x: Any) -> bool:
+    return isinstance(x, (sortal.Variable, nnx.Variable))
 
-    ours, theirs = printed(sortal.state(OurNet())), printed(nnx.state(FlaxNet()))
-    assert ours[0] == "['kernel'].value"
-    assert "['layers'][0]['w'].value" in ours
-    assert ours == theirs
+
+@pytest.mark.parametrize("is_leaf", [None, is_variable])
+def test_key_paths_are_those_of_flax(is_leaf):
+    """Orbax, optax's masks and users' maps read them."""
+    ours, theirs = (
+        jax.tree_util.tree_flatten_with_path(state, is_leaf=is_leaf)[0]
+        for state in (sortal.state(OurNet()), nnx.state(FlaxNet()))
+    )
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    assert jax.tree_util.keystr(ours[2][0][:3]) == "['layers'][0]['w']"
+
+
+def decays(path: Any, x: Any) -> bool:
+    return path[-2].key == "w"
+
+
+def group(path: Any, x: Any) -> str:
+    return "moves" if path[0].key == "layers" and path[1].key > 4 else "stays"
+
+
+def stepped(tx: optax.GradientTransformation, params: Any) -> list[Any]:
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert type(new) is type(params)
+    return jax.tree.leaves(new)
+
+
+def in_form(form: str, choose: Any, params: Any) -> Any:
+    """A mask or labels as a function, or as a State made beforehand."""
+    if form == "function":
+        return lambda tree: jax.tree_util.tree_map_with_path(choose, tree)
+    if form == "of Variables":
+        return jax.tree_util.tree_map_with_path(choose, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: choose((*path, None), x), params, is_leaf=is_variable
+    )
+
+
+@pytest.mark.parametrize("form", ["function", "of Variables", "of bare values"])
+def test_masks_and_labels_of_optax_do_what_they_do_with_flax(form):
+    found = []
+    for params in (sortal.state(OurNet()), nnx.state(FlaxNet())):
+        mask, labels = in_form(form, decays, params), in_form(form, group, params)
+        groups = {"moves": optax.sgd(1.0), "stays": optax.set_to_zero()}
+        found.append(
+            stepped(optax.masked(optax.sgd(1.0), mask), params)
+            + stepped(optax.adamw(0.5, weight_decay=0.5, mask=mask), params)
+            + stepped(optax.multi_transform(groups, labels), params)
+        )
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_orbax_saves_a_state_and_restores_it_into_one(tmp_path):
+    state = sortal.state(OurNet())
+    empty = jax.tree.map(jnp.zeros_like, state)
+    assert empty != state
+    with orbax.checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "old", state)
+        saver.wait_until_finished()
+        found = saver.restore(tmp_path / "old", empty)
+        theirs = saver.restore(tmp_path / "old", nnx.state(FlaxNet()))
+    assert type(found) is State
+    assert found == state
+    same = zip(jax.tree.leaves(theirs), jax.tree.leaves(state), strict=True)
+    assert all((a == b).all() for a, b in same)
+    v1.save(tmp_path / "new", state)
+    assert v1.load(tmp_path / "new", empty) == state
+
+
+def test_a_mask_may_answer_for_a_whole_part_as_with_flax():
+    """A leaf in the place of a part is a prefix of it, for JAX and for optax."""
+    for params, made in (
+        (sortal.state(OurNet()), State),
+        (nnx.state(FlaxNet()), nnx.State),
+    ):
+        mask = made({"kernel": False, "layers": True})
+        counted = jax.tree.map(
+            lambda m, part: m * len(jax.tree.leaves(part)), mask, params
+        )
+        assert dict(counted) == {"kernel": 0, "layers": 22}
+
+
+def test_a_map_that_puts_a_leaf_in_the_place_of_a_part_gives_a_smaller_state():
+    state = small()
+    cut = jax.tree.map(lambda x: 0, state, is_leaf=lambda x: isinstance(x, dict))
+    assert cut.paths() == (("layers",), ("table",))
+
+
+def test_keys_that_python_cannot_sort_keep_the_order_of_paths():
+    leaves = {(key,): i for i, key in enumerate((2, 10, "10", "a", (0, "x"), (0, 1)))}
+    state = State.from_flat_path({("t", *p): x for p, x in leaves.items()} | leaves)
+    assert state.values_list() == [0, 1, 2, 3, *range(6), 4, 5]
+    assert jax.tree.leaves(state) == state.values_list()
+    keys = [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    assert keys == [p[-1] for p in state.paths()]
+    assert jax.tree.map(lambda x: x + 1, state).values_list()[4:6] == [1, 2]
 
 
 # --------------------------------------------------------------------- algebra
@@ -408,6 +513,43 @@ def test_union_takes_the_later_and_difference_removes_paths(a, b):
         assert (x - y) | y == x | y
     assert x | State() == x
     assert State() | x == x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: a | State({"other": 1}),
+        lambda a: State() | a,
+        lambda a: a - State(),
+        lambda a: State.merge(a),
+        lambda a: State.merge({"table": 1}, a),
+        lambda a: a.map(lambda path, leaf: leaf),
+        lambda a: State({"q": a})["q"],
+        lambda a: State({"q": a["layers"]}).q.__class__({"layers": a["layers"]}),
+        lambda a: State(a),
+        lambda a: a.filter(...),
+        lambda a: a.split(...),
+        lambda a: copy.copy(a),
+    ],
+)
+def test_what_is_made_of_a_state_has_variables_of_its_own(make):
+    state = small()
+    state.layers[0].bias.value = np.zeros(2)
+    before, held = copy.deepcopy(state), state.leaves()
+    made = make(state)
+    made["layers"][0]["kernel"][...] = 5
+    made["layers"][0]["bias"].value[0] = 5
+    made["layers"][1]["mean"].set_metadata(tag="other")
+    assert state == before
+    assert all(a is b for a, b in zip(state.leaves(), held, strict=True))
+
+
+def test_a_state_put_into_another_is_copied_and_a_variable_is_kept():
+    state, other, variable = small(), State(), Param(jnp.ones(1))
+    other["part"], other["leaf"] = state["layers"], variable
+    other.part[0].kernel[...] = 5
+    assert state == small()
+    assert other["leaf"] is variable
 
 
 def test_algebra_with_what_is_no_state_is_refused():
@@ -590,9 +732,6 @@ def test_key_paths_print_as_subscripts(state):
 
 @given(states(variables()))
 def test_a_map_over_whole_variables_works_as_nnx_code_has_it(state):
-    def is_variable(x: Any) -> bool:
-        return isinstance(x, sortal.Variable)
-
     seen = []
     bare = jax.tree.map(
         lambda v: (seen.append(v), v.value)[1], state, is_leaf=is_variable
@@ -659,15 +798,22 @@ def test_views_go_through_jax_as_states_of_their_own():
 
 
 @given(states())
-def test_a_flat_state_is_a_pytree_with_the_same_key_paths(state):
+def test_a_flat_state_is_a_pytree_of_its_leaves(state):
     flat = state.flat_state()
     leaves, treedef = jax.tree.flatten(flat)
     assert State.from_flat_path(treedef.unflatten(leaves)) == state
-    first = jax.tree_util.tree_flatten_with_path(flat)[0]
-    second = jax.tree_util.tree_flatten_with_path(state)[0]
-    assert [jax.tree_util.keystr(p) for p, _ in first] == [
-        jax.tree_util.keystr(p) for p, _ in second
-    ]
+    assert leaves == jax.tree.leaves(state)
+
+
+def test_a_flat_state_has_the_key_paths_of_flax():
+    ours, theirs = (
+        jax.tree_util.tree_flatten_with_path(flat)[0]
+        for flat in (
+            sortal.state(OurNet()).flat_state(),
+            nnx.to_flat_state(nnx.state(FlaxNet())),
+        )
+    )
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
 
 
 # --------------------------------------------------------- copies and pickles
@@ -810,6 +956,9 @@ def test_a_state_of_a_lone_variable_has_the_empty_path():
     assert state.paths() == ((),)
     assert state.values_list() == [1]
     assert list(state) == []
+    assert jax.tree.map(lambda x: x + 1, state).values_list() == [2]
     with pytest.raises(PathError, match="'a'"):
         del state["a"]
+    with pytest.raises(PathError, match="a lone leaf has no key"):
+        state.to_pure_dict()
     assert copy.deepcopy(state) == state

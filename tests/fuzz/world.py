@@ -53,21 +53,26 @@ class World:
 
     def portrait(self) -> Any:
         """All that can be seen from the bound names, in nested tuples."""
-        return Portrait(self.lib).of(self.bound())
+        return self.seen()[0]
+
+    def seen(self) -> tuple[Any, Portrait]:
+        """The portrait, and who made it."""
+        seer = Portrait(self.lib)
+        return seer.of(self.bound()), seer
 
     def objects(self) -> list[Any]:
         """All modules, containers and boxes that can be reached."""
-        seer = Portrait(self.lib)
-        seer.of(self.bound())
-        return seer.kept
+        return self.seen()[1].kept
 
-    def pinned(self) -> int:
-        """Arrays made that are alive though nothing that is bound leads to them."""
-        seer = Portrait(self.lib)
-        seer.of(self.bound())
+    def jitted(self) -> list[Any]:
+        """What ``jit`` returned."""
+        return [v for k, v in self.bound() if k[0] == "j"]
+
+    def pinned(self, seer: Portrait) -> int:
+        """Arrays made that are alive though nothing that was seen leads to them."""
         reachable = set(map(id, seer.arrays))
         alive = [ref() for ref in self.tracked]
-        return len({id(x) for x in alive if x is not None} - reachable)
+        return sum(x is not None and id(x) not in reachable for x in alive)
 
     def alive(self) -> int:
         """Arrays made that are alive."""
@@ -124,6 +129,8 @@ class Portrait:
             return ("graphdef", self._graphdef(x))
         if isinstance(x, tuple):
             return (cls.__name__, *[self.of(v) for v in x])
+        if cls is functools.partial:
+            return ("partial", self.of(x.args), self.of(x.keywords))
         if isinstance(x, types.MethodType):
             return ("method", x.__func__.__name__, self.of(x.__self__))
         if hasattr(cls, "OWN"):
@@ -210,6 +217,8 @@ def number(x: Any) -> Any:
 
 def difference(a: Any, b: Any, path: str = "") -> str:
     """The first place where two portraits differ."""
+    if a == b:
+        return ""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         for i, (x, y) in enumerate(zip(a, b, strict=False)):
             found = difference(x, y, f"{path}.{i}")

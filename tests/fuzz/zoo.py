@@ -240,7 +240,7 @@ def _number(x: Any) -> float:
     if isinstance(x, int):
         return float(x)
     if isinstance(x, float):
-        return 0.5 + x if x == x else 7.0  # noqa: PLR0124 - NaN
+        return x if x == x else 7.0  # noqa: PLR0124 - NaN
     if isinstance(x, str):
         return float(len(x))
     return 11.0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError, CacheError
 
 

@@ -9,11 +9,12 @@ import pickle
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import nnx as flax_nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
+from sortal import nnx
 from sortal.errors import ArgumentError, PathAttributeError, TraceError
 from strategies import KEYS, Box, arrays, variables
 
@@ -21,7 +22,7 @@ Param = sortal.Param
 leaves = st.one_of(variables(), arrays)
 
 
-class Heads(sortal.Dict):
+class Heads(nnx.Dict):
     """A type of its own."""
 
 
@@ -33,9 +34,9 @@ class Scale(sortal.Module):
         return x * self.factor
 
 
-class FlaxScale(nnx.Module):
+class FlaxScale(flax_nnx.Module):
     def __init__(self, factor):
-        self.factor = nnx.Param(jnp.array(factor))
+        self.factor = flax_nnx.Param(jnp.array(factor))
 
     def __call__(self, x):
         return x * self.factor
@@ -44,11 +45,11 @@ class FlaxScale(nnx.Module):
 # --------------------------------------------------------------- List and Dict
 @given(st.lists(leaves, max_size=3))
 def test_a_list_is_a_plain_list_to_models_and_a_pytree_to_jax(items):
-    model, plain = Box(x=sortal.List(items)), Box(x=items)
+    model, plain = Box(x=nnx.List(items)), Box(x=items)
     assert sortal.state(model).paths() == sortal.state(plain).paths()
     assert isinstance(model.x, list)
     flat, treedef = jax.tree.flatten(model.x)
-    assert type(treedef.unflatten(flat)) is sortal.List
+    assert type(treedef.unflatten(flat)) is nnx.List
     assert [type(x) for x in treedef.unflatten(flat)] == [
         type(x) for x in jax.tree.map(lambda x: x, items)
     ]
@@ -58,11 +59,11 @@ def test_a_list_is_a_plain_list_to_models_and_a_pytree_to_jax(items):
 @given(st.dictionaries(st.sampled_from(KEYS), leaves, max_size=4))
 def test_a_dict_is_a_plain_dict_to_models_and_a_pytree_to_jax(items):
     """Integers among strings too, which JAX's own dicts cannot have."""
-    model, plain = Box(x=sortal.Dict(items)), Box(x=items)
+    model, plain = Box(x=nnx.Dict(items)), Box(x=items)
     assert sortal.state(model).paths() == sortal.state(plain).paths()
     flat, treedef = jax.tree.flatten(model.x)
     made = treedef.unflatten(flat)
-    assert type(made) is sortal.Dict
+    assert type(made) is nnx.Dict
     assert made.keys() == items.keys()
     assert all(type(made[k]) is type(items[k]) for k in items)
     if len({type(k) for k in items}) == 1:
@@ -75,7 +76,7 @@ def key_paths(tree):
 
 
 def test_items_of_a_dict_are_attributes():
-    heads = sortal.Dict(policy=1, value=2)
+    heads = nnx.Dict(policy=1, value=2)
     assert heads.policy == heads["policy"] == 1
     heads.extra = 3
     assert heads["extra"] == 3
@@ -85,7 +86,7 @@ def test_items_of_a_dict_are_attributes():
 
 
 def test_a_missing_item_is_an_attribute_error_that_lists_what_there_is():
-    heads = sortal.Dict({"policy": 1, 0: 2})
+    heads = nnx.Dict({"policy": 1, 0: 2})
     text = r"Dict has no item 'polciy'; it has \['0', 'policy'\]\."
     with pytest.raises(PathAttributeError, match=text):
         _ = heads.polciy
@@ -98,7 +99,7 @@ def test_a_missing_item_is_an_attribute_error_that_lists_what_there_is():
 
 
 @pytest.mark.parametrize(
-    "made", [sortal.List([1, 2]), sortal.Dict(a=1), sortal.Dict({0: 1}), Heads(a=1)]
+    "made", [nnx.List([1, 2]), nnx.Dict(a=1), nnx.Dict({0: 1}), Heads(a=1)]
 )
 def test_containers_survive_pickle_and_both_copies_with_their_type(made):
     for other in (
@@ -111,10 +112,10 @@ def test_containers_survive_pickle_and_both_copies_with_their_type(made):
 
 
 def test_containers_in_a_model_come_back_with_their_types():
-    model = Box(a=sortal.List([Param(1)]), b=sortal.Dict(w=Param(2)), c=Heads(w=1))
+    model = Box(a=nnx.List([Param(1)]), b=nnx.Dict(w=Param(2)), c=Heads(w=1))
     copied = sortal.merge(*sortal.split(model))
     assert [type(x) for x in (copied.a, copied.b, copied.c)] == [
-        sortal.List, sortal.Dict, Heads
+        nnx.List, nnx.Dict, Heads
     ]  # fmt: skip
     assert copied.b.w.value == 2
 
@@ -122,19 +123,19 @@ def test_containers_in_a_model_come_back_with_their_types():
 def test_nnx_code_that_names_the_containers_works():
     class Ours(sortal.Module):
         def __init__(self):
-            self.layers = sortal.List([])
+            self.layers = nnx.List([])
             self.layers.append(Scale(2.0))
-            self.heads = sortal.Dict()
+            self.heads = nnx.Dict()
             self.heads["a"] = Scale(3.0)
 
-    class Theirs(nnx.Module):
+    class Theirs(flax_nnx.Module):
         def __init__(self):
-            self.layers = nnx.List([])
+            self.layers = flax_nnx.List([])
             self.layers.append(FlaxScale(2.0))
-            self.heads = nnx.Dict()
+            self.heads = flax_nnx.Dict()
             self.heads["a"] = FlaxScale(3.0)
 
-    flax = nnx.to_flat_state(nnx.state(Theirs()))
+    flax = flax_nnx.to_flat_state(flax_nnx.state(Theirs()))
     assert sortal.state(Ours()).paths() == tuple(path for path, _ in flax)
 
 
@@ -164,11 +165,11 @@ def named(x):
 )
 def test_functions_are_called_one_after_another_as_in_flax(ours, theirs):
     x = jnp.arange(3.0)
-    mine, flax = sortal.Sequential(*ours), nnx.Sequential(*theirs)
+    mine, flax = sortal.Sequential(*ours), flax_nnx.Sequential(*theirs)
     a, b = mine(x), flax(x)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
-    flat = nnx.to_flat_state(nnx.state(flax))
+    flat = flax_nnx.to_flat_state(flax_nnx.state(flax))
     assert sortal.state(mine).paths() == tuple(path for path, _ in flat)
     assert list(mine) == ours
 
@@ -234,7 +235,7 @@ def test_what_cannot_be_called_is_named_with_its_place():
     ):
         sortal.Sequential(abs, [abs])(1)
     with pytest.raises(TypeError):
-        nnx.Sequential(abs, 1)(1)
+        flax_nnx.Sequential(abs, 1)(1)
 
 
 def test_layers_may_be_changed_like_any_list():
@@ -271,8 +272,8 @@ def test_a_change_in_a_trace_that_the_container_was_not_passed_to_is_refused(
     transform, change
 ):
     model = sortal.Module()
-    model.items = sortal.List([sortal.Param(jnp.ones(2))])
-    model.named = sortal.Dict(a=sortal.Param(jnp.ones(2)))
+    model.items = nnx.List([sortal.Param(jnp.ones(2))])
+    model.named = nnx.Dict(a=sortal.Param(jnp.ones(2)))
     before = list(model.items), dict(model.named)
 
     def f(x):
@@ -288,8 +289,8 @@ def test_a_change_in_a_trace_that_the_container_was_not_passed_to_is_refused(
 
 def test_a_change_in_a_trace_that_the_container_was_passed_to_is_carried_out():
     model = sortal.Module()
-    model.items = sortal.List([])
-    model.named = sortal.Dict()
+    model.items = nnx.List([])
+    model.named = nnx.Dict()
 
     @sortal.jit
     def grow(model, x):

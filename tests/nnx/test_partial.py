@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-import sortal as nnx
+from sortal import nnx
 
 
 def add(v: Any, x: Any) -> Any:

@@ -7,17 +7,17 @@ import inspect
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import nnx as flax_nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sortal
+from sortal import nnx
 from sortal._engine.state import FlatState, State
 from sortal.errors import ArgumentError, FilterError, PathError
 from sortal.nnx import statelib
 from strategies import KEYS, filters, flat_leaves, jax_arrays, states
 
-Param = sortal.Param
+Param = nnx.Param
 
 
 def nested():
@@ -123,7 +123,7 @@ def test_integers_come_back_from_strings_of_digits(pure):
         return {str(k): text(v) for k, v in x.items()} if isinstance(x, dict) else x
 
     assert same(statelib.restore_int_paths(text(pure)), pure)
-    assert same(nnx.restore_int_paths(text(pure)), pure)
+    assert same(flax_nnx.restore_int_paths(text(pure)), pure)
 
 
 def same(a, b):
@@ -150,8 +150,8 @@ def test_strings_that_are_no_plain_digits_stay_strings():
 # ----------------------------------------------------------------- with Flax
 def both(flat):
     ours = {p: Param(x) for p, x in flat.items()}
-    theirs = {p: nnx.Param(x) for p, x in flat.items()}
-    return State.from_flat_path(ours), nnx.from_flat_state(theirs)
+    theirs = {p: flax_nnx.Param(x) for p, x in flat.items()}
+    return State.from_flat_path(ours), flax_nnx.from_flat_state(theirs)
 
 
 @given(flat_leaves(jax_arrays))
@@ -162,9 +162,9 @@ def test_flat_and_pure_forms_are_those_of_flax(flat):
     ours, theirs = both(flat)
     mine = statelib.to_flat_state(ours)
     assert isinstance(mine, FlatState)
-    assert [p for p, _ in mine] == [p for p, _ in nnx.to_flat_state(theirs)]
+    assert [p for p, _ in mine] == [p for p, _ in flax_nnx.to_flat_state(theirs)]
     assert jax.tree.structure(statelib.to_pure_dict(ours)) == jax.tree.structure(
-        nnx.to_pure_dict(theirs)
+        flax_nnx.to_pure_dict(theirs)
     )
     assert mine.paths == tuple(p for p, _ in mine)
     assert len(mine.leaves) == len(flat)
@@ -173,15 +173,15 @@ def test_flat_and_pure_forms_are_those_of_flax(flat):
 def test_splitting_filtering_and_merging_are_those_of_flax():
     flat = {("a", "w"): jnp.ones(1), ("b",): jnp.zeros(2)}
     ours, theirs = both(flat)
-    chosen = sortal.PathContains("w"), nnx.PathContains("w")
+    chosen = nnx.PathContains("w"), flax_nnx.PathContains("w")
     for verb in ("split_state", "filter_state"):
         mine = getattr(statelib, verb)(ours, chosen[0], ...)
-        flax = getattr(nnx, verb)(theirs, chosen[1], ...)
+        flax = getattr(flax_nnx, verb)(theirs, chosen[1], ...)
         assert [s.paths() for s in mine] == [
-            tuple(p for p, _ in nnx.to_flat_state(s)) for s in flax
+            tuple(p for p, _ in flax_nnx.to_flat_state(s)) for s in flax
         ]
         assert statelib.merge_state(*mine) == ours
-        assert len(nnx.to_flat_state(nnx.merge_state(*flax))) == 2
+        assert len(flax_nnx.to_flat_state(flax_nnx.merge_state(*flax))) == 2
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,6 @@ def test_splitting_filtering_and_merging_are_those_of_flax():
              if f.__module__ == "sortal.nnx.statelib"]
 )  # fmt: skip
 def test_each_function_is_exported_and_is_in_flax_or_shaped_like_it(name):
-    assert getattr(sortal, name) is getattr(statelib, name)
+    assert getattr(nnx, name) is getattr(statelib, name)
     if name != "map_state":
         assert hasattr(nnx, name)

@@ -49,7 +49,7 @@ def test_an_empty_node_says_what_it_is() -> None:
 
 def test_what_cannot_be_flattened_is_refused() -> None:
     with pytest.raises(
-        ArgumentError, match="a nested mapping is due, such as a State "
+        ArgumentError, match="a nested mapping is expected, such as a State "
     ):
         traversals.flatten_mapping([1])  # type: ignore[arg-type]
     with pytest.raises(

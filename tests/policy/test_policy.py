@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,7 +280,7 @@ def test_a_policy_can_be_copied_and_pickled():
     for same in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert same == policy
         assert hash(same) == hash(policy)
-        assert same.rows[1][1].dtype is UNSET
+        assert same.rows[1][1].axis is UNSET
 
 
 def test_a_policy_prints_as_it_was_written():
@@ -291,7 +292,8 @@ def test_a_policy_prints_as_it_was_written():
         }
     )
     assert repr(policy) == (
-        "Policy({Param: Rule(spec=P(None, 'model'), optimizer=set_to_zero), "
+        "Policy({Param: Rule(spec=P(None, 'model'), "
+        "optimizer=<GradientTransformation>), "
         "At('head.**'): Rule(axis=None), ...: Rule(checkpoint='keep')})"
     )
 
@@ -326,9 +328,9 @@ Policy
 ----------------------------------------------------------------------------
 1  RngCount               1  -          -     -       -           keep
 2  RngKey                 1  -          -     -       -           keep
-3  Param                  3  chain #1   None  -       -           -
-4  Param                  1  chain #2   None  -       -           -
-5  Param                  1  chain #2   None  -       P('model')  -
+3  Param                  3  tx 1       None  -       -           -
+4  Param                  1  tx 2       None  -       -           -
+5  Param                  1  tx 2       None  -       P('model')  -
 6  BatchStat              2  -          0     mean    P('data')   -
 7  unlabelled array       1  -          -     -       -           -
 
@@ -342,7 +344,7 @@ Policy
   embed.embedding.
 ! Row 6, At('head.kernel'), decides no axis: earlier rows or metadata come first
   for all its leaves.
-! Row 8, At('norm.**'), says nothing.
+! Row 8, At('norm.**'), has no answer.
 
 Leaves
 #  paths
@@ -356,10 +358,10 @@ Leaves
 7  raw
 
 Optimizers
-name      made of
----------------------------------
-chain #1  chain(scale_by_adam, scale)
-chain #2  chain(identity, scale)"""
+name  given by
+-------------------
+tx 1  Param
+tx 2  At('head.**')"""
 
 
 def rules_out(text):
@@ -403,9 +405,32 @@ def test_params_alone_need_an_optimizer_and_only_where_they_are_trainable():
         ["-", "-"],
         ["frozen", "False"],
         ["frozen", "-"],
-        ["chain", "-"],
+        ["tx", "1", "-"],
         ["-", "-"],
     ]
+
+
+def test_flax_params_need_an_optimizer_as_well():
+    model = {"a": flax.nnx.Param(jnp.ones(2)), "b": flax.nnx.BatchStat(jnp.ones(2))}
+    found = Policy({nnx.BatchStat: Rule(optimizer=SGD)}).table(model)
+    assert found.unanswered == {"optimizer": (("a",),)}
+
+
+def test_the_table_says_who_gives_each_transformation():
+    class Own(nnx.Param, optimizer=ADAM): ...
+
+    model = {
+        "a": nnx.Param(1.0),
+        "b": nnx.Param(1.0, optimizer=SGD),
+        "c": Own(1.0),
+        "d": nnx.BatchStat(1.0),
+    }
+    rules = {nnx.At("a"): Rule(optimizer=SGD), nnx.At("d"): Rule(optimizer=SGD)}
+    found = Policy(rules).table(model)
+    assert found.optimizers == {
+        "tx 1": ("At('a')", "metadata", "At('d')"),
+        "tx 2": ("kind",),
+    }
 
 
 def test_two_kinds_of_one_name_are_two_rows_with_their_modules():
@@ -450,8 +475,8 @@ def test_groups_are_the_distinct_transformations_and_their_leaves():
         (("head", "bias"), ("head", "kernel")),
     ]
     assert list(map(repr, groups)) == [
-        "TrainedBy(chain(scale_by_adam, scale))",
-        "TrainedBy(chain(identity, scale))",
+        "TrainedBy(Param)",
+        "TrainedBy(At('head.**'))",
     ]
 
 
@@ -480,7 +505,7 @@ def test_a_transformation_that_trains_nothing_is_refused():
         policy.optimizer_groups({"head": {"w": nnx.Param(1.0)}})
     assert str(caught.value) == (
         "rows with an optimizer train no leaf:\n"
-        "  row 2, At('head.**'): chain(identity, scale)\n"
+        "  row 2, At('head.**')\n"
         "In each column the first row that takes a leaf counts: write the narrower one "
         "first, or mend its filter. The leaves are:\n"
         "  head.w (Param)"

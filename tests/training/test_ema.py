@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx as flax_nnx
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError, FilterError, TraceError, UpdateError
 
 KERNEL = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx as flax_nnx
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError, OptimizerError, PolicyError, TraceError
 from sortal.training.optimizer import Hyperparam
 
@@ -959,8 +959,8 @@ def test_a_policy_keeps_state_for_what_it_trains_alone():
         (1, "kernel"),
     }
     assert [repr(f) for f, _ in optimizer.tx] == [
-        "TrainedBy(chain(scale_by_adam, scale))",
-        "TrainedBy(chain(trace, scale))",
+        "TrainedBy(At('head.**'))",
+        "TrainedBy(Param)",
     ]
 
 

@@ -218,12 +218,12 @@ def test_a_variable_alone_may_be_differentiated_by() -> None:
     np.testing.assert_array_equal(jax.tree.leaves(grads)[0], [6])
 
 
-def test_decorator_forms_methods_and_keywords_of_nnx_code() -> None:
+def test_decorator_forms_and_methods() -> None:
     @sortal.grad(wrt=Param)
     def f(m: Any) -> Any:
         return loss(m)
 
-    @sortal.value_and_grad(argnums=1, has_aux=True, graph=True, graph_updates=True)
+    @sortal.value_and_grad(argnums=1, has_aux=True)
     def g(x: Any, m: Any) -> Any:
         return loss(m, x), x
 
@@ -370,11 +370,6 @@ def test_has_aux_without_a_pair_is_refused(out: Any) -> None:
     m = Holder(w=Param(jnp.ones(1)))
     with untouched(m), pytest.raises(ArgumentError, match=r"must return \(loss, aux\)"):
         sortal.grad(out, has_aux=True)(m)
-
-
-def test_reduce_axes_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="reduce_axes is no longer supported"):
-        sortal.grad(loss, reduce_axes=("batch",))
 
 
 def test_differentiating_keeps_every_object_of_the_model() -> None:

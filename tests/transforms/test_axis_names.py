@@ -40,7 +40,7 @@ def test_an_axis_counted_from_the_end_is_named_at_its_place() -> None:
         lambda _: variable(sortal, ("a", "b")), out_axes=-1, transform_metadata=MANY
     )(jnp.arange(4))
     assert found.value.shape == (2, 3, 4)
-    assert found.sharding_names == ("a", "b", "layers")
+    assert found.get_metadata("out_sharding") == ("a", "b", "layers")
 
 
 def test_shared_and_passed_in_variables_keep_their_names() -> None:
@@ -52,9 +52,9 @@ def test_shared_and_passed_in_variables_keep_their_names() -> None:
         axis_size=4,
         transform_metadata=MANY,
     )(old, jnp.arange(4))
-    assert shared.sharding_names == ("a", "b")
+    assert shared.get_metadata("out_sharding") == ("a", "b")
     assert same is old
-    assert old.sharding_names == ("a", "b")
+    assert old.get_metadata("out_sharding") == ("a", "b")
 
 
 def test_what_a_constructor_or_step_adds_is_named_too() -> None:
@@ -69,12 +69,12 @@ def test_what_a_constructor_or_step_adds_is_named_too() -> None:
 
     make = sortal.vmap(Layer, transform_metadata=MANY)
     layers = sortal.jit(make)(jax.random.split(jax.random.key(0), 2))
-    assert layers.w.sharding_names == ("layers", "a")
+    assert layers.w.get_metadata("out_sharding") == ("layers", "a")
     sortal.scan(
         lambda layer, x: layer(x),
         in_axes=(0, sortal.Carry),
         out_axes=sortal.Carry,
         transform_metadata=MANY,
     )(layers, jnp.ones(3))
-    assert layers.seen.sharding_names == ("layers", "a")
-    assert layers.w.sharding_names == ("layers", "a")
+    assert layers.seen.get_metadata("out_sharding") == ("layers", "a")
+    assert layers.w.get_metadata("out_sharding") == ("layers", "a")

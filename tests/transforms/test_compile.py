@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import sortal
 from models import Count, Holder, Linear, Net, has_tracer, portrait, untouched
-from sortal import Param
+from sortal import Param, nnx
 from sortal.errors import ArgumentError, StaleBufferError, TraceError
 
 
@@ -411,17 +411,10 @@ def test_a_jitted_method_can_be_lowered_traced_and_given_shapes() -> None:
     assert "multiply" in m.call.lower(x, 2).as_text()
     assert len(m.call.trace(x, 2).jaxpr.in_avals) == 2
     assert m.call.eval_shape(x, 2).shape == ()
-    assert sortal.jit_partial(lambda m, x: m.w * x, m).lower(x).in_tree is not None
+    assert nnx.jit_partial(lambda m, x: m.w * x, m).lower(x).in_tree is not None
     assert float(m.call(x, 2)) == 6
     assert sortal.grad(m.call)(x, 2)["w"].value.tolist() == [2, 2, 2]
     assert len(sortal.make_jaxpr(m.call, static_argnums=1)(x, 2).in_avals) == 2
-
-
-def test_keywords_of_nnx_code_are_taken() -> None:
-    net = Linear(1, 1)
-    f = sortal.jit(lambda m: m.bias + 1, graph=True, graph_updates=False)
-    assert f(net)[0] == 1
-    assert sortal.jit(graph=False)(lambda m: m.bias + 1)(net)[0] == 1
 
 
 def test_what_is_no_function_is_refused() -> None:
@@ -447,7 +440,7 @@ def test_eval_shape_touches_nothing_and_returns_abstract_copies() -> None:
         return m, m.extra
 
     with untouched(net):
-        made, extra = sortal.eval_shape(f, net, x, graph=True)
+        made, extra = sortal.eval_shape(f, net, x)
     assert made is not net
     assert extra is made.extra
     assert extra.value == jax.ShapeDtypeStruct((2, 2), jnp.float32)

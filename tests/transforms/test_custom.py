@@ -139,7 +139,7 @@ def test_other_kinds_and_none_have_zero_cotangents() -> None:
 
 
 def test_a_cotangent_may_be_a_state_or_a_module_as_in_nnx_code() -> None:
-    @sortal.custom_vjp(graph=False)
+    @sortal.custom_vjp
     def f(m: Any) -> Any:
         return jnp.sin(m.x[...]) * m.y
 

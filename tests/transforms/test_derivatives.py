@@ -184,17 +184,17 @@ def test_a_module_without_such_leaves_has_an_empty_state() -> None:
     assert_close(dot, 2 * out)
 
 
-def test_the_decorator_forms_of_nnx_code() -> None:
+def test_the_decorator_forms() -> None:
     net = Net()
     params = arrays(net)
     expected = jax.vjp(lambda p: forward(p, X), params)[1](CT)[0]
     dots = jax.jvp(lambda p: forward(p, X), (params,), (flat(directions(net)),))[1]
 
-    @sortal.vjp(graph=False)
+    @sortal.vjp
     def f(m: Any, x: Any) -> Any:
         return m(x)
 
-    @sortal.jvp(graph=True, graph_updates=False)
+    @sortal.jvp
     def g(m: Any) -> Any:
         return m(X)
 
@@ -491,11 +491,9 @@ def test_what_is_no_array_or_number_is_refused_by_place() -> None:
         assert "Let the function close over the rest" in text
 
 
-def test_aux_without_a_pair_and_reduce_axes_are_refused() -> None:
+def test_aux_without_a_pair_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"must return \(out, aux\); found a"):
         sortal.vjp(lambda x: x, 1.0, has_aux=True)
-    with pytest.raises(ArgumentError, match="reduce_axes is no longer supported"):
-        sortal.vjp(lambda x: x, 1.0, reduce_axes=("batch",))
 
 
 def test_a_model_of_an_outer_raw_trace_is_refused() -> None:

@@ -248,7 +248,7 @@ def test_the_decorator_takes_options_or_none() -> None:
     def twice(m: Any) -> Any:
         return m.w * 2
 
-    @sortal.vmap(in_axes=None, axis_size=3, graph=True, transform_metadata={})
+    @sortal.vmap(in_axes=None, axis_size=3, transform_metadata={})
     def thrice(m: Any) -> Any:
         return m.w * 3
 

@@ -56,8 +56,7 @@ def test_remat_static_arguments_and_decorator_forms() -> None:
     net, x = Linear(2, 2), jnp.ones((1, 2))
     np.testing.assert_allclose(f(net, x, 3), 3 * net(x), rtol=1e-6)
     assert f.__name__ == "f"
-    assert sortal.checkpoint is sortal.remat
-    bound = sortal.remat(net.__call__, graph=True)
+    bound = sortal.remat(net.__call__)
     np.testing.assert_allclose(bound(x), net(x), rtol=1e-6)
 
 

@@ -517,8 +517,8 @@ def test_a_method_or_a_callable_module_is_a_step_whose_module_is_shared() -> Non
         sortal.scan(cell, in_axes=(0,), out_axes=0)(XS)
 
 
-def test_scan_decorates_and_takes_the_keywords_of_nnx() -> None:
-    @sortal.scan(in_axes=(Carry, 0), out_axes=Carry, graph=True, graph_updates=True)
+def test_scan_decorates() -> None:
+    @sortal.scan(in_axes=(Carry, 0), out_axes=Carry)
     def total(c: Any, x: Any) -> Any:
         """Adds."""
         return c + x

@@ -32,7 +32,7 @@ class VariableMetadata:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.Param(nnx.VariableMetadata(jnp.ones(2), metadata={"unit": "m"}))
       Param(float32[2], unit='m')
     """

@@ -54,12 +54,16 @@ def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
 
     Returns:
       The children as (key, child) pairs and the treedef that puts them together, or
-      None where JAX sees ``node`` as a leaf.
+      None where JAX sees ``node`` as a leaf. Where two of the node's own keys read the
+      same, the keys are positions.
     """
     pairs, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     if len(pairs) == 1 and pairs[0][1] is node:
         return None
-    return [(plain_key(path[0]), child) for path, child in pairs], treedef
+    keys = [plain_key(path[0]) for path, _ in pairs]
+    if len(set(keys)) < len(keys):
+        keys = list(range(len(pairs)))
+    return list(zip(keys, (child for _, child in pairs), strict=True)), treedef
 
 
 def plain_key(key: Any) -> Any:

@@ -42,7 +42,7 @@ def register_variable_name(
       ArgumentError: another kind has the name.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> @nnx.register_variable_name("tables")
       ... class Table(nnx.Variable): pass
       >>> nnx.variable_name_from_type(Table)
@@ -76,7 +76,7 @@ def variable_type_from_name(
       ArgumentError: no kind has the name.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.variable_type_from_name("batch_stats")
       <class 'sortal.BatchStat'>
     """
@@ -104,7 +104,7 @@ def variable_name_from_type(typ: type, /, *, allow_register: bool = False) -> st
       ArgumentError: the kind has no name, or its class's name is that of another.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.variable_name_from_type(nnx.Param)
       'params'
     """

@@ -34,7 +34,7 @@ def data(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> 
 
     Example:
       >>> import jax
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> class Schedule(nnx.Module):
       ...     def __init__(self):
       ...         self.rate = nnx.data(0.1)
@@ -56,7 +56,7 @@ def static(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -
       What to assign to the attribute, or the dataclass field.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> class Scale(nnx.Module):
       ...     def __init__(self):
       ...         self.size = nnx.static((2, 3))

@@ -120,7 +120,9 @@ def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
 
 
 class PathKey:
-    """A JAX key-path entry that stands for a whole path: ``['layers'][0]``.
+    """A JAX key-path entry for the whole path of a leaf: ``['layers'][0]``.
+
+    JAX sees a Module as one level, and asks for one entry a leaf.
 
     Args:
       path: entries from the root.
@@ -142,10 +144,9 @@ class PathKey:
             # Code written for one entry a level would compare it and find nothing.
             raise EntryError(
                 f"entry.{name} of a JAX key path is one level's, but {self} is one "
-                "entry for the whole path of a leaf. Write entry.path, which is "
-                f"{self.path!r}; or nnx.map_state(lambda path, leaf: ..., state); or "
-                "map over nnx.to_pure_dict(state), whose key paths have an entry for "
-                "each level."
+                "entry for the whole path of a leaf in a Module. Write entry.path, "
+                f"which is {self.path!r}; or map over nnx.state(model), whose key "
+                "paths have an entry for each level."
             )
         raise AttributeError(name)
 

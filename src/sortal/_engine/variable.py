@@ -13,7 +13,6 @@ from sortal._engine import paths
 from sortal._engine.annotations import HOOKS, VariableMetadata, normalised, refuse_hooks
 from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
-from sortal._engine.old_names import OldNames
 from sortal._engine.operators import ArrayFace, plain, with_item
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import TraceError, VariableAttributeError, VariableError
@@ -26,17 +25,15 @@ _OPTIONS = frozenset(
         "axis",
         "checkpoint",
         "donate",
-        "dtype",
         "optimizer",
         "reduce",
-        "role",
         "spec",
         "trainable",
     }
 )
 
 
-class Variable(ArrayFace, OldNames, Generic[A]):
+class Variable(ArrayFace, Generic[A]):
     """A mutable box for one value, whose class is the value's kind.
 
     A kind of one's own is one line, ``class BatchStat(Variable): pass``; class
@@ -181,22 +178,15 @@ class Variable(ArrayFace, OldNames, Generic[A]):
         new = self._value if value is _MISSING else plain(value)
         return make(type(self), new, _frozen(type(self), merged))
 
-    copy = to_state = replace
+    copy = replace
 
     # ---------------------------------------------------------- metadata
-    def get_metadata(
-        self,
-        name: str | None = None,
-        default: Any = _MISSING,
-        *,
-        exclude_required: bool | None = None,
-    ) -> Any:
+    def get_metadata(self, name: str | None = None, default: Any = _MISSING) -> Any:
         """Returns one entry of the metadata, or all of it as a new dict.
 
         Args:
           name: the entry; all if absent.
           default: what to return where the entry is not there.
-          exclude_required: taken for NNX code; Sortal keeps no entries of its own.
 
         Returns:
           The entry's value, or the dict.
@@ -353,7 +343,13 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
     Returns:
       The Variable.
     """
-    return make_all((kind,), (value,), (metadata,), trace)[0]
+    if not issubclass(kind, Variable):
+        return _handler(kind).make(kind, value, metadata)
+    variable = object.__new__(kind)
+    _init_cell(variable, [value])
+    _init_metadata(variable, metadata)
+    _init_trace(variable, current_trace() if trace is None else trace)
+    return variable
 
 
 def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[Any]:
@@ -583,8 +579,6 @@ class RngCount(RngState[A]):
 class RngKey(RngState[A]):
     """The key that a random stream derives its keys from."""
 
-
-VariableState = Variable
 
 # Users know kinds as `sortal.Param`, and checkpoints name them so: where in the package
 # a class stands is no part of its name.

@@ -79,13 +79,15 @@ class Saving:
 
         The interpreter waits for it before it ends.
         """
-        self._thread = threading.Thread(target=self._guarded, name="sortal save")
+        thread = threading.Thread(target=self._guarded, name="sortal save")
         with _changes:
             if not _known:
                 atexit.unregister(_tell)
                 atexit.register(_tell)
+            # Not before it runs: another thread may join it as soon as it is known.
+            thread.start()
+            self._thread = thread
             _known.append(self)
-        self._thread.start()
         return self
 
     def _guarded(self) -> None:

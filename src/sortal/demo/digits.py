@@ -89,7 +89,7 @@ class Network(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, width: int = 24):
         self.normalise = Normalise((8, 8, 1))
         first = Block(1, width, rngs=rngs)
-        self.blocks = nnx.List([first, Block(width, 2 * width, rngs=rngs)])
+        self.blocks = [first, Block(width, 2 * width, rngs=rngs)]
         self.dropout = nnx.Dropout(0.3, rngs=rngs)
         self.head = nnx.Linear(2 * 2 * 2 * width, 10, rngs=rngs)
         self.epochs = nnx.Variable(jnp.zeros((), jnp.int32))

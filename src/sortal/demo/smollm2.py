@@ -192,7 +192,7 @@ def build(
     """
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), param_dtype=dtype))
     params = {path: nnx.Param(jnp.asarray(array, dtype)) for path, array in arrays}
-    state = nnx.from_flat_state(params)
+    state = nnx.State.from_flat_path(params)
     nnx.update(model, state)  # refuses other shapes; merge, others than all paths
     return nnx.merge(nnx.graphdef(model), state)
 

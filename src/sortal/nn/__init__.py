@@ -75,5 +75,5 @@ from sortal.nn.reparameterization import WeightNorm as WeightNorm
 from sortal.nn.rnn import RNN as RNN
 from sortal.nn.rnn import Bidirectional as Bidirectional
 from sortal.nn.rnn import flip_sequences as flip_sequences
-from sortal.nn.rotary import rotary as rotary
+from sortal.nn.rope import rotary as rotary
 from sortal.nn.stochastic import Dropout as Dropout

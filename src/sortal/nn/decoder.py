@@ -16,7 +16,7 @@ from sortal.nn import dtypes
 from sortal.nn.cache import KVCache
 from sortal.nn.initializers import Initializer, check_sizes, default_kernel_init
 from sortal.nn.linear import Linear
-from sortal.nn.rotary import rotary
+from sortal.nn.rope import rotary
 from sortal.random import Rngs
 
 

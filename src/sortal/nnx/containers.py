@@ -48,7 +48,7 @@ class List(list):
       *args: one iterable of the elements; none if absent.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
       >>> len(layers)
       1
@@ -78,7 +78,7 @@ class Dict(dict):
     Built as ``dict`` is: from a mapping, pairs, or keywords.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> heads = nnx.Dict(policy=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       >>> heads.policy is heads["policy"]
       True

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sortal.transforms.compile import JittedPartial, jit
+from sortal.nnx.transforms import jit
+from sortal.transforms.compile import JittedPartial
 
 
 def cached_partial(
@@ -23,15 +24,15 @@ def cached_partial(
     Args:
       f: a function, such as ``jit`` returns.
       *cached_args: its first arguments, such as a model and an optimizer.
-      graph: taken for NNX code, of no effect.
-      graph_updates: likewise.
+      graph: ignored; for NNX compatibility.
+      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       A function of the remaining arguments.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> forward = nnx.cached_partial(nnx.jit(lambda m, x: m(x)), model)
       >>> forward(jnp.ones(2)).shape
@@ -58,7 +59,7 @@ def jit_partial(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> forward = nnx.jit_partial(lambda m, x: m(x), model)
       >>> forward(jnp.ones(2)).shape

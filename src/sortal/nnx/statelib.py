@@ -20,7 +20,7 @@ def to_flat_state(state: Any) -> FlatState:
       A FlatState.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.to_flat_state({"a": {"b": 1}})
       ((('a', 'b'), 1),)
     """
@@ -37,7 +37,7 @@ def from_flat_state(flat_state: Any) -> State:
       The State.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.from_flat_state({("a", 0): 1})["a"][0]
       1
     """
@@ -55,7 +55,7 @@ def to_pure_dict(state: Any, extract_fn: Callable[[Any], Any] | None = None) -> 
       The dict.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.to_pure_dict(nnx.State({"a": {"b": nnx.Param(1)}}))
       {'a': {'b': 1}}
     """
@@ -78,7 +78,7 @@ def replace_by_pure_dict(
       PathError: paths that the State does not have; all listed, none replaced.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> state = nnx.State({"w": nnx.Param(1)})
       >>> nnx.replace_by_pure_dict(state, {"w": 2})
       >>> state["w"].value
@@ -100,7 +100,7 @@ def restore_int_paths(pure_dict: Mapping) -> dict:
       PathError: two keys would become the same integer.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.restore_int_paths({"layers": {"0": 1.0}})
       {'layers': {0: 1.0}}
     """
@@ -130,7 +130,7 @@ def filter_state(state: Any, *filters: Any) -> Any:
       A State, or a tuple with one State for each filter.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> state = nnx.State({"w": nnx.Param(1), "n": nnx.BatchStat(2)})
       >>> nnx.filter_state(state, nnx.Param).paths()
       (('w',),)
@@ -149,7 +149,7 @@ def split_state(state: Any, *filters: Any) -> Any:
       A State, or a tuple with one State for each filter.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> state = nnx.State({"w": nnx.Param(1), "n": nnx.BatchStat(2)})
       >>> params, rest = nnx.split_state(state, nnx.Param, ...)
       >>> rest.paths()
@@ -169,7 +169,7 @@ def merge_state(state: Any, /, *states: Any) -> State:
       The new State.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.merge_state({"a": 1, "b": 1}, {"b": 2}).to_pure_dict()
       {'a': 1, 'b': 2}
     """
@@ -187,7 +187,7 @@ def map_state(f: Callable[[Path, Any], Any], state: Any) -> State:
       The new State.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.map_state(lambda path, x: x + 1, {"a": 1}).to_pure_dict()
       {'a': 2}
     """

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sortal._engine.jax_compat import current_trace
+from sortal.errors import TraceError
+
+TraceContextError = TraceError
 
 
 def current_jax_trace() -> Any:
@@ -14,7 +17,7 @@ def current_jax_trace() -> Any:
       The token; tokens of one trace are equal.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.tracers.current_jax_trace() == nnx.tracers.current_jax_trace()
       True
     """
@@ -26,7 +29,7 @@ class TraceState:
 
     Example:
       >>> import jax
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> here = nnx.tracers.TraceState()
       >>> inside = []
       >>> _ = jax.jit(lambda x: inside.append(here.is_valid()) or x)(1.0)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from sortal._engine.nested import empty_node as empty_node
+from sortal._engine.nested import flatten, nest
+from sortal._engine.paths import Path
 from sortal.errors import ArgumentError
 
-IsLeaf = Callable[[tuple[Any, ...], Any], bool]
-
-
-class _Empty:
-    def __repr__(self) -> str:
-        return "empty_node"
-
-
-empty_node: Any = _Empty()
-"""Stands for an empty mapping in a flattened one."""
+IsLeaf = Callable[[Path, Any], bool]
 
 
 def flatten_mapping(
@@ -42,16 +36,15 @@ def flatten_mapping(
       ArgumentError: ``xs`` is no mapping, or ``sep`` is given and a key is no string.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.traversals.flatten_mapping({"a": {"b": 1}, "c": 2}, sep="/")
       {'a/b': 1, 'c': 2}
     """
-    found = {}
-    for path, leaf in _walk(xs, (), is_leaf):
-        if leaf is empty_node and (not keep_empty_nodes or path == ()):
-            continue
-        found[_join(path, sep)] = leaf
-    return found
+    return {
+        _join(path, sep): leaf
+        for path, leaf in _flatten(xs, is_leaf)
+        if leaf is not empty_node or (keep_empty_nodes and path)
+    }
 
 
 def flatten_to_sequence(
@@ -70,11 +63,11 @@ def flatten_to_sequence(
       ArgumentError: ``xs`` is no mapping.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.traversals.flatten_to_sequence({"a": {"b": 1}, "c": 2})
       [(('a', 'b'), 1), (('c',), 2)]
     """
-    return [pair for pair in _walk(xs, (), is_leaf) if pair[1] is not empty_node]
+    return [pair for pair in _flatten(xs, is_leaf) if pair[1] is not empty_node]
 
 
 def unflatten_mapping(xs: Any, /, *, sep: str | None = None) -> dict[Any, Any]:
@@ -91,7 +84,7 @@ def unflatten_mapping(xs: Any, /, *, sep: str | None = None) -> dict[Any, Any]:
       ArgumentError: ``xs`` is neither a mapping nor iterable.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> nnx.traversals.unflatten_mapping({("a", "b"): 1, ("c",): 2})
       {'a': {'b': 1}, 'c': 2}
     """
@@ -100,31 +93,17 @@ def unflatten_mapping(xs: Any, /, *, sep: str | None = None) -> dict[Any, Any]:
             f"unflatten_mapping takes a mapping of paths to leaves, or pairs of them; "
             f"found a {type(xs).__name__}."
         )
-    nested: dict[Any, Any] = {}
-    for key, leaf in xs.items() if isinstance(xs, Mapping) else xs:
-        *above, last = key if sep is None else key.split(sep)
-        at = nested
-        for part in above:
-            at = at.setdefault(part, {})
-        at[last] = {} if leaf is empty_node else leaf
-    return nested
+    pairs = xs.items() if isinstance(xs, Mapping) else xs
+    return nest((key if sep is None else key.split(sep), leaf) for key, leaf in pairs)
 
 
-def _walk(xs: Any, path: tuple[Any, ...], is_leaf: IsLeaf | None) -> Any:
+def _flatten(xs: Any, is_leaf: IsLeaf | None) -> Iterator[tuple[Path, Any]]:
     if not isinstance(xs, Mapping):
-        if path == ():
-            raise ArgumentError(
-                f"a nested mapping is due, such as a State or a dict; found a "
-                f"{type(xs).__name__}."
-            )
-        yield path, xs
-    elif is_leaf and is_leaf(path, xs):
-        yield path, xs
-    elif not xs:
-        yield path, empty_node
-    else:
-        for key, value in xs.items():
-            yield from _walk(value, (*path, key), is_leaf)
+        raise ArgumentError(
+            "a nested mapping is expected, such as a State or a dict; found a "
+            f"{type(xs).__name__}."
+        )
+    return flatten(xs, is_leaf)
 
 
 def _join(path: tuple[Any, ...], sep: str | None) -> Any:

@@ -1,5 +1,7 @@
 """Variables and kinds, where NNX code looks for them."""
 
+from typing import TypeVar
+
 from sortal._engine.annotations import VariableMetadata as VariableMetadata
 from sortal._engine.annotations import with_metadata as with_metadata
 from sortal._engine.kind_names import (
@@ -17,6 +19,8 @@ from sortal._engine.variable import Intermediate as Intermediate
 from sortal._engine.variable import Param as Param
 from sortal._engine.variable import Perturbation as Perturbation
 from sortal._engine.variable import Variable as Variable
-from sortal._engine.variable import VariableState as VariableState
 from sortal.sharding.mesh_axes import use_eager_sharding as use_eager_sharding
 from sortal.sharding.mesh_axes import using_eager_sharding as using_eager_sharding
+
+A = TypeVar("A")
+VariableState = Variable

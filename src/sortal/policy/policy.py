@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from sortal._engine.graphdef import GraphDef
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import Path
 from sortal._engine.plan import bind
 from sortal._engine.schema import Kind, Schema, kind_name, select
-from sortal._engine.tables import Report, Table
 from sortal._engine.variable import Param
 from sortal.errors import PolicyError, listing
 from sortal.filters import All, Filter, to_filter
-from sortal.policy.rule import (
-    COLUMNS,
-    UNSET,
-    Rule,
-    fault,
-    long_name,
-    short_name,
-    written,
-)
-
-
-# ------------------------------------------------------------------------- the table
-class _Found(NamedTuple):
-    """One column of some leaves: the answers, and who gives each.
-
-    ``by`` holds the number of a row, ``"metadata"``, ``"kind"``, or None.
-    """
-
-    answers: tuple[Any, ...]
-    by: tuple[Any, ...]
-
+from sortal.policy.rule import COLUMNS, UNSET, Rule, fault
+from sortal.policy.table import SHOWN, Found, PolicyTable
 
 View = Callable[[], Sequence[Any]]
 
@@ -169,10 +147,10 @@ class Policy:
         """
         plan = bind(model)
         schema = plan.graphdef.schema
-        every = {name: self._find(name, schema, plan.view) for name in _SHOWN}
-        return PolicyTable(self, plan.graphdef, plan.view(), every)
+        every = {name: self._find(name, schema, plan.view) for name in SHOWN}
+        return PolicyTable(self.rows, plan.graphdef, plan.view(), every)
 
-    def _find(self, name: str, schema: Schema, view: View | None) -> _Found:
+    def _find(self, name: str, schema: Schema, view: View | None) -> Found:
         if name not in COLUMNS:
             raise PolicyError(
                 f"{name!r} is no column; the columns are {', '.join(COLUMNS)}."
@@ -196,7 +174,7 @@ class Policy:
             if answer is not UNSET:
                 yield number, f, answer
 
-    def _ask(self, name: str, schema: Schema, leaves: Any = None) -> _Found:
+    def _ask(self, name: str, schema: Schema, leaves: Any = None) -> Found:
         pairs = [self.decide(name, *row) for row in schema.rows(leaves)]
         faults = [
             f"{schema.describe(i)}: {wrong} (from its {by})"
@@ -209,7 +187,7 @@ class Policy:
                 f"{listing(faults)}\nChange the class keyword of the kind, or the "
                 "metadata of the Variable."
             )
-        return _Found(tuple(a for a, _ in pairs), tuple(by for _, by in pairs))
+        return Found(tuple(a for a, _ in pairs), tuple(by for _, by in pairs))
 
     def decide(
         self, name: str, path: Path, kind: Kind, metadata: Mapping, leaf: Any
@@ -224,10 +202,10 @@ class Policy:
         option = getattr(kind, "options", {}).get(name, UNSET)
         return option, None if option is UNSET else "kind"
 
-    def _check_rows_train(self, found: _Found, schema: Schema) -> None:
+    def _check_rows_train(self, found: Found, schema: Schema) -> None:
         rows = self._answering("optimizer")
         idle = [
-            f"row {number}, {f!r}: {long_name(tx)}"
+            f"row {number}, {f!r}"
             for number, f, tx in rows
             if tx is not None and number not in found.by
         ]
@@ -373,217 +351,6 @@ class TrainedBy(Filter):
         return answer == self.tx and trainable is not False
 
     def __repr__(self) -> str:
-        return f"TrainedBy({long_name(self.tx)})"
-
-
-# ------------------------------------------------------------------ the table, printed
-# In the order of a training program: trained, mapped, placed, saved.
-_SHOWN = (
-    "optimizer",
-    "trainable",
-    "axis",
-    "reduce",
-    "role",
-    "spec",
-    "donate",
-    "dtype",
-    "checkpoint",
-)
-# Pipelines refuse a leaf without an answer in these; elsewhere silence means something:
-# keep it, do not donate it.
-_DUE = frozenset({"axis", "optimizer", "spec"})
-_MANY = 12
-
-
-class PolicyRow(NamedTuple):
-    """Leaves of one kind that every pipeline treats alike."""
-
-    kind: Kind
-    label: str
-    """The kind's name, qualified where another kind here has the same one."""
-    paths: tuple[Path, ...]
-    answers: dict[str, Any]
-    """Column to answer; what has none is left out."""
-
-
-class PolicyTable(Report):
-    """What a Policy does with each leaf of a model; made by ``Policy.table``.
-
-    Args:
-      policy: the Policy.
-      graphdef: the structure of the model.
-      leaves: the leaves as filters see them.
-      every: each column's answers, and who gives them.
-
-    Attributes:
-      rows: one PolicyRow for leaves of one kind with equal answers.
-      columns: the columns that have an answer for some leaf.
-      unanswered: column to the paths that it has no answer for, where one is due.
-      idle: number of a row, from 1, to those of its columns that decide nothing.
-      notes: sentences about what is unanswered or idle.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        graphdef: GraphDef,
-        leaves: Sequence[Any],
-        every: Mapping[str, _Found],
-    ):
-        schema = graphdef.schema
-        self.columns = tuple(n for n in every if set(every[n].by) - {None})
-        used = {name: every[name] for name in self.columns}
-        self.rows: tuple[PolicyRow, ...] = _grouped(schema, used)
-        left = {name: _left(name, schema, every) for name in self.columns}
-        self.unanswered = {
-            name: tuple(schema.paths[i] for i in at) for name, at in left.items() if at
-        }
-        self.idle = _idle(policy, every)
-        self.notes = (
-            *(_left_note(name, schema, at) for name, at in left.items() if at),
-            *(
-                _idle_note(policy, n, mute, graphdef, leaves)
-                for n, mute in self.idle.items()
-            ),
-        )
-        self._aliases: dict[Path, list[Path]] = {}
-        for path, i in graphdef.aliases:
-            self._aliases.setdefault(schema.paths[i], []).append(path)
-
-    def tables(self) -> tuple[Table, ...]:
-        names = _numbered(row.answers.get("optimizer") for row in self.rows)
-        cells = [
-            (
-                str(number),
-                row.label,
-                str(len(row.paths)),
-                *(_cell(name, row.answers, names) for name in self.columns),
-            )
-            for number, row in enumerate(self.rows, 1)
-        ]
-        heads = ("#>", "kind", "leaves>", *self.columns)
-        where = [
-            (str(number), _some(list(map(self._where, row.paths))))
-            for number, row in enumerate(self.rows, 1)
-        ]
-        made = [
-            Table("Policy", heads, tuple(cells), self.notes),
-            Table("Leaves", ("#>", "paths"), tuple(where)),
-        ]
-        if names:
-            legend = tuple((name, long_name(tx)) for tx, name in names.items())
-            made.append(Table("Optimizers", ("name", "made of"), legend))
-        return tuple(made)
-
-    def _where(self, path: Path) -> str:
-        return " = ".join(map(show, (path, *self._aliases.get(path, ()))))
-
-
-def _some(texts: Sequence[str]) -> str:
-    more = f", and {len(texts) - _MANY} more" if len(texts) > _MANY else ""
-    return ", ".join(texts[:_MANY]) + more
-
-
-def _grouped(schema: Schema, used: Mapping[str, _Found]) -> tuple[PolicyRow, ...]:
-    groups: dict[Any, list[int]] = {}
-    for i, kind in enumerate(schema.kinds):
-        key = (kind, *(found.answers[i] for found in used.values()))
-        groups.setdefault(key, []).append(i)
-    order = list(dict.fromkeys(schema.kinds))
-    return tuple(
-        PolicyRow(
-            kind,
-            _label(kind, order),
-            tuple(schema.paths[i] for i in at),
-            {n: x for n, x in zip(used, said, strict=True) if x is not UNSET},
-        )
-        for (kind, *said), at in sorted(
-            groups.items(), key=lambda item: order.index(item[0][0])
-        )
-    )
-
-
-def _label(kind: Kind, kinds: Sequence[Kind]) -> str:
-    name = kind_name(kind)
-    if kind is None or [kind_name(k) for k in kinds].count(name) == 1:
-        return name
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _left(name: str, schema: Schema, every: Mapping[str, _Found]) -> list[int]:
-    """The leaves that need an answer in a column and have none."""
-    if name not in _DUE:
-        return []
-    left = [i for i, by in enumerate(every[name].by) if by is None]
-    if name != "optimizer":
-        return left
-    frozen = every["trainable"].answers
-    kinds = schema.kinds
-    return [i for i in left if _is_param(kinds[i]) and frozen[i] is not False]
-
-
-def _is_param(kind: Kind) -> bool:
-    return kind is not None and issubclass(kind, Param)
-
-
-def _left_note(name: str, schema: Schema, at: Sequence[int]) -> str:
-    some = _some(list(map(schema.describe, at)))
-    return f"Nothing says what {name!r} is of {some}."
-
-
-def _idle(policy: Policy, every: Mapping[str, _Found]) -> dict[int, tuple[str, ...]]:
-    """The rows that decide nothing in some column, or have none, and the columns."""
-    found = {}
-    for number, (_, rule) in enumerate(policy.rows, 1):
-        said = [name for name, _ in rule.given()]
-        mute = tuple(name for name in said if number not in every[name].by)
-        if mute or not said:
-            found[number] = mute
-    return found
-
-
-def _idle_note(
-    policy: Policy,
-    number: int,
-    mute: Sequence[str],
-    graphdef: GraphDef,
-    leaves: Sequence[Any],
-) -> str:
-    f, _ = policy.rows[number - 1]
-    schema = graphdef.schema
-    taken = sum(f.test(*row) for row in schema.rows(leaves))
-    text = f"Row {number}, {f!r}, "
-    if taken and not mute:
-        return f"{text}says nothing."
-    if taken:
-        return (
-            f"{text}decides no {' and no '.join(mute)}: earlier rows or metadata come "
-            "first for all its leaves."
-        )
-    owners = [
-        f"{show(path)} is {show(schema.paths[i])}"
-        for path, i in graphdef.aliases
-        if f.test(path, schema.kinds[i], schema.metadata[i], leaves[i])
-    ]
-    shared = f" A shared leaf has its first path: {', '.join(owners)}."
-    return f"{text}takes no leaf.{shared if owners else ''}"
-
-
-def _cell(name: str, said: Mapping[str, Any], names: Mapping[Any, str]) -> str:
-    if name == "optimizer" and (name in said or "trainable" in said):
-        tx = said.get(name, UNSET)
-        frozen = tx is None or said.get("trainable") is False
-        return "frozen" if frozen else names.get(tx, repr(UNSET))
-    answer = said.get(name, UNSET)
-    return answer if isinstance(answer, str) else written(name, answer)
-
-
-def _numbered(every: Iterable[Any]) -> dict[Any, str]:
-    """A name for each transformation, numbered where several have the same."""
-    found = dict.fromkeys(tx for tx in every if tx is not None)
-    names = [short_name(tx) for tx in found]
-    count = itertools.count(1)
-    return {
-        tx: name if names.count(name) == 1 else f"{name} #{next(count)}"
-        for tx, name in zip(found, names, strict=True)
-    }
+        rows = self.policy.rows
+        by = [repr(f) for f, rule in rows if rule.optimizer == self.tx]
+        return f"TrainedBy({', '.join(by) or 'metadata or kind'})"

@@ -1,4 +1,4 @@
-"""Rules: what may be said of a leaf for each pipeline, and how it prints."""
+"""Rule: what each pipeline does with a leaf, and how that prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sortal._engine.statics import is_hashable
 from sortal.errors import PolicyError, listing
@@ -28,12 +27,12 @@ UNSET: Any = _UnsetType()
 """Stands where a Rule gives no answer."""
 
 
-# ------------------------------------------------------------------ what may be said
+# ------------------------------------------------------------- what may be answered
 class Column(NamedTuple):
-    """What answers a column takes, in code and in words, and one to show."""
+    """What answers a column takes, in code and in words, and an example."""
 
     fits: Callable[[Any], bool]
-    due: str
+    expected: str
     example: str
 
 
@@ -51,17 +50,9 @@ def _is_spec(x: Any) -> bool:
 
 
 def _is_transformation(x: Any) -> bool:
-    # A factory that nobody called, such as `optax.adam` itself, has neither.
+    # The function `optax.adam` itself, not called, has neither.
     parts = (getattr(x, "init", None), getattr(x, "update", None))
     return x is None or (all(map(callable, parts)) and not isinstance(x, type))
-
-
-def _is_dtype(x: Any) -> bool:
-    try:
-        jnp.dtype(jnp.float32 if x is None else x)
-    except TypeError:
-        return False
-    return True
 
 
 def _is_bool(x: Any) -> bool:
@@ -82,7 +73,6 @@ COLUMNS: dict[str, Column] = {
     "spec": Column(
         _is_spec, "a PartitionSpec, a Sharding or None", "PartitionSpec('data')"
     ),
-    "role": Column(lambda x: isinstance(x, str) and bool(x), "a word", "'carry'"),
     "checkpoint": Column(
         _among("keep", "drop", "keep-last"), "'keep', 'drop' or 'keep-last'", "'keep'"
     ),
@@ -93,7 +83,6 @@ COLUMNS: dict[str, Column] = {
         "optax.adam(1e-3)",
     ),
     "trainable": Column(_is_bool, "True or False", "False"),
-    "dtype": Column(_is_dtype, "a dtype such as jnp.bfloat16, or None", "jnp.float32"),
 }
 
 
@@ -105,7 +94,7 @@ def fault(name: str, answer: Any) -> str:
       answer: what was given there.
 
     Returns:
-      The answer and what is due; empty where nothing is wrong.
+      The answer and what is expected; empty where nothing is wrong.
 
     Example:
       >>> fault("reduce", "avarage")[:32], fault("reduce", "mean")
@@ -113,7 +102,7 @@ def fault(name: str, answer: Any) -> str:
     """
     column = COLUMNS[name]
     if not column.fits(answer):
-        return f"{name}={answer!r:.80}, where {column.due} is due"
+        return f"{name}={answer!r:.80}, where {column.expected} is expected"
     if not is_hashable(answer):
         return f"{name}={answer!r:.80}, which cannot be hashed"
     return ""
@@ -121,7 +110,7 @@ def fault(name: str, answer: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Rule:
-    """What becomes of some leaves in each pipeline; what is not given is not answered.
+    """What each pipeline does with some leaves; a column not given has no answer.
 
     Args:
       axis: the axis that ``vmap`` or ``scan`` maps over: an int, None for what all
@@ -130,12 +119,10 @@ class Rule:
         values: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a function from the
         values, stacked along axis 0, to one. None refuses such a write.
       spec: a ``PartitionSpec`` or ``Sharding``; None leaves it to JAX.
-      role: a word for what the leaf is in a loop.
       checkpoint: ``"keep"``, ``"drop"``, or ``"keep-last"`` for the newest one only.
       donate: whether the buffer may be given away to a compiled function.
       optimizer: the optax transformation that trains the leaf, or None for frozen.
       trainable: False freezes the leaf whatever its optimizer.
-      dtype: the dtype that the leaf should have; None leaves it as it is.
 
     Raises:
       PolicyError: a value is none of these, or cannot be hashed; all are listed.
@@ -149,12 +136,10 @@ class Rule:
     axis: Any = UNSET
     reduce: Any = UNSET
     spec: Any = UNSET
-    role: Any = UNSET
     checkpoint: Any = UNSET
     donate: Any = UNSET
     optimizer: Any = UNSET
     trainable: Any = UNSET
-    dtype: Any = UNSET
 
     def __post_init__(self) -> None:
         faults = [f for name, answer in self.given() if (f := fault(name, answer))]
@@ -182,14 +167,15 @@ class Rule:
 
 # -------------------------------------------------------------------- answers as text
 def written(name: str, answer: Any) -> str:
-    """An answer as it was written, or nearly.
+    """An answer as code, or nearly.
 
     Args:
       name: the column.
-      answer: what is said there.
+      answer: what a Rule, a kind or metadata says.
 
     Returns:
-      The text.
+      The text. Of an optax transformation the type's name: it does not know what
+      made it.
 
     Example:
       >>> written("spec", jax.sharding.PartitionSpec(None, "model"))
@@ -199,82 +185,8 @@ def written(name: str, answer: Any) -> str:
         return f"P({', '.join(map(repr, answer))})"
     if isinstance(answer, jax.sharding.NamedSharding):
         return f"NamedSharding({written(name, answer.spec)})"
-    if answer is None or answer is UNSET:
-        return repr(answer)
-    if name == "optimizer":
-        return long_name(answer)
-    if name == "dtype":
-        return jnp.dtype(answer).name
+    if name == "optimizer" and answer not in (None, UNSET):
+        return f"<{type(answer).__name__}>"
     if callable(answer):
         return getattr(answer, "__qualname__", repr(answer))
     return repr(answer)
-
-
-# Of optax's, round every transformation of a chain; its name tells nobody anything.
-_WRAPPER = "with_extra_args_support"
-
-
-def short_name(tx: Any) -> str:
-    """What made an optax transformation, as far as it shows.
-
-    Args:
-      tx: the transformation. It does not know its own name: ``optax.adamw`` returns
-        what ``optax.chain`` made.
-
-    Returns:
-      The name of the function or class.
-
-    Example:
-      >>> import optax
-      >>> short_name(optax.adamw(1e-3)), short_name(optax.set_to_zero())
-      ('chain', 'set_to_zero')
-    """
-    return _factory(tx.update) or type(tx).__name__
-
-
-def _factory(update: Any) -> str:
-    return getattr(update, "__qualname__", "").partition(".")[0]
-
-
-def long_name(tx: Any) -> str:
-    """The name with those of the transformations inside, such as a chain's.
-
-    Args:
-      tx: an optax transformation.
-
-    Returns:
-      The names, nested as the transformations are.
-
-    Example:
-      >>> import optax
-      >>> long_name(optax.chain(optax.set_to_zero(), optax.scale(0.1)))
-      'chain(set_to_zero, scale)'
-    """
-    return _made_of(tx.update) or type(tx).__name__
-
-
-def _made_of(update: Any, depth: int = 4) -> str:
-    name = _factory(update)
-    # Transformations are closures and keep no other trace of what they are made of.
-    cells = getattr(update, "__closure__", None) or ()
-    inside = [u for cell in cells for u in _updates(cell)] if depth else []
-    parts = [text for u in inside if (text := _made_of(u, depth - 1))]
-    if name == _WRAPPER and len(parts) == 1:
-        return parts[0]
-    return f"{name}({', '.join(parts)})" if parts else name
-
-
-def _updates(cell: Any) -> list[Any]:
-    try:
-        held = cell.cell_contents
-    except ValueError:  # not filled yet
-        return []
-    items = held if isinstance(held, tuple) and not _updates_by(held) else (held,)
-    return [f for x in items if (f := _updates_by(x)) is not None]
-
-
-def _updates_by(x: Any) -> Any:
-    """The update function that ``x`` is or has; None where it is something else."""
-    if hasattr(x, "init") and callable(getattr(x, "update", None)):
-        return x.update
-    return x if callable(x) and "update" in getattr(x, "__name__", "") else None

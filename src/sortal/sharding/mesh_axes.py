@@ -29,7 +29,7 @@ def logical_axis_rules(rules: Any) -> Iterator[None]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> names = {"out_sharding": ("embed", "mlp"), "eager_sharding": False}
       >>> kernel = nnx.Param(jnp.ones((2, 4)), **names)
       >>> with nnx.logical_axis_rules([("mlp", "model"), ("embed", None)]):

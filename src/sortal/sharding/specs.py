@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -12,6 +12,7 @@ from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
 from sortal._engine.annotations import with_partitioning as with_partitioning
 from sortal._engine.nodes import Node
 from sortal._engine.variable import Variable
+from sortal._nnx_names import refuse_unknown
 from sortal.functional import merge, split
 from sortal.sharding.mesh_axes import spec_of
 from sortal.transforms.compile import eval_shape
@@ -33,14 +34,15 @@ def get_var_pspec(v: Variable) -> PartitionSpec | None:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import sortal as nnx
-      >>> list(nnx.spmd.get_var_pspec(nnx.Param(jnp.ones(2), sharding=("data",))))
+      >>> from sortal import nnx
+      >>> w = nnx.Param(jnp.ones(2), sharding=("data",))
+      >>> list(nnx.spmd.get_var_pspec(w))
       ['data']
     """
-    names = v.sharding_names
+    names = v.get_metadata("out_sharding", None)
     if names:
         return spec_of(names, v.get_metadata("sharding_rules", ()))
-    return _NO_AXES if hasattr(v.get_raw_value(), "shape") else None
+    return _NO_AXES if hasattr(v._value, "shape") else None
 
 
 def get_partition_spec(tree: Any) -> Any:
@@ -110,13 +112,12 @@ def _map(of: Callable[[Variable], Any], tree: Any, of_array: Any = _NO_AXES) -> 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (Variable, Node)))
 
 
-def as_abstract(tree: Any, graph: bool | None = None) -> Any:
+def as_abstract(tree: Any, **_unknown: Never) -> Any:
     """A tree of abstract values that know their sharding.
 
     Args:
       tree: a Module or State whose values are ``jax.ShapeDtypeStruct``s, such as
         ``eval_shape`` returns.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       The tree. Where a Variable's metadata names its axes, its value has the sharding
@@ -137,11 +138,13 @@ def as_abstract(tree: Any, graph: bool | None = None) -> Any:
       >>> list(nnx.as_abstract(abstract).kernel.value.sharding.spec)
       ['data']
     """
+    refuse_unknown("as_abstract", _unknown)
 
     def with_sharding(v: Variable) -> Any:
-        value = v.get_raw_value()
+        value = v._value
         known = getattr(value, "sharding", None) is not None
-        if known or not v.sharding_names or not hasattr(value, "dtype"):
+        named = v.get_metadata("out_sharding", None)
+        if known or not named or not hasattr(value, "dtype"):
             return value
         mesh = v.get_metadata("mesh", None) or jax.sharding.get_abstract_mesh()
         return _abstract(value, NamedSharding(mesh, get_var_pspec(v) or _NO_AXES))
@@ -162,14 +165,13 @@ def _abstract(value: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def get_abstract_model(
-    init_fn: Callable[[], Any], mesh: Mesh, *, graph: bool | None = None
+    init_fn: Callable[[], Any], mesh: Mesh, **_unknown: Never
 ) -> tuple[Any, Any]:
     """The GraphDef of a model that is not made, and a State of shapes and shardings.
 
     Args:
       init_fn: a function of nothing that returns the model.
       mesh: the mesh that the model is to live on.
-      graph: taken for NNX code, of no effect.
 
     Returns:
       ``(graphdef, state)``; the State's values are ``jax.ShapeDtypeStruct``s with the
@@ -189,6 +191,7 @@ def get_abstract_model(
       >>> list(state["kernel"].value.sharding.spec)
       ['data']
     """
+    refuse_unknown("get_abstract_model", _unknown)
     with jax.set_mesh(mesh):
         graphdef, state = split(eval_shape(init_fn))
         shardings = get_named_sharding(state, mesh)

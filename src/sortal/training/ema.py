@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from sortal._engine.plan import bind
 from sortal._engine.schema import Schema
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.variable import describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
 from sortal.filters import to_filter
 from sortal.module import Pytree
@@ -32,7 +33,6 @@ class EMA(Pytree):
       model: a Module, a container of Modules and Variables, or a State.
       decay: the share of the old average that is kept, from 0 to 1.
       only: which leaves to track: Variables of floating or complex dtype.
-      graph: taken for NNX code, of no effect.
 
     Raises:
       ArgumentError: ``decay`` is not from 0 to 1.
@@ -54,9 +54,8 @@ class EMA(Pytree):
 
     params: State
 
-    def __init__(
-        self, model: Any, decay: Any, *, only: Any = ..., graph: bool | None = None
-    ):
+    def __init__(self, model: Any, decay: Any, *, only: Any = ..., **_unknown: Never):
+        refuse_unknown("EMA", _unknown)
         if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
             raise ArgumentError(
                 f"decay={decay!r} is not a share from 0 to 1. Write decay=0.999 to "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from sortal._engine.variable import (
     is_variable,
     value_of,
 )
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.module import Pytree
@@ -78,7 +79,6 @@ class Optimizer(Pytree):
       wrt: which leaves to train, all of a floating or complex dtype; ``Param`` if
         absent, for a dict whatever its filters take, and for a Policy whatever has a
         transformation. ``optimizer.wrt`` is what to give to ``grad``.
-      graph: taken for NNX code, of no effect.
 
     Raises:
       OptimizerError: ``wrt`` takes no leaf, or leaves that are not floating or cannot
@@ -102,13 +102,8 @@ class Optimizer(Pytree):
       ([0.5, 0.5], 1)
     """
 
-    def __class_getitem__(cls, model: Any) -> Any:
-        # NNX code annotates with Optimizer[Model].
-        return cls
-
-    def __init__(
-        self, model: Any, tx: Any, *, wrt: Any = UNSET, graph: bool | None = None
-    ):
+    def __init__(self, model: Any, tx: Any, *, wrt: Any = UNSET, **_unknown: Never):
+        refuse_unknown("Optimizer", _unknown)
         if isinstance(tx, Policy):
             tx, wrt = tx.optimizer_groups(model, wrt), UNSET
         groups = tuple(tx.items()) if isinstance(tx, Mapping) else None
@@ -192,47 +187,6 @@ class Optimizer(Pytree):
             )
             self.opt_state = now[0] if several is None else now
         return snapshot(params.schema, updates)
-
-
-class ModelAndOptimizer(Optimizer):
-    """An Optimizer that holds the model it trains.
-
-    Args:
-      model: a Module.
-      tx: an optax transformation, a dict of filter to transformation, or a Policy.
-      wrt: which leaves to train; as for ``Optimizer``.
-      graph: taken for NNX code, of no effect.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import sortal as nnx
-      >>> class Scale(nnx.Module):
-      ...     def __init__(self):
-      ...         self.w = nnx.Param(jnp.ones(2))
-      >>> state = nnx.ModelAndOptimizer(Scale(), optax.sgd(0.5))
-      >>> _ = state.update(nnx.grad(lambda m: m.w.sum())(state.model))
-      >>> state.model.w.value.tolist()
-      [0.5, 0.5]
-    """
-
-    def __init__(
-        self, model: Any, tx: Any, *, wrt: Any = UNSET, graph: bool | None = None
-    ):
-        super().__init__(model, tx, wrt=wrt, graph=graph)
-        self.model = model
-
-    def update(self, grads: Any, /, **kwargs: Any) -> State:  # type: ignore[override]
-        """One step; see ``Optimizer.update``.
-
-        Args:
-          grads: a State or nested dict with exactly the leaves that ``wrt`` takes.
-          **kwargs: handed to ``tx.update``.
-
-        Returns:
-          The updates that were added to the parameters, as a State.
-        """
-        return super().update(self.model, grads, **kwargs)
 
 
 # ------------------------------------------------------------------ what is trained

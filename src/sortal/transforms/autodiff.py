@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 from sortal._engine.foreign import in_our_words
 from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.transforms._adapter.binding import (
@@ -92,9 +93,7 @@ def value_and_grad(
     wrt: Any = Param,
     holomorphic: bool = False,
     allow_int: bool = False,
-    reduce_axes: Sequence[Any] = (),
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """The value and gradient of a scalar function of modules.
 
@@ -111,9 +110,6 @@ def value_and_grad(
       wrt: a filter that says which leaves of modules to differentiate by.
       holomorphic: see ``jax.grad``.
       allow_int: see ``jax.grad``; leaves of integer dtype are then allowed.
-      reduce_axes: taken for NNX code; must be empty.
-      graph: ignored; for NNX compatibility.
-      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       A function that returns ``(value, gradient)``, or ``((value, aux), gradient)``.
@@ -132,6 +128,7 @@ def value_and_grad(
       >>> float(value)
       0.0
     """
+    refuse_unknown("value_and_grad", _unknown)
     if f is _NO_FUNCTION:
         return functools.partial(
             value_and_grad,
@@ -141,8 +138,6 @@ def value_and_grad(
             holomorphic=holomorphic,
             allow_int=allow_int,
         )
-    if reduce_axes:
-        raise ArgumentError("reduce_axes is no longer supported by JAX; leave it out.")
     wanted = [_read(a, wrt) for a in (argnums if _several(argnums) else (argnums,))]
     fn, first = unbind(f)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
 from sortal._engine.foreign import in_our_words
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
@@ -24,6 +26,7 @@ from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded
 
 _NO_FUNCTION: Any = object()
+_OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
 
 
@@ -219,8 +222,7 @@ def jit(
       >>> before.is_deleted(), int(counter.n.value)
       (True, 2)
     """
-    options.pop("graph", None)
-    options.pop("graph_updates", None)
+    refuse_unknown("jit", options, _OF_JAX)
     if fun is _NO_FUNCTION:
         return lambda f: Jitted(f, options, donate, on_retrace)
     if not callable(fun):
@@ -266,8 +268,6 @@ def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
       >>> model.kernel.value
       ShapeDtypeStruct(shape=(2, 3), dtype=float32)
     """
-    kwargs.pop("graph", None)
-    kwargs.pop("graph_updates", None)
     fn, first = unbind(f)
     return _shapes(fn, (*first, *args), kwargs, ())
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.tree_util as jtu
 
 from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe, value_of
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, LoopError, listing
-from sortal.transforms._adapter.binding import refuse_unknown, unbind, write_back
+from sortal.transforms._adapter.binding import unbind, write_back
 from sortal.transforms._adapter.operands import Operands, check_types, steady
 from sortal.transforms._adapter.tracing import (
     Effects,
@@ -26,7 +27,7 @@ def while_loop(
     cond_fun: Callable[[Any], Any],
     body_fun: Callable[[Any], Any],
     init_val: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.while_loop`` with modules among what goes from step to step.
 
@@ -38,7 +39,6 @@ def while_loop(
       body_fun: takes the value, returns the next one, with the same modules in the same
         places.
       init_val: any pytree, with Modules and Variables anywhere in it.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -59,7 +59,7 @@ def while_loop(
       >>> int(counter.value)
       3
     """
-    refuse_unknown("while_loop", ignored)
+    refuse_unknown("while_loop", _unknown)
     _, held = unbind(body_fun)
     if unbind(cond_fun)[1]:
         raise ArgumentError(
@@ -87,7 +87,7 @@ def fori_loop(
     init_val: Any,
     *,
     unroll: int | bool | None = None,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.fori_loop`` with modules among what goes from step to step.
 
@@ -98,7 +98,6 @@ def fori_loop(
         modules in the same places.
       init_val: any pytree, with Modules and Variables anywhere in it.
       unroll: see ``jax.lax.fori_loop``.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The last value; modules in it are the live ones, updated.
@@ -117,7 +116,7 @@ def fori_loop(
       >>> int(nnx.fori_loop(0, 5, body, total).value)
       10
     """
-    refuse_unknown("fori_loop", ignored)
+    refuse_unknown("fori_loop", _unknown)
     _, held = unbind(body_fun)
     return _run(_fori, (body_fun,), (lower, upper, unroll), held, init_val)
 
@@ -238,7 +237,7 @@ def cond(
     true_fun: Callable[..., Any],
     false_fun: Callable[..., Any],
     *operands: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.cond`` with modules among the operands.
 
@@ -251,7 +250,6 @@ def cond(
         method of one.
       false_fun: called on them where it does not.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -270,7 +268,7 @@ def cond(
       >>> int(count.value)
       1
     """
-    refuse_unknown("cond", ignored)
+    refuse_unknown("cond", _unknown)
     where = ("the true branch of cond", "the false branch of cond")
     return _choose(jax.lax.cond, where, pred, (true_fun, false_fun), operands)
 
@@ -279,7 +277,7 @@ def switch(
     index: Any,
     branches: Sequence[Callable[..., Any]],
     *operands: Any,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.switch`` with modules among the operands.
 
@@ -287,7 +285,6 @@ def switch(
       index: an integer scalar, clamped to the branches there are.
       branches: functions, modules, or methods of modules, all called alike.
       *operands: any pytrees, with Modules and Variables anywhere in them.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       What the branch returned; modules in it are the live ones.
@@ -304,7 +301,7 @@ def switch(
       >>> nnx.switch(jnp.array(2), layers, jnp.ones(2)).shape
       (3,)
     """
-    refuse_unknown("switch", ignored)
+    refuse_unknown("switch", _unknown)
     if not branches:
         raise ArgumentError("switch needs at least one branch.")
     where = tuple(f"branch {i} of switch" for i in range(len(branches)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from sortal._engine.foreign import in_our_words
 from sortal._engine.variable import Param
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
 from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
@@ -335,9 +336,7 @@ def _zero(x: Any) -> Any:
 def custom_vjp(
     fun: Any = _NO_FUNCTION,
     nondiff_argnums: Any = (),
-    *,
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """A function of modules whose pull-back is written by hand, as ``jax.custom_vjp``.
 
@@ -362,8 +361,6 @@ def custom_vjp(
         returned.
       nondiff_argnums: positions not differentiated by; a ``DiffState`` among them says
         instead which leaves of a module are differentiated by, in the place of Param.
-      graph: ignored; for NNX compatibility.
-      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       A function with a method ``defvjp(fwd, bwd)``.
@@ -392,6 +389,7 @@ def custom_vjp(
       >>> float(nnx.grad(scaled)(Scale(), 3.0)["w"].value)
       30.0
     """
+    refuse_unknown("custom_vjp", _unknown)
     if fun is _NO_FUNCTION:
         return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums)
     return CustomVJP(fun, nondiff_argnums)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from sortal._engine.paths import show
 from sortal._engine.plan import has_plan
 from sortal._engine.state import FlatState, as_state
 from sortal._engine.variable import Param, describe, value_of
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.functional import state
@@ -50,9 +51,7 @@ def vjp(
     *primals: Any,
     has_aux: bool = False,
     wrt: Any = Param,
-    reduce_axes: Sequence[Any] = (),
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """The value of a function of modules, and the function that pulls back.
 
@@ -68,16 +67,13 @@ def vjp(
       *primals: its arguments.
       has_aux: whether ``f`` returns a pair whose second part is not differentiated.
       wrt: a filter that says which leaves of modules to differentiate by.
-      reduce_axes: taken for NNX code; must be empty.
-      graph: ignored; for NNX compatibility.
-      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       ``(out, vjp_fn)`` or ``(out, vjp_fn, aux)``; ``vjp_fn`` takes a cotangent of
       ``out`` and returns a tuple with one cotangent for each primal.
 
     Raises:
-      ArgumentError: ``has_aux`` is given and no pair returned; or ``reduce_axes``.
+      ArgumentError: ``has_aux`` is given and no pair returned.
       FilterError: ``wrt`` takes no leaf of any module.
       GradientError: a leaf taken is not of a floating or complex dtype.
 
@@ -90,8 +86,7 @@ def vjp(
       >>> by_model["kernel"].value.tolist()
       [[3.0], [3.0]]
     """
-    if reduce_axes:
-        raise ArgumentError("reduce_axes is no longer supported by JAX; leave it out.")
+    refuse_unknown("vjp", _unknown)
     options = {"has_aux": has_aux, "wrt": wrt}
     if f is _NO_FUNCTION or not primals:
         return _later(vjp, f, options)
@@ -111,8 +106,7 @@ def jvp(
     *,
     has_aux: bool = False,
     wrt: Any = Param,
-    graph: bool | None = None,
-    graph_updates: bool | None = None,
+    **_unknown: Never,
 ) -> Any:
     """The value of a function of modules, and its derivative in a direction.
 
@@ -128,8 +122,6 @@ def jvp(
       tangents: a tuple with one tangent for each primal.
       has_aux: whether ``f`` returns a pair whose second part is not differentiated.
       wrt: a filter that says which leaves of modules to differentiate by.
-      graph: ignored; for NNX compatibility.
-      graph_updates: ignored; for NNX compatibility.
 
     Returns:
       ``(out, tangent_out)`` or ``(out, tangent_out, aux)``.
@@ -151,6 +143,7 @@ def jvp(
       >>> dot.tolist()
       [[3.0]]
     """
+    refuse_unknown("jvp", _unknown)
     options = {"has_aux": has_aux, "wrt": wrt}
     if f is _NO_FUNCTION or primals is None:
         return _later(jvp, f, options)

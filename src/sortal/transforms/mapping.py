@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ from sortal._engine.jax_compat import differs_in_vmap, varying_axes
 from sortal._engine.leaves import held
 from sortal._engine.schema import Schema
 from sortal._engine.variable import describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import written
 from sortal.transforms._adapter.binding import (
     BoundArguments,
-    refuse_unknown,
     unbind,
     write_back,
 )
@@ -58,7 +58,7 @@ def vmap(
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
     transform_metadata: Mapping[str, Any] = NOTHING,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.vmap`` for functions of modules, with an axis for each kind.
 
@@ -80,7 +80,6 @@ def vmap(
       spmd_axis_name: see ``jax.vmap``.
       transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
         Variables come out stacked, where their metadata names their axes.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The function, or the decorator.
@@ -106,7 +105,7 @@ def vmap(
       >>> nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, jnp.ones(2)).shape
       (5, 3)
     """
-    refuse_unknown("vmap", ignored)
+    refuse_unknown("vmap", _unknown)
     in_axes, out_axes = in_our_words((in_axes, out_axes))
     if f is _NO_FUNCTION:
         return functools.partial(
@@ -196,7 +195,6 @@ def shard_map(
     """
     refuse_unknown("shard_map", options, _OF_JAX)
     in_specs, out_specs = in_our_words((in_specs, out_specs))
-    options = {k: v for k, v in options.items() if k in _OF_JAX}
     if f is _NO_FUNCTION:
         return functools.partial(
             shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options

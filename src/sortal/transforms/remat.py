@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 
+from sortal._nnx_names import refuse_unknown
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     named_positions,
-    refuse_unknown,
     unbind,
     write_back,
 )
@@ -27,7 +27,7 @@ def remat(
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
     static_argnums: int | Sequence[int] = (),
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.checkpoint`` for functions of modules: recomputes instead of storing.
 
@@ -36,7 +36,6 @@ def remat(
       prevent_cse: see ``jax.checkpoint``.
       policy: what to store all the same; see ``jax.checkpoint_policies``.
       static_argnums: positions of arguments that are not traced.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The function, or the decorator.
@@ -52,7 +51,7 @@ def remat(
       >>> nnx.grad(loss)(layer, jnp.ones((1, 2))).paths()
       (('bias',), ('kernel',))
     """
-    refuse_unknown("remat", ignored)
+    refuse_unknown("remat", _unknown)
     if f is _NO_FUNCTION:
         return functools.partial(
             remat,
@@ -89,6 +88,3 @@ def _rematted(functions: Sequence[Any], options: Any) -> Callable[..., Any]:
         return write_back(bound, rematted(*bound.args, **bound.kwargs))
 
     return call
-
-
-checkpoint = remat

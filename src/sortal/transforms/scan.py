@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import numpy as np
 from sortal._engine.foreign import in_our_words
 from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe
+from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
-from sortal.transforms._adapter.binding import refuse_unknown, unbind, write_back
+from sortal.transforms._adapter.binding import unbind, write_back
 from sortal.transforms._adapter.operands import (
     Operands,
     check_types,
@@ -52,7 +53,7 @@ def scan(
     in_axes: Any = (Carry, 0),
     out_axes: Any = (Carry, 0),
     transform_metadata: Mapping[str, Any] = NOTHING,
-    **ignored: Any,
+    **_unknown: Never,
 ) -> Any:
     """``jax.lax.scan`` for functions of modules, with a role for each kind.
 
@@ -73,7 +74,6 @@ def scan(
         these, or a tuple.
       transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
         Variables come out stacked, where their metadata names their axes.
-      **ignored: ``graph`` and ``graph_updates`` are ignored; for NNX compatibility.
 
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
@@ -99,7 +99,7 @@ def scan(
       >>> forward(layers, jnp.ones((1, 2))).shape
       (1, 2)
     """
-    refuse_unknown("scan", ignored)
+    refuse_unknown("scan", _unknown)
     in_axes, out_axes = in_our_words((in_axes, out_axes))
     options = {
         "length": length,

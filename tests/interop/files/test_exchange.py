@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import DamagedError, NoCheckpointError, RestoreError, SaveError
 from sortal.interop.files.exchange import export, load_arrays, open_arrays, restore_from
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError
 from sortal.interop.linen.collections import boxed, from_linen, to_linen
 
@@ -29,7 +29,7 @@ def test_boxes_of_linen_are_metadata_and_come_back() -> None:
         variables = layer.init(jax.random.key(0), X)
         inside = from_linen(variables)
         kernel = inside[("kernel",)]
-        assert kernel.sharding_names == (None, "a")
+        assert kernel.get_metadata("out_sharding") == (None, "a")
         assert kernel.value.shape == (2, 3)
         back = to_linen(inside.items())
         assert jax.tree.structure(back) == jax.tree.structure(variables)

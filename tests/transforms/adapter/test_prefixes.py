@@ -24,6 +24,7 @@ from sortal import (
     StateAxes,
     StateSharding,
     Variable,
+    nnx,
 )
 from sortal.errors import ArgumentError, AxisError, FilterError, PolicyError
 from sortal.transforms._adapter.binding import BoundArguments
@@ -68,7 +69,7 @@ def test_a_table_shows_its_rows_and_compares_by_them() -> None:
     assert axes != StateAxes({Param: None, ...: 0})
     assert StateAxes({...: None}) != StateSharding({...: None})
     assert StateSharding({Param: P(), ...: P("x")}).shardings == (P(), P("x"))
-    assert sortal.StateSpecs is StateSharding
+    assert nnx.StateSpecs is StateSharding
 
 
 def test_a_malformed_filter_is_refused_at_once() -> None:

@@ -112,7 +112,7 @@ def boxed(variable: Variable) -> Any:
     metadata = variable.get_metadata()
     box = metadata.pop(_BOX, None)
     if box is None:
-        if not variable.sharding_names:
+        if not variable.get_metadata("out_sharding", None):
             return variable.value
         from flax.core import meta
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,6 @@ from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
-from sortal.errors import ArgumentError
 from sortal.transforms._adapter.tracing import (
     PASS,
     ROOT,
@@ -282,24 +281,6 @@ def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     parameters = [*first, *signature.parameters.values()]
     vars(call)["__signature__"] = signature.replace(parameters=parameters)
     return call
-
-
-def refuse_unknown(
-    name: str, options: Iterable[str], also: Collection[str] = ()
-) -> None:
-    """Refuses keywords that a transform does not have.
-
-    Args:
-      name: the transform.
-      options: the keywords given.
-      also: those it takes for NNX code besides ``graph`` and ``graph_updates``.
-
-    Raises:
-      ArgumentError: some are unknown; all are listed.
-    """
-    unknown = set(options) - {"graph", "graph_updates", *also}
-    if unknown:
-        raise ArgumentError(f"{name} has no option {', '.join(sorted(unknown))}.")
 
 
 def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:

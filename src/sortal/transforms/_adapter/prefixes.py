@@ -124,9 +124,6 @@ class StateSharding(ByKind):
         return self.answers
 
 
-StateSpecs = StateSharding
-
-
 def is_answer(x: Any) -> bool:
     """Whether a tree of answers ends here: at None, a spec, a table or a Policy."""
     return x is None or isinstance(

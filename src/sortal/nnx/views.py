@@ -25,7 +25,7 @@ def view(
       node: a Module.
       only: which modules get the settings; a module class takes its instances.
       raise_if_not_found: whether a setting that no module has is an error.
-      graph: taken for NNX code, of no effect.
+      graph: ignored; for NNX compatibility.
       **kwargs: names of attributes and their values, set where a module has them.
 
     Returns:
@@ -35,7 +35,7 @@ def view(
       ArgumentError: no module chosen has one of the attributes.
 
     Example:
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
       >>> frozen = nnx.view(model, use_running_average=True)
       >>> model.use_running_average, frozen.use_running_average

@@ -12,7 +12,7 @@ import jax
 from sortal._engine.marks import static
 from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path
-from sortal._engine.variable import Variable
+from sortal._engine.variable import Variable, check_writable, value_of, write
 from sortal.errors import ArgumentError
 from sortal.functional import iter_graph
 from sortal.interop.linen.collections import from_linen, to_linen
@@ -56,7 +56,8 @@ class ToNNX(Module):
       >>> from flax import linen
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
-      >>> model = nnx.bridge.ToNNX(linen.Dense(3), rngs=nnx.Rngs(0))
+      >>> from sortal.interop.linen import ToNNX
+      >>> model = ToNNX(linen.Dense(3), rngs=nnx.Rngs(0))
       >>> model = model.lazy_init(jnp.ones((1, 2)))
       >>> model.kernel, model(jnp.ones((1, 2))).shape
       (Param(float32[2,3]), (1, 3))
@@ -179,7 +180,9 @@ def _store(module: ToNNX, path: Path, variable: Variable) -> None:
             holder = holder.setdefault(key, {})
         old = holder.get(last)
     if type(old) is type(variable):
-        old.copy_from(variable)
+        check_writable([old])
+        write(old, value_of(variable))
+        old.set_metadata(variable.get_metadata())
     elif above:
         holder[last] = variable
     else:
@@ -204,8 +207,9 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       >>> from flax import linen
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
-      >>> model = nnx.bridge.ToNNX(linen.Dense(3), rngs=nnx.Rngs(0))
-      >>> nnx.bridge.lazy_init(model, jnp.ones((1, 2))).bias
+      >>> from sortal.interop.linen import ToNNX, lazy_init
+      >>> model = ToNNX(linen.Dense(3), rngs=nnx.Rngs(0))
+      >>> lazy_init(model, jnp.ones((1, 2))).bias
       Param(float32[3])
     """
     owner = fn.__self__ if isinstance(fn, types.MethodType) else fn

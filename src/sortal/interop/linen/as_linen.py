@@ -18,7 +18,6 @@ def to_linen(
     metadata_fn: Any = collections.boxed,
     name: str | None = None,
     skip_rng: bool = False,
-    abstract_init: bool = True,
     **kwargs: Any,
 ) -> Any:
     """A Linen module that makes a Module and keeps its Variables as Linen does.
@@ -31,7 +30,6 @@ def to_linen(
         keeps the value alone.
       name: the Linen module's name.
       skip_rng: whether the constructor takes no ``rngs``.
-      abstract_init: taken for NNX code, of no effect.
       **kwargs: what the constructor takes.
 
     Returns:
@@ -41,7 +39,8 @@ def to_linen(
     Example:
       >>> import jax
       >>> import sortal as nnx
-      >>> dense = nnx.bridge.to_linen(nnx.Linear, 2, 3)
+      >>> from sortal.interop.linen import to_linen
+      >>> dense = to_linen(nnx.Linear, 2, 3)
       >>> variables = dense.init(jax.random.key(0), jax.numpy.ones((1, 2)))
       >>> variables["params"]["kernel"].shape
       (2, 3)

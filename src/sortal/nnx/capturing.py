@@ -40,7 +40,7 @@ def capture(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import sortal as nnx
+      >>> from sortal import nnx
       >>> class Net(nnx.Module):
       ...     def __call__(self, x):
       ...         self.sow(nnx.Intermediate, "h", x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError
 
 

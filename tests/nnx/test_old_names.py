@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import TraceError, VariableError
 
 

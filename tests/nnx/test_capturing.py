@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import sortal as nnx
+from sortal import nnx
 from sortal.errors import ArgumentError
 
 

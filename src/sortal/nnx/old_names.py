@@ -1,15 +1,22 @@
-"""What NNX code also calls a Variable's value, kind and axes."""
+"""What NNX code also calls a Variable's value, kind and axes.
+
+Layers make Variables of Sortal's own kinds, and NNX code that is given one knows it by
+these names. They are put on the class when ``sortal.nnx`` is imported, and only add to
+it: before, each is an error, or is looked for in the value and the metadata.
+"""
 
 from __future__ import annotations
 
 import builtins
 from typing import Any
 
+from sortal._engine.variable import Variable
 from sortal.errors import VariableError
+from sortal.nnx.keywords import ignoring
 
 
 class OldNames:
-    """The part of a Variable that older NNX code knows under other names."""
+    """The part of a Variable that NNX code alone knows."""
 
     __slots__ = ()
 
@@ -58,6 +65,10 @@ class OldNames:
         if other._metadata is not self._metadata:
             self.set_metadata(dict(other._metadata))
 
+    def to_state(self: Any) -> Any:
+        """A new Variable of the same kind, value and metadata."""
+        return self.replace()
+
     @property
     def type(self) -> builtins.type:
         """The kind."""
@@ -67,3 +78,13 @@ class OldNames:
     def sharding_names(self: Any) -> Any:
         """The names of the axes: the metadata ``out_sharding``, or None."""
         return self._metadata.get("out_sharding")
+
+
+def _attach(kind: Any) -> None:
+    for name, member in vars(OldNames).items():
+        if not name.startswith("_"):
+            setattr(kind, name, member)
+    kind.get_metadata = ignoring("exclude_required")(kind.get_metadata)
+
+
+_attach(Variable)

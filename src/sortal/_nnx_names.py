@@ -1,0 +1,94 @@
+"""What exists for NNX code alone, by name: the one place where the core knows of it.
+
+``sortal.nnx`` finds its names here, and ``sortal`` says of them where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from sortal._late import contents
+from sortal.errors import ArgumentError
+
+TABLE = contents(
+    {
+        "sortal.nnx": (
+            "bridge filterlib graph graphlib metrics module optimizer pytreelib "
+            "rnglib spmd statelib tracers transforms traversals variablelib"
+        ),
+        "sortal.nnx.capturing": "capture",
+        "sortal.nnx.containers": "Dict List",
+        "sortal.nnx.ema": "EMA",
+        "sortal.nnx.graphlib": (
+            "GraphState clone graphdef iter_graph merge split state variables"
+        ),
+        "sortal.nnx.module": "iter_children iter_modules",
+        "sortal.nnx.optimizer": "ModelAndOptimizer Optimizer",
+        "sortal.nnx.partial": "cached_partial jit_partial",
+        "sortal.nnx.pytreelib": "data static",
+        "sortal.nnx.rnglib": "fork_rngs reseed split_rngs",
+        "sortal.nnx.spmd": "as_abstract get_abstract_model",
+        "sortal.nnx.statelib": (
+            "filter_state from_flat_state map_state merge_state "
+            "replace_by_pure_dict restore_int_paths split_state to_flat_state "
+            "to_pure_dict"
+        ),
+        "sortal.nnx.tracers": "TraceContextError",
+        "sortal.nnx.transforms": (
+            "StateSpecs checkpoint cond custom_vjp eval_shape fori_loop grad jit "
+            "jvp make_jaxpr remat scan shard_map switch value_and_grad vjp vmap "
+            "while_loop"
+        ),
+        "sortal.nnx.variablelib": (
+            "A VariableMetadata VariableState register_variable_name "
+            "variable_name_from_type variable_type_from_name"
+        ),
+        "sortal.nnx.views": "view",
+    }
+)
+"""What each name of ``sortal.nnx`` stands for that is not the name of ``sortal``."""
+
+KEYWORDS = frozenset({"copy", "graph", "graph_updates"})
+"""Keywords that functions of ``sortal.nnx`` take and those of ``sortal`` do not."""
+
+
+def check_name(name: str) -> None:
+    """Says of a name of NNX, asked of ``sortal``, where it is.
+
+    Args:
+      name: a name that ``sortal`` has not.
+
+    Raises:
+      AttributeError: it is one of NNX.
+    """
+    if name in TABLE:
+        raise AttributeError(
+            f"module 'sortal' has no attribute {name!r}, which exists for NNX code. "
+            f"Write `from sortal import nnx`, and nnx.{name}."
+        )
+
+
+def refuse_unknown(
+    name: str, options: Iterable[str], known: Collection[str] = ()
+) -> None:
+    """Refuses keywords that a function does not have.
+
+    Args:
+      name: the function.
+      options: the keywords given.
+      known: those that it has.
+
+    Raises:
+      ArgumentError: some are unknown; all are listed.
+    """
+    unknown = sorted(set(options) - set(known))
+    if not unknown:
+        return
+    of_nnx = [x for x in unknown if x in KEYWORDS]
+    hint = (
+        f" For NNX code, which passes {' and '.join(of_nnx)}, write `from sortal "
+        f"import nnx`, and nnx.{name}."
+    )
+    raise ArgumentError(
+        f"{name} has no option {', '.join(unknown)}.{hint if of_nnx else ''}"
+    )

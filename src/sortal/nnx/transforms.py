@@ -1,0 +1,37 @@
+"""The transforms, with the keywords that NNX code passes to them."""
+
+from __future__ import annotations
+
+from sortal.nnx.keywords import ignoring
+from sortal.transforms import autodiff, control, custom, derivatives, mapping
+from sortal.transforms import compile as compiling
+from sortal.transforms import remat as rematerialisation
+from sortal.transforms import scan as scanning
+from sortal.transforms._adapter.prefixes import Carry as Carry
+from sortal.transforms._adapter.prefixes import StateAxes as StateAxes
+from sortal.transforms._adapter.prefixes import StateSharding as StateSharding
+from sortal.transforms.autodiff import DiffState as DiffState
+
+StateSpecs = StateSharding
+
+_transform = ignoring("graph", "graph_updates")
+_derivative = ignoring("graph", "graph_updates", empty=("reduce_axes",))
+
+cond = _transform(control.cond)
+custom_vjp = _transform(custom.custom_vjp)
+eval_shape = _transform(compiling.eval_shape)
+fori_loop = _transform(control.fori_loop)
+grad = _derivative(autodiff.grad)
+jit = _transform(compiling.jit)
+jvp = _transform(derivatives.jvp)
+make_jaxpr = _transform(derivatives.make_jaxpr)
+remat = _transform(rematerialisation.remat)
+scan = _transform(scanning.scan)
+shard_map = _transform(mapping.shard_map)
+switch = _transform(control.switch)
+value_and_grad = _derivative(autodiff.value_and_grad)
+vjp = _derivative(derivatives.vjp)
+vmap = _transform(mapping.vmap)
+while_loop = _transform(control.while_loop)
+
+checkpoint = remat
