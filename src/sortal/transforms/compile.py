@@ -66,12 +66,13 @@ class Jitted:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = BoundArguments((*self._first, *args), kwargs, self._static)
+        first, donation = self._first, self._donation
+        bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
         try:
-            if self._donation is None or self._donation.is_differentiated(bound):
+            if donation is None or donation.is_differentiated(bound):
                 result = self._plain(*bound.args, **bound.kwargs)
             else:
-                result = self._donation.call(self._jit, bound)
+                result = donation.call(self._jit, bound)
         except (RuntimeError, ValueError) as e:
             stale = stale_buffers(bound.flat_modules)
             if not stale:
