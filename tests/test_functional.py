@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
+from sortal import nnx
 from models import (
     KINDS,
     Count,
@@ -25,7 +26,7 @@ from models import (
     portrait,
     untouched,
 )
-from sortal import BatchStat, Cache, Param, Variable
+from sortal import BatchStat, Cache, Param, Variable, nnx
 from sortal.errors import (
     FilterError,
     MergeError,
@@ -308,7 +309,7 @@ def test_update_keeps_a_raw_array_an_array(strict: bool, value: Any) -> None:
 
 
 def test_update_writes_numbers_that_are_marked_as_data() -> None:
-    model = Holder(q=sortal.data(0.25))
+    model = Holder(q=nnx.data(0.25))
     sortal.update(model, {"q": 0.5})
     assert model.q == 0.5
     sortal.update(model, {"q": jnp.array(2.0)})

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-TABLES = ("sortal", "sortal.nn", "sortal.nnx", "sortal.nnx.bridge")
+TABLES = ("sortal", "sortal.nn", "sortal.nnx", "sortal.interop.linen")
 # Names that need no example of their own, and why. An entry that has one, or that no
 # contents table lists any more, is an error.
 KINDS = (

@@ -1,9 +1,9 @@
-"""Flax Linen modules in Sortal models, and the other way round."""
+"""Flax Linen modules in models and models in Linen, where NNX code looks for them."""
 
 from sortal._engine.annotations import with_partitioning as with_partitioning
-from sortal.interop.linen import to_linen as linen_modules
-from sortal.interop.linen.to_nnx import ToNNX as ToNNX
-from sortal.interop.linen.to_nnx import lazy_init as lazy_init
+from sortal.interop import linen
+from sortal.interop.linen import ToNNX as ToNNX
+from sortal.interop.linen import lazy_init as lazy_init
 from sortal.nnx.keywords import ignoring
 
-to_linen = ignoring("abstract_init")(linen_modules.to_linen)
+to_linen = ignoring("abstract_init")(linen.to_linen)

@@ -26,7 +26,7 @@ from models import (
     portrait,
     untouched,
 )
-from sortal import BatchStat, Cache, Param
+from sortal import BatchStat, Cache, Param, nnx
 from sortal.errors import StructureError, TraceError
 from sortal.transforms._adapter import binding
 
@@ -644,7 +644,7 @@ def stack_is_whole() -> bool:
 
 
 def test_an_object_set_into_itself_and_returned_can_be_passed_again() -> None:
-    m = Holder(ref=sortal.data(None), w=Param(jnp.ones(2)))
+    m = Holder(ref=nnx.data(None), w=Param(jnp.ones(2)))
 
     @sortal.jit
     def f(m: Any) -> Any:

@@ -1,1 +1,5 @@
 """Flax Linen modules in Sortal models, and the other way round."""
+
+from sortal.interop.linen.as_linen import to_linen as to_linen
+from sortal.interop.linen.as_module import ToNNX as ToNNX
+from sortal.interop.linen.as_module import lazy_init as lazy_init

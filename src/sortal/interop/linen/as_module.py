@@ -56,6 +56,7 @@ class ToNNX(Module):
       >>> from flax import linen
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
+      >>> from sortal.interop.linen import ToNNX
       >>> model = ToNNX(linen.Dense(3), rngs=nnx.Rngs(0))
       >>> model = model.lazy_init(jnp.ones((1, 2)))
       >>> model.kernel, model(jnp.ones((1, 2))).shape
@@ -206,6 +207,7 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       >>> from flax import linen
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
+      >>> from sortal.interop.linen import ToNNX, lazy_init
       >>> model = ToNNX(linen.Dense(3), rngs=nnx.Rngs(0))
       >>> lazy_init(model, jnp.ones((1, 2))).bias
       Param(float32[3])

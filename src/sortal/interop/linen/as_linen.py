@@ -38,8 +38,9 @@ def to_linen(
 
     Example:
       >>> import jax
-      >>> from sortal import nnx
-      >>> dense = nnx.bridge.to_linen(nnx.Linear, 2, 3)
+      >>> import sortal as nnx
+      >>> from sortal.interop.linen import to_linen
+      >>> dense = to_linen(nnx.Linear, 2, 3)
       >>> variables = dense.init(jax.random.key(0), jax.numpy.ones((1, 2)))
       >>> variables["params"]["kernel"].shape
       (2, 3)
