@@ -20,7 +20,7 @@ from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
-from sortal.policy.rule import written
+from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     unbind,
@@ -29,11 +29,11 @@ from sortal.transforms._adapter.binding import (
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,
+    all_answers,
     alone,
     by_kind,
     given_for_objects,
     is_answer,
-    said,
 )
 from sortal.transforms._adapter.tracing import (
     Result,
@@ -357,7 +357,7 @@ class _Refused:
 class _Call:
     """A function on its way through a map: what leaves it is sorted by answer."""
 
-    name = title = due = ""
+    name = title = expected = ""
     always: tuple[Any, ...] = ()
     names: Mapping[str, Any] = NOTHING
 
@@ -387,21 +387,21 @@ class _Call:
         spread = self.spread
         plain = jtu.tree_leaves((spread.args, spread.kwargs), is_leaf=is_flat_module)
         bad = [
-            f"{plan.graphdef.schema.describe(j)}: {written(self.name, answer)}"
+            f"{plan.graphdef.schema.describe(j)}: {format_answer(self.name, answer)}"
             for plan, root in zip(spread.bound.plans, spread.roots, strict=True)
             for j, answer in enumerate(root)
             if not self.fits(answer)
         ]
         bad += [
-            f"an array or State: {written(self.name, x)}"
+            f"an array or State: {format_answer(self.name, x)}"
             for x in plain
             if not is_flat_module(x) and not self.fits(x)
         ]
         if bad:
-            raise AxisError(f"{self.title}: {self.due}; found:\n{listing(bad)}")
+            raise AxisError(f"{self.title}: {self.expected}; found:\n{listing(bad)}")
 
     def _declared(self, given: Any) -> list[Any]:
-        return list(map(self.spread.read, said(given, self.name)))
+        return list(map(self.spread.read, all_answers(given, self.name)))
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         result = run(self.fn, args, kwargs)
@@ -441,7 +441,7 @@ _ALIKE = (None, "mean", "max", "min")
 
 class _Vmapped(_Call):
     name, title = "axis", "vmap"
-    due = "an axis is an int or None"
+    expected = "an axis is an int or None"
     always = (None, 0)
 
     def fits(self, answer: Any) -> bool:
@@ -499,7 +499,7 @@ def _reduced(how: Any, stacked: Any) -> Any:
 
 class _Sharded(_Call):
     name, title = "spec", "shard_map"
-    due = "a spec is a PartitionSpec, a Sharding or None"
+    expected = "a spec is a PartitionSpec, a Sharding or None"
     checked = True
     always = (PartitionSpec(),)
 
@@ -514,10 +514,12 @@ class _Sharded(_Call):
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, spec = leaf.value, leaf.answer
         if spec not in self.lanes.answers:
-            refused.note(_NO_LANE, f"{leaf.name}: {written('spec', spec)}")
+            refused.note(_NO_LANE, f"{leaf.name}: {format_answer('spec', spec)}")
             return Sent(self.lanes.answers[0], value)
         if any(np.ndim(x) < len(spec) for x in jax.tree.leaves(value)):
-            row = f"{leaf.name} of spec {written('spec', spec)}: {describe(value)}"
+            row = (
+                f"{leaf.name} of spec {format_answer('spec', spec)}: {describe(value)}"
+            )
             refused.note(_TOO_SHORT, row)
         how = leaf.how
         differing = {a for x in jax.tree.leaves(value) for a in varying_axes(x)}
@@ -528,7 +530,7 @@ class _Sharded(_Call):
         if how is None and axes:
             refused.note(
                 _NOT_SHARED_BY_DEVICES,
-                f"{leaf.name} of spec {written('spec', spec)}: {describe(value)} "
+                f"{leaf.name} of spec {format_answer('spec', spec)}: {describe(value)} "
                 f"differs along {axes}",
             )
         elif how is not None and hidden and (how != "mean" or refused.has_mean(leaf)):

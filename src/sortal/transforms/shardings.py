@@ -12,15 +12,15 @@ from sortal._engine.schema import Schema
 from sortal._engine.state import State
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
+    all_answers,
     alone,
     by_kind,
-    column,
     for_plain,
     given_for_objects,
     is_answer,
     is_structural,
+    leaf_answers,
     new_leaves,
-    said,
 )
 from sortal.transforms._adapter.tracing import FlatModule, Result, is_flat_module
 
@@ -123,7 +123,7 @@ class _Answers:
             [whole.kinds[k] for k in definition.leaves],
             [whole.metadata[k] for k in definition.leaves],
         )
-        found = column(given, "spec", schema, lambda: flat_module.values)
+        found = leaf_answers(given, "spec", schema, lambda: flat_module.values)
         self.given[definition.number] = given
         self.of_leaf.update(zip(definition.leaves, found, strict=True))
         return FlatModule(list(found), definition)
@@ -141,7 +141,7 @@ class _Packed:
     ):
         self._traced, self._answers, self._out = traced, answers, out
         given = [out, *answers.given.values()]
-        every = [None, *answers.of_leaf.values(), *said(given, "spec")]
+        every = [None, *answers.of_leaf.values(), *all_answers(given, "spec")]
         self._lanes = Lanes(every)
         plain = jtu.tree_map(
             lambda x: None if by_kind(x) else x, out, is_leaf=is_answer
@@ -161,7 +161,9 @@ class _Packed:
         roots = self._answers.given
         return [
             # One sharding for a whole root speaks of the leaves that were there.
-            column(given, "spec", one, alone(one, value))[0] if by_kind(given) else None
+            leaf_answers(given, "spec", one, alone(one, value))[0]
+            if by_kind(given)
+            else None
             for one, given, value in new_leaves(
                 result.effects, roots, outs, result.fresh
             )
