@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal import nnx
 from models import (
     KINDS,
     Count,
@@ -26,7 +25,7 @@ from models import (
     portrait,
     untouched,
 )
-from sortal import BatchStat, Cache, Param, Variable
+from sortal import BatchStat, Cache, Param, Variable, nnx
 from sortal.errors import (
     FilterError,
     MergeError,

@@ -531,7 +531,7 @@ def variety(nnx: Any) -> Any:
 
 def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
     theirs = flax_nnx.to_flat_state(flax_nnx.state(variety(flax_nnx)))
-    ours = nnx.to_flat_state(sortal.state(variety(sortal)))
+    ours = nnx.to_flat_state(sortal.state(variety(nnx)))
     assert [p for p, _ in ours] == [p for p, _ in theirs]
     assert [type(v).__name__ for _, v in ours if isinstance(v, sortal.Variable)] == [
         type(v).__name__ for _, v in theirs if isinstance(v, flax_nnx.Variable)

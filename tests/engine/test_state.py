@@ -27,6 +27,7 @@ from sortal.errors import (
     PathError,
     TraceError,
 )
+from sortal.nnx import statelib
 from strategies import (
     KEYS,
     Box,
@@ -809,7 +810,7 @@ def test_a_flat_state_has_the_key_paths_of_flax():
     ours, theirs = (
         jax.tree_util.tree_flatten_with_path(lib.to_flat_state(state))[0]
         for lib, state in (
-            (sortal, sortal.state(OurNet())),
+            (statelib, sortal.state(OurNet())),
             (nnx, nnx.state(FlaxNet())),
         )
     )
