@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +16,8 @@ from sortal import _late as late
 from sortal import _nnx_names as nnx_names
 from sortal import nnx
 
-PACKAGES = {
-    "sortal": (sortal, late.TABLE, late.MODULES),
-    "sortal.nnx": (nnx, nnx_names.TABLE, nnx_names.MODULES),
-}
-NAMES = [(p, name) for p, (_, table, _) in PACKAGES.items() for name in table]
-MODULES = [(p, name) for p, (_, _, modules) in PACKAGES.items() for name in modules]
+PACKAGES = {"sortal": (sortal, late.TABLE), "sortal.nnx": (nnx, nnx_names.TABLE)}
+NAMES = [(p, name) for p, (_, table) in PACKAGES.items() for name in table]
 
 
 def seen_by_type_checkers(package: ModuleType) -> dict[str, str]:
@@ -36,44 +32,51 @@ def seen_by_type_checkers(package: ModuleType) -> dict[str, str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_type_checkers_see_the_table_that_is_looked_up(package: str) -> None:
-    module, table, modules = PACKAGES[package]
-    names = {name: f"{file}.{name}" for name, file in table.items()}
-    assert seen_by_type_checkers(module) == names | modules
+    module, table = PACKAGES[package]
+    assert seen_by_type_checkers(module) == table
 
 
 @pytest.mark.parametrize(("package", "name"), NAMES)
 def test_a_late_name_is_what_its_file_has(package: str, name: str) -> None:
-    module, table, _ = PACKAGES[package]
-    found = getattr(module, name)
-    assert found is getattr(importlib.import_module(table[name]), name)
-    assert name in dir(module)
-
-
-@pytest.mark.parametrize(("package", "name"), MODULES)
-def test_a_late_module_is_read_under_its_own_name(package: str, name: str) -> None:
-    module, _, modules = PACKAGES[package]
-    assert getattr(module, name) is importlib.import_module(modules[name])
+    module, table = PACKAGES[package]
+    found, full = getattr(module, name), table[name]
+    assert found is pkgutil.resolve_name(full)
+    assert getattr(module, name) is found
     assert name in dir(module)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
-    module, _, _ = PACKAGES[package]
+    module, _ = PACKAGES[package]
     with pytest.raises(
         AttributeError, match=f"module '{package}' has no attribute 'sav'"
     ):
         _ = module.sav
 
 
-def test_nothing_late_is_read_before_it_is_asked_for() -> None:
+def test_every_file_can_be_the_first_that_is_asked_for() -> None:
+    code = """
+import importlib, sys
+import jax
+import sortal
+for file in sorted({full.rpartition(".")[0] for full in sortal._late.TABLE.values()}):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "sortal"]:
+        del sys.modules[name]
+    importlib.import_module(file)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_read_before_it_is_asked_for() -> None:
     code = (
-        "import sys, sortal\n"
-        "names = ('checkpoint.saving', 'decoding', 'inspect.text', 'nnx')\n"
-        "assert not {f'sortal.{n}' for n in names} & set(sys.modules)\n"
-        "from sortal import save\n"
+        "import sys\n"
+        "def read(): return {n for n in sys.modules if n.startswith('sortal.')}\n"
+        "import sortal\n"
+        "assert 'sortal._engine.variable' not in read()\n"
+        "from sortal import save, nnx\n"
         "assert sortal.checkpoint is sys.modules['sortal.checkpoint']\n"
-        "from sortal import nnx\n"
-        "mine = {n for n in sys.modules if n.startswith('sortal.nnx.')}\n"
+        "assert not {n for n in read() if n.startswith('sortal.nn.')}\n"
+        "mine = {n for n in read() if n.startswith('sortal.nnx.')}\n"
         "assert mine == {'sortal.nnx.keywords', 'sortal.nnx.old_names'}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,8 +25,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 # (its `__init__`) has the package's name.
 ORDER = (
     "sortal.errors",
-    "sortal._nnx_names",
     "sortal._late",
+    "sortal._nnx_names",
     "sortal._engine.jax_compat",
     "sortal._engine.bounded",
     "sortal._engine.tables",
@@ -49,6 +49,7 @@ ORDER = (
     "sortal._engine.walk",
     "sortal._engine.plan",
     "sortal._engine.nested",
+    "sortal._engine.storage",
     "sortal._engine.state",
     "sortal._engine",
     "sortal.functional",

@@ -7,90 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from sortal._late import contents
 from sortal.errors import ArgumentError
 
-TABLE = {
-    "A": "sortal.nnx.variablelib",
-    "Dict": "sortal.nnx.containers",
-    "EMA": "sortal.nnx.ema",
-    "GraphState": "sortal.nnx.graphlib",
-    "List": "sortal.nnx.containers",
-    "ModelAndOptimizer": "sortal.nnx.optimizer",
-    "Optimizer": "sortal.nnx.optimizer",
-    "StateSpecs": "sortal.nnx.transforms",
-    "TraceContextError": "sortal.nnx.tracers",
-    "VariableMetadata": "sortal.nnx.variablelib",
-    "VariableState": "sortal.nnx.variablelib",
-    "as_abstract": "sortal.nnx.spmd",
-    "cached_partial": "sortal.nnx.partial",
-    "capture": "sortal.nnx.capturing",
-    "checkpoint": "sortal.nnx.transforms",
-    "clone": "sortal.nnx.graphlib",
-    "cond": "sortal.nnx.transforms",
-    "custom_vjp": "sortal.nnx.transforms",
-    "data": "sortal.nnx.pytreelib",
-    "eval_shape": "sortal.nnx.transforms",
-    "filter_state": "sortal.nnx.statelib",
-    "fori_loop": "sortal.nnx.transforms",
-    "fork_rngs": "sortal.nnx.rnglib",
-    "from_flat_state": "sortal.nnx.statelib",
-    "get_abstract_model": "sortal.nnx.spmd",
-    "grad": "sortal.nnx.transforms",
-    "graphdef": "sortal.nnx.graphlib",
-    "iter_children": "sortal.nnx.module",
-    "iter_graph": "sortal.nnx.graphlib",
-    "iter_modules": "sortal.nnx.module",
-    "jit": "sortal.nnx.transforms",
-    "jit_partial": "sortal.nnx.partial",
-    "jvp": "sortal.nnx.transforms",
-    "make_jaxpr": "sortal.nnx.transforms",
-    "map_state": "sortal.nnx.statelib",
-    "merge": "sortal.nnx.graphlib",
-    "merge_state": "sortal.nnx.statelib",
-    "register_variable_name": "sortal.nnx.variablelib",
-    "remat": "sortal.nnx.transforms",
-    "replace_by_pure_dict": "sortal.nnx.statelib",
-    "reseed": "sortal.nnx.rnglib",
-    "restore_int_paths": "sortal.nnx.statelib",
-    "scan": "sortal.nnx.transforms",
-    "shard_map": "sortal.nnx.transforms",
-    "split": "sortal.nnx.graphlib",
-    "split_rngs": "sortal.nnx.rnglib",
-    "split_state": "sortal.nnx.statelib",
-    "state": "sortal.nnx.graphlib",
-    "static": "sortal.nnx.pytreelib",
-    "switch": "sortal.nnx.transforms",
-    "to_flat_state": "sortal.nnx.statelib",
-    "to_pure_dict": "sortal.nnx.statelib",
-    "value_and_grad": "sortal.nnx.transforms",
-    "variable_name_from_type": "sortal.nnx.variablelib",
-    "variable_type_from_name": "sortal.nnx.variablelib",
-    "variables": "sortal.nnx.graphlib",
-    "view": "sortal.nnx.views",
-    "vjp": "sortal.nnx.transforms",
-    "vmap": "sortal.nnx.transforms",
-    "while_loop": "sortal.nnx.transforms",
-}
-"""The file of each name of ``sortal.nnx`` that is not the name of ``sortal`` itself."""
-
-MODULES = {
-    "bridge": "sortal.nnx.bridge",
-    "filterlib": "sortal.nnx.filterlib",
-    "graph": "sortal.nnx.graph",
-    "graphlib": "sortal.nnx.graphlib",
-    "metrics": "sortal.nnx.metrics",
-    "module": "sortal.nnx.module",
-    "optimizer": "sortal.nnx.optimizer",
-    "pytreelib": "sortal.nnx.pytreelib",
-    "rnglib": "sortal.nnx.rnglib",
-    "spmd": "sortal.nnx.spmd",
-    "statelib": "sortal.nnx.statelib",
-    "tracers": "sortal.nnx.tracers",
-    "transforms": "sortal.nnx.transforms",
-    "traversals": "sortal.nnx.traversals",
-    "variablelib": "sortal.nnx.variablelib",
-}
-"""Modules by the names that they have in ``sortal.nnx``."""
+TABLE = contents(
+    {
+        "sortal.nnx": (
+            "bridge filterlib graph graphlib metrics module optimizer pytreelib "
+            "rnglib spmd statelib tracers transforms traversals variablelib"
+        ),
+        "sortal.nnx.capturing": "capture",
+        "sortal.nnx.containers": "Dict List",
+        "sortal.nnx.ema": "EMA",
+        "sortal.nnx.graphlib": (
+            "GraphState clone graphdef iter_graph merge split state variables"
+        ),
+        "sortal.nnx.module": "iter_children iter_modules",
+        "sortal.nnx.optimizer": "ModelAndOptimizer Optimizer",
+        "sortal.nnx.partial": "cached_partial jit_partial",
+        "sortal.nnx.pytreelib": "data static",
+        "sortal.nnx.rnglib": "fork_rngs reseed split_rngs",
+        "sortal.nnx.spmd": "as_abstract get_abstract_model",
+        "sortal.nnx.statelib": (
+            "filter_state from_flat_state map_state merge_state "
+            "replace_by_pure_dict restore_int_paths split_state to_flat_state "
+            "to_pure_dict"
+        ),
+        "sortal.nnx.tracers": "TraceContextError",
+        "sortal.nnx.transforms": (
+            "StateSpecs checkpoint cond custom_vjp eval_shape fori_loop grad jit "
+            "jvp make_jaxpr remat scan shard_map switch value_and_grad vjp vmap "
+            "while_loop"
+        ),
+        "sortal.nnx.variablelib": (
+            "A VariableMetadata VariableState register_variable_name "
+            "variable_name_from_type variable_type_from_name"
+        ),
+        "sortal.nnx.views": "view",
+    }
+)
+"""What each name of ``sortal.nnx`` stands for that is not the name of ``sortal``."""
 
 KEYWORDS = frozenset({"copy", "graph", "graph_updates"})
 """Keywords that functions of ``sortal.nnx`` take and those of ``sortal`` do not."""
@@ -105,7 +61,7 @@ def check_name(name: str) -> None:
     Raises:
       AttributeError: it is one of NNX.
     """
-    if name in TABLE or name in MODULES:
+    if name in TABLE:
         raise AttributeError(
             f"module 'sortal' has no attribute {name!r}, which exists for NNX code. "
             f"Write `from sortal import nnx`, and nnx.{name}."

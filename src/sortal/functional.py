@@ -15,7 +15,7 @@ from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, store_all
 from sortal._engine.nodes import LEAF, NODE, STATIC
 from sortal._engine.paths import Path, show
-from sortal._engine.plan import bind
+from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
@@ -219,7 +219,7 @@ def merge(
     if filled:
         filled.update(zip(match.found, values, strict=True))
         values = own([filled[i] for i in range(len(schema))])
-    return graphdef.build(graphdef.build_leaves(values, match.metadata))[0]
+    return build(graphdef, values, match.metadata)
 
 
 def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:
@@ -273,7 +273,10 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     problems, olds = list(match.problems), leaves.values()
     if leaves.slotted or (strict and not all(map(_fits, olds, new))):
         rows = zip(match.found, leaves, olds, new, strict=True)
-        found = (_misfit(schema.describe(i), *row, strict) for i, *row in rows)
+        found = (
+            _misfit(schema.describe(i), leaf, old, x, strict)
+            for i, leaf, old, x in rows
+        )
         problems += filter(None, found)
     if problems:
         raise UpdateError(

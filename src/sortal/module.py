@@ -14,7 +14,7 @@ from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
 from sortal._engine.nodes import Node, get_dict, leaf_types
 from sortal._engine.paths import Path, PathKey
-from sortal._engine.plan import plan_of
+from sortal._engine.plan import build, plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StructureError, VariableError, listing
@@ -93,7 +93,7 @@ def _is_node(x: Any) -> bool:
 
 
 def _unflatten(graphdef: GraphDef, values: Any) -> Any:
-    return graphdef.build(graphdef.build_leaves(tuple(values)))[0]
+    return build(graphdef, tuple(values))
 
 
 class Module(Pytree):

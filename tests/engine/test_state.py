@@ -27,7 +27,6 @@ from sortal.errors import (
     PathError,
     TraceError,
 )
-from sortal.nnx import statelib
 from strategies import (
     KEYS,
     Box,
@@ -808,10 +807,10 @@ def test_a_flat_state_is_a_pytree_of_its_leaves(state):
 
 def test_a_flat_state_has_the_key_paths_of_flax():
     ours, theirs = (
-        jax.tree_util.tree_flatten_with_path(lib.to_flat_state(state))[0]
-        for lib, state in (
-            (statelib, sortal.state(OurNet())),
-            (nnx, nnx.state(FlaxNet())),
+        jax.tree_util.tree_flatten_with_path(flat)[0]
+        for flat in (
+            sortal.state(OurNet()).flat_state(),
+            nnx.to_flat_state(nnx.state(FlaxNet())),
         )
     )
     assert [path for path, _ in ours] == [path for path, _ in theirs]

@@ -24,8 +24,12 @@ def main() -> int:
     parser.add_argument("--compiled", type=int, default=0, help="those with transforms")
     parser.add_argument("--seed", type=int, default=0, help="number of the first one")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--most", type=int, default=5, help="failures a process stops at")
-    parser.add_argument("--replay", metavar="edits:12", help="run and print one program")
+    parser.add_argument(
+        "--most", type=int, default=5, help="failures a process stops at"
+    )
+    parser.add_argument(
+        "--replay", metavar="edits:12", help="run and print one program"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -74,7 +78,9 @@ def _work(part: str, most: int) -> tuple[str, float, dict[str, Any]]:
     begun = time.monotonic()
     command = [sys.executable, "-m", "tests.fuzz", "--part", part, "--most", str(most)]
     root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=False
+    )
     took = time.monotonic() - begun
     try:
         return part, took, json.loads(done.stdout.splitlines()[-1])
@@ -99,7 +105,9 @@ def _all(options: Any) -> int:
             print(rate, file=sys.stderr, flush=True)
     _table(counts)
     for kind, took in sorted(seconds.items()):
-        print(f"{counts[f'programs: {kind}']} programs of {kind}: {took:.0f} s of processes")
+        print(
+            f"{counts[f'programs: {kind}']} programs of {kind}: {took:.0f} s of processes"
+        )
     print(f"{time.monotonic() - begun:.0f} s with {options.jobs} processes at a time")
     for label, text in sorted(failures)[:_SHOWN]:
         print(f"\n--- {label} differs; python -m tests.fuzz --replay {label}\n{text}")

@@ -162,7 +162,11 @@ class Drawn(edits.Drawn):
         return draw(self, m, x)
 
     def function(self, name: str, lines: list[str], out: str, args: str) -> list[str]:
-        return [f"def {name}({args}):", *(f"    {s}" for s in lines), f"    return {out}"]
+        return [
+            f"def {name}({args}):",
+            *(f"    {s}" for s in lines),
+            f"    return {out}",
+        ]
 
     def n_cond(self, m: str, x: str) -> list[str]:
         return [
@@ -181,20 +185,27 @@ class Drawn(edits.Drawn):
     def n_fori(self, m: str, x: str) -> list[str]:
         steps = self.random.randrange(1, 3)
         return [
-            *self.function("f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 1.0)", "i, c"),
+            *self.function(
+                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 1.0)", "i, c"
+            ),
             f"_, y = nnx.fori_loop(0, {steps}, f1, ({m}, {x}))",
         ]
 
     def n_while(self, m: str, x: str) -> list[str]:
         return [
-            *self.function("f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 4.0)", "c"),
+            *self.function(
+                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 4.0)", "c"
+            ),
             f"_, y = nnx.while_loop(lambda c: 9.0 > c[1], f1, ({m}, {x}))",
         ]
 
     def n_scan(self, m: str, x: str) -> list[str]:
         return [
             *self.function(
-                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "((m1, x1 + 1.0), digest(m1) + x2)", "c, x2"
+                "f1",
+                ["m1, x1 = c", *self.steady("m1", "x1")],
+                "((m1, x1 + 1.0), digest(m1) + x2)",
+                "c, x2",
             ),
             f"(_, y), ys = nnx.scan(f1, length=2)(({m}, {x}), arr([1, 2]) + {x})",
             "y = y + ys.sum()",
@@ -250,10 +261,14 @@ class Drawn(edits.Drawn):
         how = self.random.random()
         model, x = self.model, f"arr({self.number()})"
         if how < 0.15:
-            self.do(f"{j} = nnx.jit(functools.partial({f}, {model}))")
+            p = self.name("p")
+            self.do(f"{p} = functools.partial({f}, {model})")
+            self.do(f"{j} = nnx.jit({p})")
             call = f"{j}({x})"
         elif how < 0.3:
-            self.do(f"{j} = nnx.jit(functools.partial({f}, {model}, x={x}))")
+            p = self.name("p")
+            self.do(f"{p} = functools.partial({f}, {model}, x={x})")
+            self.do(f"{j} = nnx.jit({p})")
             call = f"{j}()"
         else:
             self.do(f"{j} = nnx.jit({f})")
@@ -338,7 +353,9 @@ class Drawn(edits.Drawn):
     def call_grad(self) -> None:
         f = self.name("f")
         lines = self.body("m", "x", depth=1)
-        self.do("\n".join(self.function(f, ["y = x", *lines], "digest(m) * x + y", "m, x")))
+        self.do(
+            "\n".join(self.function(f, ["y = x", *lines], "digest(m) * x + y", "m, x"))
+        )
         wrt = self.random.choice(("", "", ", wrt=K", ", wrt=(P, BS)"))
         for _ in range(self.random.randrange(1, 3)):
             self.counts["eager grad"] += 1

@@ -34,7 +34,9 @@ def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
     while todo:
         place = todo.popleft()
         x = place.obj
-        if isinstance(x, (ref.GraphDef, type)) or type(x) in (int, bool, str, float):
+        if callable(x) and not isinstance(x, (ref.Module, zoo.Plain)):
+            continue
+        if isinstance(x, (ref.GraphDef, int, str, float)):
             continue
         if id(x) in seen or x is None:
             continue
@@ -104,9 +106,7 @@ class Drawn:
 
     def roots(self, *kinds: type) -> list[str]:
         return [
-            k
-            for k, v in self.world.bound()
-            if isinstance(v, kinds) and k[0] != "_"
+            k for k, v in self.world.bound() if isinstance(v, kinds) and k[0] != "_"
         ]
 
     # ------------------------------------------------------- expressions
@@ -124,7 +124,9 @@ class Drawn:
     def variable(self) -> str:
         kind = self.random.choice(("P", "P", "BS", "K", "K2", "V"))
         self.counts[f"node {kind}"] += 1
-        tag = f", tag='t{self.random.randrange(2)}'" if self.random.random() < 0.2 else ""
+        tag = (
+            f", tag='t{self.random.randrange(2)}'" if self.random.random() < 0.2 else ""
+        )
         return f"{kind}({self.array()}{tag})"
 
     def static(self) -> str:
@@ -208,7 +210,9 @@ class Drawn:
             if found is not None and not isinstance(found.obj, ref.FlaxModule):
                 return f"{found.text}.method"
         if kind == "State":
-            return f"nnx.State({{'p': {self.variable()}, 'q': {{'r': {self.array()}}}}})"
+            return (
+                f"nnx.State({{'p': {self.variable()}, 'q': {{'r': {self.array()}}}}})"
+            )
         return self.variable()
 
     def module(self, depth: int) -> str:
@@ -259,8 +263,10 @@ class Drawn:
             # Flax refuses data in the place of a static.
             old = found.obj.__dict__.get(name)
             data = isinstance(old, (ref.Module, ref.Variable))
-            value = self.flax_value() if name not in found.obj.__dict__ else (
-                f"FP(arr({self.number()}))" if data else "'u'"
+            value = (
+                self.flax_value()
+                if name not in found.obj.__dict__
+                else (f"FP(arr({self.number()}))" if data else "'u'")
             )
             return f"{found.text}.{name} = {value}"
         return f"{found.text}.{name} = {self.expression()}"
@@ -355,7 +361,11 @@ class Drawn:
         value = self.random.choice(
             (
                 *("nnx.data(0.5)", "nnx.data(3)", "nnx.static(0.5)", "0.25", "0.75"),
-                *("nnx.static((1, 2))", "nnx.data((0.5, 0.25))", "nnx.data([0.5, 2.0])"),
+                *(
+                    "nnx.static((1, 2))",
+                    "nnx.data((0.5, 0.25))",
+                    "nnx.data([0.5, 2.0])",
+                ),
                 *(f"nnx.data({self.array()})", "nnx.static('s')"),
             )
         )
@@ -514,7 +524,8 @@ class Drawn:
 
     def mapped(self) -> str | None:
         roots = [
-            k for k in self.roots(ref.Module)
+            k
+            for k in self.roots(ref.Module)
             if not isinstance(self.world.names[k], ref.FlaxModule)
         ]
         root = self.random.choice(roots) if roots else None
@@ -529,7 +540,9 @@ class Drawn:
 
     def variables(self) -> str | None:
         root = self.root()
-        return root and f"{self.name('s')} = nnx.variables({_call(root, self.filters())})"
+        return (
+            root and f"{self.name('s')} = nnx.variables({_call(root, self.filters())})"
+        )
 
     def iter_graph(self) -> str | None:
         root = self.root()
@@ -568,7 +581,11 @@ class Drawn:
         if keys:
             key = self.random.choice(keys)
             at = f"{found.text}[{key!r}]"
-            options += [f"{at} = {self.array()}", f"del {at}", f"{at} = {self.variable()}"]
+            options += [
+                f"{at} = {self.array()}",
+                f"del {at}",
+                f"{at} = {self.variable()}",
+            ]
         return self.random.choice(options)
 
     def forget(self) -> str | None:

@@ -8,7 +8,6 @@ import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sortal import nnx
@@ -53,7 +52,7 @@ def array(tracked: Any) -> Any:
     """A function that makes a new array and notes it."""
 
     def arr(value: Any) -> Any:
-        made = jnp.asarray(np.asarray(value, np.float32).copy())
+        made = jax.device_put(np.array(value, np.float32))
         tracked.append(weakref.ref(made))
         return made
 
@@ -93,14 +92,17 @@ names = types.SimpleNamespace(
 
 
 # ----------------------------------------------------------------- internals
-def throw_away(objects: list[Any], *, compiled: bool) -> None:
+def throw_away(objects: list[Any], jitted: list[Any]) -> None:
     """Drops all that is kept between calls: plans, memos, compiled programs.
+
+    What JAX keeps for single operations stays: it depends on shapes alone.
 
     Args:
       objects: the modules and containers of a program.
-      compiled: whether programs may have been compiled.
+      jitted: the functions that ``jit`` returned.
     """
     from sortal._engine import graphdef, nodes, plan, schema
+    from sortal.transforms import eager
 
     for x in objects:
         if isinstance(x, nodes.Node):
@@ -109,15 +111,11 @@ def throw_away(objects: list[Any], *, compiled: bool) -> None:
     for pool in (graphdef.GraphDef._pool, schema.Schema._pool):
         for kept in list(pool.values()):
             kept._memo.clear()
-    if compiled:
-        from sortal.transforms import eager
-
-        for key in list(eager._programs._entries):
-            eager._programs.drop(key)
-        jax.clear_caches()
+    for key in list(eager._programs._entries):
+        eager._programs.drop(key)
+    for f in jitted:
+        f.clear_cache()
 
 
 def collect() -> None:
     gc.collect()
-
-

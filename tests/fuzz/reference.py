@@ -471,7 +471,7 @@ class Leaf:
             return self.var._value
         holder, key = self.holder, self.key
         if isinstance(holder, State):
-            return holder.root_leaf(key)
+            return holder.leaf(key)
         if isinstance(holder, (dict, list)) or _is_row(holder):
             return holder[key]
         return holder if key is None else getattr(holder, key)
@@ -483,7 +483,7 @@ class Leaf:
         elif isinstance(self.holder, (dict, list)):
             self.holder[self.key] = value
         elif isinstance(self.holder, State):
-            self.holder.items[self.key] = value
+            self.holder.put(self.key, value)
         else:
             object.__setattr__(self.holder, self.key, value)
 
@@ -703,7 +703,20 @@ class State:
             return self.parent.leaf((*self.prefix, *path))
         return self.items[path]
 
-    root_leaf = leaf
+    def whole(self) -> tuple[State, Any]:
+        """The State that is no view, and what its paths to here begin with."""
+        root, prefix = self, ()
+        while root.parent is not None:
+            root, prefix = root.parent, (*root.prefix, *prefix)
+        return root, prefix
+
+    def put(self, path: Any, leaf: Any) -> None:
+        root, prefix = self.whole()
+        root.items[(*prefix, *path)] = leaf
+
+    def drop(self, path: Any) -> None:
+        root, prefix = self.whole()
+        del root.items[(*prefix, *path)]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(dict.fromkeys(p[0] for p in self.paths() if p))
@@ -718,9 +731,7 @@ class State:
         return view
 
     def __setitem__(self, key: Any, leaf: Any) -> None:
-        root, prefix = self, ()
-        while root.parent is not None:
-            root, prefix = root.parent, (*root.prefix, *prefix)
+        root, prefix = self.whole()
         gone = {(*prefix, *p) for p in self.paths() if p[:1] == (key,)}
         new = {(*prefix, *p): x for p, x in nested_items({key: leaf})}
         kept = {p: x for p, x in root.items.items() if p not in gone - new.keys()}
@@ -733,11 +744,10 @@ class State:
         root._fill(kept.items())
 
     def __delitem__(self, key: Any) -> None:
-        root, prefix = self, (key,)
         if key not in list(self):
             raise PathError
-        while root.parent is not None:
-            root, prefix = root.parent, (*root.prefix, *prefix)
+        root, prefix = self.whole()
+        prefix = (*prefix, key)
         n = len(prefix)
         root.items = {p: x for p, x in root.items.items() if p[:n] != prefix}
 
@@ -891,7 +901,7 @@ def covers(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, All) and a.parts and all(covers(part, b) for part in a.parts):
         return True
-    if isinstance(b, tuple):
+    if isinstance(b, tuple) and b:
         return all(covers(a, part) for part in b)
     if isinstance(b, All):
         return any(covers(a, part) for part in b.parts)
@@ -1046,7 +1056,7 @@ def pop(node: Any, *filters: Any) -> Any:
         if isinstance(holder, Module):
             delattr(holder, key)
         elif isinstance(holder, State):
-            del holder.items[key]
+            holder.drop(key)
         else:
             del holder[key]
     return taken
@@ -1132,7 +1142,8 @@ def _restorer(walk: Walk) -> Callable[[], None]:
         elif isinstance(x, dict):
             undo.append(lambda x=x, d=dict(x): (x.clear(), x.update(d)))
         elif isinstance(x, State):
-            undo.append(lambda x=x, d=dict(x.items): put(x, "items", d))
+            whole = x.whole()[0]
+            undo.append(lambda x=whole, d=dict(whole.items): put(x, "items", d))
         elif dataclasses.is_dataclass(x):
             undo.append(
                 lambda x=x, d=dict(x.__dict__): (
@@ -1260,12 +1271,30 @@ def remat(f: Any) -> Any:
     return lambda *args, **kwargs: _call(f, args, kwargs)
 
 
+class _Undone(Exception):  # noqa: N818 - no error: ends a trial
+    """Has what a branch did taken back."""
+
+
+def _trace(f: Any, args: Any) -> None:
+    """Runs what JAX would trace only, for its errors; what it writes is taken back."""
+    f, first = _unbound(f)
+    with contextlib.suppress(_Undone), _inside((first, args)):
+        f(*first, *args)
+        raise _Undone
+
+
 def cond(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
-    return _call(true_fun if bool(lift(pred).val) else false_fun, operands, {})
+    return _choice((true_fun, false_fun), 0 if bool(lift(pred).val) else 1, operands)
 
 
 def switch(index: Any, branches: Any, *operands: Any) -> Any:
     at = min(max(int(lift(index).val), 0), len(branches) - 1)
+    return _choice(branches, at, operands)
+
+
+def _choice(branches: Any, at: int, operands: Any) -> Any:
+    for branch in branches:
+        _trace(branch, operands)
     return _call(branches[at], operands, {})
 
 
@@ -1278,6 +1307,7 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
 
 
 def while_loop(condition: Any, body: Any, init: Any) -> Any:
+    _trace(body, (init,))
     with _inside(init):
         value = init
         while bool(lift(condition(value)).val):
@@ -1355,7 +1385,9 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
             if any(lift(x.value).dot is not None for x in walk.leaves):
                 raise Left  # a derivative of a derivative
             sizes = [lift(x.value).val.size for x in chosen]
-            form = [(x.path, x.kind, dict(_meta(x)), lift(x.value).shape) for x in chosen]
+            form = [
+                (x.path, x.kind, dict(_meta(x)), lift(x.value).shape) for x in chosen
+            ]
             begun = [_with_dots(x, sizes, k) for k, x in enumerate(chosen)]
             value = lift(f(m, *args))
             after = Walk(tuple(_roots((m, args))))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fuzz import reference, runs, trial, world
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -79,7 +80,12 @@ def test_a_snapshot_that_shares_numpy_arrays_is_found(monkeypatch):
 
 
 def test_what_only_a_kept_plan_gets_wrong_is_told_apart():
-    lines = ("m = A(w=P(arr(1)))", "s = nnx.state(m)", "m.b = P(arr(2))", "t = nnx.state(m)")
+    lines = (
+        "m = A(w=P(arr(1)))",
+        "s = nnx.state(m)",
+        "m.b = P(arr(2))",
+        "t = nnx.state(m)",
+    )
     from sortal._engine.plan import Plan
 
     with pytest.MonkeyPatch.context() as patch:

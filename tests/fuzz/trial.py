@@ -44,10 +44,6 @@ class Expected:
 
 # What may ask for something that was kept.
 _ASKS = re.compile(r"\bj\d+\(|nnx\.|\.train\(|\.eval\(")
-# What may run something that was compiled.
-_COMPILES = re.compile(
-    r"\bj\d+\(|nnx\.(jit|grad|value_and_grad|cond|switch|fori|while|scan|remat|vmap)"
-)
 
 
 def run_live(
@@ -68,8 +64,7 @@ def run_live(
     try:
         for i, code in enumerate(program.codes):
             if afresh and _ASKS.search(program.lines[i]):
-                compiles = program.compiled and _COMPILES.search(program.lines[i])
-                live.throw_away(world.objects(), compiled=bool(compiles))
+                live.throw_away(world.objects(), world.jitted())
             outcome = world.run(code)
             if outcome != expected.outcomes[i]:
                 return (

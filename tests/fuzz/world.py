@@ -64,6 +64,10 @@ class World:
         """All modules, containers and boxes that can be reached."""
         return self.seen()[1].kept
 
+    def jitted(self) -> list[Any]:
+        """What ``jit`` returned."""
+        return [v for k, v in self.bound() if k[0] == "j"]
+
     def pinned(self, seer: Portrait) -> int:
         """Arrays made that are alive though nothing that was seen leads to them."""
         reachable = set(map(id, seer.arrays))
@@ -125,6 +129,8 @@ class Portrait:
             return ("graphdef", self._graphdef(x))
         if isinstance(x, tuple):
             return (cls.__name__, *[self.of(v) for v in x])
+        if cls is functools.partial:
+            return ("partial", self.of(x.args), self.of(x.keywords))
         if isinstance(x, types.MethodType):
             return ("method", x.__func__.__name__, self.of(x.__self__))
         if hasattr(cls, "OWN"):

@@ -689,9 +689,10 @@ def test_attributes_of_a_flax_object_replaced_whole_are_an_edit():
 
 
 def test_settings_of_a_flax_object_in_making_are_structure():
-    model = FlaxTwice()
+    model = nnx.bridge.Module()
     before = sortal.graphdef(model)
-    model._pytree__state._initializing = True
+    model._pytree__state._is_setup = True
+    assert sortal.clone(model)._pytree__state.is_setup
     assert sortal.graphdef(model) is not before
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,3 +89,43 @@ def test_a_flag_is_asked_for_with_what_sets_it() -> None:
     layer.decode = None
     with pytest.raises(ArgumentError, match=r"to the call\. Pass decode=True or False"):
         dtypes.resolve_flag(layer, "decode", None)
+
+
+def test_cast_gives_an_array_of_the_dtype_as_it_is_and_others_as_jax_casts_them() -> (
+    None
+):
+    x = jnp.ones(3, jnp.bfloat16)
+    assert dtypes.cast(x, jnp.bfloat16) is x
+    weak = jnp.asarray(1.0)
+    assert weak.weak_type
+    for value, dtype in ((x, jnp.float32), (weak, jnp.float32), (2, jnp.float32)):
+        expected = jnp.asarray(value, dtype)
+        found = dtypes.cast(value, dtype)
+        assert (found.dtype, found.weak_type) == (expected.dtype, expected.weak_type)
+
+
+def test_layers_of_one_size_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX keeps what takes longest to trace in a training step."""
+    layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(3)]
+    traced = []
+
+    def counted(*args: Any, precision: Any) -> Any:
+        traced.append(args)
+        return jax.lax.dot_general(*args, precision=precision)
+
+    jitted = jax.jit(counted, static_argnums=2, static_argnames="precision")
+    monkeypatch.setattr(dtypes, "_dot_general", jitted)
+
+    def loss(x: Any) -> Any:
+        for layer in layers:
+            x = layer(x)
+        return x.sum()
+
+    jax.grad(loss)(jnp.ones((7, 4)))
+    assert len(traced) == 1
+
+
+def test_layers_that_hold_the_default_product_are_copied_and_pickled() -> None:
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert nnx.graphdef(other) == nnx.graphdef(layer)

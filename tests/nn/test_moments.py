@@ -26,8 +26,9 @@ def test_moments_are_those_of_numpy(fast: bool, masked: bool) -> None:
     layer = norm("LayerNorm", use_fast_variance=fast)
     mean, variance = layer._statistics(jnp.asarray(X), (0, 1), mask)
     taken = X[:, :3] if masked else X
-    np.testing.assert_allclose(mean, taken.mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(variance, taken.var((0, 1)), rtol=1e-4)
+    expected = taken.mean((0, 1), keepdims=True), taken.var((0, 1), keepdims=True)
+    np.testing.assert_allclose(mean, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(variance, expected[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NORMS)

@@ -166,7 +166,8 @@ class Handler:
 
         Returns:
           A list that must stay equal, and what must stay identical one by one, where
-          raw arrays may be exchanged for raw arrays.
+          raw arrays may be exchanged for raw arrays. Of the latter there are as many
+          while the former is equal.
         """
         keys = list(map(self.keys, nodes))
         specs = [(tuple(k), self.spec(x)) for x, k in zip(nodes, keys, strict=True)]
@@ -251,16 +252,14 @@ class ObjectHandler(Handler):
     def shell(self, cls: type, spec: Any) -> Any:
         node = Node.__new__(cls)
         _set_version(node, _SHELL)
-        if spec:
-            _set_roles(node, dict(spec))
+        _set_roles(node, dict(spec) if spec else None)
         return node
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         dicts = list(map(get_dict, nodes))
         roles = map(_get_roles, nodes)
-        return list(map(len, dicts)), itertools.chain(
-            dicts, roles, *dicts, *map(dict.values, dicts)
-        )
+        values = map(dict.values, dicts)
+        return list(map(len, dicts)), itertools.chain(dicts, roles, *dicts, *values)
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         # The dict rather than the object: a plan must not keep its root alive.

@@ -18,11 +18,19 @@ from typing import Any
 from sortal._engine import nodes as _nodes
 from sortal._engine.foreign import VariableHandler, handler_of_kind
 from sortal._engine.graphdef import GraphDef
-from sortal._engine.leaves import Foreign, Leaves, Slot, held
-from sortal._engine.nodes import Handler, Node, get_dict, handler_of, leaf_types
+from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
+from sortal._engine.nodes import (
+    LEAF,
+    NODE,
+    Handler,
+    Node,
+    get_dict,
+    handler_of,
+    leaf_types,
+)
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
-from sortal._engine.variable import Variable
+from sortal._engine.variable import Variable, metadata_of
 from sortal._engine.walk import Walk
 
 _KEPT = 4
@@ -74,12 +82,8 @@ class Record:
             return False
         if self._marks:
             now = list(now)
-            if len(now) != len(self.held):
-                return False
             for i in self._marks:
                 now[i] = _marked(now[i], root)
-            return all(map(_is, now, self.held))
-        # Of what is longer or shorter the list of what is equal would differ too.
         return all(map(_is, now, self.held))
 
 
@@ -91,7 +95,7 @@ class _Kinds:
     def __init__(self, handler: VariableHandler, variables: list[Any]):
         self._handler, self.held = handler, variables
         self._types = list(map(type, variables))
-        self._metadata = list(map(dict, handler.entries(variables)))
+        self._metadata = [metadata_of(x)._items for x in variables]
 
     def same(self, root: Any) -> bool:
         """Whether all still have the same class and metadata."""
@@ -313,6 +317,45 @@ def plan_of(root: Any) -> Plan:
         plans = tuple(p for p in plans if p.holds() <= present)
     _keep(root, (plan, *plans[: _KEPT - 1]))
     return plan
+
+
+def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> Any:
+    """Builds live objects around new Variables, with a plan where a walk can be saved.
+
+    Args:
+      graphdef: the structure.
+      values: a bare value for each leaf, in order.
+      metadata: interned metadata for each leaf; the structure's own if absent.
+
+    Returns:
+      The root.
+    """
+    leaves = graphdef.build_leaves(values, metadata)
+    root, nodes = graphdef.build(leaves)
+    raw = graphdef.memo("raw leaves if rebuilt", lambda: _raw_if_rebuilt(graphdef))
+    as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
+    if raw is None or not as_described:
+        return root
+    if all(handler_of(leaves[i]) is LEAF for i in raw):
+        plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
+        plan.watch(root)
+        _keep(root, (plan,))
+    return root
+
+
+def _raw_if_rebuilt(graphdef: GraphDef) -> list[int] | None:
+    """The raw arrays of a Node whose objects are surely built as they were walked.
+
+    That holds for our own objects and Python's own containers. What another type does
+    when it is filled or built only a walk can tell: None.
+    """
+    for record in graphdef.records:
+        known = record.cls in (list, dict, tuple, types.MethodType)
+        if not known and not issubclass(record.cls, Node):
+            return None
+    if graphdef.root.what is not NODE or not issubclass(graphdef.records[0].cls, Node):
+        return None
+    return [i for i, kind in enumerate(graphdef.schema.kinds) if kind is None]
 
 
 def has_plan(root: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import (
     Callable,
     Hashable,
@@ -16,145 +15,17 @@ from collections.abc import (
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey
 
-from sortal._engine.jax_compat import current_trace, register_pytree
+from sortal._engine.jax_compat import register_pytree
 from sortal._engine.leaves import own
-from sortal._engine.nested import (
-    empty_node,
-    equal,
-    flatten,
-    locate_all,
-    nest,
-    ordered,
-)
+from sortal._engine.nested import empty_node, equal, flatten, locate_all, nest
 from sortal._engine.nodes import Handler, register_node
-from sortal._engine.paths import Path, PathKey, show
+from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
-from sortal._engine.statics import EMPTY, Metadata, edits
-from sortal._engine.variable import (
-    Variable,
-    describe,
-    foreign_write,
-    is_variable,
-    make_all,
-    metadata_of,
-    value_of,
-)
+from sortal._engine.statics import edits
+from sortal._engine.storage import Layout, Stored, stored, stored_by_path
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
-
-
-class _Leaves:
-    """The leaves of a State, flat: bare values until one is read, then Variables."""
-
-    __slots__ = ("_cells", "_checked", "_schema", "_trace")
-
-    def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
-        # The list and what it holds change together, seen from any thread.
-        self._cells = (cells, boxed)
-        self._schema, self._checked, self._trace = schema, -1, current_trace()
-
-    @property
-    def schema(self) -> Schema:
-        cells, boxed = self._cells
-        if boxed and self._checked != edits.last:
-            now, old = edits.last, self._schema
-            kinds, metadata = _kinds(cells)
-            if kinds != old.kinds or metadata != old.metadata:
-                self._schema = Schema.of(old.paths, kinds, metadata)
-            self._checked = now
-        return self._schema
-
-    def values(self) -> list[Any]:
-        cells, boxed = self._cells
-        if not boxed:
-            return list(cells)
-        return [x._value if isinstance(x, Variable) else value_of(x) for x in cells]
-
-    def leaves(self) -> list[Any]:
-        cells, boxed = self._cells
-        if not boxed:
-            kinds, metadata = self._schema.kinds, self._schema.metadata
-            cells = make_all(kinds, cells, metadata, self._trace)
-            self._cells = (cells, True)
-        return cells
-
-    def leaf(self, i: int) -> Any:
-        return self.leaves()[i]
-
-    def write(self, owner: State, new: dict[Path, Any], gone: set[Path]) -> None:
-        if self._trace is not current_trace():
-            raise foreign_write((owner, p, "in a State") for p in [*new, *gone])
-        schema, leaves = self.schema, self.leaves()
-        added = {p: x for p, x in new.items() if p not in schema.index}
-        if added or gone:
-            items = zip(schema.paths, leaves, strict=True)
-            kept = [(p, x) for p, x in items if p not in gone]
-            fresh = _from_items([*kept, *added.items()])
-            schema, leaves = fresh._schema, fresh.leaves()
-            self._schema, self._cells = schema, (leaves, True)
-        for path in new.keys() - added.keys():
-            at, leaf = schema.index[path], new[path]
-            if is_variable(leaf) or not is_variable(leaves[at]):
-                leaves[at] = leaf
-            else:  # a bare value keeps the Variable
-                leaves[at].set_value(leaf)
-        edits.note()
-
-
-class _Part:
-    """The leaves of a State below a prefix; to write to them is to write to it."""
-
-    __slots__ = ("_prefix", "_whole")
-
-    def __init__(self, whole: State, prefix: Path):
-        self._whole, self._prefix = whole, prefix
-
-    @property
-    def _at(self) -> tuple[int, ...]:
-        return self._whole.schema.below(self._prefix)[1]
-
-    @property
-    def schema(self) -> Schema:
-        return self._whole.schema.below(self._prefix)[0]
-
-    def values(self) -> list[Any]:
-        values = self._whole.values_list()
-        return [values[i] for i in self._at]
-
-    def leaves(self) -> list[Any]:
-        leaves = self._whole.leaves()
-        return [leaves[i] for i in self._at]
-
-    def leaf(self, i: int) -> Any:
-        return self._whole._leaf(self._at[i])
-
-    def write(self, owner: State, new: dict[Path, Any], gone: set[Path]) -> None:
-        whole = {(*self._prefix, *p): x for p, x in new.items()}
-        self._whole._write(whole, {(*self._prefix, *p) for p in gone})
-
-
-def _kinds(
-    leaves: Sequence[Any],
-) -> tuple[tuple[type | None, ...], tuple[Metadata, ...]]:
-    kinds = [
-        type(x) if isinstance(x, Variable) or is_variable(x) else None for x in leaves
-    ]
-    metadata = [
-        EMPTY if kind is None else metadata_of(x)
-        for x, kind in zip(leaves, kinds, strict=True)
-    ]
-    return tuple(kinds), tuple(metadata)
-
-
-def _from_leaves(paths: Sequence[Path], leaves: list[Any]) -> _Leaves:
-    kinds, metadata = _kinds(leaves)
-    return _Leaves(Schema.of(paths, kinds, metadata), leaves, any(kinds))
-
-
-def _from_items(items: Iterable[tuple[Path, Any]]) -> _Leaves:
-    found = ordered(items)
-    return _from_leaves([path for path, _ in found], [leaf for _, leaf in found])
 
 
 class State(MutableMapping[Any, Any]):
@@ -178,15 +49,12 @@ class State(MutableMapping[Any, Any]):
       Param(float32[2,3])
     """
 
-    __slots__ = ("__weakref__", "_leaves")
-
-    def __new__(cls, mapping: Any = (), /) -> Any:
-        return _state(_Leaves(_NOTHING, [], False))
+    # A view has the same leaves stored as its State, and a prefix into them.
+    __slots__ = ("__weakref__", "_prefix", "_stored")
 
     def __init__(self, mapping: Any = (), /):
-        if mapping:
-            pairs = mapping if isinstance(mapping, Mapping) else dict(mapping)
-            _set_leaves(self, _from_items(_walk(pairs)))
+        pairs = mapping if isinstance(mapping, Mapping) else dict(mapping)
+        _begin(self, stored_by_path(_walk(pairs)))
 
     @classmethod
     def from_flat_path(cls, flat: Any, /) -> State:
@@ -199,40 +67,48 @@ class State(MutableMapping[Any, Any]):
           The State.
         """
         items = flat.items() if isinstance(flat, Mapping) else flat
-        return _state(_from_items((tuple(path), leaf) for path, leaf in items))
+        return _state(stored_by_path((tuple(path), leaf) for path, leaf in items))
 
     @property
     def schema(self) -> Schema:
         """Paths, kinds and metadata of the leaves, in order."""
-        return self._leaves.schema
+        schema = self._stored.schema
+        return schema.below(self._prefix)[0] if self._prefix else schema
 
     def values_list(self) -> list[Any]:
         """The bare values, in order."""
-        return self._leaves.values()
+        return self._mine(self._stored.values())
 
-    def _leaf(self, i: int) -> Any:
-        return self._leaves.leaf(i)
+    def leaves(self) -> list[Any]:
+        """All leaves in order: Variables of this State, and raw arrays."""
+        return self._mine(self._stored.leaves())
 
-    def _write(self, new: dict[Path, Any], gone: set[Path]) -> None:
+    def _mine(self, items: list[Any]) -> list[Any]:
+        if not self._prefix:
+            return list(items)
+        return [items[i] for i in self._stored.schema.below(self._prefix)[1]]
+
+    def _write(self, new: dict[Path, Any], gone: Iterable[Path] = ()) -> None:
         """Sets some leaves and removes others; a bare value keeps the leaf's kind."""
-        self._leaves.write(self, new, gone)
+        prefix = self._prefix
+        whole = {(*prefix, *path): leaf for path, leaf in new.items()}
+        self._stored.write(self, whole, {(*prefix, *path) for path in gone})
 
     # ------------------------------------------------- nested mapping
     def __getitem__(self, key: Any) -> Any:
-        schema = self.schema
-        at = schema.index.get((key,))
-        if at is not None:
-            return self._leaf(at)
-        if key in schema.children(()):
-            return _state(_Part(self, (key,)))
+        schema, path = self._stored.schema, (*self._prefix, key)
+        if path in schema.index:
+            return self._stored.leaves()[schema.index[path]]
+        if schema.children(path):
+            return _begin(object.__new__(State), self._stored, path)
         raise PathError(
             f"no {key!r} in this State; it has "
-            f"{', '.join(map(repr, schema.children(()))) or 'nothing'}."
+            f"{', '.join(map(repr, self)) or 'nothing'}."
         )
 
     def __getattr__(self, name: str) -> Any:
         # While a State is unpickled it has no leaves to look among.
-        if name == "_leaves" or (name.startswith("__") and name.endswith("__")):
+        if name in State.__slots__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         try:
             return self[name]
@@ -252,7 +128,7 @@ class State(MutableMapping[Any, Any]):
     def __delitem__(self, key: Any) -> None:
         gone = self._below(key)
         if not gone:
-            self[key]
+            self[key]  # says what there is
         self._write({}, gone)
 
     def pop(self, key: Any, *default: Any) -> Any:
@@ -281,14 +157,17 @@ class State(MutableMapping[Any, Any]):
         key = next(iter(self), None)
         return key, self.pop(key)
 
+    def _keys(self) -> tuple[Hashable, ...]:
+        return self._stored.schema.children(self._prefix)
+
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.schema.children(()))
+        return iter(self._keys())
 
     def __len__(self) -> int:
-        return len(self.schema.children(()))
+        return len(self._keys())
 
     def __contains__(self, key: Any) -> bool:
-        return key in self.schema.children(())
+        return key in self._keys()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
@@ -323,7 +202,7 @@ class State(MutableMapping[Any, Any]):
         return (self.schema, self.values_list())
 
     def __setstate__(self, saved: Any) -> None:
-        _set_leaves(self, _Leaves(*saved, boxed=False))
+        _begin(self, Stored(*saved, boxed=False))
 
     def __copy__(self) -> State:
         return snapshot(self.schema, own(self.values_list()))
@@ -336,10 +215,6 @@ class State(MutableMapping[Any, Any]):
     def paths(self) -> tuple[Path, ...]:
         """The paths of all leaves, in order."""
         return self.schema.paths
-
-    def leaves(self) -> list[Any]:
-        """All leaves in order: Variables of this State, and raw arrays."""
-        return list(self._leaves.leaves())
 
     def flat_state(self) -> FlatState:
         """The pairs of path and leaf, in order."""
@@ -355,7 +230,7 @@ class State(MutableMapping[Any, Any]):
           The new State, with Variables of its own.
         """
         leaves = [f(path, x) for path, x in _items(self)]
-        return copy.copy(_state(_from_leaves(self.paths(), leaves)))
+        return copy.copy(_state(stored(self.paths(), leaves)))
 
     # --------------------------------------------------- by filter
     def filter(self, *filters: Any) -> Any:
@@ -409,7 +284,7 @@ class State(MutableMapping[Any, Any]):
         merged: dict[Path, Any] = {}
         for x in (state, *states):
             merged.update(_items(copy.copy(as_state(x))))
-        return _state(_from_items(merged.items()))
+        return _state(stored_by_path(merged.items()))
 
     # --------------------------------------------------- nested dicts
     def to_pure_dict(self, extract_fn: Callable[[Any], Any] | None = None) -> dict:
@@ -442,8 +317,9 @@ class State(MutableMapping[Any, Any]):
         schema = self.schema
         found = locate_all(schema.paths, _walk(pure), schema.index.get)
         if replace_fn is not None:
-            found = [(at, replace_fn(self._leaf(at), value)) for at, value in found]
-        self._write({schema.paths[at]: value for at, value in found}, set())
+            leaves = self.leaves()
+            found = [(at, replace_fn(leaves[at], value)) for at, value in found]
+        self._write({schema.paths[at]: value for at, value in found})
 
 
 class FlatState(tuple):
@@ -475,14 +351,18 @@ class FlatState(tuple):
         return State.from_flat_path(self)
 
 
-_NOTHING = Schema.of((), (), ())
-_set_leaves = State.__dict__["_leaves"].__set__
+_set_stored = State.__dict__["_stored"].__set__
+_set_prefix = State.__dict__["_prefix"].__set__
 
 
-def _state(leaves: _Leaves | _Part) -> State:
-    state = object.__new__(State)
-    _set_leaves(state, leaves)
+def _begin(state: State, leaves: Stored, prefix: Path = ()) -> State:
+    _set_stored(state, leaves)
+    _set_prefix(state, prefix)
     return state
+
+
+def _state(leaves: Stored) -> State:
+    return _begin(object.__new__(State), leaves)
 
 
 def snapshot(schema: Schema, values: list[Any]) -> State:
@@ -495,7 +375,7 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
     Returns:
       The State.
     """
-    return _state(_Leaves(schema, values, False))
+    return _state(Stored(schema, values, False))
 
 
 def as_state(x: Any) -> State:
@@ -534,66 +414,24 @@ def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:
             yield path, leaf
 
 
-class _Layout:
-    """How the leaves of a State lie in the nested dicts that JAX sees.
-
-    Equal for equal outermost keys, since JAX compares the dicts and the Variables in
-    them itself: a State of bare values, such as a mask or labels, is thus a prefix of
-    the State of Variables that it is about.
-    """
-
-    __slots__ = ("entries", "keys", "schema", "tree")
-
-    def __init__(self, schema: Schema):
-        lone = schema.paths == ((),)  # of a lone Variable
-        parts = {None: 0} if lone else nest((path, 0) for path in schema.paths)
-        self.schema, self.keys = schema, tuple(parts)
-        self.entries = [PathKey(()) if lone else DictKey(key) for key in parts]
-        self.tree = jax.tree.structure(tuple(map(_pytree, parts.values())))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Layout) and self.keys == other.keys
-
-    def __hash__(self) -> int:
-        return hash(self.keys)
-
-    def __repr__(self) -> str:
-        return ", ".join(map(repr, self.keys))
-
-
-def _pytree(part: Any) -> Any:
-    """Dicts, which JAX sorts by key, where that is the order of paths too."""
-    if not isinstance(part, dict):
-        return part
-    inner = {key: _pytree(x) for key, x in part.items()}
-    try:
-        return inner if sorted(inner) == list(inner) else OrderedDict(inner)
-    except TypeError:  # such as integers among strings
-        return OrderedDict(inner)
-
-
-def _layout(state: State) -> _Layout:
+def _flatten(state: State) -> tuple[tuple[Any, ...], Layout]:
     schema = state.schema
-    return schema.memo("layout", lambda: _Layout(schema))
+    layout = schema.memo("layout", lambda: Layout(schema))
+    return layout.tree.unflatten(state.leaves()), layout
 
 
-def _flatten(state: State) -> tuple[tuple[Any, ...], _Layout]:
-    layout = _layout(state)
-    return layout.tree.unflatten(state._leaves.leaves()), layout
-
-
-def _flatten_with_keys(state: State) -> tuple[Any, _Layout]:
+def _flatten_with_keys(state: State) -> tuple[Any, Layout]:
     children, layout = _flatten(state)
     return tuple(zip(layout.entries, children, strict=True)), layout
 
 
-def _unflatten(layout: _Layout, children: Iterable[Any]) -> State:
+def _unflatten(layout: Layout, children: Iterable[Any]) -> State:
     children = tuple(children)
     try:
         cells = layout.tree.flatten_up_to(children)
     except ValueError:  # a map gave one leaf in the place of a whole part
         return State(zip(layout.keys, children, strict=True))
-    return _state(_Leaves(layout.schema, cells, boxed=True))
+    return _state(Stored(layout.schema, cells, boxed=True))
 
 
 class _StateHandler(Handler):
@@ -621,7 +459,7 @@ class _StateHandler(Handler):
         return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
-        _set_leaves(obj, _from_leaves(tuple(items), list(items.values())))
+        _begin(obj, stored(tuple(items), list(items.values())))
         edits.note()
 
 

@@ -151,7 +151,11 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         parts = self.parts()
-        return parts is not None and parts == other.parts()
+        return (
+            isinstance(other, type(self))
+            and parts is not None
+            and parts == other.parts()
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -200,7 +204,7 @@ class Metadata(Interned, Mapping[str, Any]):
 
     __slots__ = ("_items",)
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     @classmethod
     def of(cls, items: Mapping[str, Any]) -> Metadata:

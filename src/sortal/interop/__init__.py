@@ -1,3 +1,12 @@
 """Other libraries' objects and files: objects taken as they are, files converted."""
 
-from sortal.interop import flax as flax
+from sortal._engine.foreign import introduce as _introduce
+
+
+def _register_flax() -> None:
+    from sortal.interop import flax
+
+    flax.register()
+
+
+_introduce("flax.nnx", _register_flax)

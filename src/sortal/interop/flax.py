@@ -19,7 +19,6 @@ from sortal._engine import variable as _kinds
 from sortal._engine.foreign import (
     VariableHandler,
     in_our_words,
-    introduce,
     pair,
     register_variable,
     translate,
@@ -37,8 +36,7 @@ from sortal.transforms._adapter import prefixes
 OLDEST = (0, 12)
 _PRIVATE = "_pytree__"
 _attributes = operator.attrgetter("__dict__")
-_state = operator.itemgetter("_pytree__state")
-_making = operator.attrgetter("_initializing", "_is_setup")
+_joined = itertools.chain.from_iterable
 _KINDS = (
     "Variable Param BatchStat Cache Intermediate Perturbation RngState RngKey RngCount"
 ).split()
@@ -54,9 +52,10 @@ class FlaxVariables(VariableHandler):
         slots = vars(Variable)
         value = slots.get("_raw_value") or slots["raw_value"]  # 0.12.0 has the latter
         metadata, trace = slots["_var_metadata"], slots["_trace_state"]
-        self._get: Callable[[Any], Any] = value.__get__
+        # Faster than the slots' own __get__, which is what they call.
+        self._get: Callable[[Any], Any] = operator.attrgetter(value.__name__)
         self._set: Callable[[Any, Any], None] = value.__set__
-        self._get_metadata: Callable[[Any], dict[str, Any]] = metadata.__get__
+        self._get_metadata: Callable[[Any], Any] = operator.attrgetter("_var_metadata")
         self._set_metadata: Callable[[Any, Any], None] = metadata.__set__
         self._get_trace: Callable[[Any], Any] = trace.__get__
         self._set_trace: Callable[[Any, Any], None] = trace.__set__
@@ -150,10 +149,9 @@ class FlaxObjects(Handler):
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         """See the base class; at once, for nothing of Flax notes an edit."""
         dicts = list(map(_attributes, nodes))
-        keys = itertools.chain.from_iterable(dicts)
-        values = itertools.chain.from_iterable(map(dict.values, dicts))
-        making = map(_making, map(_state, dicts))
-        return [*map(len, dicts), *keys, *making], itertools.chain(dicts, values)
+        return [*map(len, dicts), *_joined(dicts)], _joined(
+            [dicts, *map(dict.values, dicts)]
+        )
 
     def roles(self, obj: Any) -> Mapping[Any, str] | None:
         """What Flax takes as data and static, where that is not seen from the value."""
@@ -174,8 +172,7 @@ class FlaxObjects(Handler):
 
     def spec(self, obj: Any) -> Shape:
         """See the base class."""
-        state = obj._pytree__state
-        return Shape(obj._pytree__nodes, state.initializing, state.is_setup)
+        return Shape(obj._pytree__nodes, False, False)
 
     def owner(self, obj: Any) -> Owner:
         """See the base class."""
@@ -212,6 +209,20 @@ class FlaxObjects(Handler):
     def _stored(self, obj: Any, spec: Shape, key: Any) -> Any:
         digits = isinstance(key, int) and key not in spec.nodes
         return str(key) if digits and str(key) in spec.nodes else key
+
+
+class FlaxBridges(FlaxObjects):
+    """Objects of ``nnx.bridge``, which alone ask how far they are being made."""
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        """See the base class."""
+        equal, same = super().contents(nodes)
+        return [*equal, *map(self.spec, nodes)], same
+
+    def spec(self, obj: Any) -> Shape:
+        """See the base class."""
+        state = obj._pytree__state
+        return Shape(obj._pytree__nodes, state.initializing, state.is_setup)
 
 
 class FlaxStates(Handler):
@@ -256,7 +267,7 @@ class FlaxStates(Handler):
         mapping.update(items)
 
 
-def _meet() -> None:
+def register() -> None:
     """Teaches the engine Flax's types, and Flax the few of ours that it may hold."""
     import flax
     from flax import nnx
@@ -270,6 +281,8 @@ def _meet() -> None:
         )
     register_variable(nnx.Variable, FlaxVariables())
     register_node(nnx.Pytree, FlaxObjects())
+    for bridging in (nnx.bridge.Module, nnx.bridge.ToNNX):
+        register_node(bridging, FlaxBridges())
     register_node(nnx.State, FlaxStates())
     for theirs, names in ((nnx, _KINDS), (nnx.optimizer, _OPTIMIZER_KINDS)):
         for name in names:
@@ -339,6 +352,3 @@ def _clear(state: State) -> None:
 def _fill(state: State, items: Iterable[tuple[Any, Any]]) -> None:
     for key, value in items:
         state[key] = value
-
-
-introduce("flax.nnx", _meet)

@@ -156,7 +156,7 @@ class _Conv(Module):
 def _finish(y: Any, bias: Any, batch: tuple[int, ...]) -> jax.Array:
     """Adds the bias and gives back the batch axes that the input had."""
     if bias is not None:
-        y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        y = y + dtypes.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
     return y if len(batch) == 1 else jnp.reshape(y, (*batch, *y.shape[1:]))
 
 

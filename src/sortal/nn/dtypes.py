@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from sortal._engine.variable import Variable, describe
@@ -40,7 +43,8 @@ def canonicalize_dtype(
       dtype('float32')
     """
     if dtype is None:
-        dtype = jnp.result_type(*(jnp.asarray(x) for x in args if x is not None))
+        arrays = [x if _is_array(x) else jnp.asarray(x) for x in args if x is not None]
+        dtype = jnp.result_type(*arrays)
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
@@ -74,7 +78,73 @@ def promote_dtype(
       (dtype('float32'), None)
     """
     dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
-    return tuple(None if x is None else jnp.asarray(x, dtype) for x in args)
+    return tuple(None if x is None else cast(x, dtype) for x in args)
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """``jnp.asarray(x, dtype)``, at no cost for an array that has the dtype.
+
+    Args:
+      x: an array or number.
+      dtype: the dtype.
+
+    Returns:
+      The array, not weakly typed.
+    """
+    if _is_array(x) and x.dtype == dtype and not x.weak_type:
+        return x
+    return jnp.asarray(x, dtype)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
+# JAX keeps how a function under jit is traced and differentiated, by its shapes. Most
+# of jnp is under jit already; these two are not, and without it they would take more
+# than half of the time to trace a training step of many layers.
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def reshape(x: Any, shape: tuple[int, ...]) -> Any:
+    """``x.reshape(shape)``, traced once for all layers of a size.
+
+    Args:
+      x: an array.
+      shape: the new shape.
+
+    Returns:
+      The array.
+    """
+    return jnp.reshape(x, shape)
+
+
+_dot_general = jax.jit(
+    lax.dot_general,
+    static_argnames=(
+        "dimension_numbers",
+        "precision",
+        "preferred_element_type",
+        "out_sharding",
+    ),
+    inline=True,
+)
+
+
+def dot_general(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
+    """``jax.lax.dot_general``, traced once for all layers of a size.
+
+    Args:
+      x: the left array.
+      kernel: the right array.
+      dimension_numbers: axes summed over and axes of the batch; tuples.
+      **options: as for ``jax.lax.dot_general``.
+
+    Returns:
+      The product.
+    """
+    # A plain function, for a layer that holds it can be copied and pickled.
+    return _dot_general(x, kernel, dimension_numbers, **options)
 
 
 def promote(layer: Any, inputs: Any, *parameters: Any) -> Any:

@@ -76,7 +76,7 @@ class Linear(Module):
         precision: lax.PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
-        dot_general: Callable[..., Any] = lax.dot_general,
+        dot_general: Callable[..., Any] = dtypes.dot_general,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
         rngs: Rngs,
@@ -131,7 +131,7 @@ class Linear(Module):
         )
         if bias is None:
             return y
-        return y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return y + dtypes.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
 class LinearGeneral(Module):
@@ -262,7 +262,7 @@ class LinearGeneral(Module):
         batch = tuple(range(n_batch))
         for a, size in zip(batch + axis, kernel.shape, strict=False):
             dtypes.check_axis(self, x, size, a)
-        dot_general = self.dot_general or lax.dot_general
+        dot_general = self.dot_general or dtypes.dot_general
         if self.dot_general_cls is not None:
             dot_general = self.dot_general_cls()
         contracted = tuple(range(n_batch, n_batch + n_in))
@@ -279,7 +279,8 @@ class LinearGeneral(Module):
         if bias is None:
             return y
         others = (1,) * (x.ndim - n_batch - n_in)
-        return y + bias.reshape(bias.shape[:n_batch] + others + bias.shape[n_batch:])
+        shape = bias.shape[:n_batch] + others + bias.shape[n_batch:]
+        return y + dtypes.reshape(bias, shape)
 
 
 class Einsum(Module):
@@ -392,7 +393,7 @@ class Einsum(Module):
                 f"sizes {tuple(n for n in shape if n != 1)}; the bias must have that "
                 f"shape, found {describe(bias)}."
             )
-        return y + jnp.reshape(bias, shape)
+        return y + dtypes.reshape(bias, shape)
 
 
 def _as_tuple(x: int | Sequence[int]) -> tuple[int, ...]:

@@ -82,24 +82,22 @@ class Norm(Module):
     def _statistics(
         self, x: Any, axes: tuple[int, ...], mask: Any, *, centred: bool = True
     ) -> tuple[Any, Any]:
-        """Mean and variance over ``axes``, in float32 or better."""
+        """Mean, None if not centred, and variance; ``axes`` are kept, of size 1."""
         if mask is not None:
             mask = self._broadcast_mask(mask, x)
         dtype = jnp.result_type(x) if self.dtype is None else self.dtype
-        x = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+        x = dtypes.cast(x, jnp.promote_types(dtype, jnp.float32))
         if not centred:
-            (variance,) = self._means(axes, mask, _squared(x))
-            return jnp.zeros_like(variance), variance
+            return None, *self._means(axes, mask, _squared(x))
         if not self.use_fast_variance:
             (mean,) = self._means(axes, mask, x)
-            deviation = x - jnp.expand_dims(mean, axes)
-            return mean, *self._means(axes, mask, _squared(deviation))
+            return mean, *self._means(axes, mask, _squared(x - mean))
         mean, square = self._means(axes, mask, x, _squared(x))
         # Rounding can make a variance that is zero come out negative.
         return mean, jnp.maximum(0.0, square - _squared(mean))
 
     def _means(self, axes: tuple[int, ...], mask: Any, *arrays: Any) -> tuple[Any, ...]:
-        means = tuple(jnp.mean(a, axes, where=mask) for a in arrays)
+        means = tuple(jnp.mean(a, axes, keepdims=True, where=mask) for a in arrays)
         if self.axis_name is None:
             return means
         # One collective for all.
@@ -123,23 +121,21 @@ class Norm(Module):
         x: Any,
         mean: Any,
         variance: Any,
-        axes: tuple[int, ...],
         features: tuple[int, ...],
         scale: Any,
         bias: Any = None,
     ) -> jax.Array:
         """``(x - mean) / sqrt(variance + epsilon) * scale + bias``."""
-        kept = [1 if i in axes else n for i, n in enumerate(x.shape)]
-        learned = [n if i in features else 1 for i, n in enumerate(x.shape)]
-        y = x - mean.reshape(kept)
-        factor = lax.rsqrt(variance.reshape(kept) + self.epsilon)
+        learned = tuple(n if i in features else 1 for i, n in enumerate(x.shape))
+        y = x if mean is None else x - mean
+        factor = lax.rsqrt(variance + self.epsilon)
         if scale is not None:
-            factor = factor * scale.reshape(learned)
+            factor = factor * dtypes.reshape(scale, learned)
         y = y * factor
         if bias is not None:
-            y = y + bias.reshape(learned)
+            y = y + dtypes.reshape(bias, learned)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        return jnp.asarray(y, dtype)
+        return dtypes.cast(y, dtype)
 
     def _over(
         self, inputs: Any, axes: Axes, features: Axes, mask: Any, **options: Any
@@ -148,10 +144,10 @@ class Norm(Module):
         x, *affine, learned = self._promoted(inputs, features)
         reduced = self._axes(x, axes)
         mean, variance = self._statistics(x, reduced, mask, **options)
-        return self._normalized(x, mean, variance, reduced, learned, *affine)
+        return self._normalized(x, mean, variance, learned, *affine)
 
 
 def _squared(x: Any) -> Any:
     if jnp.iscomplexobj(x):
-        return lax.square(lax.real(x)) + lax.square(lax.imag(x))
-    return lax.square(x)
+        return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
+    return jnp.square(x)

@@ -128,13 +128,16 @@ class BatchNorm(Norm):
             x, self.axis, self.mean, self.var
         )
         axes = tuple(i for i in range(x.ndim) if i not in features)
-        if not running:
+        if running:
+            shape = tuple(n if i in features else 1 for i, n in enumerate(x.shape))
+            mean, var = dtypes.reshape(mean, shape), dtypes.reshape(var, shape)
+        else:
             mean, var = self._statistics(x, axes, mask)
             keep = self.momentum
             for kept, new in ((self.mean, mean), (self.var, var)):
-                moved = keep * kept[...] + (1 - keep) * new
+                moved = keep * kept[...] + (1 - keep) * dtypes.reshape(new, kept.shape)
                 kept[...] = moved.astype(kept.dtype)  # float64 inputs are wider
-        return self._normalized(x, mean, var, axes, features, *affine)
+        return self._normalized(x, mean, var, features, *affine)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Sets what is given, as ``view`` does on copies of modules.
@@ -386,7 +389,7 @@ class InstanceNorm(Norm):
             )
         axes = tuple(i for i in range(1, x.ndim) if i not in features)
         mean, variance = self._statistics(x, axes, mask)
-        return self._normalized(x, mean, variance, axes, features, *affine)
+        return self._normalized(x, mean, variance, features, *affine)
 
 
 class GroupNorm(Norm):
@@ -487,9 +490,10 @@ class GroupNorm(Norm):
             mask = self._broadcast_mask(mask, x).reshape(split)
         mean, variance = self._statistics(x.reshape(split), (*others, x.ndim), mask)
         mean, variance = (
-            jnp.repeat(s, self.group_size, axis=-1) for s in (mean, variance)
+            jnp.repeat(s.squeeze(-1), self.group_size, axis=-1)
+            for s in (mean, variance)
         )
-        return self._normalized(x, mean, variance, others, features, *affine)
+        return self._normalized(x, mean, variance, features, *affine)
 
 
 def _check_groups(num_features: int, num_groups: Any, group_size: Any) -> None:

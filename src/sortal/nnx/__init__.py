@@ -95,12 +95,11 @@ if _TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        if name in _names.TABLE or name in _names.MODULES:
-            return _late.load(globals(), name, _names.TABLE, _names.MODULES)
-        if name.startswith("_") or not hasattr(_sortal, name):
-            raise AttributeError(f"module 'sortal.nnx' has no attribute {name!r}")
-        return getattr(_sortal, name)
+        own = name in _names.TABLE or name.startswith("_")
+        if not own and hasattr(_sortal, name):
+            return getattr(_sortal, name)
+        return _late.load(globals(), name, _names.TABLE)
 
     def __dir__() -> list[str]:
         native = {name for name in dir(_sortal) if not name.startswith("_")}
-        return sorted({*globals(), *_names.TABLE, *_names.MODULES, *native})
+        return sorted({*globals(), *_names.TABLE, *native})
