@@ -36,7 +36,7 @@ from sortal.errors import (
 )
 from sortal.filters import to_filter
 from sortal.policy.policy import Policy
-from sortal.transforms._adapter.prefixes import column
+from sortal.transforms._adapter.prefixes import leaf_answers
 
 
 class Restored(NamedTuple):
@@ -273,7 +273,7 @@ def shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
     """The sharding of each leaf of a model; None keeps the leaf's own."""
     if given is None:
         return [None] * len(schema)
-    placed = column(given, "spec", schema, plan.view)
+    placed = leaf_answers(given, "spec", schema, plan.view)
     return [_sharding(x) for x in placed]
 
 
@@ -361,7 +361,7 @@ def load_state(
     placed = [None] * len(leaves)
     if sharding is not None:
         placed = [
-            _sharding(x) for x in column(sharding, "spec", schema, lambda: leaves)
+            _sharding(x) for x in leaf_answers(sharding, "spec", schema, lambda: leaves)
         ]
     wants = [
         Want(x.path, a, a.form, a.dtype, a.weak, to, to is not None)
