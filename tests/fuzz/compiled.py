@@ -370,6 +370,8 @@ class Drawn(edits.Drawn):
         made = self.module(2)
         self.do(f"{self.model} = {made[:2]}{first}, {made[2:]}")
         self.do("_other = A(w=P(arr(1)))")
+        if self.model not in self.world.names:
+            return self
         if self.random.random() < 0.3:
             self.do(f"{self.name('m')} = {self.module(1)}")
         for _ in range(self.random.randrange(1, 3)):
