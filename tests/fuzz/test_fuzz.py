@@ -47,10 +47,10 @@ def test_a_program_is_the_same_each_time_it_is_drawn():
 # ------------------------------------------------------------- planted faults
 def first_found(kind, most):
     """How many programs it takes until one differs."""
-    for n in range(most):
-        if runs.run([f"{kind}:{n}"], shrunk=False).failures:
-            return n + 1
-    pytest.fail(f"none of {most} programs of {kind} noticed the fault")
+    labels = (f"{kind}:{n}" for n in range(most))
+    outcome = runs.run(labels, most=1, shrunk=False)
+    assert outcome.failures, f"none of {most} programs of {kind} noticed the fault"
+    return int(outcome.failures[0].program.label.partition(":")[2]) + 1
 
 
 def test_a_plan_that_is_always_valid_is_found(monkeypatch):
