@@ -273,7 +273,10 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     problems, olds = list(match.problems), leaves.values()
     if leaves.slotted or (strict and not all(map(_fits, olds, new))):
         rows = zip(match.found, leaves, olds, new, strict=True)
-        found = (_misfit(schema.describe(i), *row, strict) for i, *row in rows)
+        found = (
+            _misfit(schema.describe(i), leaf, old, x, strict)
+            for i, leaf, old, x in rows
+        )
         problems += filter(None, found)
     if problems:
         raise UpdateError(

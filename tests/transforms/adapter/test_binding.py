@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 
 import sortal
-from sortal import nnx
 from models import (
     Count,
     Holder,
@@ -27,7 +26,7 @@ from models import (
     portrait,
     untouched,
 )
-from sortal import BatchStat, Cache, Param
+from sortal import BatchStat, Cache, Param, nnx
 from sortal.errors import StructureError, TraceError
 from sortal.transforms._adapter import binding
 

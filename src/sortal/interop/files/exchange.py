@@ -194,10 +194,10 @@ def restore_from(
     said = shardings(sharding, schema, plan)
     new = []
     for pair in found.pairs:
-        source = sources[encode_path(schema.paths[pair.at])]
+        at_path = schema.paths[pair.at]
+        source = sources[encode_path(at_path)]
         (stored,), (live,) = arrays(pair.stored), arrays(pair.live)
-        path = schema.paths[pair.at]
-        want = wanted(path, stored, pair.like[0], live, said[pair.at])
+        want = wanted(at_path, stored, pair.like[0], live, said[pair.at])
         new.append(host_value(want, source.read()))
     at = [p.at for p in found.pairs] + list(found.filled)
     store_all([Leaves(plan.leaves[i] for i in at)], [*new, *found.filled.values()])
