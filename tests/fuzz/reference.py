@@ -673,7 +673,7 @@ class State:
         self.prefix: Any = ()
         self.items: dict[Any, Any] = {}
         if mapping:
-            self._fill((p, _own_box(x)) for p, x in nested_items(mapping))
+            self._fill(nested_items(mapping))
 
     @classmethod
     def of(cls, pairs: Any) -> State:
@@ -801,7 +801,9 @@ class State:
 
 
 def _own_box(x: Any) -> Any:
-    return make(type(x), x._value, x._meta) if isinstance(x, Variable) else x
+    if isinstance(x, Variable):
+        return make(type(x), _own(x._value), x._meta)
+    return _own(x)
 
 
 def _one_or_several(states: Any) -> Any:
@@ -811,7 +813,7 @@ def _one_or_several(states: Any) -> Any:
 
 def nested_items(mapping: Any, prefix: Any = ()) -> Iterator[tuple[Any, Any]]:
     if isinstance(mapping, State):
-        yield from (((*prefix, *p), x) for p, x in mapping.flat())
+        yield from (((*prefix, *p), _own_box(x)) for p, x in mapping.flat())
         return
     for key, value in mapping.items():
         if isinstance(value, (Mapping, State)):
