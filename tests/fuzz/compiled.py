@@ -363,7 +363,7 @@ class Drawn(edits.Drawn):
 
     def program(self) -> Drawn:
         """Draws the whole program."""
-        self.model = self.name("m")
+        self.model = self.focus = self.name("m")
         first = f"w=P(arr({self.number()}))"
         made = self.module(2)
         self.do(f"{self.model} = {made[:2]}{first}, {made[2:]}")
