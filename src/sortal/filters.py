@@ -56,7 +56,7 @@ class Filter:
         Returns:
           True where that follows from the filters alone.
         """
-        if isinstance(other, Any_) and other.filters:
+        if isinstance(other, Any_):
             return all(self.covers(part) for part in other.filters)
         if isinstance(other, All):
             return any(self.covers(part) for part in other.filters)

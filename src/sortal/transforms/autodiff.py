@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe
 from sortal._nnx_names import refuse_unknown
@@ -161,7 +161,7 @@ def _several(argnums: Any) -> bool:
 
 def _read(argnum: Any, wrt: Any) -> DiffState:
     if not isinstance(argnum, DiffState):
-        argnum = in_our_words(argnum)
+        argnum = to_native(argnum)
     if isinstance(argnum, DiffState):
         return DiffState(argnum.argnum, to_filter(argnum.filter))
     if isinstance(argnum, int) and not isinstance(argnum, bool):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
@@ -48,7 +48,7 @@ class Jitted:
         self._fn, self._first = unbind(fn)
         options = _shift(options, len(self._first))
         for name in {"in_shardings", "out_shardings"} & options.keys():
-            options[name] = in_our_words(options[name])
+            options[name] = to_native(options[name])
         self._static, _ = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )

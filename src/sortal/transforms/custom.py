@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.variable import Param
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
@@ -171,7 +171,7 @@ class _Custom:
         """Filters by position, and the positions not differentiated by."""
         filters: dict[int, Any] = {}
         fixed: list[int] = []
-        for x in map(in_our_words, self.nondiff):
+        for x in map(to_native, self.nondiff):
             i = x.argnum if isinstance(x, DiffState) else x
             at = i + n if i < 0 else i
             if not 0 <= at < n:

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.jax_compat import differs_in_vmap, varying_axes
 from sortal._engine.leaves import held
 from sortal._engine.schema import Schema
@@ -107,7 +107,7 @@ def vmap(
       (5, 3)
     """
     refuse_unknown("vmap", _unknown)
-    in_axes, out_axes = in_our_words((in_axes, out_axes))
+    in_axes, out_axes = to_native((in_axes, out_axes))
     fn, first = unbind(f)
 
     @functools.wraps(f)
@@ -185,7 +185,7 @@ def shard_map(
       (4, 3)
     """
     refuse_unknown("shard_map", options, _OF_JAX)
-    in_specs, out_specs = in_our_words((in_specs, out_specs))
+    in_specs, out_specs = to_native((in_specs, out_specs))
     fn, first = unbind(f)
 
     @functools.wraps(f)

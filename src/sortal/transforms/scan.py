@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
@@ -104,7 +104,7 @@ def scan(
       (1, 2)
     """
     refuse_unknown("scan", _unknown)
-    in_axes, out_axes = in_our_words((in_axes, out_axes))
+    in_axes, out_axes = to_native((in_axes, out_axes))
     options = {
         "length": length,
         "reverse": reverse,
