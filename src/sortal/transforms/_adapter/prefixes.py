@@ -351,8 +351,8 @@ def new_leaves(
         return
     schema = effects.edits.graphdef.schema
     values = iter(fresh)
-    for i, origin in enumerate(effects.edits.leaf_from):
-        if origin is None:
+    for i, leaf in enumerate(effects.edits.leaves):
+        if leaf.origin is None:
             part, number, *path = tuple[Any, ...](schema.paths[i])
             given = outs[number] if part == 1 else roots[number]
             one = Schema.of([tuple(path)], [schema.kinds[i]], [schema.metadata[i]])
