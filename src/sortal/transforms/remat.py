@@ -31,6 +31,10 @@ def remat(
 ) -> Any:
     """``jax.checkpoint`` for functions of modules: recomputes instead of storing.
 
+    Called eagerly, it stays compiled for the same function object, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
+
     Args:
       f: the function; without it a decorator is returned.
       prevent_cse: see ``jax.checkpoint``.

@@ -63,6 +63,10 @@ def scan(
     a step adds to a module, such as an Intermediate, comes out stacked where its kind
     has an int axis.
 
+    Called eagerly, it stays compiled for the same function object, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
+
     Args:
       f: the function of one step; without it a decorator is returned.
       length: the number of steps; needed where nothing is sliced.
