@@ -1,4 +1,4 @@
-"""NumPy's archives of arrays; never their pickles."""
+"""NumPy's archives of arrays, without pickled objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sortal.checkpoint.values import dtype_name
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import Entry, Opened, dotted, parts
 
-# The dtypes that NumPy's format can name; of others it keeps the bytes alone.
+# The dtypes that NumPy's format has names for.
 _OWN = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
     "complex64 complex128".split()
@@ -33,21 +33,11 @@ _FAULTS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What NumPy and zipfile raise for files that are no archives of arrays."""
+"""What NumPy and zipfile raise for other and damaged files."""
 
 
 def read(path: Path) -> Opened:
-    """Opens an archive.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its entries.
-
-    Raises:
-      DamagedError: it is no archive, damaged, or holds objects.
-    """
+    """Opens an archive; refuses pickled objects."""
     try:
         # Opened here, because NumPy leaves a file that it cannot read open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -80,15 +70,7 @@ def _entry(path: Path, archive: Any, name: str) -> Entry:
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
-    """Writes an archive, in the place of an old one only when it is done.
-
-    Args:
-      path: the file.
-      entries: what to write.
-
-    Raises:
-      SaveError: a dtype is none of NumPy's own.
-    """
+    """Writes an archive; it replaces an old one only once it is complete."""
     entries = list(entries)
     odd = [f"{dotted(e.name)}: {e.dtype}" for e in entries if e.dtype not in _OWN]
     if odd:

@@ -1,4 +1,4 @@
-"""safetensors: a header in JSON, then bytes; read lazily, every claim checked first."""
+"""safetensors files: a JSON header, then bytes; checked when opened, read lazily."""
 
 from __future__ import annotations
 
@@ -24,27 +24,17 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
 }  # fmt: skip
 _NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
-# What the format's own library allows.
+# The limit of the safetensors library.
 _LONGEST_HEADER = 100_000_000
 
 
 def read(path: Path) -> Opened:
-    """Opens a file of the format.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its entries, in the order of their bytes; none is read yet.
-
-    Raises:
-      DamagedError: it is not of the format, or its header lies.
-    """
+    """Opens a file, and checks that the header fits the bytes; no array is read."""
     try:
         return _read(path)
     except (KeyError, TypeError, ValueError, RecursionError, struct.error) as e:
         raise DamagedError(
-            f"{path} is no safetensors file, or damaged ({type(e).__name__}: {e})"
+            f"{path} is not a safetensors file, or damaged ({type(e).__name__}: {e})"
         ) from None
     except OSError as e:
         raise DamagedError(f"{path} cannot be read: {e}") from e
@@ -64,11 +54,11 @@ def _read(path: Path) -> Opened:
         shape = tuple(int(n) for n in x["shape"])
         nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
         if first != end or last - first != nbytes or min(shape, default=0) < 0:
-            raise ValueError(f"{name!r} does not lie where it says")
+            raise ValueError(f"the offsets of {name!r} are wrong")
         end = last
         entries.append(_entry(path, name, dtype, shape, start + first, nbytes))
     if start + end != size:
-        raise ValueError(f"{size:,} bytes where {start + end:,} are due")
+        raise ValueError(f"{size:,} bytes where {start + end:,} are expected")
     return Opened(path, "safetensors", {"metadata": about}, entries)
 
 
@@ -89,15 +79,9 @@ def _entry(
 def write(
     path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a file of the format, in the place of an old one only when it is done.
+    """Writes a file; it replaces an old one only once it is complete.
 
-    Args:
-      path: the file.
-      entries: what to write.
-      metadata: strings by name, kept in the header.
-
-    Raises:
-      SaveError: a dtype is none of the format's, or two names are the same.
+    ``metadata`` is kept in the header.
     """
     entries = list(entries)
     odd = [f"{dotted(e.name)}: {e.dtype}" for e in entries if e.dtype not in _NAMES]
@@ -123,7 +107,7 @@ def write(
             file.write(struct.pack("<Q", len(text)) + text)
             for e in entries:
                 host = np.ascontiguousarray(e.read())
-                if dtype_name(host.dtype) != e.dtype:  # the other order of bytes
+                if dtype_name(host.dtype) != e.dtype:  # the other byte order
                     host = host.astype(numpy_dtype(e.dtype))
                 file.write(host.reshape(-1).view(np.uint8).data)
             file.flush()
