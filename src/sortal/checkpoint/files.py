@@ -164,6 +164,21 @@ def write_file(file: Path, data: bytes) -> None:
         os.fsync(opened.fileno())
 
 
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A new file that replaces ``path`` once the block has written all of it."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}{suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as e:
+        raise SaveError(f"writing {path} failed: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def commit(directory: Path, manifest: Manifest) -> None:
     """Makes a step count, by renaming its manifest into place.
 

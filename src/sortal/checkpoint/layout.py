@@ -69,8 +69,9 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     keep = answers("checkpoint", schema, policy, plan.view, default="keep")
     chosen = [i for i in chosen if keep[i] != "drop"]
     if len(schema) and not chosen:
+        what = "the policy" if only is None else f"only={to_filter(only)!r}"
         raise SaveError(
-            f"nothing to save: {_taken_by(only)} takes none of the {len(schema)} "
+            f"nothing to save: {what} takes none of the {len(schema)} "
             f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
         )
     trees, live = _leaf_values(schema, chosen, values)
@@ -82,7 +83,7 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
         path = encode_path(schema.paths[i])
         group = kinds[kind].group
         new = place.all(tree, live, group, path, passing)
-        metadata = _plain_metadata(schema.metadata[i])
+        metadata = {k: v for k, v in schema.metadata[i].items() if type(v) in METADATA}
         leaves.append(Leaf(path, kind, new, metadata, passing))
     _refuse_namesakes(leaves)
     return Layout(
@@ -95,10 +96,6 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
         frozenset(place.shared),
         fingerprint(plan.graphdef),
     )
-
-
-def _taken_by(only: Any) -> str:
-    return "the policy" if only is None else f"only={to_filter(only)!r}"
 
 
 def _leaf_values(
@@ -169,10 +166,6 @@ def _refuse_namesakes(leaves: list[Leaf]) -> None:
 def namesakes(paths: Iterable[Any]) -> list[str]:
     """The stored paths that occur more than once."""
     return [show(path) for path, n in Counter(paths).items() if n > 1]
-
-
-def _plain_metadata(metadata: Any) -> dict[str, Any]:
-    return {k: v for k, v in metadata.items() if type(v) in METADATA}
 
 
 # ------------------------------------------------------------------ kinds and paths

@@ -291,7 +291,7 @@ def _register_with_flax() -> None:
         theirs.register(ours)
         pair(ours, theirs)
     graph.register_graph_node_type(
-        State, _state_items, _set_item, _pop_item, _empty, _clear, _fill
+        State, _items, operator.setitem, _pop_item, lambda _: State({}), _clear, _fill
     )
 
 
@@ -301,22 +301,14 @@ def _with_subclasses(cls: type) -> Iterator[type]:
         yield from _with_subclasses(below)
 
 
-def _state_items(state: State) -> tuple[list[tuple[Any, Any]], None]:
+def _items(state: State) -> tuple[list[tuple[Any, Any]], None]:
     return [(key, state[key]) for key in sorted(state, key=paths.order)], None
-
-
-def _set_item(state: State, key: Any, value: Any) -> None:
-    state[key] = value
 
 
 def _pop_item(state: State, key: Any) -> Any:
     found = state[key]
     del state[key]
     return found
-
-
-def _empty(_: None) -> State:
-    return State({})
 
 
 def _clear(state: State) -> None:

@@ -44,7 +44,7 @@ def dot_product_attention_weights(
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rng: key for dropout.
       dropout_rate: the probability that a weight is dropped; less than 1.
-      deterministic: True drops nothing.
+      deterministic: True disables dropout.
       dtype: dtype of the computation; by default, the one that query and key promote
         to.
       precision: as for ``jax.numpy.einsum``.
@@ -79,14 +79,11 @@ def dot_product_attention_weights(
     weights = _logits(query, key, precision)
     if bias is not None:
         weights = weights + bias
-    masks = [] if mask is None else [mask]
     if is_causal:
-        masks.append(jnp.tril(jnp.ones(weights.shape[-2:], dtype)))
-    if masks:
-        allowed = masks[0].astype(bool)
-        for other in masks[1:]:
-            allowed = jnp.logical_and(allowed, other)
-        weights = jnp.where(allowed, weights, jnp.finfo(dtype).min)
+        causal = jnp.tril(jnp.ones(weights.shape[-2:], bool))
+        mask = causal if mask is None else jnp.logical_and(mask, causal)
+    if mask is not None:
+        weights = jnp.where(mask.astype(bool), weights, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(weights).astype(dtype)
     if module is not None:
         module.sow(Intermediate, "attention_weights", weights)
@@ -221,7 +218,7 @@ def dot_product_attention(
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rng: key for dropout.
       dropout_rate: the probability that a weight is dropped; less than 1.
-      deterministic: True drops nothing.
+      deterministic: True disables dropout.
       dtype: dtype of the computation; by default, the one that the three promote to.
       precision: as for ``jax.numpy.einsum``.
       module: where to sow the weights, as Intermediate ``attention_weights``.

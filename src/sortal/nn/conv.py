@@ -313,11 +313,7 @@ class Conv(_Conv):
             rhs_dilation=self._sizes("kernel_dilation"),
             dimension_numbers=lax.ConvDimensionNumbers(data, weights, data),
             feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         return _finish(y, bias, batch)
 

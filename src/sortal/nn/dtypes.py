@@ -172,6 +172,17 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def product_options(layer: Any, out_sharding: Any) -> dict[str, Any]:
+    """The keyword arguments of a layer's product, as for ``jax.lax.dot_general``."""
+    return {
+        "precision": layer.precision,
+        **given(
+            out_sharding=out_sharding,
+            preferred_element_type=layer.preferred_element_type,
+        ),
+    }
+
+
 def name_of(owner: Any) -> str:
     """The name of a layer, or the name itself, for messages."""
     return owner if isinstance(owner, str) else type(owner).__name__

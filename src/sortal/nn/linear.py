@@ -123,11 +123,7 @@ class Linear(Module):
             x,
             kernel,
             (((x.ndim - 1,), (0,)), ((), ())),
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
             return y
@@ -270,11 +266,7 @@ class LinearGeneral(Module):
             x,
             kernel,
             ((axis, contracted), (batch, batch)),
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
             return y
@@ -378,11 +370,7 @@ class Einsum(Module):
             equation,
             x,
             kernel,
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
             return y

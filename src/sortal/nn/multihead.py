@@ -67,8 +67,8 @@ class MultiHeadAttention(Module):
       param_dtype: dtype of the parameters.
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rate: the probability that a weight is dropped; less than 1.
-      deterministic: True drops nothing; None leaves it to the call. ``model.train()``
-        and ``model.eval()`` set it.
+      deterministic: True disables dropout; None leaves it to the call.
+        ``model.train()`` and ``model.eval()`` set it.
       precision: as for ``jax.lax.dot_general``.
       kernel_init: initialiser of the kernels; it sees (in, heads * depth).
       out_kernel_init: initialiser of the output's kernel; ``kernel_init`` if absent.
@@ -283,7 +283,7 @@ class MultiHeadAttention(Module):
           inputs_v: array (*batch, keys, in_kv_features); ``inputs_k`` if absent.
           mask: True or nonzero where a query may attend to a key; broadcasts to
             (*batch, num_heads, queries, keys), and when decoding has as many axes.
-          deterministic: True drops nothing; the layer's own if absent.
+          deterministic: True disables dropout; the layer's own if absent.
           rngs: streams, of which ``dropout`` is taken, or a stream; the layer's own if
             absent.
           sow_weights: whether to record the weights in this layer, as
@@ -432,7 +432,7 @@ class MultiHeadAttention(Module):
         """Sets the attributes given; ``view`` calls it on copies of modules.
 
         Args:
-          deterministic: whether to drop nothing.
+          deterministic: whether to disable dropout.
           decode: whether to use the cache.
           batch_size: shape of the batch of a cache to be made, where there is none.
           max_length: its length.

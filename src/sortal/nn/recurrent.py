@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,42 +132,38 @@ class _Cell(RNNCellBase):
 
     _arrays = 1
 
-    def _begin(
-        self,
-        sizes: tuple[int, int],
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        promote_dtype: dtypes.PromoteDtype,
-        carry_init: Initializer | None,
-        rngs: Rngs | None,
-    ) -> None:
-        self.in_features, self.hidden_features = sizes
+    in_features: int
+    hidden_features: int
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    promote_dtype: dtypes.PromoteDtype
+    carry_init: Initializer | None
+
+    def _begin(self, given: Mapping[str, Any]) -> None:
+        """Sets the attributes above from the constructor's ``locals()``."""
+        for name in _Cell.__annotations__:
+            setattr(self, name, given[name])
         check_sizes(
             self, in_features=self.in_features, hidden_features=self.hidden_features
         )
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.promote_dtype = promote_dtype
-        self.carry_init = carry_init
-        self.rngs = None if rngs is None else rngs.carry.fork()
+        self.rngs = given["rngs"].carry.fork() if given["keep_rngs"] else None
 
     def _linear(
-        self, in_features: int, gates: int, init: Initializer, metadata: Metadata,
-        rngs: Rngs, bias: tuple[Initializer, Metadata] | None = None,
-    ) -> Linear:  # fmt: skip
-        """A map to all gates; with a bias if its initialiser is given."""
+        self, given: Mapping[str, Any], name: str, gates: int = 1, *, bias: bool = False
+    ) -> Linear:
+        """A map to all gates, by ``kernel`` or ``recurrent_kernel``."""
         options: dict[str, Any] = {"use_bias": False}
-        if bias is not None:
-            options = {"bias_init": bias[0], "bias_metadata": bias[1]}
+        if bias:
+            options = {n: given[n] for n in ("bias_init", "bias_metadata")}
         return Linear(
-            in_features,
+            self.in_features if name == "kernel" else self.hidden_features,
             gates * self.hidden_features,
-            kernel_init=init,
+            kernel_init=given[f"{name}_init"],
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             promote_dtype=self.promote_dtype,
-            rngs=rngs,
-            kernel_metadata=metadata,
+            rngs=given["rngs"],
+            kernel_metadata=given[f"{name}_metadata"],
             **options,
         )
 
@@ -224,8 +220,7 @@ class _LSTM(_Cell):
         """One step.
 
         Args:
-          carry: memory and output after the step before, each
-            (*batch, hidden_features).
+          carry: memory and output of the step before, each (*batch, hidden_features).
           inputs: array (*batch, in_features).
 
         Returns:
@@ -309,24 +304,16 @@ class LSTMCell(_LSTM):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-
-        def of_input() -> Linear:
-            return self._linear(in_features, 1, kernel_init, kernel_metadata, rngs)
-
-        def of_carry() -> Linear:
-            return self._linear(
-                hidden_features, 1, recurrent_kernel_init, recurrent_kernel_metadata,
-                rngs, (bias_init, bias_metadata),
-            )  # fmt: skip
-
-        self.ii, self.if_, self.ig, self.io = (of_input() for _ in range(4))
-        self.hi, self.hf, self.hg, self.ho = (of_carry() for _ in range(4))
+        self.ii, self.if_, self.ig, self.io = (
+            self._linear(given, "kernel") for _ in range(4)
+        )
+        self.hi, self.hf, self.hg, self.ho = (
+            self._linear(given, "recurrent_kernel", bias=True) for _ in range(4)
+        )
 
     def _gates(self, inputs: Any, h: Any) -> Any:
         return (
@@ -396,19 +383,12 @@ class OptimizedLSTMCell(_LSTM):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-        self.dense_i = self._linear(
-            in_features, 4, kernel_init, kernel_metadata, rngs
-        )  # fmt: skip
-        self.dense_h = self._linear(
-            hidden_features, 4, recurrent_kernel_init, recurrent_kernel_metadata, rngs,
-            (bias_init, bias_metadata),
-        )  # fmt: skip
+        self.dense_i = self._linear(given, "kernel", gates=4)
+        self.dense_h = self._linear(given, "recurrent_kernel", gates=4, bias=True)
 
     def _gates(self, inputs: Any, h: Any) -> Any:
         return jnp.split(self.dense_i(inputs) + self.dense_h(h), 4, axis=-1)
@@ -472,19 +452,12 @@ class SimpleCell(_Cell):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.residual = residual
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-        self.dense_h = self._linear(
-            hidden_features, 1, recurrent_kernel_init, recurrent_kernel_metadata, rngs
-        )
-        self.dense_i = self._linear(
-            in_features, 1, kernel_init, kernel_metadata, rngs,
-            (bias_init, bias_metadata),
-        )  # fmt: skip
+        self.dense_h = self._linear(given, "recurrent_kernel")
+        self.dense_i = self._linear(given, "kernel", bias=True)
 
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """One step.
@@ -567,19 +540,12 @@ class GRUCell(_Cell):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-        self.dense_i = self._linear(
-            in_features, 3, kernel_init, kernel_metadata, rngs,
-            (bias_init, bias_metadata),
-        )  # fmt: skip
-        self.dense_h = self._linear(
-            hidden_features, 3, recurrent_kernel_init, recurrent_kernel_metadata, rngs
-        )
+        self.dense_i = self._linear(given, "kernel", gates=3, bias=True)
+        self.dense_h = self._linear(given, "recurrent_kernel", gates=3)
 
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """One step.

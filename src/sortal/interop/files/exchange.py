@@ -172,12 +172,12 @@ def restore_from(
     plan = bind(root)
     schema = plan.graphdef.schema
     # Formats with string keys lose which entries of a path were integers.
-    spelled = {tuple(map(str, p)): encode_path(p) for p in schema.paths}
+    by_text = {tuple(map(str, p)): encode_path(p) for p in schema.paths}
     values = dict(zip(map(encode_path, schema.paths), plan.values(), strict=True))
     sources: dict[Any, Entry] = {}
     given = []
     for e in _renamed(opened.entries, names or {}, str(path)):
-        at = spelled.get(tuple(map(str, e.name)), encode_path(e.name))
+        at = by_text.get(tuple(map(str, e.name)), encode_path(e.name))
         sources[at] = e
         given.append(Candidate(at, ANY_KIND, _record(e, values.get(at))))
     options = Options(only, None, partial, None, cast, fill)
@@ -285,7 +285,8 @@ def export(
     if only is not None:
         at = select(schema, (only,), plan.view).parts[0][1]
     values = plan.values()
-    odd = [schema.describe(i) for i in at if not _is_array(values[i])]
+    types = (jax.Array, np.ndarray, np.generic)
+    odd = [schema.describe(i) for i in at if not isinstance(values[i], types)]
     if odd or not at:
         raise SaveError(
             "only arrays can be exported; leave other leaves out with only=. Found:\n"
@@ -294,10 +295,6 @@ def export(
     named = [(schema.paths[i], _words(values[i])) for i in at]
     entries = [_exported(e, names or {}) for e in of_arrays(named)]
     write_arrays(files.local(path), entries)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
 def _words(x: Any) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.checkpoint.files import sync
+from sortal.checkpoint.files import replacing
 from sortal.checkpoint.values import dtype_name
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import Entry, Opened, dotted, parts
@@ -75,13 +74,6 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     odd = [f"{dotted(e.name)}: {e.dtype}" for e in entries if e.dtype not in _OWN]
     if odd:
         raise SaveError(f"NumPy's format has no name for these dtypes:\n{listing(odd)}")
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.npz")
     arrays: dict[str, Any] = {dotted(e.name): e.read() for e in entries}
-    try:
+    with replacing(path, ".npz") as temporary:  # NumPy adds a missing suffix
         np.savez(temporary, **arrays)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise SaveError(f"writing {path} failed: {e}") from e

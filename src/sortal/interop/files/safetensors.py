@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.checkpoint.files import sync
+from sortal.checkpoint.files import replacing
 from sortal.checkpoint.values import dtype_name, numpy_dtype
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import Entry, Opened, dotted, parts
@@ -101,19 +100,10 @@ def write(
         end += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for e in entries:
-                host = np.ascontiguousarray(e.read())
-                if dtype_name(host.dtype) != e.dtype:  # the other byte order
-                    host = host.astype(numpy_dtype(e.dtype))
-                file.write(host.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise SaveError(f"writing {path} failed: {e}") from e
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for e in entries:
+            host = np.ascontiguousarray(e.read())
+            if dtype_name(host.dtype) != e.dtype:  # the other byte order
+                host = host.astype(numpy_dtype(e.dtype))
+            file.write(host.reshape(-1).view(np.uint8).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -76,14 +77,9 @@ def to_linen(leaves: Iterable[tuple[Path, Any]], box: Any = None) -> dict[str, A
             "Linen needs the collection of each value, which follows from its kind; "
             f"these are not Variables:\n{listing(bad)}\nWrite Param(array)."
         )
-    return nest(
-        ((_collection(x), *path), boxed(x) if box is None else box(x))
-        for path, x in leaves
-    )
-
-
-def _collection(variable: Variable) -> str:
-    return variable_name_from_type(type(variable), allow_register=True)
+    box = box or boxed
+    collection_of = functools.partial(variable_name_from_type, allow_register=True)
+    return nest(((collection_of(type(x)), *path), box(x)) for path, x in leaves)
 
 
 def boxed(variable: Variable) -> Any:
