@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal import nnx
 from models import (
     KINDS,
     Count,
@@ -167,11 +166,14 @@ def test_the_roots_may_be_containers_variables_and_arrays() -> None:
     assert sortal.state({"x": jnp.ones(1), "m": model}, array).paths() == (("x",),)
 
 
-def test_a_filter_that_can_take_nothing_gives_an_empty_state() -> None:
-    for nothing in (None, (), []):
-        params, none = sortal.state(Linear(1, 1), Param, nothing)
-        assert len(params.paths()) == 2
-        assert none.paths() == ()
+@pytest.mark.parametrize("nothing", [None, False, (), [], sortal.Any()])
+@pytest.mark.parametrize("first", [Param, ..., None, ()])
+def test_a_filter_that_asks_for_nothing_gives_an_empty_state(
+    first: Any, nothing: Any
+) -> None:
+    taken, none = sortal.state(Linear(1, 1), first, nothing)
+    assert len(taken.paths()) == (2 if first else 0)
+    assert none.paths() == ()
 
 
 class Pair:
@@ -396,6 +398,18 @@ def test_update_writes_raw_arrays_in_dataclasses_and_values_that_are_trees() -> 
         sortal.update(m, {"pair": (jnp.ones(1), 1.0)})
     with untouched(m), pytest.raises(UpdateError, match="wrong shape: pair"):
         sortal.update(m, {"pair": (jnp.ones(2), 1)})
+
+
+def test_update_writes_raw_arrays_in_a_state_that_a_module_holds() -> None:
+    held = sortal.State({"a": {"x": jnp.zeros(2)}, "w": Param(jnp.zeros(1))})
+    model = Holder(s=held, k=Param(jnp.zeros(1)))
+    weight = held["w"]
+    sortal.update(model, jax.tree.map(lambda x: x + 1, sortal.state(model)))
+    assert model.s is held
+    assert held["w"] is weight
+    assert (held["a"]["x"][0], weight[0], model.k[0]) == (1, 1, 1)
+    sortal.update(model, {"s": {"a": {"x": jnp.full(2, 5.0)}}})
+    assert (held["a"]["x"][0], weight[0]) == (5, 1)
 
 
 def test_pop_takes_leaves_out_of_a_state_that_a_module_holds() -> None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from sortal._engine import paths
-from sortal._engine.foreign import handler_of_kind, meet, note_class
+from sortal._engine.foreign import handler_of_kind, note_class, register_library_of
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
@@ -382,9 +382,6 @@ class DataclassHandler(Handler):
     def children(self, obj: Any, keys: Keys) -> list[Any]:
         return [getattr(obj, str(key)) for key in keys]
 
-    def write(self, obj: Any, key: Any, child: Any) -> None:
-        object.__setattr__(obj, key, child)
-
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         for name in set(map(str, self.keys(obj))) - items.keys():
             object.__delattr__(obj, name)
@@ -512,7 +509,7 @@ def is_root(x: Any) -> bool:
 def _classify(cls: type, obj: Any) -> Any:
     if issubclass(cls, Variable):
         return LEAF
-    meet(cls)
+    register_library_of(cls)
     if handler_of_kind(cls) is not None:
         return LEAF
     if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
@@ -557,9 +554,22 @@ def is_static_value(obj: Any, handler: Any) -> bool:
         return False
     for child in handler.children(obj, handler.keys(obj)):
         inner = handler_of(child)
-        if inner is LEAF:
+        if inner is LEAF or (inner is STATIC and hidden_state(child)):
             return False
         if inner is not STATIC and not is_static_value(child, inner):
             return False
-    # What cannot be hashed is a node, so that the culprit in it has its own path.
+    # What is refused makes it a node, so that the culprit in it has its own path.
     return is_hashable(obj)
+
+
+def hidden_state(obj: Any) -> str:
+    """Names Variables and nodes directly inside a static object, where JAX is blind."""
+    attributes = getattr(obj, "__dict__", None)
+    if type(attributes) is not dict or isinstance(obj, types.FunctionType):
+        return ""
+    found = [
+        f"{name} ({type(value).__name__})"
+        for name, value in attributes.items()
+        if is_root(value)
+    ]
+    return ", ".join(found)

@@ -18,10 +18,10 @@ from sortal._engine import paths
 from sortal._engine import variable as _kinds
 from sortal._engine.foreign import (
     VariableHandler,
-    in_our_words,
     pair,
+    register_native,
     register_variable,
-    translate,
+    to_native,
     watch_classes,
 )
 from sortal._engine.jax_compat import current_trace
@@ -263,20 +263,20 @@ def register() -> None:
         for name in names:
             pair(getattr(_kinds, name), getattr(theirs, name))
     pair(LoRAParam, nnx.LoRAParam)
-    translate(nnx.Carry, lambda _: prefixes.Carry)
-    translate(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
-    translate(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))
-    translate(
+    register_native(nnx.Carry, lambda _: prefixes.Carry)
+    register_native(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
+    register_native(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))
+    register_native(
         nnx.StateSharding, lambda x: _by_kind(prefixes.StateSharding, x, x.shardings)
     )
-    _register_with_flax()
+    _register_ours()
 
 
 def _by_kind(ours: type, theirs: Any, answers: Iterable[Any]) -> Any:
-    return ours(dict(zip(theirs.filters, map(in_our_words, answers), strict=True)))
+    return ours(dict(zip(theirs.filters, map(to_native, answers), strict=True)))
 
 
-def _register_with_flax() -> None:
+def _register_ours() -> None:
     from flax import nnx
     from flax.nnx import graph
 

@@ -1,4 +1,4 @@
-"""Policy: what each pipeline does with each leaf, said once, by kind or filter."""
+"""Policy: what each pipeline does with each leaf, by kind or filter."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Policy:
             _check_answered(name, schema, left)
         return [default if x is UNSET else x for x in found.answers]
 
-    def said(self, name: str) -> list[Any]:
+    def all_answers(self, name: str) -> list[Any]:
         """All answers that rows give in a column.
 
         Args:

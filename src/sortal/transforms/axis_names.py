@@ -37,8 +37,8 @@ def named(effects: Effects, axes: Sequence[Any], given: Mapping[str, Any]) -> Ef
     graphdef, new = edits.graphdef, iter(axes)
     schema = graphdef.schema
     metadata = [
-        old if origin is not None else _with_axis(old, next(new), names)
-        for old, origin in zip(schema.metadata, edits.leaf_from, strict=True)
+        old if leaf.origin is not None else _with_axis(old, next(new), names)
+        for old, leaf in zip(schema.metadata, edits.leaves, strict=True)
     ]
     schema = Schema.of(schema.paths, schema.kinds, metadata)
     changed = GraphDef.of(graphdef.root, graphdef.records, schema, graphdef.aliases)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
@@ -20,12 +20,17 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
-from sortal.transforms._adapter.tracing import Result, replace_roots, run
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms._adapter.tracing import (
+    Result,
+    find_flat_modules,
+    replace_roots,
+    run,
+)
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded
 
-_NO_FUNCTION: Any = object()
 _OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
 
@@ -43,7 +48,7 @@ class Jitted:
         self._fn, self._first = unbind(fn)
         options = _shift(options, len(self._first))
         for name in {"in_shardings", "out_shardings"} & options.keys():
-            options[name] = in_our_words(options[name])
+            options[name] = to_native(options[name])
         self._static, _ = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )
@@ -54,24 +59,26 @@ class Jitted:
         self._donation: Donation | None = None
         if donated or (donate is not None and donate is not False):
             mirrored = isinstance(options.get("in_shardings"), (tuple, list))
-            self._donation = Donation(donate, donated, self._static, mirrored)
+            self._donation = Donation(self._fn, donate, donated, self._static, mirrored)
         kept = {k: x for k, x in options.items() if not k.startswith("donate")}
-        traced = _traced(self._fn, self._history, None)
+        traced = _traced(self._fn, self._history)
         self._plain: Any = _compiled(traced, kept, self._static)
         self._jit = self._plain
         if self._donation is not None:
-            traced = _traced(self._fn, self._history, self._donation)
+            traced = _donating(self._fn, self._history)
             options = with_first(self._fn, traced, options, self._donation)
             self._jit = _compiled(traced, options, self._static)
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = BoundArguments((*self._first, *args), kwargs, self._static)
+        first, donation = self._first, self._donation
+        bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
         try:
-            if self._donation is None or self._donation.is_differentiated(bound):
+            if donation is None or donation.is_differentiated(bound):
                 result = self._plain(*bound.args, **bound.kwargs)
             else:
-                result = self._donation.call(self._jit, bound)
+                given, named = donation.lend(bound, donation.find)
+                result = self._jit(*given, **named)
         except (RuntimeError, ValueError) as e:
             stale = stale_buffers(bound.flat_modules)
             if not stale:
@@ -89,7 +96,8 @@ class Jitted:
         bound = BoundArguments((*self._first, *args), kwargs, self._static)
         if self._donation is None:
             return function(*bound.args, **bound.kwargs)
-        return self._donation.call(function, bound)
+        args, kwargs = self._donation.lend(bound, self._donation.find.eval_shape)
+        return function(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else JittedPartial(self, instance)
@@ -137,33 +145,42 @@ def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> 
     return jax.jit(traced, **options)
 
 
-def _traced(
-    fn: Callable[..., Any], history: History, donation: Donation | None
-) -> Callable[..., Any]:
-    """What JAX traces: it runs once for each compile, and records it."""
+def _traced(fn: Callable[..., Any], history: History) -> Callable[..., Any]:
+    """What JAX traces: it runs once for each compile, which is recorded."""
 
-    def plain(*args: Any, **kwargs: Any) -> Result:
-        seen = history.see(args, kwargs)
-        result = run(fn, args, kwargs)
-        history.add(seen)
-        return result
+    def traced(*args: Any, **kwargs: Any) -> Result:
+        return _recorded(history, fn, args, kwargs)
 
-    def lending(lent: Any, /, *args: Any, **kwargs: Any) -> Result:
+    return _named_as(fn, traced)
+
+
+def _donating(fn: Callable[..., Any], history: History) -> Callable[..., Any]:
+    """``_traced`` for arguments that were divided by ``Donation.lend``."""
+
+    def traced(lent: Any, /, *args: Any, **kwargs: Any) -> Result:
         whole, named = rejoin(lent, args, kwargs)
-        seen = history.see(whole, named)
-        result = donating(fn, lent, whole, named)
-        history.add(seen)
-        return result
+        returned = {k for c in find_flat_modules(lent) for k in c.definition.leaves}
+        return _recorded(history, fn, whole, named, returned)
 
-    donating: Any = donation.run if donation is not None else None
-    traced = plain if donation is None else lending
-    if hasattr(fn, "__name__"):
-        functools.update_wrapper(traced, fn)
-    return traced
+    return _named_as(fn, traced)
 
 
+def _recorded(
+    history: History, fn: Any, args: Any, kwargs: Any, keep: Collection[int] = ()
+) -> Result:
+    seen = history.see(args, kwargs)
+    result = run(fn, args, kwargs, keep)
+    history.add(seen)
+    return result
+
+
+def _named_as(fn: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.update_wrapper(traced, fn) if hasattr(fn, "__name__") else traced
+
+
+@as_decorator
 def jit(
-    fun: Any = _NO_FUNCTION,
+    fun: Any = NO_FUNCTION,
     *,
     donate: Any = None,
     on_retrace: str = "ignore",
@@ -222,8 +239,6 @@ def jit(
       (True, 2)
     """
     refuse_unknown("jit", options, _OF_JAX)
-    if fun is _NO_FUNCTION:
-        return lambda f: Jitted(f, options, donate, on_retrace)
     if not callable(fun):
         raise ArgumentError(
             f"jit takes a function or a callable Module; found {fun!r}. Options go by "

@@ -34,6 +34,10 @@ def while_loop(
     Leaves that the body writes, such as a KV cache, are loop state; leaves that it only
     reads stay outside the loop.
 
+    Called eagerly, it stays compiled for the same function objects, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
+
     Args:
       cond_fun: takes the value, returns a boolean scalar; writes nothing.
       body_fun: takes the value, returns the next one, with the same modules in the same
@@ -90,6 +94,10 @@ def fori_loop(
     **_unknown: Never,
 ) -> Any:
     """``jax.lax.fori_loop`` with modules among what goes from step to step.
+
+    Called eagerly, it stays compiled for the same function object, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
 
     Args:
       lower: the first index.
@@ -244,6 +252,10 @@ def cond(
     What either branch writes is written back: the new value where that branch ran, the
     old one where the other did. Leaves that no branch writes are not outputs.
 
+    Called eagerly, it stays compiled for the same function objects, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
+
     Args:
       pred: a boolean scalar.
       true_fun: called on the operands where ``pred`` holds; a function, a module, or a
@@ -280,6 +292,10 @@ def switch(
     **_unknown: Never,
 ) -> Any:
     """``jax.lax.switch`` with modules among the operands.
+
+    Called eagerly, it stays compiled for the same function objects, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
 
     Args:
       index: an integer scalar, clamped to the branches there are.

@@ -15,14 +15,14 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.tracing import run
 from sortal.transforms.eager import kept
 
-_NO_FUNCTION: Any = object()
 
-
+@as_decorator
 def remat(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     *,
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
@@ -30,6 +30,10 @@ def remat(
     **_unknown: Never,
 ) -> Any:
     """``jax.checkpoint`` for functions of modules: recomputes instead of storing.
+
+    Called eagerly, it stays compiled for the same function object, as in JAX: what
+    is read besides the arguments, such as a global number, is read when it is traced.
+    What closes over arrays or live Variables is traced at each call.
 
     Args:
       f: the function; without it a decorator is returned.
@@ -52,13 +56,6 @@ def remat(
       (('bias',), ('kernel',))
     """
     refuse_unknown("remat", _unknown)
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            remat,
-            prevent_cse=prevent_cse,
-            policy=policy,
-            static_argnums=static_argnums,
-        )
     fn, first = unbind(f)
     positions, _ = named_positions(fn, static_argnums, None)
     static = tuple(sorted(i + len(first) for i in positions if isinstance(i, int)))

@@ -20,18 +20,22 @@ from jax.core import Tracer
 from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import Entry, GraphDef, Step, fill
 from sortal._engine.leaves import held, identity, store_all
-from sortal._engine.nodes import NODE, handler_of
+from sortal._engine.nodes import NODE, Node, handler_of
 from sortal._engine.paths import show
-from sortal._engine.plan import bind, has_plan
+from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
 from sortal.transforms._adapter.tracing import (
+    PASS,
+    ROOT,
     Edits,
     FlatModule,
     FlatModuleDef,
     Result,
     flat_module_def,
     has_roots,
+    mode_of,
+    modes,
     replace_roots,
     resolve,
 )
@@ -60,21 +64,19 @@ def _alias_map(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
     if len(plans) == 1:
         return plans[0].graphdef.memo("alias_map", lambda: _single(plans[0].graphdef))
     key = tuple([plan.uid for plan in plans])
-    if None in key:
-        return _several(roots, plans)
     found = _alias_maps.get(key)
     if found is None:
         found = _several(roots, plans)
-        _alias_maps.put(key, found)
+        if None not in key:  # all are kept, and so can be known again
+            _alias_maps.put(key, found)
     return found
 
 
 def _single(graphdef: GraphDef) -> AliasMap:
     leaves = tuple((0, i) for i in range(len(graphdef.schema)))
     nodes = {i: (0, i) for i in range(len(graphdef.records))}
-    return AliasMap(
-        graphdef, (flat_module_def(graphdef, 0, 1),), (None,), leaves, nodes
-    )
+    mine = flat_module_def(graphdef, 0, 1)
+    return AliasMap(graphdef, (mine,), (None,), leaves, nodes)
 
 
 def _several(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
@@ -115,38 +117,36 @@ class BoundArguments:
         skip: Collection[Any] = (),
     ):
         self.roots: list[Any] = []
-        self.plans: list[Any] = []
+        self.plans: list[Plan] = []
         self.flat_modules: list[FlatModule] = []
-        carry = self._carry
-        self.args = tuple(
-            [x if i in skip else replace_roots(x, carry) for i, x in enumerate(args)]
-        )
-        self.kwargs = {
+        given, carry = list(args), self._carry
+        for i, x in enumerate(args):
+            mode = modes.get(type(x)) or mode_of(x)
+            if mode is not PASS and i not in skip:
+                given[i] = carry(x) if mode is ROOT else replace_roots(x, carry)
+        self.args = tuple(given)
+        self.kwargs = kwargs and {
             k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
         if self.roots:
-            self._load()
+            self._number()
 
     def _carry(self, root: Any) -> FlatModule:
-        # Loaded when all roots are known: what each brings depends on the others.
+        plan = plan_of(root) if isinstance(root, Node) else bind(root)
+        flat_module = FlatModule(plan.leaves.values(), _UNKNOWN)
         self.roots.append(root)
-        flat_module = FlatModule([], _UNKNOWN)
+        self.plans.append(plan)
         self.flat_modules.append(flat_module)
         return flat_module
 
-    def _load(self) -> None:
-        self.plans = plans = [bind(root) for root in self.roots]
-        self.alias_map = alias_map = _alias_map(self.roots, plans)
-        for flat_module, plan, mine, pick in zip(
-            self.flat_modules,
-            plans,
-            alias_map.definitions,
-            alias_map.picks,
-            strict=True,
-        ):
-            values = plan.values()
-            flat_module.values = values if pick is None else [values[j] for j in pick]
-            flat_module.definition = mine
+    def _number(self) -> None:
+        """Says of each root what it is among all, and takes out what others bring."""
+        self.alias_map = alias_map = _alias_map(self.roots, self.plans)
+        for i, flat_module in enumerate(self.flat_modules):
+            flat_module.definition = alias_map.definitions[i]
+            pick = alias_map.picks[i]
+            if pick is not None:
+                flat_module.values = [flat_module.values[j] for j in pick]
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
@@ -195,17 +195,15 @@ def write_back(bound: BoundArguments, result: Result) -> Any:
 
 def _edited(bound: BoundArguments, edits: Edits) -> list[Any]:
     """What edits will write to: objects, those that hold containers, Variables."""
-    numbers = [edits.node_from[n] for n in edits.dirty]
-    nodes = [bound.live_node(n) for n in numbers if n is not None]
-    roots = [
-        bound.roots[bound.alias_map.node_at[n][0]] for n in numbers if n is not None
-    ]
-    owners = [
-        handler_of(x).owner(x) or handler_of(r).owner(r)
-        for x, r in zip(nodes, roots, strict=True)
-    ]
-    owners = [x for x in owners if x is not None]
-    return [*owners, *(bound.live_leaf(k) for k, _ in edits.metadata)]
+    found = []
+    for n, changed in edits.nodes:
+        if changed and n is not None:
+            node, root = bound.live_node(n), bound.roots[bound.alias_map.node_at[n][0]]
+            found.append(handler_of(node).owner(node) or handler_of(root).owner(root))
+    for k, changed in edits.leaves:
+        if changed and k is not None:
+            found.append(bound.live_leaf(k))
+    return [x for x in found if x is not None]
 
 
 def _carry_out(
@@ -214,19 +212,19 @@ def _carry_out(
     schema = edits.graphdef.schema
     new = iter(fresh)
     leaves: list[Any] = []
-    for i, k in enumerate(edits.leaf_from):
+    for i, (k, changed) in enumerate(edits.leaves):
         kind = schema.kinds[i]
         if k is None:
             value = next(new)
             leaf = value if kind is None else make(kind, value, schema.metadata[i])
         else:
-            leaf = held(bound.live_leaf(k))
+            live = bound.live_leaf(k)
+            if changed:
+                live.set_metadata(dict(schema.metadata[i]))
+            leaf = held(live)
         leaves.append(leaf)
-    for k, metadata in edits.metadata:
-        live = bound.live_leaf(k)
-        live.set_metadata(dict(metadata))
     nodes: list[Any] = []
-    for record, origin in zip(edits.graphdef.records, edits.node_from, strict=True):
+    for record, (origin, _) in zip(edits.graphdef.records, edits.nodes, strict=True):
         if origin is not None:
             nodes.append(bound.live_node(origin))
         elif record.handler.tracked:
@@ -234,7 +232,9 @@ def _carry_out(
         else:
             nodes.append(None)
     steps = list(map(Step, edits.graphdef.records))
-    fill(steps, nodes, leaves, edits.dirty)
+    fill(
+        steps, nodes, leaves, [n for n, edit in enumerate(edits.nodes) if edit.changed]
+    )
     return [(nodes if e.what == NODE else leaves)[e.ref] for e in outputs]
 
 

@@ -195,7 +195,8 @@ def only_added(operands: Operands, effects: Effects) -> bool:
     before = operands.bound.alias_map.graphdef
     added = all(d.old is ABSENT for d in before.diff(edits.roots))
     # Two Variables that change places would do so once, not at each step.
-    return added and not edits.metadata and not moved(operands, effects, new=False)
+    renamed = any(leaf.changed for leaf in edits.leaves)
+    return added and not renamed and not moved(operands, effects, new=False)
 
 
 def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str]:
@@ -216,7 +217,7 @@ def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str
     above = 2 if len(operands.bound.roots) == 1 else 1
     return [
         f"{before.describe(k)} is another Variable now"
-        for i, origin in enumerate(edits.leaf_from)
+        for i, (origin, _) in enumerate(edits.leaves)
         if after.paths[i][0] == 0 and (new or origin is not None)
         if (k := before.index.get(after.paths[i][above:])) is not None and k != origin
     ]
@@ -270,8 +271,7 @@ def _origin(effects: Effects, k: int) -> Entry | None:
     entry, edits = effects.outputs[k], effects.edits
     if edits is None:
         return entry
-    origins = edits.node_from if entry.what == NODE else edits.leaf_from
-    at = origins[entry.ref]
+    at = (edits.nodes if entry.what == NODE else edits.leaves)[entry.ref].origin
     return None if at is None else Entry(None, entry.what, at)
 
 

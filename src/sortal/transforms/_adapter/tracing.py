@@ -20,7 +20,7 @@ from sortal._engine.walk import Walk
 
 PASS, ROOT, SCAN = "pass", "root", "scan"
 _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None))
-_modes: dict[type, str] = {}
+modes: dict[type, str] = {}
 
 
 class FlatModuleDef:
@@ -98,9 +98,10 @@ register_pytree(
 )
 
 
-def _mode(x: Any) -> str:
+def mode_of(x: Any) -> str:
+    """``ROOT`` for an object or Variable, ``SCAN`` for what may hold one, or PASS."""
     cls = type(x)
-    found = _modes.get(cls)
+    found = modes.get(cls)
     if found is None:
         if is_root(x):
             found = ROOT
@@ -108,7 +109,7 @@ def _mode(x: Any) -> str:
             found = PASS
         else:
             found = SCAN
-        _modes[cls] = found
+        modes[cls] = found
     return found
 
 
@@ -122,7 +123,7 @@ def replace_roots(tree: Any, replace: Callable[[Any], Any]) -> Any:
     Returns:
       The tree.
     """
-    mode = _mode(tree)
+    mode = mode_of(tree)
     if mode is PASS:
         return tree
     if mode is ROOT:
@@ -168,20 +169,28 @@ def resolve(tree: Any, objects: Sequence[Any]) -> Any:
     )
 
 
+class Edit(NamedTuple):
+    """What became of one node or leaf.
+
+    ``origin`` is the number it had on entry, None for a new one; ``changed`` whether
+    the content of a node, or the metadata of a leaf that was there, must be set anew.
+    """
+
+    origin: int | None
+    changed: bool
+
+
 class Edits(NamedTuple):
     """A structure that came into being inside a trace, in terms of the one before.
 
-    ``node_from`` and ``leaf_from`` give for each node and leaf the number it had on
-    entry, or None for new ones; ``dirty`` the nodes that need their content set anew.
-    ``roots`` is what the GraphDef on entry has become, for comparison with it.
+    ``nodes`` and ``leaves`` are those of ``graphdef``, in its order. ``roots`` is what
+    the GraphDef on entry has become, for comparison with it.
     """
 
     graphdef: GraphDef
     roots: GraphDef | None
-    node_from: tuple[int | None, ...]
-    leaf_from: tuple[int | None, ...]
-    dirty: tuple[int, ...]
-    metadata: tuple[tuple[int, Any], ...]
+    nodes: tuple[Edit, ...]
+    leaves: tuple[Edit, ...]
 
 
 class Effects:
@@ -232,7 +241,7 @@ class Result:
 jtu.register_pytree_node(
     Result,
     lambda r: ((r.out, r.values, r.fresh), r.effects),
-    lambda effects, parts: Result(*parts, effects),
+    lambda effects, parts: Result(parts[0], parts[1], parts[2], effects),
 )
 
 
@@ -418,7 +427,7 @@ def _edits(
 ) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
     roots = copies.roots if copies is not None else ()
     walk = Walk((roots, tuple(outputs)))
-    before = copies.graphdef if copies is not None else None
+    before: Any = copies.graphdef if copies is not None else None
     entry_nodes = copies.nodes if copies is not None else []
     numbers = {id(x): n for n, x in enumerate(entry_nodes) if handler_of(x).tracked}
     node_from = tuple(
@@ -434,28 +443,26 @@ def _edits(
     currently = list(map(held, walk.leaves))
     leaf_from = tuple(known.get(id(x)) for x in currently)
     after = walk.graphdef
-    dirty = tuple(
-        n
-        for n, origin in enumerate(node_from)
-        if origin is None
-        or (
-            not unedited
-            and not _same_record(after, n, before, origin, node_from, leaf_from)
+    nodes = tuple(
+        Edit(
+            origin,
+            origin is None
+            or not (
+                unedited or _same_record(after, n, before, origin, node_from, leaf_from)
+            ),
         )
+        for n, origin in enumerate(node_from)
     )
-    metadata = tuple(
-        (k, after.schema.metadata[i])
-        for i, k in enumerate(leaf_from)
-        if k is not None
-        and before is not None
-        and after.schema.metadata[i] is not before.schema.metadata[k]
+    leaves = tuple(
+        Edit(k, k is not None and before.schema.metadata[k] is not metadata)
+        for k, metadata in zip(leaf_from, after.schema.metadata, strict=True)
     )
     fresh = [
         value_of(x) for x, k in zip(currently, leaf_from, strict=True) if k is None
     ]
     at = after.records[0].entries[1].ref
     entries = after.records[at].entries if isinstance(at, int) else ()
-    return Edits(after, became, node_from, leaf_from, dirty, metadata), fresh, entries
+    return Edits(after, became, nodes, leaves), fresh, entries
 
 
 def _same_record(
