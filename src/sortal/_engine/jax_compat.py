@@ -1,4 +1,4 @@
-"""The one file that knows JAX versions and JAX names that are not public."""
+"""The only file that depends on a JAX version or uses private names of JAX."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ def only_differentiated() -> bool:
 
 
 def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
-    """Takes a registered JAX pytree apart by one level.
-
-    Args:
-      node: any object.
+    """The children of a registered JAX pytree, one level down.
 
     Returns:
       The children as (key, child) pairs and the treedef that puts them together, or
@@ -102,7 +99,7 @@ def varying_axes(value: Any) -> frozenset[Any]:
 def put_pieces(
     like: Any, sharding: Any, pieces: list[Any], devices: list[Any], committed: bool
 ) -> Any:
-    """An array of pieces of host memory, one for each device that is to hold one.
+    """An array made from pieces of host memory, one for each device.
 
     Nothing public makes an uncommitted array, or a weakly typed one, from host memory;
     and ``jax.device_put`` costs three times as much for each small array.
@@ -122,5 +119,5 @@ def put_pieces(
 
 
 def coordinator() -> Any:
-    """The client through which the processes of one program tell each other things."""
+    """The client that carries messages between the processes of one program."""
     return distributed.global_state.client

@@ -69,7 +69,7 @@ def with_item(value: Any, index: Any, new: Any) -> Any:
 
 
 def _same_type(a: jax.Array, b: jax.Array) -> bool:
-    # A weakly typed value in the place of a strong one would compile everything again.
+    # A weakly typed value in place of a strong one would make `jit` compile again.
     if a.shape != b.shape or a.dtype != b.dtype or a.weak_type != b.weak_type:
         return False
     if isinstance(a, Tracer) or isinstance(b, Tracer):

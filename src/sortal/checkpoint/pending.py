@@ -1,4 +1,4 @@
-"""Saves under way: waiting for them, and raising their failures."""
+"""Saves in progress: waits for them, and raises their failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _changes = threading.Lock()
 
 
 class Saving:
-    """A save, under way or done: what ``save`` returns.
+    """A save, in progress or done: what ``save`` returns.
 
     Args:
       directory: where to.
@@ -107,12 +107,7 @@ class Saving:
 def settle(directory: Path | None = None) -> None:
     """Raises the failure of an earlier save, if no call has raised it before.
 
-    Args:
-      directory: saves to this directory are waited for; of others only those count
-        that have ended.
-
-    Raises:
-      SaveError: an earlier save failed.
+    It waits for saves to ``directory``; other saves count only if they have ended.
     """
     with _changes:
         mine = [s for s in _known if s.done or s.directory == directory]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sortal._engine import variable
 from sortal._engine.foreign import is_kind, same_kind
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.nodes import LEAF, NODE
@@ -20,7 +21,7 @@ from sortal._engine.state import State
 from sortal._engine.variable import Param, Variable, describe
 from sortal.filters import At, Filter, OfType, WithTag, to_filter
 from sortal.functional import state as state_of
-from sortal.inspect.naming import BUILT_IN, full_name, labels
+from sortal.inspect.naming import full_name, labels
 
 Kind = type | None
 
@@ -78,7 +79,7 @@ class FilterRow(NamedTuple):
     takes: int
     elements: int
     matches: int
-    """How many leaves it would take if it came first."""
+    """How many leaves it would take if it were the first."""
 
 
 class Facts(NamedTuple):
@@ -97,7 +98,7 @@ class KindChange(NamedTuple):
     leaves: int
     changed: int
     paths: tuple[Path, ...]
-    """The paths that changed, appeared or went."""
+    """The paths that were changed, added or removed."""
     added: int
     removed: int
 
@@ -105,15 +106,6 @@ class KindChange(NamedTuple):
 # ------------------------------------------------------------------- leaves
 def leaves(model: Any) -> tuple[Leaf, ...]:
     """Every leaf of a model once, in order, with the other paths to it.
-
-    Args:
-      model: a Module, a State, or a container of Modules, Variables and arrays.
-
-    Returns:
-      One Leaf for each.
-
-    Raises:
-      StructureError: a static value in the model cannot be hashed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,11 +117,10 @@ def leaves(model: Any) -> tuple[Leaf, ...]:
     schema = plan.graphdef.schema
     names = labels(schema.kinds)
     aliases = _other_paths(plan.graphdef)
+    rows = zip(schema.paths, schema.kinds, plan.values(), strict=True)
     return tuple(
         _leaf(path, kind, names[kind], value, aliases.get(path, ()))
-        for path, kind, value in zip(
-            schema.paths, schema.kinds, plan.values(), strict=True
-        )
+        for path, kind, value in rows
     )
 
 
@@ -144,12 +135,6 @@ def _leaf(
 
 def show_value(value: Any) -> str:
     """A short text for any value that a Variable may hold.
-
-    Args:
-      value: an array, an abstract one, a number, a pytree of these, or None.
-
-    Returns:
-      The text.
 
     Example:
       >>> import jax
@@ -223,12 +208,6 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
 def kinds(model: Any) -> tuple[KindRow, ...]:
     """The leaves of a model counted by kind: parameters first, unlabelled last.
 
-    Args:
-      model: a Module, a State or a container; or the rows that ``leaves`` gave.
-
-    Returns:
-      One KindRow for each kind.
-
     Example:
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
@@ -268,18 +247,7 @@ def _kind_row(group: Sequence[Leaf]) -> KindRow:
 
 # ------------------------------------------------------------------ filters
 def facts(model: Any, *filters: Any) -> Facts:
-    """What filters make of a model, without refusing any of it.
-
-    Args:
-      model: a Module, a State, or a container of Modules, Variables and arrays.
-      *filters: kinds, tags, ``...``, Filter objects, in the order of ``split``.
-
-    Returns:
-      The Facts.
-
-    Raises:
-      FilterError: a literal is no filter at all.
-      StructureError: a static value in the model cannot be hashed.
+    """Which filter takes which leaf, without refusing anything.
 
     Example:
       >>> import jax.numpy as jnp
@@ -400,11 +368,16 @@ def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
         if not any(same_kind(kind, other) for other in group):
             group.append(kind)
     for name, group in groups.items():
-        built_in = BUILT_IN.get(name)
+        built_in = _built_in(name)
         if built_in and not any(same_kind(built_in, other) for other in group):
             group.insert(0, built_in)
         if len(group) > 1:
             yield _namesake_note(name, group, rows)
+
+
+def _built_in(name: str) -> Kind:
+    found = getattr(variable, name, None)
+    return found if getattr(found, "__module__", "") == "sortal" else None
 
 
 def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> str:
@@ -426,7 +399,7 @@ def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
     for kind, group in _by_kind(rows).items():
         if not is_kind(kind, Param):
             continue
-        built_in = BUILT_IN.get(kind.__name__)
+        built_in = _built_in(kind.__name__)
         if (built_in or _RECORDED.search(kind.__name__)) and not same_kind(
             kind, built_in
         ):
@@ -453,13 +426,6 @@ def _and(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------ changes
 def differences(before: Any, after: Any) -> tuple[KindChange, ...]:
     """How many leaves of each kind differ, bit for bit, between two states.
-
-    Args:
-      before: a State, or anything that ``sortal.state`` takes.
-      after: the same, later.
-
-    Returns:
-      One KindChange for each kind of either.
 
     Example:
       >>> import jax.numpy as jnp
@@ -525,15 +491,14 @@ def _same_bits(x: Any, y: Any) -> bool:
         return x == y or repr(x) == repr(y)
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
-    a, b = _bits(x), _bits(y)
-    return a.tobytes() == b.tobytes()
+    return _bits(x) == _bits(y)
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
-def _bits(x: Any) -> np.ndarray:
+def _bits(x: Any) -> bytes:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    return np.asarray(x)
+    return np.asarray(x).tobytes()

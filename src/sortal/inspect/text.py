@@ -1,4 +1,4 @@
-"""Facts as tables: what ``explain``, ``tabulate`` and ``changes`` return."""
+"""Reports as tables: what ``explain``, ``tabulate`` and ``changes`` return."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from sortal.inspect.rows import FilterRow, KindChange, KindRow, Leaf, Taken
 
 class Explanation(Report):
     """What filters take of a model; made by ``explain``.
-
-    Args:
-      facts: the rows it shows.
 
     Attributes:
       rows: one Taken for each leaf.
@@ -63,9 +60,6 @@ class Explanation(Report):
 class Summary(Report):
     """A model counted by kind and by leaf; made by ``tabulate``.
 
-    Args:
-      leaves: the leaves.
-
     Attributes:
       rows: one KindRow for each kind.
       leaves: one Leaf for each leaf.
@@ -104,9 +98,6 @@ class Summary(Report):
 
 class Changes(Report):
     """What differs between two states; made by ``changes``.
-
-    Args:
-      rows: the rows it shows.
 
     Attributes:
       rows: one KindChange for each kind.
@@ -190,13 +181,6 @@ def tabulate(model: Any, /) -> Summary:
 def changes(before: Any, after: Any, /) -> Changes:
     """Counts the leaves of each kind that differ, bit for bit, between two states.
 
-    Args:
-      before: a State, or anything that ``sortal.state`` takes.
-      after: the same, later.
-
-    Returns:
-      A Changes; print it, or read its ``rows``.
-
     Example:
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
@@ -230,12 +214,6 @@ def _some(names: Sequence[str]) -> str:
 
 def size(count: int) -> str:
     """A number of bytes with a unit.
-
-    Args:
-      count: bytes.
-
-    Returns:
-      The text.
 
     Example:
       >>> size(512), size(20_480), size(3 * 10**9)

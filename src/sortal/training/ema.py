@@ -26,8 +26,8 @@ class EMA(Pytree):
     """A moving average of a model's leaves: ``ema = decay * ema + (1 - decay) * x``.
 
     ``params`` is a State of Variables of the model's kinds at the model's paths. It
-    begins as a copy of the model's values, in buffers of its own, so that model and
-    average may be donated apart.
+    begins as a copy of the model's values in new buffers, so that the model and the
+    average can be donated separately.
 
     Args:
       model: a Module, a container of Modules and Variables, or a State.

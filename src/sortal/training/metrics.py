@@ -344,7 +344,7 @@ class MultiMetric(Metric):
       **metrics: metrics by name; each becomes an attribute.
 
     Raises:
-      ArgumentError: a name is one of a method, or a value is no Metric.
+      ArgumentError: a name is that of a method, or a value is no Metric.
 
     Example:
       >>> import jax.numpy as jnp
