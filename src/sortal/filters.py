@@ -514,11 +514,7 @@ def to_filter(literal: Any) -> Filter:
     # A Variable is callable if its value is, but a kind was meant.
     if callable(literal) and not is_variable(literal):
         return Calls(literal)
-    raise FilterError(_no_filter(literal))
-
-
-def _no_filter(literal: Any) -> str:
-    return (
+    raise FilterError(
         f"{literal!r:.80} ({type(literal).__name__}) is not a filter. Write a kind "
         "such as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "
         "function of (path, leaf)."

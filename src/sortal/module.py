@@ -145,14 +145,10 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
-        if isinstance(variable_type, str):
-            variable_type = variable_type_from_name(variable_type, allow_register=True)
-        found = get_dict(self).get(name)
+        kind, found = _recorded(self, name, variable_type)
         if found is None:
-            recorded = reduce_fn(init_fn(), value)
-            setattr(self, name, variable_type(recorded))
+            setattr(self, name, kind(reduce_fn(init_fn(), value)))
         else:
-            _check_kind(self, name, found, variable_type)
             found.value = reduce_fn(found.value, value)
         return True
 
@@ -175,14 +171,10 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
-        if isinstance(variable_type, str):
-            variable_type = variable_type_from_name(variable_type, allow_register=True)
-        found = get_dict(self).get(name)
+        kind, found = _recorded(self, name, variable_type)
         if found is None:
-            found = variable_type(jax.tree.map(jnp.zeros_like, value))
+            found = kind(jax.tree.map(jnp.zeros_like, value))
             setattr(self, name, found)
-        else:
-            _check_kind(self, name, found, variable_type)
         return jax.tree.map(jnp.add, found.value, value)
 
     def iter_modules(self) -> Iterator[tuple[Path, Module]]:
@@ -238,12 +230,19 @@ class Module(Pytree):
 register_pytree(Pytree, _flatten, _flatten_with_keys, _unflatten)
 
 
-def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> None:
-    if type(found) is not kind:
+def _recorded(
+    module: Module, name: str, kind: type[Variable] | str
+) -> tuple[type[Variable], Any]:
+    """A kind by itself or by its name, and the attribute of that kind or None."""
+    if isinstance(kind, str):
+        kind = variable_type_from_name(kind, allow_register=True)
+    found = get_dict(module).get(name)
+    if found is not None and type(found) is not kind:
         raise VariableError(
             f"{type(module).__name__}.{name} is a {type(found).__name__}, not the "
             f"{kind.__name__} to be recorded there. Choose another name."
         )
+    return kind, found
 
 
 def set_where_present(
@@ -264,8 +263,7 @@ def set_where_present(
         )
     for module in modules:
         for name, value in attributes.items():
-            # Any write counts as a possible edit of structure, so needless ones are
-            # left out.
+            # Any write counts as an edit of the structure, so equal ones are left out.
             if hasattr(module, name) and getattr(module, name) is not value:
                 setattr(module, name, value)
 

@@ -26,6 +26,8 @@ def order(key: Any) -> tuple[int, Any]:
 def show(path: Iterable[Any]) -> str:
     """A path as text, ``layers.0.kernel``; keys that are no names as ``['a b']``.
 
+    The empty path is ``<root>``.
+
     Example:
       >>> show(("layers", 0, "kernel"))
       'layers.0.kernel'

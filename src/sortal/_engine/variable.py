@@ -13,7 +13,7 @@ from sortal._engine import paths
 from sortal._engine.annotations import HOOKS, VariableMetadata, normalised, refuse_hooks
 from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
-from sortal._engine.operators import ArrayFace, plain, with_item
+from sortal._engine.operators import ArrayOperators, plain, with_item
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import TraceError, VariableAttributeError, VariableError
 from sortal.sharding.mesh_axes import placed
@@ -26,7 +26,7 @@ _OPTIONS = frozenset(
 )
 
 
-class Variable(ArrayFace, Generic[A]):
+class Variable(ArrayOperators, Generic[A]):
     """A mutable box for one value, whose class is the value's kind.
 
     A new kind is one line, ``class BatchStat(Variable): pass``. Class keywords are the

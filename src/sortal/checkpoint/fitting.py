@@ -382,6 +382,9 @@ def _abstract(tree: Tree) -> Any:
 def translate(old: str, new: str, path: Path) -> Path | None:
     """The new path of a leaf, by a pair of globs such as ``enc.**`` and ``encoder.**``.
 
+    Both have the same wild cards in the same order; one in ``new`` becomes what that in
+    ``old`` matched. None where ``old`` does not fit ``path``.
+
     Example:
       >>> translate("enc.*.w", "layers.*.kernel", ("enc", 3, "w"))
       ('layers', 3, 'kernel')
@@ -392,7 +395,7 @@ def translate(old: str, new: str, path: Path) -> Path | None:
             f"rename= {{{old!r}: {new!r}}}: both patterns must have the same wild "
             "cards, * or **, in the same order, each a whole entry."
         )
-    taken = _taken(tuple(old.split(".")), path)
+    taken = _matched(tuple(old.split(".")), path)
     if taken is None:
         return None
     parts: list[Any] = []
@@ -404,19 +407,19 @@ def translate(old: str, new: str, path: Path) -> Path | None:
     return tuple(parts)
 
 
-def _taken(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
+def _matched(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
     """What each wild card of a pattern takes of a path; None where it does not fit."""
     if not pattern:
         return [] if not path else None
     head, rest = pattern[0], pattern[1:]
     if head == "**":
         for n in range(len(path) + 1):
-            if (found := _taken(rest, path[n:])) is not None:
+            if (found := _matched(rest, path[n:])) is not None:
                 return [path[:n], *found]
         return None
     if not path or not fnmatch.fnmatchcase(str(path[0]), head):
         return None
-    found = _taken(rest, path[1:])
+    found = _matched(rest, path[1:])
     if found is None or head != "*":
         return found
     return [path[:1], *found]

@@ -307,7 +307,9 @@ def load_state(
             f"{directory}:\n" + listing(map(manifest.describe, manifest.leaves))
         )
     alone = [
-        f"{manifest.describe(x)}: {x.value.shown}" for x in leaves if _needs_model(x)
+        f"{manifest.describe(x)}: {x.value.shown}"
+        for x in leaves
+        if any(nest.what == "node" for nest in _nests(x.value))
     ]
     if alone:
         raise RestoreError(
@@ -348,10 +350,6 @@ def _takes(only: Any, leaf: Leaf, kind: Any) -> bool:
             "and paths."
         )
     return chosen.test(leaf.path, kind, leaf.metadata, None)
-
-
-def _needs_model(leaf: Leaf) -> bool:
-    return any(x.what == "node" for x in _nests(leaf.value))
 
 
 def _nests(tree: Tree) -> Iterator[Nest]:

@@ -8,7 +8,7 @@ Kind = type | None
 
 
 def labels(kinds: Iterable[Kind]) -> dict[Kind, str]:
-    """A name for each kind, different from all the others.
+    """A name for each kind: bare where it is unique, else with the module.
 
     Example:
       >>> import sortal as nnx

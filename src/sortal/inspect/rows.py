@@ -33,7 +33,7 @@ _RECORDED = re.compile(
 )
 
 
-class Leaf(NamedTuple):
+class LeafRow(NamedTuple):
     """One leaf of a model: where it is, what it is, and how large."""
 
     path: Path
@@ -61,10 +61,10 @@ class KindRow(NamedTuple):
     largest: Path
 
 
-class Taken(NamedTuple):
+class Match(NamedTuple):
     """Which filter takes a leaf, by number from 1."""
 
-    leaf: Leaf
+    leaf: LeafRow
     by: int | None
     """The first filter that matches; None where none does."""
     also: tuple[int, ...]
@@ -85,7 +85,7 @@ class FilterRow(NamedTuple):
 class Facts(NamedTuple):
     """What ``explain`` found."""
 
-    taken: tuple[Taken, ...]
+    taken: tuple[Match, ...]
     filters: tuple[FilterRow, ...]
     notes: tuple[str, ...]
 
@@ -104,7 +104,7 @@ class KindChange(NamedTuple):
 
 
 # ------------------------------------------------------------------- leaves
-def leaves(model: Any) -> tuple[Leaf, ...]:
+def leaves(model: Any) -> tuple[LeafRow, ...]:
     """Every leaf of a model once, in order, with the other paths to it.
 
     Example:
@@ -126,11 +126,13 @@ def leaves(model: Any) -> tuple[Leaf, ...]:
 
 def _leaf(
     path: Path, kind: Kind, label: str, value: Any, aliases: tuple[Path, ...]
-) -> Leaf:
+) -> LeafRow:
     sizes = [_size(x) for x in jax.tree.leaves(value, is_leaf=_is_abstract)]
     elements, size = sum(n for n, _, _ in sizes), sum(b for _, b, _ in sizes)
     dtypes = tuple(sorted({d for _, _, d in sizes}))
-    return Leaf(path, kind, label, show_value(value), elements, size, dtypes, aliases)
+    return LeafRow(
+        path, kind, label, show_value(value), elements, size, dtypes, aliases
+    )
 
 
 def show_value(value: Any) -> str:
@@ -206,7 +208,9 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
 
 # -------------------------------------------------------------------- kinds
 def kinds(model: Any) -> tuple[KindRow, ...]:
-    """The leaves of a model counted by kind: parameters first, unlabelled last.
+    """The leaves of a model, or the rows of ``leaves``, counted by kind.
+
+    Parameters come first, unlabelled arrays last.
 
     Example:
       >>> import jax.numpy as jnp
@@ -215,13 +219,13 @@ def kinds(model: Any) -> tuple[KindRow, ...]:
       >>> row.label, row.leaves, row.elements, row.bytes
       ('Param', 2, 9, 36)
     """
-    given = isinstance(model, tuple) and all(isinstance(x, Leaf) for x in model)
-    rows: Sequence[Leaf] = model if given else leaves(model)
+    given = isinstance(model, tuple) and all(isinstance(x, LeafRow) for x in model)
+    rows: Sequence[LeafRow] = model if given else leaves(model)
     return tuple(_kind_row(group) for group in _by_kind(rows).values())
 
 
-def _by_kind(rows: Sequence[Leaf]) -> dict[Kind, list[Leaf]]:
-    groups: dict[Kind, list[Leaf]] = {}
+def _by_kind(rows: Sequence[LeafRow]) -> dict[Kind, list[LeafRow]]:
+    groups: dict[Kind, list[LeafRow]] = {}
     for row in sorted(rows, key=lambda r: _rank(r.kind, r.label)):
         groups.setdefault(row.kind, []).append(row)
     return groups
@@ -233,7 +237,7 @@ def _rank(kind: Kind, label: str) -> tuple[int, str]:
     return (0 if is_kind(kind, Param) else 1, label)
 
 
-def _kind_row(group: Sequence[Leaf]) -> KindRow:
+def _kind_row(group: Sequence[LeafRow]) -> KindRow:
     return KindRow(
         group[0].kind,
         group[0].label,
@@ -265,7 +269,7 @@ def facts(model: Any, *filters: Any) -> Facts:
     taken = []
     for leaf, row in zip(rows, schema.rows(plan.view()), strict=True):
         hits = [n for n, f in enumerate(read, 1) if f.test(*row)]
-        taken.append(Taken(leaf, hits[0] if hits else None, tuple(hits[1:])))
+        taken.append(Match(leaf, hits[0] if hits else None, tuple(hits[1:])))
     table = tuple(
         _filter_row(n, names.get(f.type, "") if isinstance(f, OfType) else "", f, taken)
         for n, f in enumerate(read, 1)
@@ -282,7 +286,7 @@ def facts(model: Any, *filters: Any) -> Facts:
 
 
 def _filter_row(
-    number: int, label: str, read: Filter, taken: Sequence[Taken]
+    number: int, label: str, read: Filter, taken: Sequence[Match]
 ) -> FilterRow:
     mine = [t.leaf for t in taken if t.by == number]
     return FilterRow(
@@ -302,7 +306,7 @@ def _parts(filters: Iterable[Filter]) -> Iterator[Filter]:
 
 
 def _idle_filters(
-    table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Taken]
+    table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Match]
 ) -> Iterator[str]:
     for row in table:
         if row.takes or (isinstance(read[row.number - 1], WithTag) and not row.matches):
@@ -323,7 +327,7 @@ def _tag_hints(
     read: Sequence[Filter],
     paths: Sequence[Path],
     tags: Sequence[str],
-    rows: Sequence[Leaf],
+    rows: Sequence[LeafRow],
 ) -> Iterator[str]:
     texts = [f.tag for f in _parts(read) if isinstance(f, WithTag)]
     for text in texts:
@@ -346,7 +350,7 @@ def _tag_hints(
             yield f"{start}."
 
 
-def _wide_filters(read: Sequence[Filter], taken: Sequence[Taken]) -> Iterator[str]:
+def _wide_filters(read: Sequence[Filter], taken: Sequence[Match]) -> Iterator[str]:
     for number, f in enumerate(read, 1):
         if not isinstance(f, OfType):
             continue
@@ -358,7 +362,7 @@ def _wide_filters(read: Sequence[Filter], taken: Sequence[Taken]) -> Iterator[st
             )
 
 
-def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
+def _namesakes(rows: Sequence[LeafRow], named: Sequence[type]) -> Iterator[str]:
     """Kinds of one name that are different classes, built-in ones included."""
     present = [row.kind for row in rows if row.kind is not None]
     seen = list(dict.fromkeys([*present, *named]))
@@ -380,7 +384,7 @@ def _built_in(name: str) -> Kind:
     return found if getattr(found, "__module__", "") == "sortal" else None
 
 
-def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> str:
+def _namesake_note(name: str, group: Sequence[type], rows: Sequence[LeafRow]) -> str:
     places = []
     for kind in group:
         at = [show(row.path) for row in rows if row.kind is kind]
@@ -395,7 +399,7 @@ def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> st
     return text if below else f"{text} A filter by one does not take the other."
 
 
-def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
+def _trained_statistics(rows: Sequence[LeafRow]) -> Iterator[str]:
     for kind, group in _by_kind(rows).items():
         if not is_kind(kind, Param):
             continue

@@ -8,24 +8,24 @@ from typing import Any
 from sortal._engine.paths import show
 from sortal._engine.tables import Report, Table
 from sortal.inspect import rows as _rows
-from sortal.inspect.rows import FilterRow, KindChange, KindRow, Leaf, Taken
+from sortal.inspect.rows import FilterRow, KindChange, KindRow, LeafRow, Match
 
 
 class Explanation(Report):
     """What filters take of a model; made by ``explain``.
 
     Attributes:
-      rows: one Taken for each leaf.
+      rows: one Match for each leaf.
       filters: one FilterRow for each filter.
       left_over: the leaves that no filter takes.
       notes: sentences about what may not be meant.
     """
 
     def __init__(self, facts: _rows.Facts):
-        self.rows: tuple[Taken, ...] = facts.taken
+        self.rows: tuple[Match, ...] = facts.taken
         self.filters: tuple[FilterRow, ...] = facts.filters
         self.notes = facts.notes
-        self.left_over: tuple[Leaf, ...] = tuple(
+        self.left_over: tuple[LeafRow, ...] = tuple(
             row.leaf for row in facts.taken if row.by is None and facts.filters
         )
 
@@ -62,10 +62,10 @@ class Summary(Report):
 
     Attributes:
       rows: one KindRow for each kind.
-      leaves: one Leaf for each leaf.
+      leaves: one LeafRow for each leaf.
     """
 
-    def __init__(self, leaves: tuple[Leaf, ...]):
+    def __init__(self, leaves: tuple[LeafRow, ...]):
         self.leaves = leaves
         self.rows: tuple[KindRow, ...] = _rows.kinds(leaves)
 
@@ -194,12 +194,12 @@ def changes(before: Any, after: Any, /) -> Changes:
 
 
 # -------------------------------------------------------------------- cells
-def _leaf_table(leaves: Sequence[Leaf], notes: tuple[str, ...] = ()) -> Table:
+def _leaf_table(leaves: Sequence[LeafRow], notes: tuple[str, ...] = ()) -> Table:
     cells = [(_where(x), x.label, x.value, size(x.bytes)) for x in leaves]
     return Table("Leaves", ("path", "kind", "value", "bytes>"), tuple(cells), notes)
 
 
-def _where(leaf: Leaf) -> str:
+def _where(leaf: LeafRow) -> str:
     return "\n= ".join(map(show, (leaf.path, *leaf.aliases)))
 
 

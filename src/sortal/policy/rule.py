@@ -162,7 +162,7 @@ class Rule:
 
 # -------------------------------------------------------------------- answers as text
 def format_answer(name: str, answer: Any) -> str:
-    """An answer as text: code where there is any.
+    """An answer as code, where it can be; an optax transformation as its type's name.
 
     Example:
       >>> format_answer("spec", jax.sharding.PartitionSpec(None, "model"))

@@ -157,11 +157,7 @@ def _left(name: str, schema: Schema, every: Mapping[str, Found]) -> list[int]:
         return left
     frozen = every["trainable"].answers
     kinds = schema.kinds
-    return [i for i in left if _is_param(kinds[i]) and frozen[i] is not False]
-
-
-def _is_param(kind: Kind) -> bool:
-    return kind is not None and is_kind(kind, Param)
+    return [i for i in left if is_kind(kinds[i], Param) and frozen[i] is not False]
 
 
 def _left_note(name: str, schema: Schema, at: Sequence[int]) -> str:

@@ -62,7 +62,7 @@ class EMA(Pytree):
                 "keep all but a thousandth of the old average at each step."
             )
         only = tuple(only) if isinstance(only, list) else only
-        found = _taken(model, only)
+        found = _tracked_leaves(model, only)
         _check_averages(found, only)
         self.decay = decay
         self.filter = static(only)
@@ -80,7 +80,7 @@ class EMA(Pytree):
             another shape; all are listed and nothing is changed.
           TraceError: the average belongs to another trace than the current one.
         """
-        found = _taken(model, self.filter)
+        found = _tracked_leaves(model, self.filter)
         schema = self.params.schema
         _check_paths(schema, found.schema, wider=True)
         variables, at = self.params.leaves(), found.schema.index
@@ -121,7 +121,7 @@ class EMA(Pytree):
         return graphdef.build(leaves)[0]
 
 
-def _taken(model: Any, only: Any) -> State:
+def _tracked_leaves(model: Any, only: Any) -> State:
     if isinstance(model, (State, Mapping)):
         return as_state(model).filter(only)
     found, leaves = bind(model).pick((only,))
