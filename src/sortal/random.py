@@ -116,11 +116,11 @@ class RngStream(_Draws, Pytree):
         return type(self)(jax.random.split(self(), k), tag=self.tag)
 
     def fork(self, *, split: Split | None = None) -> RngStream:
-        """A stream of its own that takes one key from this one.
+        """A new stream that takes one key from this one.
 
         Args:
-          split: the number of keys that the new stream shall have; one, with no axis,
-            if absent.
+          split: the number of keys that the new stream has; one, with no axis, if
+            absent.
 
         Returns:
           The new stream.

@@ -1,4 +1,4 @@
-"""Variables of other libraries: what the engine asks of them, and their registration.
+"""Variables of other libraries: the interface that the engine uses, and registration.
 
 A library is registered when the engine meets the first class of its package. Until
 then nothing of it is imported, and this file costs one look-up by type.
@@ -26,7 +26,7 @@ class VariableHandler:
         raise NotImplementedError
 
     def write(self, variable: Any, value: Any) -> None:
-        """Sets the bare value, without asking which trace owns the Variable."""
+        """Sets the bare value, without a check of the trace that owns the Variable."""
         raise NotImplementedError
 
     def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def watch_classes(listener: Callable[[type], Any]) -> None:
 
 
 def note_class(cls: type) -> None:
-    """Tells the listeners of a new class of objects or Variables."""
+    """Calls the listeners with a new class of objects or Variables."""
     for listener in _listeners:
         listener(cls)
 

@@ -118,7 +118,7 @@ class PathKey:
 
     def __getattr__(self, name: str) -> Any:
         if name in {"key", "idx", "name"}:
-            # Code written for one entry a level would compare it and find nothing.
+            # Code written for one entry a level would compare it and match nothing.
             raise EntryError(
                 f"entry.{name} of a JAX key path is one level's, but {self} is one "
                 "entry for the whole path of a leaf in a Module. Write entry.path, "

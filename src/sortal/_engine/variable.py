@@ -504,7 +504,7 @@ class RngState(Variable[A]):
 
 
 class RngCount(RngState[A]):
-    """How many keys a random stream has given."""
+    """How many keys were taken from a random stream."""
 
 
 class RngKey(RngState[A]):

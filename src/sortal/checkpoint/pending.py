@@ -82,7 +82,7 @@ class Saving:
             if not _known:
                 atexit.unregister(_tell)
                 atexit.register(_tell)
-            # Not before it runs: another thread may join it as soon as it is known.
+            # First start it, for another thread may join it once it is in `_known`.
             thread.start()
             self._thread = thread
             _known.append(self)

@@ -18,7 +18,7 @@ from sortal.errors import DamagedError
 
 
 class Verified(NamedTuple):
-    """What was read, what is wrong with it, and what does not belong there."""
+    """What was read, its faults, and the files that the manifest does not list."""
 
     path: Path
     files: int

@@ -1,4 +1,4 @@
-"""Facts about a model as rows of plain data: leaves, kinds, filters, changes."""
+"""A model as rows of plain data: leaves, kinds, filters, changes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Match(NamedTuple):
 
 
 class FilterRow(NamedTuple):
-    """What one filter does to the leaves."""
+    """How many leaves one filter takes."""
 
     number: int
     label: str

@@ -12,7 +12,7 @@ from sortal.inspect.rows import FilterRow, KindChange, KindRow, LeafRow, Match
 
 
 class Explanation(Report):
-    """What filters take of a model; made by ``explain``.
+    """Which leaves of a model each filter takes; made by ``explain``.
 
     Attributes:
       rows: one Match for each leaf.

@@ -42,7 +42,7 @@ def _guarded(base: type, names: str) -> Callable[[type], type]:
     "__iadd__ __imul__",
 )
 class List(list):
-    """A list of modules, Variables or arrays; a plain list does just as well.
+    """A list of modules, Variables or arrays; a plain list works as well.
 
     Args:
       *args: one iterable of the elements; none if absent.
@@ -105,7 +105,7 @@ class Dict(dict):
             raise PathAttributeError(_no_item(self, name))
         del self[name]
 
-    # Items are attributes, so the instance needs and keeps no attributes of its own.
+    # The attributes are the items, so there is nothing else to pickle.
     def __reduce__(self) -> Any:
         return (type(self), (dict(self),))
 

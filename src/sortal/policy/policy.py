@@ -165,7 +165,7 @@ class Policy:
         return self._ask(name, schema, view())
 
     def is_structural(self, name: str) -> bool:
-        """Whether structure alone decides a column."""
+        """Whether the answers of a column depend on structure alone."""
         return all(f.structural for _, f, _ in self._answering(name))
 
     def _answering(self, name: str) -> Iterator[tuple[int, Filter, Any]]:
@@ -307,7 +307,7 @@ def _check_answered(name: str, schema: Schema, left: Sequence[int]) -> None:
 
 @dataclass(frozen=True, repr=False)
 class TrainedBy(Filter):
-    """Takes the leaves that a Policy has one optax transformation train.
+    """Takes the leaves that one optax transformation of a Policy trains.
 
     Example:
       >>> import optax

@@ -100,7 +100,7 @@ def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:
 
 
 def _rules_of_flax() -> Rules:
-    # Whoever has set rules in Flax has imported its module.
+    # Rules can be set in Flax only after its module was imported.
     of_flax = sys.modules.get("flax.core.spmd")
     return of_flax.get_logical_axis_rules() if of_flax else ()
 

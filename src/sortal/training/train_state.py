@@ -16,7 +16,7 @@ from sortal.functional import merge, split
 
 @dataclass_transform(frozen_default=True)
 class TrainState:
-    """Everything a training step changes, as a value that steps return anew.
+    """Everything that a training step changes, as a value; a step returns a new one.
 
     A subclass is a dataclass of more fields, each a pytree. For live objects that are
     changed in place there is ``Optimizer``.
@@ -76,7 +76,7 @@ class TrainState:
         )
 
     def apply(self, state: Any, *states: Any) -> Any:
-        """The model, to be called without keeping what a call changes.
+        """The model as a pure function: what a call changes is returned.
 
         Args:
           state: a State, or the name of a field that is one.
