@@ -599,6 +599,18 @@ def test_another_class_of_the_root_or_a_child_is_an_edit() -> None:
     assert type(sortal.clone(model).child) is Thrice
 
 
+def test_a_class_changed_inside_a_trace_is_changed_afterwards() -> None:
+    model = Twice(child=Twice(w=sortal.Param(jnp.ones(2))))
+
+    @sortal.jit
+    def promote(m: Any) -> None:
+        m.__class__ = m.child.__class__ = Thrice
+
+    promote(model)
+    assert (type(model), type(model.child)) == (Thrice, Thrice)
+    assert model.child.w[0] == 1
+
+
 def test_another_class_of_a_list_or_dict_is_an_edit() -> None:
     class Items(list):
         pass
