@@ -177,7 +177,7 @@ class Rngs(_Draws, Pytree):
     """
 
     def __init__(self, default: Any = None, **rngs: Any):
-        # Layers of another library ask whether this is a stream of theirs.
+        # Layers of Flax check whether this is a stream of Flax.
         with contextlib.suppress(UnsupportedError):
             register_imported(sys.modules)
         if isinstance(default, Mapping):

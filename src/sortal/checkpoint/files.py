@@ -1,4 +1,4 @@
-"""Files that survive: commits by rename, locks, steps on disk, and what kills leave."""
+"""Files that survive a crash: commits by rename, locks, steps, and the clean-up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def new_folder() -> str:
-    """A name for the folder of the arrays of one save; never given twice."""
+    """A name for the folder of one save's arrays; no two saves share one."""
     return f"arrays-{secrets.token_hex(8)}"
 
 
@@ -142,7 +142,7 @@ def read_manifest(directory: Path, step: int) -> Manifest:
 
 # ------------------------------------------------------------------------ durability
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a loss of power."""
+    """Syncs a file, or the names in a folder, so that they survive a loss of power."""
     at = os.open(path, os.O_RDONLY)
     try:
         os.fsync(at)
@@ -173,7 +173,7 @@ class Syncs:
                 self._faults.append(e)
 
     def add(self, path: Path) -> None:
-        """Has a path synced, soon."""
+        """Starts to sync a path."""
         self._due.put(path)
 
     def finish(self) -> list[OSError]:
@@ -194,7 +194,7 @@ def write_file(file: Path, data: bytes) -> None:
 
 
 def commit(directory: Path, manifest: Manifest) -> None:
-    """Makes a step count: from here on readers find this manifest, or the old one.
+    """Commits a step: from here on readers find this manifest, or the old one.
 
     Args:
       directory: where the steps are.
@@ -214,7 +214,7 @@ def unfinished(folder: Path, manifest: Manifest) -> Path:
 
 
 def forget(directory: Path, step: int) -> None:
-    """Deletes a step: first it stops to count, then its files go."""
+    """Deletes a step: first its manifest, which makes it count, then its files."""
     folder = directory / str(step)
     (folder / _manifest.NAME).unlink()
     sync(folder)
@@ -222,7 +222,7 @@ def forget(directory: Path, step: int) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Removes what killed saves and deletions left behind, and nothing else."""
+    """Removes what interrupted saves and deletions left behind, and nothing else."""
     for folder in directory.iterdir():
         name = folder.name
         if not _STEP.fullmatch(name) or not folder.is_dir():
@@ -257,7 +257,7 @@ def is_ours(name: str) -> bool:
 
 # ---------------------------------------------------------------------------- writers
 class Lock:
-    """The right to write to a directory; the system takes it back from dead owners.
+    """The lock on a directory for one writer; the system frees it when the owner dies.
 
     Args:
       directory: where; it is made if need be.
@@ -294,13 +294,13 @@ class Lock:
             self._file.write(me.encode())
 
     def release(self) -> None:
-        """Gives the right back."""
+        """Releases the lock."""
         self._file.close()
 
 
 @contextlib.contextmanager
 def as_save_error(what: str, outcome: str = "") -> Iterator[None]:
-    """Turns what the system and TensorStore say into a SaveError.
+    """Turns errors of the system and of TensorStore into a SaveError.
 
     Args:
       what: what was being done, for the message.

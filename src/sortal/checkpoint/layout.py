@@ -38,7 +38,7 @@ from sortal.policy.policy import Policy, answers
 
 
 class Layout(NamedTuple):
-    """Everything about a save but the bytes, and where these come from."""
+    """Everything about a save but the bytes, and where the bytes come from."""
 
     kinds: tuple[Kind, ...]
     leaves: tuple[Leaf, ...]
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     own: dict[str, list[Piece]]
     """The pieces here of arrays that are stored by themselves."""
     shared: frozenset[str]
-    """Those of them that several processes write to."""
+    """The files that several processes write to."""
     graphdef: str
 
 
@@ -69,7 +69,7 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     Raises:
       SaveError: nothing is chosen, or something cannot be saved; all of it is listed.
       FilterError: ``only`` is no filter.
-      PolicyError: a kind or a Variable has an answer that says nothing.
+      PolicyError: a kind or a Variable has an answer that is none of the column's.
     """
     plan = bind(root)
     schema, values = plan.graphdef.schema, plan.values()
@@ -77,8 +77,8 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     chosen = range(len(schema))
     if only is not None:
         chosen = select(schema, (only,), plan.view).parts[0][1]
-    said = answers("checkpoint", schema, policy, plan.view, default="keep")
-    chosen = [i for i in chosen if said[i] != "drop"]
+    actions = answers("checkpoint", schema, policy, plan.view, default="keep")
+    chosen = [i for i in chosen if actions[i] != "drop"]
     if len(schema) and not chosen:
         raise SaveError(
             f"nothing to save: {_taken_by(only)} takes none of the {len(schema)} "
@@ -89,7 +89,7 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     place = _Places(pin)
     leaves = []
     for i, tree in zip(chosen, trees, strict=True):
-        kind, passing = number[schema.kinds[i]], said[i] == "keep-last"
+        kind, passing = number[schema.kinds[i]], actions[i] == "keep-last"
         path = encode_path(schema.paths[i])
         group = kinds[kind].group
         new = place.all(tree, live, group, path, passing)
@@ -144,7 +144,7 @@ def _not_there(live: list[Any]) -> str:
 
 
 def _refuse_statics(root: Any) -> None:
-    """What hangs as a plain number beside models looks saved, and would not be."""
+    """Refuses plain numbers beside models, which would not be saved."""
     found: list[str] = []
     seen: set[int] = set()
     todo: list[tuple[Path, Any]] = [((), root)]
@@ -169,7 +169,7 @@ def _refuse_statics(root: Any) -> None:
 
 
 def _refuse_namesakes(leaves: list[Leaf]) -> None:
-    """Odd keys are stored as text, by which one leaf must be told from another."""
+    """Refuses leaves whose keys are equal once stored as text."""
     if found := namesakes(leaf.path for leaf in leaves):
         raise SaveError(
             "several leaves have one path once their keys are text; found:\n"
@@ -232,12 +232,12 @@ def file_name(text: str) -> str:
 
 
 def _utf8(text: str) -> bytes:
-    # The names that a system gives for bytes of no encoding have halves of pairs.
+    # Names that are not valid text contain lone surrogates.
     return text.encode(errors="surrogatepass")
 
 
 def free(name: str, taken: set[str]) -> str:
-    """A name that no other has, also where a system takes capitals for small ones."""
+    """A name that no other has, even on a system that ignores case."""
     found, n = name, 2
     while found.casefold() in taken:
         found, n = f"{name}~{n}", n + 1
@@ -252,7 +252,7 @@ def encode_path(path: Any) -> Path:
 
 
 def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
-    """Pairs of a path and the path of what is met there again, leaf or node."""
+    """Pairs of a later path and the first path of the same leaf or node."""
     return graphdef.memo("checkpoint aliases", lambda: _aliases(graphdef))
 
 
@@ -300,7 +300,7 @@ def fingerprint(graphdef: GraphDef) -> str:
 
 # ---------------------------------------------------------------------------- places
 class _Places:
-    """Gives arrays their places: small ones in packs, others by themselves."""
+    """Assigns arrays to files: small ones to packs, others to files of their own."""
 
     def __init__(self, pin: bool):
         self.packs: dict[str, list[tuple[int, Any]]] = {}
@@ -364,7 +364,7 @@ class _Places:
 
 
 def _whole(live: Any) -> tuple[Any, tuple[int, ...] | None]:
-    """All of an array as one, where one process has it; and the shape of its shards."""
+    """The whole array, if one process holds it, and the shape of its shards."""
     if not isinstance(live, jax.Array):
         return live, None
     if live.is_fully_replicated:

@@ -19,7 +19,7 @@ from sortal.errors import RestoreError
 
 _WINDOW = 16 << 20
 _AHEAD = 64 << 20
-"""Bytes that may be on their way from storage at a time."""
+"""Bytes that may be read from storage at a time."""
 
 
 class Want(NamedTuple):
@@ -39,14 +39,14 @@ class Want(NamedTuple):
 
 
 def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Want:
-    """What a live array asks for: its own form, dtype and place.
+    """The request of a live array: its own form, dtype and devices.
 
     Args:
       path: of the leaf, for messages.
       array: the array stored.
       like: the live one; for PRNG keys that are not abstract, their words.
       live: the live one, described.
-      sharding: where to instead; None if nothing else is said.
+      sharding: one to use in the place of the live array's; None keeps that one.
 
     Returns:
       The Want.
@@ -194,7 +194,7 @@ def _packed(
 def _own(
     want: Want, name: str, i: int, put: _Putter, found: list[Any]
 ) -> Iterator[_Job]:
-    """Reads each part of an array that some device here is to have, once."""
+    """Reads each part of an array that a device of this process needs, once."""
     array = want.array
     shape, dtype = array.stored_shape, storage_dtype(array.dtype)
     places = put.places(want)
@@ -228,7 +228,7 @@ class _Putter:
         self._default = default.sharding
 
     def places(self, want: Want) -> dict[Any, _Part]:
-        """Which part of the array each device is to have; host memory is one too."""
+        """Which part of the array each device needs; host memory counts as a device."""
         shape = want.array.stored_shape
         if want.form != "jax":
             return {None: ((None, None),) * len(shape)}
@@ -241,7 +241,7 @@ class _Putter:
     def _sharding(self, want: Want) -> Any:
         sharding = self._default if want.sharding is None else want.sharding
         ranked = (jax.sharding.NamedSharding, jax.sharding.SingleDeviceSharding)
-        # Keys have an axis more than their sharding knows of.
+        # The words of keys have one axis more than their sharding.
         if want.array.key is not None and not isinstance(sharding, ranked):
             return self._default
         return sharding

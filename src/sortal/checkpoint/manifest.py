@@ -77,7 +77,7 @@ class File(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """All there is to know of one step but the bytes of its arrays."""
+    """Everything about one step but the bytes of its arrays."""
 
     step: int
     folder: str
@@ -107,7 +107,7 @@ def short(kind: Kind) -> str:
 
 
 def now() -> str:
-    """The time, as manifests have it."""
+    """The current time in the form of manifests."""
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
@@ -218,7 +218,7 @@ class _FormError(Exception):
 
 
 def from_bytes(data: bytes, where: str) -> Manifest:
-    """Reads a manifest, and refuses all that is not exactly as written.
+    """Reads a manifest, and refuses any deviation from the format.
 
     Args:
       data: the content of the file.
@@ -287,7 +287,7 @@ def _read(x: Any) -> Manifest:
 
 
 def _check_whole(m: Manifest) -> None:
-    """Whether every array lies where it can, and every file is of an array."""
+    """Checks that arrays and files fit: all files of each array, and no others."""
     paths = [x.path for x in m.leaves]
     if len(set(paths)) != len(paths):
         raise _FormError("two leaves have one path")
@@ -297,12 +297,14 @@ def _check_whole(m: Manifest) -> None:
     # Counted first, so that no small file can ask for a long list.
     if sum(math.prod(chunk_counts(a)) for a in m.arrays.values()) > len(m.files):
         raise _FormError("the arrays have more chunks than there are files")
-    due = {chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])}
+    expected = {
+        chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])
+    }
     groups = {k.group for k in m.kinds} | {name.partition("/")[0] for name in m.arrays}
-    due |= {"zarr.json", *(f"{group}/zarr.json" for group in groups)}
-    due |= {f"{name}/zarr.json" for name in m.arrays}
-    if due != set(m.files):
-        odd = min(due ^ set(m.files))
+    expected |= {"zarr.json", *(f"{group}/zarr.json" for group in groups)}
+    expected |= {f"{name}/zarr.json" for name in m.arrays}
+    if expected != set(m.files):
+        odd = min(expected ^ set(m.files))
         raise _FormError(f"the files are not those of the arrays: {odd}")
 
 
@@ -338,7 +340,7 @@ def chunk_counts(stored: Stored) -> list[int]:
 
 
 def storage_dtype(name: str) -> str:
-    """The zarr data type that holds a dtype: others than zarr's own as their bytes."""
+    """The zarr data type for a dtype; one that zarr lacks is stored as bytes."""
     return name if name in _ZARR else "uint8"
 
 
@@ -431,13 +433,13 @@ def _read_array(x: Any) -> Array:
 
 def _a(kind: type, x: Any) -> Any:
     if type(x) is not kind:
-        raise _FormError(f"{x!r:.60} where a {kind.__name__} is due")
+        raise _FormError(f"{x!r:.60} where a {kind.__name__} is expected")
     return x
 
 
 def _natural(x: Any) -> int:
     if type(x) is not int or not 0 <= x < 1 << 63:
-        raise _FormError(f"{x!r:.60} where a size or number is due")
+        raise _FormError(f"{x!r:.60} where a size or number is expected")
     return x
 
 

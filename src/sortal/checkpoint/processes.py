@@ -32,7 +32,7 @@ def not_in_a_trace(verb: str) -> None:
 
 
 class Group:
-    """All processes of this program, in one matter that they must agree on.
+    """All processes of this program, for one decision that they must agree on.
 
     Every process makes its Groups in the same order. Process 0 leads: it alone writes
     what there is one of. Where there is one process, it agrees with itself.
@@ -57,11 +57,11 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that leads."""
+        """Whether this process does what only one may do."""
         return self.index == 0
 
     def decide(self, round: str, mine: Any, fault: str = "") -> list[Any]:
-        """Tells the others something, and hears what all of them say.
+        """Sends a value to the other processes, and receives theirs.
 
         Args:
           round: a name for this exchange, other than those before.
@@ -69,26 +69,26 @@ class Group:
           fault: what went wrong here; empty if nothing did.
 
         Returns:
-          What each process said, in order.
+          What each process reported, in order.
 
         Raises:
           CheckpointError: something went wrong in one of the processes, or one did
             not answer within ten minutes; every process gets this error.
         """
-        said = [[mine, fault]]
+        reports = [[mine, fault]]
         if self._client is not None:
             self._client.key_value_set(
                 f"{self._name}/{round}/{self.index}", json.dumps([mine, fault])
             )
-            said = [json.loads(self._hear(round, i)) for i in range(self.count)]
+            reports = [json.loads(self._hear(round, i)) for i in range(self.count)]
         faults = [
             f"process {i}: {text}" if self.count > 1 else text
-            for i, (_, text) in enumerate(said)
+            for i, (_, text) in enumerate(reports)
             if text
         ]
         if faults:
             raise CheckpointError("\n".join(faults))
-        return [x for x, _ in said]
+        return [x for x, _ in reports]
 
     def _hear(self, round: str, index: int) -> str:
         key = f"{self._name}/{round}/{index}"

@@ -28,13 +28,13 @@ from sortal.checkpoint.values import Array, numpy_dtype
 from sortal.errors import DamagedError
 
 CHUNK = 4 << 20
-"""Bytes of a chunk where nothing speaks for more; see decision 0021."""
+"""Bytes of a chunk, unless the array's shape needs more; see decision 0021."""
 _LARGEST_CHUNK = 64 << 20
 _IN_FLIGHT = 5
 SMALL = CHUNK
 """Arrays of fewer bytes are packed, many in one array of bytes."""
 ALIGN = 64
-"""Where an array may begin in a pack: a multiple of this."""
+"""Arrays begin in a pack at multiples of this."""
 _ZEROS = np.zeros(ALIGN, np.uint8)
 
 
@@ -114,11 +114,11 @@ def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{root / name}/"},
         "metadata": zarr_json(stored),
-        # zarr takes a chunk that is not there for one of zeros.
+        # To zarr a missing chunk is one of zeros.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
     }
-    # What the metadata is, the manifest knows: it is not read again from a file.
+    # The manifest has the metadata, so it is not read again from a file.
     opened = ts.open(spec, open=True, assume_metadata=True, context=context)
     return opened.result()
 
@@ -157,7 +157,7 @@ class Writer:
                 while self._flying:
                     self._land()
         finally:
-            # What still flies after a failure would appear again once it is cleaned up.
+            # A write that ends after the clean-up of a failure would leave files.
             for writing, *_ in self._flying:
                 writing.exception()
             faults = self._syncs.finish()
@@ -216,7 +216,7 @@ class Writer:
     def _fly(self, to: Any, file: str, data: np.ndarray, reuse: bool = False) -> None:
         while len(self._flying) >= _IN_FLIGHT:
             self._land()
-        # TensorStore need not copy what is left alone until it lands.
+        # No copy: nobody changes this memory before it is written.
         writing = to.write(data, can_reference_source_data_indefinitely=True)
         self._flying.append((writing, file, data if reuse else None, data))
 
@@ -247,7 +247,7 @@ def prepare(root: Path, arrays: dict[str, Stored], groups: Iterable[str]) -> Non
 
 
 def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
-    """Makes all that ``prepare`` made survive, and the names of chunks."""
+    """Syncs all that ``prepare`` made, and the names of chunks."""
     folders = [root, *(root / name for name in (*groups, *arrays))]
     above = [root.parent, root.parent.parent]
     syncs = Syncs()
@@ -258,7 +258,7 @@ def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
 
 
 def _file_of(name: str, stored: Stored, at: Sequence[slice]) -> str:
-    """The file of the one chunk that a part of an array begins."""
+    """The file of the chunk that a part of an array begins."""
     numbers = (s.start // c for s, c in zip(at, stored.chunks, strict=True))
     return chunk_file(name, numbers)
 
@@ -331,7 +331,7 @@ def _chunk(file: Path) -> File:
 
 # -------------------------------------------------------------------------- reading
 class Reader:
-    """Reads arrays of one step, and refuses files that are not as written.
+    """Reads arrays of one step, and refuses files that differ from the manifest.
 
     Args:
       root: the folder of the arrays.
@@ -364,24 +364,24 @@ class Reader:
         return [f"{file}: {fault}" for file in files if (fault := self.fault(file))]
 
     def fault(self, name: str) -> str:
-        """What is wrong with one file as far as its outside shows; empty if nothing."""
-        due, file = self._manifest.files[name], self._root / name
+        """How a file differs from the manifest in size or checksum; empty if not."""
+        expected, file = self._manifest.files[name], self._root / name
         try:
-            if due.checksum.startswith("crc32c:"):
+            if expected.checksum.startswith("crc32c:"):
                 found = _chunk(file)
             else:
                 size = file.stat().st_size
-                if size != due.size:
-                    return f"{size:,} bytes, not {due.size:,}"
+                if size != expected.size:
+                    return f"{size:,} bytes, not {expected.size:,}"
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 found = File(size, f"sha256:{digest}")
         except FileNotFoundError:
             return "missing"
         except OSError as e:
             return f"cannot be read ({e.strerror})"
-        if found.size != due.size:
-            return f"{found.size:,} bytes, not {due.size:,}"
-        return "" if found == due else "not what was written: another checksum"
+        if found.size != expected.size:
+            return f"{found.size:,} bytes, not {expected.size:,}"
+        return "" if found == expected else "not what was written: another checksum"
 
     def read(self, name: str, at: Sequence[slice], into: np.ndarray) -> Any:
         """Begins to read a part of an array into memory.
@@ -424,7 +424,7 @@ class Reader:
 
 
 def host_memory(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory to read into that JAX is sure to copy from.
+    """Memory to read into, which JAX copies and does not adopt.
 
     JAX would keep and use well-aligned memory as it is, and could then neither donate
     an array of it nor free one of many that share it.

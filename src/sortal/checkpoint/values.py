@@ -25,11 +25,11 @@ DTYPES = frozenset(
 
 PLAIN = (bool, int, float, complex, str, bytes)
 DEPTH = 100
-"""Containers in containers, at most."""
+"""The deepest nesting of containers."""
 
 
 class Key(NamedTuple):
-    """What makes uint32 words a PRNG key: the implementation, and words per key."""
+    """The implementation of PRNG keys, and the uint32 words per key."""
 
     impl: str
     words: int
@@ -123,7 +123,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 @functools.lru_cache(maxsize=256)
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype; kept, because NumPy works each out anew."""
+    """The name of a dtype; kept, because NumPy computes it each time."""
     return dtype.name
 
 
@@ -179,7 +179,7 @@ def _describe(value: Any, live: list[Any], depth: int) -> Tree:
     if value is None:
         return Nest("none", None, (), ())
     if cls is dict:
-        # As JAX does, so that two dicts of the same keys number their arrays alike.
+        # In JAX's order, so that equal sets of keys number their arrays equally.
         items = sorted(value.items(), key=lambda item: order(item[0]))
         return _nest("dict", None, items, live, depth)
     if cls is list or cls is tuple:

@@ -311,7 +311,7 @@ def kind_table(
     Args:
       title: printed above.
       objects: the model and the optimizer.
-      before: their state earlier; without it nothing is said about changes.
+      before: their state earlier; without it changes are not reported.
       parts: what ``writers`` returned.
 
     Returns:

@@ -124,7 +124,7 @@ class Llama(nnx.Module):
         Returns:
           Array (batch, length, features).
         """
-        # All caches are asked before any is written.
+        # All caches are checked before any is written.
         nnx.check_room(self, tokens.shape[1] if lengths is None else lengths)
         x = self.embed(tokens)
         for block in self.blocks:

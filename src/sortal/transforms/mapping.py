@@ -26,6 +26,7 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,
@@ -42,7 +43,6 @@ from sortal.transforms._adapter.tracing import (
 )
 from sortal.transforms.axis_names import NOTHING, named
 
-_NO_FUNCTION: Any = object()
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
     "or declare how replicas are reduced to one: class Kind(Variable, reduce='mean'), "
@@ -50,8 +50,9 @@ _REDUCE = (
 )
 
 
+@as_decorator
 def vmap(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_name: Hashable | None = None,
@@ -107,16 +108,6 @@ def vmap(
     """
     refuse_unknown("vmap", _unknown)
     in_axes, out_axes = to_native((in_axes, out_axes))
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            vmap,
-            in_axes=in_axes,
-            out_axes=out_axes,
-            axis_name=axis_name,
-            axis_size=axis_size,
-            spmd_axis_name=spmd_axis_name,
-            transform_metadata=transform_metadata,
-        )
     fn, first = unbind(f)
 
     @functools.wraps(f)
@@ -140,8 +131,9 @@ def vmap(
     return wrapper
 
 
+@as_decorator
 def shard_map(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     *,
     mesh: Any = None,
     in_specs: Any,
@@ -194,10 +186,6 @@ def shard_map(
     """
     refuse_unknown("shard_map", options, _OF_JAX)
     in_specs, out_specs = to_native((in_specs, out_specs))
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
-        )
     fn, first = unbind(f)
 
     @functools.wraps(f)
