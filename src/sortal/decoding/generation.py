@@ -23,14 +23,14 @@ _LEAST = 16
 
 
 class Decoder(Protocol):
-    """What ``stream`` and ``generate`` ask of a model."""
+    """The model that ``stream`` and ``generate`` take."""
 
     def next_logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """Logits of the token after the last one of each sequence.
 
         Args:
           tokens: int32 (batch, length), which follow those in the model's caches.
-          lengths: int32 (batch,): how many of them count, from the first.
+          lengths: int32 (batch,): how many of them are not padding.
 
         Returns:
           Floating-point array (batch, vocabulary).
@@ -49,31 +49,30 @@ def stream(
     top_p: float | None = None,
     stop: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Generates in a loop of compiled steps, and yields each token as it comes.
+    """Generates in a loop of compiled steps, and yields each token when it is ready.
 
-    Prompts follow what the caches hold: begin anew with ``reset_cache(model)``. Of the
-    tokens generated, the caches hold all but the last; where the loop is left early,
-    all. ``generate`` gives the same tokens from one compiled loop.
+    Prompts follow the tokens in the caches; ``reset_cache(model)`` empties them.
+    Afterwards the caches hold all generated tokens but the last; all, if the loop is
+    left early. ``generate`` gives the same tokens from one compiled loop.
 
     Args:
       model: a Decoder with caches, such as ``init_cache`` gives.
       prompts: a list of lists of token ids, one for each sequence of the caches' batch,
         of any lengths but 0; or an integer array (batch, length).
-      max_new_tokens: how many to generate at most.
-      rngs: keys are drawn from its stream ``sample``; needed unless the temperature
-        is 0.
+      max_new_tokens: the greatest number of tokens to generate.
+      rngs: gives keys of its stream ``sample``; needed unless the temperature is 0.
       temperature: as for ``sample``; 0 takes the most likely token.
       top_k: as for ``sample``.
       top_p: as for ``sample``.
-      stop: token ids that end a sequence; the last token it gets is one of them.
+      stop: token ids that end a sequence, of which they are the last token.
 
     Yields:
       int32 (batch,): a token for each sequence, -1 where it has ended.
 
     Raises:
-      ArgumentError: prompts or options that cannot be used.
-      CacheError: the model has no caches, or too short ones for prompts and tokens; no
-        token is generated and nothing changed.
+      ArgumentError: prompts or options are invalid.
+      CacheError: the model has no caches, or they are too short for prompts and tokens;
+        nothing is changed.
       DecodingError: logits were NaN.
 
     Example:
@@ -105,13 +104,12 @@ def generate(
 ) -> np.ndarray:
     """Generates in one compiled loop, which ends when every sequence has ended.
 
-    The prompts go through the model in a program of their own, which ``stream`` uses
-    too.
+    The prompts are processed by ``prefill``, as in ``stream``.
 
     Args:
       model: as for ``stream``.
       prompts: as for ``stream``.
-      max_new_tokens: how many to generate at most; another number is another program.
+      max_new_tokens: as for ``stream``; each number compiles another program.
       rngs: as for ``stream``.
       temperature: as for ``stream``.
       top_k: as for ``stream``.
@@ -122,9 +120,9 @@ def generate(
       int32 (batch, max_new_tokens); -1 after the end of a sequence.
 
     Raises:
-      ArgumentError: prompts or options that cannot be used.
-      CacheError: the model has no caches, or too short ones for prompts and tokens; no
-        token is generated and nothing changed.
+      ArgumentError: prompts or options are invalid.
+      CacheError: the model has no caches, or they are too short for prompts and tokens;
+        nothing is changed.
       DecodingError: logits were NaN.
 
     Example:
@@ -151,7 +149,7 @@ def generate(
 
 
 class _Call:
-    """The arguments of ``stream`` and ``generate``, checked and in their final form."""
+    """The checked arguments of ``stream`` and ``generate``."""
 
     def __init__(
         self,
@@ -198,11 +196,12 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
       prompts: a list of lists of token ids, or an integer array (batch, length).
 
     Returns:
-      int32 (batch, padded) and int32 (batch,), the lengths. What is padded is a power
-      of two from 16 on, so that prompts of many lengths share few programs.
+      int32 (batch, padded) and int32 (batch,), the lengths. The padded length is a
+      power of two, 16 or more, so that prompts of many lengths share few programs.
 
     Raises:
-      ArgumentError: there is no prompt, one is empty, or something is no token id.
+      ArgumentError: there is no prompt, one is empty, or has entries that are not
+        integers.
 
     Example:
       >>> tokens, lengths = pad([[5, 6, 7], [8]])
@@ -225,10 +224,8 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{found}. A batch of one is [[1, 2, 3]]."
         )
     lengths = np.array([row.size for row in rows], np.int32)
-    tokens = np.zeros(
-        (len(rows), max(_LEAST, 1 << int(lengths.max() - 1).bit_length()))
-    )
-    tokens = tokens.astype(np.int32)
+    padded = max(_LEAST, 1 << int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(rows), padded), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
     return tokens, lengths
@@ -257,11 +254,11 @@ def _advance(
     choice: Choice,
     top_k: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token for each sequence: the token, which have ended, which have failed."""
+    """One step: the new tokens, which sequences have ended, which have failed."""
     logits = model.next_logits(tokens, lengths)
     key = None if rngs is None else rngs.sample()
-    heat, top_p, stop = choice
-    new = sample(logits, key, temperature=heat, top_k=top_k, top_p=top_p)
+    temperature, top_p, stop = choice
+    new = sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
     failed = (new == NO_TOKEN) & ~done
     new = jnp.where(done, NO_TOKEN, new)
     if stop is not None:
@@ -272,7 +269,7 @@ def _advance(
 def _follow(
     model: Any, rngs: Any, tokens: Any, done: Any, choice: Choice, top_k: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``_advance`` by the one token that each sequence got last."""
+    """``_advance`` by the last token of each sequence."""
     lengths = jnp.where(done, 0, 1).astype(jnp.int32)
     return _advance(model, rngs, tokens[:, None], lengths, done, choice, top_k)
 
@@ -291,10 +288,10 @@ def prefill(
 
     Args:
       model: a Decoder with caches, which are donated.
-      rngs: where keys come from, or None.
+      rngs: the source of keys, or None.
       tokens: int32 (batch, length).
       lengths: int32 (batch,).
-      choice: what decides on tokens.
+      choice: the options of sampling.
       top_k: as for ``sample``.
 
     Returns:
@@ -314,7 +311,7 @@ def decode(
       model: as for ``prefill``.
       rngs: as for ``prefill``.
       tokens: int32 (batch,).
-      done: booleans (batch,): which have ended; their caches are left alone.
+      done: booleans (batch,): which have ended; their caches do not change.
       choice: as for ``prefill``.
       top_k: as for ``sample``.
 
@@ -336,7 +333,7 @@ def decode_all(
     steps: int,
     top_k: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """All tokens from the first ones on, as one program.
+    """The tokens after ``prefill``, in one compiled loop.
 
     Args:
       model: as for ``prefill``.
@@ -345,7 +342,7 @@ def decode_all(
       done: the second.
       failed: the third.
       choice: as for ``prefill``.
-      steps: how many tokens at most, the first ones included.
+      steps: the greatest number of tokens, the first included.
       top_k: as for ``sample``.
 
     Returns:
@@ -374,8 +371,8 @@ def _steps(call: _Call) -> Iterator[np.ndarray]:
     ahead = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
     for left in range(call.steps - 1, -1, -1):
         new, done, failed = ahead
-        # The next step starts before this token is read, unless the token decides
-        # whether there is a next one.
+        # The next step is dispatched before this token is read, unless the token says
+        # whether there is a next step.
         more = left > 0 and not (choice.stop is not None and bool(done.all()))
         if more:
             ahead = decode(model, rngs, new, done, choice, top_k=top_k)

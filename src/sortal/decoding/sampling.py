@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from sortal.errors import ArgumentError
 
 NO_TOKEN = -1
-"""Stands where there is no token: after the end of a sequence."""
+"""The token after the end of a sequence."""
 
 
 class Choice(NamedTuple):
-    """What decides on tokens and may change without anything being compiled again.
+    """The options of sampling that may change without compilation.
 
     Attributes:
       temperature: as for ``sample``.
@@ -42,14 +42,14 @@ def sample(
     Args:
       logits: floating-point array (..., vocabulary).
       key: a JAX random key; needed where ``temperature`` is given.
-      temperature: positive number by which logits are divided; the most likely token is
-        taken if absent.
+      temperature: divides the logits, positive; the most likely token is taken if
+        absent.
       top_k: how many of the most likely tokens are considered; all if absent.
-      top_p: the most likely tokens that together have at least this probability are
-        considered, at least one; all if absent. In (0, 1].
+      top_p: in (0, 1]: the fewest most likely tokens that together have this
+        probability are considered; all if absent.
 
     Returns:
-      int32 (...); -1 where a row holds NaN, for which there is no token.
+      int32 (...); -1 for a row that holds NaN.
 
     Raises:
       ArgumentError: a temperature without a key, or ``top_k`` is not positive.
@@ -81,7 +81,7 @@ def sample(
         scaled = logits.astype(jnp.float32) / temperature
         kept = min(top_k or scaled.shape[-1], scaled.shape[-1])
         if kept < scaled.shape[-1] or top_p is not None:
-            # Sorted from the most likely on, so that both cuts are cuts of the front.
+            # Sorted from the most likely down, so that both options keep the front.
             scaled, order = jax.lax.top_k(scaled, kept)
             if top_p is not None:
                 before = jnp.cumsum(p := jax.nn.softmax(scaled), axis=-1) - p

@@ -1,4 +1,4 @@
-"""Other libraries' objects and files: objects taken as they are, files converted."""
+"""Objects and files of other libraries: Flax objects as they are, files converted."""
 
 from sortal._engine.foreign import register_lazily as _register_lazily
 
