@@ -17,6 +17,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx as flax_nnx
 
 FLAX = tuple(map(int, re.findall(r"\d+", flax.__version__)[:3]))
 
@@ -454,7 +455,9 @@ def bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:
 def leaves(nnx: Any, state: Any) -> dict[Any, Any]:
     """Path -> bits, for every leaf of a state."""
     found: dict[Any, Any] = {}
-    for path, leaf in state.flat_state():
+    theirs = isinstance(state, flax_nnx.State)
+    flat = flax_nnx.to_flat_state(state) if theirs else state.flat_state()
+    for path, leaf in flat:
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         found[path] = [bits(x) for x in jax.tree.leaves(value)]
     return found
