@@ -72,6 +72,7 @@ class Arr:
     __slots__ = ("__weakref__", "dot", "val")
     __array_priority__ = 1000
     __array_ufunc__ = None
+    __hash__ = None
 
     def __init__(self, val: Any, dot: Any = None):
         val = np.asarray(val)

@@ -11,7 +11,7 @@ import itertools
 import pytest
 from fuzz import live, runs
 from sortal import functional
-from sortal._engine import leaves, marks, nodes, plan, state, statics, walk
+from sortal._engine import leaves, marks, nodes, plan, state, statics
 from sortal.transforms import eager
 from sortal.transforms._adapter import binding
 
@@ -73,14 +73,13 @@ def test_eager_programs_that_are_known_by_code_are_found(monkeypatch):
     for name in ("remat", "scan", "control"):
         module = __import__(f"sortal.transforms.{name}", fromlist=[name])
         monkeypatch.setattr(module, "kept", by_code)
-    failure = first_found("compiled", 40, matching="helper")
-    assert failure.kept
+    first_found("compiled", 40, matching="helper")
 
 
 def test_callable_objects_with_state_taken_for_statics_are_found(monkeypatch):
-    hidden = walk._hidden_state
+    hidden = nodes.hidden_state
     monkeypatch.setattr(
-        walk, "_hidden_state", lambda x: "" if callable(x) else hidden(x)
+        nodes, "hidden_state", lambda x: "" if callable(x) else hidden(x)
     )
     first_found("edits", 300)
 
