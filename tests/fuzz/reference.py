@@ -669,6 +669,8 @@ def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
 class State:
     """Leaves by path; a view of a part has a parent and what its paths begin with."""
 
+    __hash__ = None
+
     def __init__(self, mapping: Any = (), /):
         self.parent: Any = None
         self.prefix: Any = ()
