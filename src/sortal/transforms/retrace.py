@@ -295,8 +295,8 @@ def _reasons(old: Compile, new: Compile) -> list[str]:
         for name, a, b in _changes(old.statics, new.statics, (_ABSENT, None))
     ]
     rows += list(_structure(old, new))
-    texts = [{k: _text(x) for k, x in seen.arrays.items()} for seen in (old, new)]
-    arrays = list(_changes(*texts, _ABSENT))
+    was, now = ({k: _text(x) for k, x in c.arrays.items()} for c in (old, new))
+    arrays = list(_changes(was, now, _ABSENT))
     rows += [f"{name}: {a} -> {b}" for name, a, b in arrays]
     for name in [name for name in old.trees if name in new.trees]:
         a, b = old.trees[name], new.trees[name]
