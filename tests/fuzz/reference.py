@@ -57,7 +57,7 @@ class UpdateError(ValueError): ...
 class VariableAttributeError(AttributeError): ...
 
 
-class Left(BaseException):  # noqa: N818 - no error of the program's
+class Left(BaseException):
     """The program left what this reference computes exactly."""
 
 
@@ -906,7 +906,7 @@ def covers(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, All) and a.parts and all(covers(part, b) for part in a.parts):
         return True
-    if isinstance(b, tuple) and b:
+    if isinstance(b, tuple):
         return all(covers(a, part) for part in b)
     if isinstance(b, All):
         return any(covers(a, part) for part in b.parts)
@@ -918,6 +918,8 @@ def divide(rows: list[Any], literals: Any) -> tuple[list[list[int]], list[int]]:
     filters = [read(f) for f in literals]
     last = len(filters) - 1
     for later, f in enumerate(filters):
+        if covers(False, f):
+            continue  # it asks for nothing
         for earlier in filters[:later]:
             rest = later == last and f is True and earlier is not True
             if covers(earlier, f) and not rest:
@@ -1446,6 +1448,7 @@ def _of_array(f: Any, x: Any, args: Any) -> Any:
 # ------------------------------------------------------- as programs see it
 slots = True
 modules = (Module,)
+kinds = (Variable,)
 
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
@@ -1489,4 +1492,3 @@ names = types.SimpleNamespace(
         ).split()
     }
 )
-variables = (Variable,)  # the classes; programs have the verb from ``names``
