@@ -60,6 +60,7 @@ ORDER = (
     "sortal.policy.policy",
     "sortal.policy",
     "sortal.transforms._adapter.tracing",
+    "sortal.transforms._adapter.lanes",
     "sortal.transforms._adapter.binding",
     "sortal.transforms.axis_names",
     "sortal.transforms._adapter.prefixes",

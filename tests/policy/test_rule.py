@@ -22,7 +22,7 @@ from sortal.policy.rule import (
     UNSET,
     Rule,
     fault,
-    written,
+    format_answer,
 )
 
 
@@ -164,4 +164,4 @@ def test_a_rule_prints_as_it_was_written():
 def test_a_sharding_prints_by_its_spec():
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, P("d"))
-    assert written("spec", sharding) == "NamedSharding(P('d'))"
+    assert format_answer("spec", sharding) == "NamedSharding(P('d'))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from typing import Any
@@ -543,3 +544,29 @@ def test_make_jaxpr_gives_shapes_and_takes_static_arguments_and_keywords() -> No
     assert len(jaxpr.jaxpr.invars) == 7 + 2
     layer = net.layers[1]
     assert len(sortal.make_jaxpr(layer)(jnp.ones((1, 4))).jaxpr.invars) == 3
+
+
+def test_make_jaxpr_takes_modules_of_partials_and_methods_as_inputs() -> None:
+    class Scale(sortal.Module):
+        def __init__(self) -> None:
+            self.w = sortal.Param(jnp.ones(2))
+            self.calls = sortal.Variable(jnp.array(0))
+
+        def __call__(self, x: Any, by: Any = 1.0) -> Any:
+            self.calls[...] += 1
+            return self.w * x * by
+
+    m, x = Scale(), jnp.ones(2)
+    ways = [
+        (m, (x,), 3),
+        (functools.partial(m), (x,), 3),
+        (functools.partial(Scale.__call__, m), (x,), 3),
+        (functools.partial(Scale.__call__, by=2.0), (m, x), 3),
+        (functools.partial(Scale.__call__, m, by=2.0), (x,), 3),
+        (functools.partial(Scale.__call__, x=x, by=2.0), (m,), 2),
+    ]
+    for f, args, inputs in ways:
+        made = sortal.make_jaxpr(f)(*args)
+        assert len(made.jaxpr.invars) == inputs, f
+        assert len(made.out_avals) == 2  # the output and the number of calls
+    assert int(m.calls.value) == 0

@@ -36,7 +36,7 @@ from sortal.errors import (
 )
 from sortal.filters import to_filter
 from sortal.policy.policy import Policy
-from sortal.transforms._adapter.prefixes import column
+from sortal.transforms._adapter.prefixes import leaf_answers
 
 
 class Restored(NamedTuple):
@@ -272,7 +272,7 @@ def shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
     """Where each leaf of a model is put; None for where the model has it."""
     if given is None:
         return [None] * len(schema)
-    said = column(given, "spec", schema, plan.view)
+    said = leaf_answers(given, "spec", schema, plan.view)
     return [_sharding(x) for x in said]
 
 
@@ -359,7 +359,9 @@ def load_state(
     )
     said = [None] * len(leaves)
     if sharding is not None:
-        said = [_sharding(x) for x in column(sharding, "spec", schema, lambda: leaves)]
+        said = [
+            _sharding(x) for x in leaf_answers(sharding, "spec", schema, lambda: leaves)
+        ]
     wants = [
         Want(x.path, a, a.form, a.dtype, a.weak, to, to is not None)
         for x, to in zip(leaves, said, strict=True)

@@ -60,7 +60,7 @@ class WeightNorm(Module):
       dtype: dtype of the weights; that which they and the scales promote to if absent.
       param_dtype: kept for NNX code; scales have the dtype that ``scale_init`` gives.
       variable_filter: which Variables of the layer are weights.
-      promote_dtype: kept for NNX code, of no effect.
+      promote_dtype: ignored; for NNX compatibility.
       rngs: where keys come from.
 
     Raises:

@@ -330,8 +330,8 @@ class Bidirectional(Module):
           seq_lengths: integers (*batch,): the rest of each sequence is padding.
           return_carry: whether to return the last carries; the layer's own if absent.
           time_major: which axis is time; the layer's own if absent.
-          reverse: taken as by an RNN, of no effect.
-          keep_order: taken as by an RNN, of no effect.
+          reverse: ignored; an RNN takes it.
+          keep_order: ignored; an RNN takes it.
 
         Returns:
           The outputs; or the pair of last carries, and the outputs.

@@ -82,7 +82,7 @@ class Policy:
             _check_answered(name, schema, left)
         return [default if x is UNSET else x for x in found.answers]
 
-    def said(self, name: str) -> list[Any]:
+    def all_answers(self, name: str) -> list[Any]:
         """All answers that rows give in a column.
 
         Args:

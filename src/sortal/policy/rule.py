@@ -161,12 +161,14 @@ class Rule:
                 yield field.name, answer
 
     def __repr__(self) -> str:
-        given = (f"{name}={written(name, answer)}" for name, answer in self.given())
+        given = (
+            f"{name}={format_answer(name, answer)}" for name, answer in self.given()
+        )
         return f"Rule({', '.join(given)})"
 
 
 # -------------------------------------------------------------------- answers as text
-def written(name: str, answer: Any) -> str:
+def format_answer(name: str, answer: Any) -> str:
     """An answer as code, or nearly.
 
     Args:
@@ -178,13 +180,13 @@ def written(name: str, answer: Any) -> str:
       made it.
 
     Example:
-      >>> written("spec", jax.sharding.PartitionSpec(None, "model"))
+      >>> format_answer("spec", jax.sharding.PartitionSpec(None, "model"))
       "P(None, 'model')"
     """
     if isinstance(answer, jax.sharding.PartitionSpec):
         return f"P({', '.join(map(repr, answer))})"
     if isinstance(answer, jax.sharding.NamedSharding):
-        return f"NamedSharding({written(name, answer.spec)})"
+        return f"NamedSharding({format_answer(name, answer.spec)})"
     if name == "optimizer" and answer not in (None, UNSET):
         return f"<{type(answer).__name__}>"
     if callable(answer):

@@ -12,7 +12,7 @@ from sortal._engine.schema import Kind, Schema, kind_name
 from sortal._engine.tables import Report, Table
 from sortal._engine.variable import Param
 from sortal.filters import Filter
-from sortal.policy.rule import UNSET, Rule, written
+from sortal.policy.rule import UNSET, Rule, format_answer
 
 Rows = Sequence[tuple[Filter, Rule]]
 
@@ -227,7 +227,7 @@ def _cell(name: str, answers: Mapping[str, Any], names: Mapping[Any, str]) -> st
         frozen = tx is None or answers.get("trainable") is False
         return "frozen" if frozen else names.get(tx, repr(UNSET))
     answer = answers.get(name, UNSET)
-    return answer if isinstance(answer, str) else written(name, answer)
+    return answer if isinstance(answer, str) else format_answer(name, answer)
 
 
 def _named(

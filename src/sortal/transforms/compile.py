@@ -20,7 +20,12 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
-from sortal.transforms._adapter.tracing import Result, replace_roots, run
+from sortal.transforms._adapter.tracing import (
+    Result,
+    find_flat_modules,
+    replace_roots,
+    run,
+)
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded
@@ -54,13 +59,13 @@ class Jitted:
         self._donation: Donation | None = None
         if donated or (donate is not None and donate is not False):
             mirrored = isinstance(options.get("in_shardings"), (tuple, list))
-            self._donation = Donation(donate, donated, self._static, mirrored)
+            self._donation = Donation(self._fn, donate, donated, self._static, mirrored)
         kept = {k: x for k, x in options.items() if not k.startswith("donate")}
-        traced = _traced(self._fn, self._history, None)
+        traced = _traced(self._fn, self._history)
         self._plain: Any = _compiled(traced, kept, self._static)
         self._jit = self._plain
         if self._donation is not None:
-            traced = _traced(self._fn, self._history, self._donation)
+            traced = _donating(self._fn, self._history)
             options = with_first(self._fn, traced, options, self._donation)
             self._jit = _compiled(traced, options, self._static)
         functools.update_wrapper(self, fn, updated=())
@@ -72,7 +77,8 @@ class Jitted:
             if donation is None or donation.is_differentiated(bound):
                 result = self._plain(*bound.args, **bound.kwargs)
             else:
-                result = donation.call(self._jit, bound)
+                args, named = donation.lend(bound, donation.find)
+                result = self._jit(*args, **named)
         except (RuntimeError, ValueError) as e:
             stale = stale_buffers(bound.flat_modules)
             if not stale:
@@ -90,7 +96,8 @@ class Jitted:
         bound = BoundArguments((*self._first, *args), kwargs, self._static)
         if self._donation is None:
             return function(*bound.args, **bound.kwargs)
-        return self._donation.call(function, bound)
+        args, kwargs = self._donation.lend(bound, self._donation.find.eval_shape)
+        return function(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else JittedPartial(self, instance)
@@ -138,29 +145,37 @@ def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> 
     return jax.jit(traced, **options)
 
 
-def _traced(
-    fn: Callable[..., Any], history: History, donation: Donation | None
-) -> Callable[..., Any]:
-    """What JAX traces: it runs once for each compile, and records it."""
+def _traced(fn: Callable[..., Any], history: History) -> Callable[..., Any]:
+    """What JAX traces: it runs once for each compile, which is recorded."""
 
-    def plain(*args: Any, **kwargs: Any) -> Result:
-        seen = history.see(args, kwargs)
-        result = run(fn, args, kwargs)
-        history.add(seen)
-        return result
+    def traced(*args: Any, **kwargs: Any) -> Result:
+        return _recorded(history, fn, args, kwargs)
 
-    def lending(lent: Any, /, *args: Any, **kwargs: Any) -> Result:
+    return _named_as(fn, traced)
+
+
+def _donating(fn: Callable[..., Any], history: History) -> Callable[..., Any]:
+    """``_traced`` for arguments that were divided by ``Donation.lend``."""
+
+    def traced(lent: Any, /, *args: Any, **kwargs: Any) -> Result:
         whole, named = rejoin(lent, args, kwargs)
-        seen = history.see(whole, named)
-        result = donating(fn, lent, whole, named)
-        history.add(seen)
-        return result
+        returned = {k for c in find_flat_modules(lent) for k in c.definition.leaves}
+        return _recorded(history, fn, whole, named, returned)
 
-    donating: Any = donation.run if donation is not None else None
-    traced = plain if donation is None else lending
-    if hasattr(fn, "__name__"):
-        functools.update_wrapper(traced, fn)
-    return traced
+    return _named_as(fn, traced)
+
+
+def _recorded(
+    history: History, fn: Any, args: Any, kwargs: Any, keep: Collection[int] = ()
+) -> Result:
+    seen = history.see(args, kwargs)
+    result = run(fn, args, kwargs, keep)
+    history.add(seen)
+    return result
+
+
+def _named_as(fn: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.update_wrapper(traced, fn) if hasattr(fn, "__name__") else traced
 
 
 def jit(

@@ -14,24 +14,19 @@ from jax.core import Tracer
 
 from sortal._engine.paths import Path
 from sortal._engine.schema import Kind
-from sortal._engine.statics import is_hashable, static_key
-from sortal.errors import ArgumentError, FilterError, listing
+from sortal.errors import FilterError, listing
 from sortal.filters import Filter, to_filter
 from sortal.policy.policy import Policy
 from sortal.transforms._adapter.binding import AliasMap, BoundArguments, identity
 from sortal.transforms._adapter.tracing import (
     FlatModule,
     FlatModuleDef,
-    Result,
     find_flat_modules,
     flat_module_def,
     is_flat_module,
     replace_flat_modules,
     run,
 )
-
-_BY_SHAPE: Any = object()
-_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -48,12 +43,18 @@ class DonatedBy(Filter):
         return self.policy.decide("donate", path, kind, metadata, leaf)[0] is True
 
 
-class OtherLeaves(Exception):  # noqa: N818 - no error: says what a trace found
-    """Stops a trace in which other leaves were overwritten than those donated."""
+class Overwritten:
+    """The numbers of the leaves that a function overwrites, as an output of JAX's."""
 
-    def __init__(self, written: frozenset[int]):
-        super().__init__(written)
-        self.written = written
+    __slots__ = ("leaves",)
+
+    def __init__(self, leaves: frozenset[int]):
+        self.leaves = leaves
+
+
+jtu.register_pytree_node(
+    Overwritten, lambda x: ((), x.leaves), lambda leaves, _: Overwritten(leaves)
+)
 
 
 class Part(NamedTuple):
@@ -73,6 +74,7 @@ class Donation:
     roots inside the trace.
 
     Args:
+      fn: the user's function.
       given: a filter literal, a Policy, True for what the function overwrites, or None.
       donated: positions and names of arguments that are donated whole.
       static: positions and names of static arguments.
@@ -82,6 +84,7 @@ class Donation:
 
     def __init__(
         self,
+        fn: Callable[..., Any],
         given: Any,
         donated: Collection[Any],
         static: Collection[Any],
@@ -93,35 +96,19 @@ class Donation:
             self.filter = DonatedBy(given) if is_policy else to_filter(given)
         self._overwritten = given is True
         self._donated, self._static, self._mirrored = donated, static, mirrored
-        self._learned: dict[Any, frozenset[int]] = {}
 
-    def call(self, function: Callable[..., Any], bound: BoundArguments) -> Any:
-        """Calls what JAX made of ``run``, or its ``lower`` or ``trace``."""
-        for _ in range(_ATTEMPTS):
-            args, kwargs = self._lend(bound)
-            try:
-                return function(*args, **kwargs)
-            except OtherLeaves as e:
-                self._learn(bound, e.written)
-        raise ArgumentError(
-            "donate=True donates what the function overwrites, but it overwrites "
-            "other leaves each time that it is traced. Say which to donate by a "
-            "filter: donate=Cache."
-        )
+        def find(*args: Any, **kwargs: Any) -> Overwritten:
+            # Evaluated abstractly, so that nothing of it is in the program.
+            result = jax.eval_shape(lambda: run(fn, args, kwargs))
+            return Overwritten(frozenset(result.effects.written))
 
-    def run(
-        self, fn: Callable[..., Any], lent: Any, args: Sequence[Any], kwargs: Any
-    ) -> Result:
-        """``tracing.run`` for arguments that ``rejoin`` made whole."""
-        given = {k for c in find_flat_modules(lent) for k in c.definition.leaves}
-        if not self._overwritten:
-            return run(fn, args, kwargs, given)
-        returned = {k for c in self._whole(args, kwargs) for k in c.definition.leaves}
-        result = run(fn, args, kwargs, returned)
-        written = frozenset(result.effects.written) - returned
-        if written != given - returned:
-            raise OtherLeaves(written)
-        return result
+        numbers = tuple(x for x in static if isinstance(x, int))
+        names = tuple(x for x in static if isinstance(x, str))
+        self.find: Any = jax.jit(find, static_argnums=numbers, static_argnames=names)
+        """A function of the bound arguments that returns what is overwritten.
+
+        It runs an empty program, which JAX keeps by all that could change the answer.
+        """
 
     def is_differentiated(self, bound: BoundArguments) -> bool:
         """Whether a leaf that a filter or position donates is traced.
@@ -137,11 +124,11 @@ class Donation:
             for k, value in zip(c.definition.leaves, c.values, strict=True)
             if isinstance(value, Tracer)
         ]
-        return bool(traced) and not self._chosen(bound).isdisjoint(traced)
+        return bool(traced) and not self._chosen(bound, self.find).isdisjoint(traced)
 
     def forget(self) -> None:
-        """Forgets what was learned about functions that were traced."""
-        self._learned.clear()
+        """Forgets what was found out by tracing."""
+        self.find.clear_cache()
 
     def _whole(self, args: Sequence[Any], kwargs: Any) -> Iterator[FlatModule]:
         """The roots in arguments that are donated whole."""
@@ -150,15 +137,30 @@ class Donation:
                 if name in self._donated:
                     yield from find_flat_modules(x)
 
-    def _lend(self, bound: BoundArguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def lend(
+        self, bound: BoundArguments, find: Callable[..., Overwritten]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with what is donated taken out, and put into a first one.
+
+        Args:
+          bound: the arguments.
+          find: ``self.find``, or its ``eval_shape`` where arguments may be abstract.
+
+        Returns:
+          Positional and keyword arguments.
+
+        Raises:
+          FilterError: the filter takes no leaf.
+        """
         lent: dict[int, FlatModule] = {}
         kept: dict[int, FlatModule] = {}
-        parts = division(bound.alias_map, self._chosen(bound)) if bound.roots else []
         if not bound.roots and self.filter is not None:
             raise FilterError(
                 f"donate={self.filter!r}: there is no Module or Variable among the "
                 "arguments. Arrays are donated with donate_argnums."
             )
+        chosen = self._chosen(bound, find) if bound.roots else frozenset()
+        parts = division(bound.alias_map, chosen) if bound.roots else []
         for i, part in enumerate(parts):
             if part is not None:
                 values = bound.flat_modules[i].values
@@ -180,13 +182,13 @@ class Donation:
             first = tuple(mirror(x, lent) for i, x in dynamic if i not in self._static)
         return (first, *args), kwargs
 
-    def _chosen(self, bound: BoundArguments) -> frozenset[int]:
+    def _chosen(self, bound: BoundArguments, find: Any) -> frozenset[int]:
         """Numbers of the leaves to donate."""
         roots = self._whole(bound.args, bound.kwargs)
         whole = frozenset(c.definition.number for c in roots)
         graphdef = bound.alias_map.graphdef
         if self._overwritten:
-            taken = self._guess(bound, whole)
+            taken = find(*bound.args, **bound.kwargs).leaves
             return taken.union(*(bound.alias_map.definitions[i].leaves for i in whole))
         if self.filter is None or self.filter.structural:
             key = ("donated", self.filter, whole)
@@ -213,38 +215,6 @@ class Donation:
                 + "\nName a kind that is there, or leave donate out."
             )
         return frozenset(taken | by_filter)
-
-    def _key(self, bound: BoundArguments, whole: frozenset[int]) -> Any:
-        named = [*enumerate(bound.args), *bound.kwargs.items()]
-        statics = [(name, x) for name, x in named if name in self._static]
-        # Others JAX refuses, in words of its own.
-        hashable = tuple((n, static_key(x)) for n, x in statics if is_hashable(x))
-        return bound.alias_map.graphdef, whole, hashable
-
-    def _guess(self, bound: BoundArguments, whole: frozenset[int]) -> frozenset[int]:
-        """What was overwritten when last traced; verified where it is traced anew."""
-        key = self._key(bound, whole)
-        found = self._learned.get(key, frozenset())
-        if found is _BY_SHAPE:
-            found = self._learned.get((key, self._shapes(bound)), frozenset())
-        return found
-
-    def _learn(self, bound: BoundArguments, written: frozenset[int]) -> None:
-        roots = self._whole(bound.args, bound.kwargs)
-        key = self._key(bound, frozenset(c.definition.number for c in roots))
-        if len(self._learned) > 256:
-            self._learned.clear()
-        if key not in self._learned:
-            self._learned[key] = written
-        else:  # shapes decide what is overwritten, so they have to be looked at
-            self._learned[key] = _BY_SHAPE
-            self._learned[key, self._shapes(bound)] = written
-
-    def _shapes(self, bound: BoundArguments) -> Any:
-        args = [x for i, x in enumerate(bound.args) if i not in self._static]
-        named = {k: x for k, x in bound.kwargs.items() if k not in self._static}
-        leaves, treedef = jtu.tree_flatten((args, named))
-        return treedef, tuple(map(jax.typeof, leaves))
 
 
 def division(alias_map: AliasMap, lent: frozenset[int]) -> list[Part | None]:

@@ -20,22 +20,22 @@ from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
-from sortal.policy.rule import written
+from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,
+    all_answers,
     alone,
     by_kind,
     given_for_objects,
     is_answer,
-    said,
 )
 from sortal.transforms._adapter.tracing import (
-    Effects,
     Result,
     is_flat_module,
     run,
@@ -126,17 +126,16 @@ def vmap(
         spread = Spread(bound, prefixes, dict.fromkeys(kwargs, 0), "axis")
         check_ranks(spread)
         call = _Vmapped(fn, spread, out_axes)
+        call.names = transform_metadata
         mapped = jax.vmap(
             call,
             in_axes=(spread.args, spread.kwargs),
-            out_axes=(call.out_prefix, list(call.lanes)),
+            out_axes=call.out_prefix,
             axis_name=axis_name,
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )
-        result = call.result(*mapped(bound.args, bound.kwargs))
-        result.effects = named(result.effects, call.new, transform_metadata)
-        return write_back(bound, result)
+        return write_back(bound, unsorted(*mapped(bound.args, bound.kwargs)))
 
     return wrapper
 
@@ -217,10 +216,10 @@ def shard_map(
             call,
             mesh=mesh,
             in_specs=(spread.args, {}),
-            out_specs=(call.out_prefix, list(call.lanes)),
+            out_specs=call.out_prefix,
             **options,
         )
-        return write_back(bound, call.result(*mapped(bound.args, {})))
+        return write_back(bound, unsorted(*mapped(bound.args, {})))
 
     return wrapper
 
@@ -315,33 +314,70 @@ class _Fault(NamedTuple):
     remedy: str
 
 
+class _Refused:
+    """The leaves that one call refuses."""
+
+    def __init__(self, title: str):
+        self._rows: dict[_Fault, list[str]] = {}
+        self._rounded = _Fault(
+            f"{title}: replicas wrote integers that differ and are to be reduced "
+            "by reduce='mean'; a mean of integers would be rounded:",
+            "Declare reduce='sum', 'max', 'min' or a function.",
+        )
+
+    def note(self, what: _Fault, row: str) -> None:
+        """Adds a leaf."""
+        rows = self._rows.setdefault(what, [])
+        # A raw array that was written while the structure changed comes twice.
+        if row not in rows:
+            rows.append(row)
+
+    def has_mean(self, leaf: _Leaf) -> bool:
+        """Adds a leaf of integers, which have no mean; whether it has one."""
+        bad = [
+            x
+            for x in jax.tree.leaves(leaf.value)
+            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        ]
+        for x in bad:
+            self.note(self._rounded, f"{leaf.name}: {describe(x)}")
+        return not bad
+
+    def check(self) -> None:
+        """Raises an AxisError that lists all leaves, if there are any."""
+        if self._rows:
+            raise AxisError(
+                "\n".join(
+                    f"{found}\n{listing(rows)}\n{remedy}"
+                    for (found, remedy), rows in self._rows.items()
+                )
+            )
+
+
 class _Call:
-    """A function on its way through a map: what leaves it is sorted by answer.
+    """A function on its way through a map: what leaves it is sorted by answer."""
 
-    JAX must know the answers of all outputs before the function has run, but which
-    leaves are written is known only afterwards. So there is one list of outputs, a
-    lane, for each answer, and each written value goes into the lane of its leaf.
-    """
-
-    name = title = due = ""
+    name = title = expected = ""
     always: tuple[Any, ...] = ()
+    names: Mapping[str, Any] = NOTHING
 
     def __init__(self, fn: Callable[..., Any], spread: Spread, out_given: Any):
         self.fn, self.spread, self.out_given = fn, spread, out_given
         # JAX's messages call this what the user calls the function.
         self.__name__ = self.__qualname__ = getattr(fn, "__qualname__", repr(fn))
-        self.out_prefix = jtu.tree_map(
-            lambda x: self.always[0] if by_kind(x) else spread.read(x),
-            out_given,
-            is_leaf=is_answer,
-        )
         self._check_answers()
         found = [*self.always, *(a for root in spread.roots for a in root)]
         found += self._declared(out_given)
         for given in spread.given:
             found += self._declared(given)
         # A Policy may have rows for leaves that are not here, meant for a loop.
-        self.lanes = tuple(dict.fromkeys(filter(self.fits, found)))
+        self.lanes = Lanes(filter(self.fits, found))
+        plain = jtu.tree_map(
+            lambda x: self.always[0] if by_kind(x) else spread.read(x),
+            out_given,
+            is_leaf=is_answer,
+        )
+        self.out_prefix = (plain, list(self.lanes.answers), self.always[0])
 
     def fits(self, answer: Any) -> bool:
         """Whether JAX would take the answer."""
@@ -351,43 +387,32 @@ class _Call:
         spread = self.spread
         plain = jtu.tree_leaves((spread.args, spread.kwargs), is_leaf=is_flat_module)
         bad = [
-            f"{plan.graphdef.schema.describe(j)}: {written(self.name, answer)}"
+            f"{plan.graphdef.schema.describe(j)}: {format_answer(self.name, answer)}"
             for plan, root in zip(spread.bound.plans, spread.roots, strict=True)
             for j, answer in enumerate(root)
             if not self.fits(answer)
         ]
         bad += [
-            f"an array or State: {written(self.name, x)}"
+            f"an array or State: {format_answer(self.name, x)}"
             for x in plain
             if not is_flat_module(x) and not self.fits(x)
         ]
         if bad:
-            raise AxisError(f"{self.title}: {self.due}; found:\n{listing(bad)}")
+            raise AxisError(f"{self.title}: {self.expected}; found:\n{listing(bad)}")
 
     def _declared(self, given: Any) -> list[Any]:
-        return list(map(self.spread.read, said(given, self.name)))
+        return list(map(self.spread.read, all_answers(given, self.name)))
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         result = run(self.fn, args, kwargs)
-        self.effects: Effects = result.effects
-        self.routes: list[tuple[int, int, Any]] = []
-        self.lists: list[list[Any]] = [[] for _ in self.lanes]
-        self.problems: dict[_Fault, list[str]] = {}
+        refused = _Refused(self.title)
         fresh = list(self._fresh(result))
-        self.new = [leaf.answer for leaf in fresh]
-        for leaf in [*self._written(result), *fresh]:
-            answer, post, value = self.settle(leaf)
-            lane = self.lanes.index(answer)
-            self.routes.append((lane, len(self.lists[lane]), post))
-            self.lists[lane].append(value)
-        if self.problems:
-            raise AxisError(
-                "\n".join(
-                    f"{found}\n{listing(rows)}\n{remedy}"
-                    for (found, remedy), rows in self.problems.items()
-                )
-            )
-        return result.out, self.lists
+        leaves = [*self._written(result), *fresh]
+        sent = [self.send(leaf, refused) for leaf in leaves]
+        refused.check()
+        new = [leaf.answer for leaf in fresh]
+        result.effects = named(result.effects, new, self.names)
+        return self.lanes.sort(result, sent)
 
     def _written(self, result: Result) -> Iterator[_Leaf]:
         spread = self.spread
@@ -405,45 +430,9 @@ class _Call:
         for (one, given, answer), value in zip(new, result.fresh, strict=True):
             yield _Leaf(value, answer, one, alone(one, value), given)
 
-    def problem(self, what: _Fault, row: str) -> None:
-        """Notes a leaf that is refused."""
-        rows = self.problems.setdefault(what, [])
-        # A raw array that was written while the structure changed comes twice.
-        if row not in rows:
-            rows.append(row)
-
-    def check_mean(self, leaf: _Leaf) -> bool:
-        """Notes integers that would be averaged; whether there are none."""
-        bad = [
-            x
-            for x in jax.tree.leaves(leaf.value)
-            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        ]
-        for x in bad:
-            self.problem(self.rounded, f"{leaf.name}: {describe(x)}")
-        return not bad
-
-    @property
-    def rounded(self) -> _Fault:
-        """What is said of integers that would be averaged."""
-        return _Fault(
-            f"{self.title}: replicas wrote integers that differ and are to be reduced "
-            "by reduce='mean'; a mean of integers would be rounded:",
-            "Declare reduce='sum', 'max', 'min' or a function.",
-        )
-
-    def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
-        """The lane for a value, what to do with it outside, and what to send."""
+    def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
+        """How a value leaves; what cannot is noted."""
         raise NotImplementedError
-
-    def result(self, out: Any, lists: list[list[Any]]) -> Result:
-        """What the call did, with the values back in their order."""
-        values = []
-        for lane, at, post in self.routes:
-            value = lists[lane][at]
-            values.append(value if post is None else jax.tree.map(post, value))
-        n = len(self.effects.written)
-        return Result(out, values[:n], values[n:], self.effects)
 
 
 _ALIKE = (None, "mean", "max", "min")
@@ -452,33 +441,33 @@ _ALIKE = (None, "mean", "max", "min")
 
 class _Vmapped(_Call):
     name, title = "axis", "vmap"
-    due = "an axis is an int or None"
+    expected = "an axis is an int or None"
     always = (None, 0)
 
     def fits(self, answer: Any) -> bool:
         return answer is None or type(answer) is int
 
-    def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
+    def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, axis = leaf.value, leaf.answer
         if not self.fits(axis):
-            self.problem(_NO_AXIS, f"{leaf.name}: {axis!r}")
-            return 0, None, value
+            refused.note(_NO_AXIS, f"{leaf.name}: {axis!r}")
+            return Sent(0, value)
         if axis is not None:
             for x in _without(axis, value, 1):
                 row = f"{leaf.name}: {describe(x)} has no axis {axis} once stacked"
-                self.problem(_CANNOT_STACK, row)
-            if axis in self.lanes:
-                return axis, None, value
-            return 0, functools.partial(_move, axis), value
+                refused.note(_CANNOT_STACK, row)
+            if axis in self.lanes.answers:
+                return Sent(axis, value)
+            return Sent(0, value, functools.partial(_move, axis))
         how = leaf.how
         differs = any(map(differs_in_vmap, jax.tree.leaves(value)))
         if not differs and how in _ALIKE:
-            return None, None, value
+            return Sent(None, value)
         if how is None:
-            self.problem(_NOT_SHARED, f"{leaf.name}: {describe(value)}")
-        elif how != "mean" or self.check_mean(leaf):
-            return 0, functools.partial(_reduced, how), value
-        return 0, None, value
+            refused.note(_NOT_SHARED, f"{leaf.name}: {describe(value)}")
+        elif how != "mean" or refused.has_mean(leaf):
+            return Sent(0, value, functools.partial(_reduced, how))
+        return Sent(0, value)
 
 
 _NOT_SHARED = _Fault(
@@ -510,7 +499,7 @@ def _reduced(how: Any, stacked: Any) -> Any:
 
 class _Sharded(_Call):
     name, title = "spec", "shard_map"
-    due = "a spec is a PartitionSpec, a Sharding or None"
+    expected = "a spec is a PartitionSpec, a Sharding or None"
     checked = True
     always = (PartitionSpec(),)
 
@@ -522,14 +511,16 @@ class _Sharded(_Call):
     def fits(self, answer: Any) -> bool:
         return isinstance(answer, PartitionSpec)
 
-    def settle(self, leaf: _Leaf) -> tuple[Any, Any, Any]:
+    def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, spec = leaf.value, leaf.answer
-        if spec not in self.lanes:
-            self.problem(_NO_LANE, f"{leaf.name}: {written('spec', spec)}")
-            return self.lanes[0], None, value
+        if spec not in self.lanes.answers:
+            refused.note(_NO_LANE, f"{leaf.name}: {format_answer('spec', spec)}")
+            return Sent(self.lanes.answers[0], value)
         if any(np.ndim(x) < len(spec) for x in jax.tree.leaves(value)):
-            row = f"{leaf.name} of spec {written('spec', spec)}: {describe(value)}"
-            self.problem(_TOO_SHORT, row)
+            row = (
+                f"{leaf.name} of spec {format_answer('spec', spec)}: {describe(value)}"
+            )
+            refused.note(_TOO_SHORT, row)
         how = leaf.how
         differing = {a for x in jax.tree.leaves(value) for a in varying_axes(x)}
         hidden = _manual_axes() - self.outer - _mentioned(spec)
@@ -537,15 +528,15 @@ class _Sharded(_Call):
         if self.checked and how in _ALIKE:
             hidden = hidden & differing
         if how is None and axes:
-            self.problem(
+            refused.note(
                 _NOT_SHARED_BY_DEVICES,
-                f"{leaf.name} of spec {written('spec', spec)}: {describe(value)} "
+                f"{leaf.name} of spec {format_answer('spec', spec)}: {describe(value)} "
                 f"differs along {axes}",
             )
-        elif how is not None and hidden and (how != "mean" or self.check_mean(leaf)):
+        elif how is not None and hidden and (how != "mean" or refused.has_mean(leaf)):
             collect = functools.partial(_collect, how, tuple(sorted(hidden)))
             value = jax.tree.map(collect, value)
-        return spec, None, value
+        return Sent(spec, value)
 
 
 _NOT_SHARED_BY_DEVICES = _Fault(

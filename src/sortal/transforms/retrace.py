@@ -43,15 +43,15 @@ class Compile(NamedTuple):
     """What one trace depended on, without any array.
 
     ``roots`` names the Modules and Variables among the arguments; ``leaves``, by number
-    in the joint GraphDef, ``arrays``, ``trees`` and ``statics``, by name, are texts,
-    tree definitions and hashes, so that nothing the caller owns is kept alive.
-    ``named`` are the arguments that were passed by name.
+    in the joint GraphDef, ``arrays``, ``trees`` and ``statics``, by name, are abstract
+    values, tree definitions, texts and hashes, so that nothing the caller owns is kept
+    alive. ``named`` are the arguments that were passed by name.
     """
 
     graphdef: GraphDef | None
     roots: tuple[str, ...]
-    leaves: tuple[str, ...]
-    arrays: dict[str, str]
+    leaves: tuple[Any, ...]
+    arrays: dict[str, Any]
     trees: dict[str, Any]
     statics: dict[str, tuple[str, Any]]
     named: frozenset[str]
@@ -223,7 +223,7 @@ def _describe(
     arguments: Sequence[tuple[str, bool, Any]], named: Collection[str]
 ) -> Compile:
     flat_modules: dict[int, tuple[str, FlatModule]] = {}
-    arrays: dict[str, str] = {}
+    arrays: dict[str, Any] = {}
     trees: dict[str, Any] = {}
     statics: dict[str, tuple[str, Any]] = {}
     for name, static, x in arguments:
@@ -261,16 +261,19 @@ def _is_told(x: Any) -> bool:
     return _stops(x) or is_variable(x)  # one that a State holds
 
 
-def _aval(value: Any) -> str:
-    """Shape and dtype as JAX tells them apart; of a small pytree those of each leaf."""
-    leaves = [value] if value is None else jtu.tree_leaves(value)
-    return ", ".join(map(_one_aval, leaves))
+def _aval(value: Any) -> tuple[Any, ...]:
+    """What JAX tells a value by, with nothing of it; of a small pytree each leaf's."""
+    # Put into words only when somebody asks: no trace need wait for that.
+    return (None,) if value is None else tuple(map(jax.typeof, jtu.tree_leaves(value)))
 
 
-def _one_aval(value: Any) -> str:
-    if value is None:
+def _text(avals: tuple[Any, ...]) -> str:
+    return ", ".join(map(_one_text, avals))
+
+
+def _one_text(aval: Any) -> str:
+    if aval is None:
         return "None"
-    aval = jax.typeof(value)
     text = describe(aval)
     if any(axis is not None for axis in getattr(aval.sharding, "spec", ())):
         text += f" over {tuple(aval.sharding.spec)}"
@@ -292,7 +295,8 @@ def _reasons(old: Compile, new: Compile) -> list[str]:
         for name, a, b in _changes(old.statics, new.statics, (_ABSENT, None))
     ]
     rows += list(_structure(old, new))
-    arrays = list(_changes(old.arrays, new.arrays, _ABSENT))
+    texts = [{k: _text(x) for k, x in seen.arrays.items()} for seen in (old, new)]
+    arrays = list(_changes(*texts, _ABSENT))
     rows += [f"{name}: {a} -> {b}" for name, a, b in arrays]
     for name in [name for name in old.trees if name in new.trees]:
         a, b = old.trees[name], new.trees[name]
@@ -356,7 +360,7 @@ def _leaves(seen: Compile) -> dict[str, tuple[str, str]]:
         return {}
     schema = seen.graphdef.schema
     names = [_at(path, seen.roots) for path in schema.paths]
-    rows = zip(map(kind_name, schema.kinds), seen.leaves, strict=True)
+    rows = zip(map(kind_name, schema.kinds), map(_text, seen.leaves), strict=True)
     return dict(zip(names, rows, strict=True))
 
 

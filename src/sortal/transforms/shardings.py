@@ -10,16 +10,17 @@ import jax.tree_util as jtu
 
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
+from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
+    all_answers,
     alone,
     by_kind,
-    column,
     for_plain,
     given_for_objects,
     is_answer,
     is_structural,
+    leaf_answers,
     new_leaves,
-    said,
 )
 from sortal.transforms._adapter.tracing import FlatModule, Result, is_flat_module
 
@@ -55,7 +56,7 @@ class Sharded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         packed = self._packed(args, kwargs)
-        return packed.unpack(packed.jit(*args, **kwargs))
+        return unsorted(*packed.jit(*args, **kwargs))
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of what ``jax.jit`` returns."""
@@ -122,7 +123,7 @@ class _Answers:
             [whole.kinds[k] for k in definition.leaves],
             [whole.metadata[k] for k in definition.leaves],
         )
-        found = column(given, "spec", schema, lambda: flat_module.values)
+        found = leaf_answers(given, "spec", schema, lambda: flat_module.values)
         self.given[definition.number] = given
         self.of_leaf.update(zip(definition.leaves, found, strict=True))
         return FlatModule(list(found), definition)
@@ -140,56 +141,30 @@ class _Packed:
     ):
         self._traced, self._answers, self._out = traced, answers, out
         given = [out, *answers.given.values()]
-        every = [None, *answers.of_leaf.values(), *said(given, "spec")]
-        self._lanes = tuple(dict.fromkeys(every))
+        every = [None, *answers.of_leaf.values(), *all_answers(given, "spec")]
+        self._lanes = Lanes(every)
         plain = jtu.tree_map(
             lambda x: None if by_kind(x) else x, out, is_leaf=is_answer
         )
-        self.jit = jax.jit(
-            self._pack, out_shardings=(plain, list(self._lanes), None), **options
-        )
+        shardings = (plain, list(self._lanes.answers), None)
+        self.jit = jax.jit(self._sorted, out_shardings=shardings, **options)
 
-    def _pack(self, *args: Any, **kwargs: Any) -> Any:
+    def _sorted(self, *args: Any, **kwargs: Any) -> Any:
         result = self._traced(*args, **kwargs)
         answers = [self._answers.of_leaf.get(k) for k in result.effects.written]
         answers += self._of_new(result)
-        lists: list[list[Any]] = [[] for _ in self._lanes]
-        routes = []
-        for answer, value in zip(answers, [*result.values, *result.fresh], strict=True):
-            lane = self._lanes.index(answer)
-            routes.append((lane, len(lists[lane])))
-            lists[lane].append(value)
-        return result.out, lists, _Routes((result.effects, tuple(routes)))
+        values = [*result.values, *result.fresh]
+        return self._lanes.sort(result, map(Sent, answers, values))
 
     def _of_new(self, result: Result) -> list[Any]:
         outs = given_for_objects(self._out, result.out)
         roots = self._answers.given
         return [
             # One sharding for a whole root speaks of the leaves that were there.
-            column(given, "spec", one, alone(one, value))[0] if by_kind(given) else None
+            leaf_answers(given, "spec", one, alone(one, value))[0]
+            if by_kind(given)
+            else None
             for one, given, value in new_leaves(
                 result.effects, roots, outs, result.fresh
             )
         ]
-
-    def unpack(self, packed: Any) -> Result:
-        """The Result, with the values in their order again."""
-        out, lists, routes = packed
-        effects, places = routes.static
-        values = [lists[lane][at] for lane, at in places]
-        n = len(effects.written)
-        return Result(out, values[:n], values[n:], effects)
-
-
-class _Routes:
-    """What a trace found out, as an output without leaves."""
-
-    __slots__ = ("static",)
-
-    def __init__(self, static: Any):
-        self.static = static
-
-
-jtu.register_pytree_node(
-    _Routes, lambda r: ((), r.static), lambda static, _: _Routes(static)
-)

@@ -14,7 +14,7 @@ from sortal._engine.variable import describe, make
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing
 from sortal.filters import Filter, to_filter
 from sortal.policy.policy import Policy, answers
-from sortal.policy.rule import written
+from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import BoundArguments, identity
 from sortal.transforms._adapter.tracing import Effects, FlatModule, Ref, is_flat_module
 
@@ -57,8 +57,8 @@ class ByKind:
         """Pairs of filter and answer, in order."""
         return zip(self.filters, self.answers, strict=True)
 
-    def said(self, name: str) -> list[Any]:
-        """All answers there are, as ``Policy.said``."""
+    def all_answers(self, name: str) -> list[Any]:
+        """All answers there are, as ``Policy.all_answers``."""
         return list(self.answers)
 
     def __eq__(self, other: object) -> bool:
@@ -143,7 +143,7 @@ def is_structural(given: Any) -> bool:
     return not by_kind(given) or all(f.structural for f in given.filters)
 
 
-def said(tree: Any, name: str) -> list[Any]:
+def all_answers(tree: Any, name: str) -> list[Any]:
     """All answers that a tree of answers may give.
 
     Args:
@@ -156,11 +156,13 @@ def said(tree: Any, name: str) -> list[Any]:
     return [
         answer
         for x in jtu.tree_leaves(tree, is_leaf=is_answer)
-        for answer in (x.said(name) if by_kind(x) else [x])
+        for answer in (x.all_answers(name) if by_kind(x) else [x])
     ]
 
 
-def column(given: Any, name: str, schema: Schema, view: Callable[[], Any]) -> list[Any]:
+def leaf_answers(
+    given: Any, name: str, schema: Schema, view: Callable[[], Any]
+) -> list[Any]:
     """One answer for each leaf.
 
     Args:
@@ -278,7 +280,7 @@ class Spread:
     def _root(self, given: Any, flat_module: FlatModule) -> FlatModule:
         i = self._at[id(flat_module)]
         plan = self.bound.plans[i]
-        found = column(given, self.name, plan.graphdef.schema, plan.view)
+        found = leaf_answers(given, self.name, plan.graphdef.schema, plan.view)
         found = list(map(self.read, found))
         self.given[i], self.roots[i] = given, found
         pick = self.bound.alias_map.picks[i]
@@ -304,7 +306,11 @@ class Spread:
           For each a Schema of it alone, what was given for it, and its answer.
         """
         return [
-            (one, given, self.read(column(given, self.name, one, alone(one, value))[0]))
+            (
+                one,
+                given,
+                self.read(leaf_answers(given, self.name, one, alone(one, value))[0]),
+            )
             for one, given, value in new_leaves(effects, self.given, outs, fresh)
         ]
 
@@ -318,7 +324,7 @@ class Spread:
                 where, answer = plan.graphdef.schema.describe(j), self.roots[i][j]
                 other = first.setdefault(identity(leaf), (where, answer))
                 if other[1] != answer:
-                    was, now = (written(self.name, a) for a in (other[1], answer))
+                    was, now = (format_answer(self.name, a) for a in (other[1], answer))
                     bad.append(f"{other[0]}: {was}, and {where}: {now}")
         if bad:
             raise AxisError(
@@ -384,7 +390,7 @@ def for_plain(given: Any, name: str, x: Any) -> Any:
     if not by_kind(given) or x is None:
         return None if x is None and by_kind(given) else given
     if isinstance(x, State):
-        return snapshot(x.schema, list(column(given, name, x.schema, x.leaves)))
+        return snapshot(x.schema, list(leaf_answers(given, name, x.schema, x.leaves)))
     raise AxisError(
         f"{given!r} says what to do by kind, but stands for {describe(x)}, which is no "
         "Module, Variable or State. Give a plain value there."
