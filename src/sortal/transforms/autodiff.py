@@ -23,12 +23,8 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
-from sortal.transforms._adapter.tracing import (
-    Result,
-    find_flat_modules,
-    is_flat_module,
-    run,
-)
+from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.tracing import find_flat_modules, is_flat_module, run
 
 _NO_FUNCTION: Any = object()
 

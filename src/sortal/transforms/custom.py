@@ -18,10 +18,9 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
 from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
+from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.tracing import (
     Copies,
-    Effects,
-    Result,
     find_flat_modules,
     replace_flat_modules,
     replace_roots,

@@ -27,12 +27,8 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
-from sortal.transforms._adapter.tracing import (
-    Ref,
-    Result,
-    replace_roots,
-    run,
-)
+from sortal.transforms._adapter.effects import Ref, Result
+from sortal.transforms._adapter.tracing import replace_roots, run
 from sortal.transforms.autodiff import (
     Chosen,
     DiffState,

@@ -26,6 +26,7 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,
@@ -35,11 +36,7 @@ from sortal.transforms._adapter.prefixes import (
     given_for_objects,
     is_answer,
 )
-from sortal.transforms._adapter.tracing import (
-    Result,
-    is_flat_module,
-    run,
-)
+from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
 
 _NO_FUNCTION: Any = object()

@@ -296,7 +296,7 @@ def _reasons(old: Compile, new: Compile) -> list[str]:
     ]
     rows += list(_structure(old, new))
     texts = [{k: _text(x) for k, x in seen.arrays.items()} for seen in (old, new)]
-    arrays = list(_changes(*texts, _ABSENT))
+    arrays = list(_changes(texts[0], texts[1], _ABSENT))
     rows += [f"{name}: {a} -> {b}" for name, a, b in arrays]
     for name in [name for name in old.trees if name in new.trees]:
         a, b = old.trees[name], new.trees[name]

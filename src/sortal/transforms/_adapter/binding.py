@@ -25,19 +25,17 @@ from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
+from sortal.transforms._adapter.effects import Edits, Result, resolve
 from sortal.transforms._adapter.tracing import (
     PASS,
     ROOT,
-    Edits,
     FlatModule,
     FlatModuleDef,
-    Result,
     flat_module_def,
     has_roots,
     mode_of,
     modes,
     replace_roots,
-    resolve,
 )
 
 
