@@ -454,7 +454,7 @@ def bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:
 def leaves(nnx: Any, state: Any) -> dict[Any, Any]:
     """Path -> bits, for every leaf of a state."""
     found: dict[Any, Any] = {}
-    for path, leaf in nnx.to_flat_state(state):
+    for path, leaf in state.flat_state():
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         found[path] = [bits(x) for x in jax.tree.leaves(value)]
     return found

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sortal
-from sortal import nnx
 from models import (
     KINDS,
     Count,
@@ -396,6 +395,18 @@ def test_update_writes_raw_arrays_in_dataclasses_and_values_that_are_trees() -> 
         sortal.update(m, {"pair": (jnp.ones(1), 1.0)})
     with untouched(m), pytest.raises(UpdateError, match="wrong shape: pair"):
         sortal.update(m, {"pair": (jnp.ones(2), 1)})
+
+
+def test_update_writes_raw_arrays_in_a_state_that_a_module_holds() -> None:
+    held = sortal.State({"a": {"x": jnp.zeros(2)}, "w": Param(jnp.zeros(1))})
+    model = Holder(s=held, k=Param(jnp.zeros(1)))
+    weight = held["w"]
+    sortal.update(model, jax.tree.map(lambda x: x + 1, sortal.state(model)))
+    assert model.s is held
+    assert held["w"] is weight
+    assert (held["a"]["x"][0], weight[0], model.k[0]) == (1, 1, 1)
+    sortal.update(model, {"s": {"a": {"x": jnp.full(2, 5.0)}}})
+    assert (held["a"]["x"][0], weight[0]) == (5, 1)
 
 
 def test_pop_takes_leaves_out_of_a_state_that_a_module_holds() -> None:

@@ -49,7 +49,6 @@ ORDER = (
     "sortal._engine.walk",
     "sortal._engine.plan",
     "sortal._engine.nested",
-    "sortal._engine.storage",
     "sortal._engine.state",
     "sortal._engine",
     "sortal.functional",

@@ -84,7 +84,7 @@ def train(nnx: Any, dtype: Any) -> tuple[list[float], dict[str, np.ndarray]]:
 @PEERS
 def test_training_equals_flax_nnx_bit_for_bit(name):
     """Losses of every step and every leaf at the end equal those of Flax NNX."""
-    losses, final = train(sortal, jnp.dtype(name))
+    losses, final = train(nnx, jnp.dtype(name))
     flax_losses, flax_final = train(flax_nnx, jnp.dtype(name))
     assert losses == flax_losses
     assert final.keys() == flax_final.keys()
@@ -95,7 +95,7 @@ def test_training_equals_flax_nnx_bit_for_bit(name):
 
 def test_training_equals_plain_jax_bit_for_bit():
     """The same network as functions of dicts, written by hand, gives equal losses."""
-    model = build(sortal, jnp.float32)
+    model = build(nnx, jnp.float32)
     params = {
         path: leaf.value
         for path, leaf in nnx.to_flat_state(sortal.state(model, sortal.Param))
@@ -145,4 +145,4 @@ def test_training_equals_plain_jax_bit_for_bit():
         at = jax.random.fold_in(key, i)
         value, params, stats, opt_state = step(params, stats, opt_state, at, x, y)
         losses.append(float(value))
-    assert train(sortal, jnp.float32)[0] == losses
+    assert train(nnx, jnp.float32)[0] == losses

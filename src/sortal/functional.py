@@ -54,8 +54,9 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     if _unknown:
         refuse_unknown("state", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
-    states = _snapshots(found, leaves)
-    return states[0] if len(states) == 1 else tuple(states)
+    if len(leaves) == 1:
+        return snapshot(found.parts[0][0], leaves[0].snapshot())
+    return tuple(_snapshots(found, leaves))
 
 
 _ALL = (...,)
@@ -130,14 +131,12 @@ class _Match(NamedTuple):
     problems: list[str]
 
 
-def _match(graphdef: GraphDef, given: list[State]) -> _Match:
-    schemas = tuple(state.schema for state in given)
-    return graphdef.memo(
-        ("match", schemas), lambda: _match_schemas(graphdef.schema, schemas)
-    )
+def _match(graphdef: GraphDef, states: list[State]) -> _Match:
+    given = tuple(state.schema for state in states)
+    return graphdef.memo(("match", given), lambda: _matched(graphdef.schema, given))
 
 
-def _match_schemas(schema: Schema, given: tuple[Schema, ...]) -> _Match:
+def _matched(schema: Schema, given: tuple[Schema, ...]) -> _Match:
     places = [-1] * len(schema)
     metadata = list(schema.metadata)
     problems = []

@@ -545,6 +545,8 @@ def test_state_hidden_in_a_callable_object_is_refused_too():
         sortal.state(Box(layer=Plain()))
     with pytest.raises(StructureError, match=r"layer: a Plain .* inner \(Param\)"):
         sortal.jit(lambda m, x: m.layer(x))(Box(layer=Plain()), 1.0)
+    with pytest.raises(StructureError, match=r"layers.0: a Plain .* inner \(Param\)"):
+        sortal.state(Box(layers=(Plain(), 1)))
 
 
 def test_a_mark_set_or_ended_inside_a_trace_is_there_afterwards():

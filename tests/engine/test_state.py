@@ -938,6 +938,18 @@ def test_a_view_in_a_model_is_copied_as_a_state_of_its_own():
     assert copied.held[1].mean.value.tolist() == [5]
 
 
+def test_what_is_written_into_a_view_that_a_model_holds_is_written_into_its_state():
+    state = State({"part": {"x": jnp.zeros(2), "w": Param(jnp.zeros(1))}})
+    model = Box(held=state["part"])
+    sortal.update(model, jax.tree.map(lambda x: x + 1, sortal.state(model)))
+    sortal.jit(lambda m: m.held.update(x=m.held["x"] + 1, new=Param(m.held["x"])))(
+        model
+    )
+    assert state["part"]["x"].tolist() == [2, 2]
+    assert state["part"]["w"].value.tolist() == [1]
+    assert state["part"]["new"].value.tolist() == [1, 1]
+
+
 def test_a_snapshot_keeps_the_given_list():
     state = small()
     made = snapshot(state.schema, state.values_list())

@@ -718,3 +718,15 @@ def test_a_flax_root_with_references_back_to_it_is_freed(tie):
     gone = [used() for _ in range(3)]
     gc.collect()
     assert [x() is None for x in gone] == [True] * 3
+
+
+def test_a_flax_root_tied_to_itself_after_its_last_use_is_freed():
+    def used():
+        model = FlaxPair()
+        sortal.state(model)
+        model.child.up = nnx.data([model])
+        return weakref.ref(model)
+
+    gone = used()
+    gc.collect()
+    assert gone() is None

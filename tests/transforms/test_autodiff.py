@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import sortal
 from models import Count, Holder, Linear, Net, has_tracer, objects, portrait, untouched
-from sortal import BatchStat, DiffState, Param
+from sortal import BatchStat, DiffState, Param, nnx
 from sortal.errors import ArgumentError, FilterError, GradientError, TraceError
 
 X = jnp.arange(6.0).reshape(2, 3) / 6
@@ -96,7 +96,7 @@ def test_the_gradients_of_flax_are_the_same() -> None:
         leaves = [np.asarray(g[...]) for _, g in nnx.to_flat_state(grads)]
         return [np.asarray(value), *leaves, np.asarray(model.s[...])]
 
-    for mine, theirs in zip(run(sortal), run(flax_nnx), strict=True):
+    for mine, theirs in zip(run(nnx), run(flax_nnx), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 

@@ -19,6 +19,8 @@ Kind = type | None
 class VariableHandler:
     """How the Variables of one library are read, written and built."""
 
+    fixed = notes_edits = False
+
     def values(self, variables: Sequence[Any]) -> list[Any]:
         """The bare values of several Variables."""
         raise NotImplementedError
@@ -30,6 +32,10 @@ class VariableHandler:
     def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
         """The live metadata of several Variables; not to be changed."""
         raise NotImplementedError
+
+    def contents(self, variables: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
+        """What must stay equal, and what identical, as in ``nodes.Handler``."""
+        return self.entries(variables), ()
 
     def set_metadata(self, variable: Any, metadata: dict[str, Any]) -> None:
         """Replaces the metadata."""

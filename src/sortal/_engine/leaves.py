@@ -161,7 +161,7 @@ def identity(leaf: Any) -> Any:
 class Leaves(list[Any]):
     """Live leaves, Variables and Slots, that are read and written all at once."""
 
-    __slots__ = ("_cells", "_foreign", "_trace", "ours_only", "slotted")
+    __slots__ = ("_cells", "_foreign", "_trace", "slotted")
 
     def __init__(self, leaves: Iterable[Any]):
         super().__init__(leaves)
@@ -169,7 +169,6 @@ class Leaves(list[Any]):
         self.slotted = Slot in types
         ours = not types & {Slot, Foreign}
         self._cells = [x._cell for x in self] if ours else None
-        self.ours_only = ours
         # Those of one other library can be read at once as well.
         self._foreign: Callable[[], list[Any]] | None = None
         if types == {Foreign} and len({x.handler for x in self}) == 1:

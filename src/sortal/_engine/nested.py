@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 
 from sortal._engine import paths
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import Path, PathKey, show
+from sortal._engine.schema import Schema
 from sortal.errors import PathError, listing
 
 
@@ -89,58 +91,21 @@ def ordered(items: Iterable[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
     """
     found = sorted(items, key=lambda item: tuple(map(paths.order, item[0])))
     known = Counter(path for path, _ in found)
-    _refuse(
-        "a path of a State can have one leaf only; given twice",
-        [path for path, count in known.items() if count > 1],
-    )
-    _refuse(
-        "a path of a State cannot run through a leaf; found",
-        [p for p in known if any(p[:n] in known for n in range(1, len(p)))],
-    )
-    return found
-
-
-def _refuse(what: str, at: list[Path]) -> None:
-    if at:
-        raise PathError(f"{what}:\n{listing(map(show, sorted(at, key=show)))}")
-
-
-def locate_all(
-    known: Sequence[Path],
-    given: Iterable[tuple[Path, Any]],
-    where: Callable[[Path], Any],
-) -> list[tuple[int, Any]]:
-    """Finds paths whose integers may have become strings, as file formats make them.
-
-    Args:
-      known: the paths to be found.
-      given: pairs of path and anything.
-      where: the position of a path in ``known``, or None.
-
-    Returns:
-      Pairs of a position in ``known`` and that thing.
-
-    Raises:
-      PathError: some of the paths are not known; all are listed.
-    """
-    by_text = {tuple(map(str, path)): i for i, path in enumerate(known)}
-    found, unknown = [], []
-    for path, value in given:
-        at = where(path)
-        if at is None:
-            at = by_text.get(tuple(map(str, path)))
-        if at is None:
-            unknown.append(show(path))
-        else:
-            found.append((at, value))
-    if unknown:
+    twice = [path for path, count in known.items() if count > 1]
+    if twice:
         raise PathError(
-            "replace_by_pure_dict was given paths that this State does not have:\n"
-            + listing(unknown)
-            + "\nIt has:\n"
-            + listing(map(show, known))
+            "a path of a State can have one leaf only; given twice:\n" + _rows(twice)
+        )
+    through = [p for p in known if any(p[:n] in known for n in range(1, len(p)))]
+    if through:
+        raise PathError(
+            "a path of a State cannot run through a leaf; found:\n" + _rows(through)
         )
     return found
+
+
+def _rows(bad: list[Path]) -> str:
+    return listing(map(show, sorted(bad, key=show)))
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -161,3 +126,41 @@ def equal(a: Any, b: Any) -> bool:
         and bool(jnp.all(x == y))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+class Layout:
+    """How the leaves of a State lie in the nested dicts that JAX sees.
+
+    Equal for equal outermost keys, since JAX compares the dicts and the Variables in
+    them itself: a State of bare values, such as a mask or labels, is thus a prefix of
+    the State of Variables that it is about.
+    """
+
+    __slots__ = ("entries", "keys", "schema", "tree")
+
+    def __init__(self, schema: Schema):
+        lone = schema.paths == ((),)  # of a lone Variable
+        parts = {None: 0} if lone else nest((path, 0) for path in schema.paths)
+        self.schema, self.keys = schema, tuple(parts)
+        self.entries = [PathKey(()) if lone else DictKey(key) for key in parts]
+        self.tree = jax.tree.structure(tuple(map(_pytree, parts.values())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.keys == other.keys
+
+    def __hash__(self) -> int:
+        return hash(self.keys)
+
+    def __repr__(self) -> str:
+        return ", ".join(map(repr, self.keys))
+
+
+def _pytree(part: Any) -> Any:
+    """Dicts, which JAX sorts by key, where that is the order of paths too."""
+    if not isinstance(part, dict):
+        return part
+    inner = {key: _pytree(x) for key, x in part.items()}
+    try:
+        return inner if sorted(inner) == list(inner) else OrderedDict(inner)
+    except TypeError:  # such as integers among strings
+        return OrderedDict(inner)

@@ -382,9 +382,6 @@ class DataclassHandler(Handler):
     def children(self, obj: Any, keys: Keys) -> list[Any]:
         return [getattr(obj, str(key)) for key in keys]
 
-    def write(self, obj: Any, key: Any, child: Any) -> None:
-        object.__setattr__(obj, key, child)
-
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         for name in set(map(str, self.keys(obj))) - items.keys():
             object.__delattr__(obj, name)
@@ -557,9 +554,22 @@ def is_static_value(obj: Any, handler: Any) -> bool:
         return False
     for child in handler.children(obj, handler.keys(obj)):
         inner = handler_of(child)
-        if inner is LEAF:
+        if inner is LEAF or (inner is STATIC and hidden_state(child)):
             return False
         if inner is not STATIC and not is_static_value(child, inner):
             return False
-    # What cannot be hashed is a node, so that the culprit in it has its own path.
+    # What is refused makes it a node, so that the culprit in it has its own path.
     return is_hashable(obj)
+
+
+def hidden_state(obj: Any) -> str:
+    """Names Variables and nodes directly inside a static object, where JAX is blind."""
+    attributes = getattr(obj, "__dict__", None)
+    if type(attributes) is not dict or isinstance(obj, types.FunctionType):
+        return ""
+    found = [
+        f"{name} ({type(value).__name__})"
+        for name, value in attributes.items()
+        if is_root(value)
+    ]
+    return ", ".join(found)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sortal._engine import nodes as _nodes
-from sortal._engine.foreign import VariableHandler, handler_of_kind
+from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
 from sortal._engine.nodes import (
@@ -30,12 +30,11 @@ from sortal._engine.nodes import (
 )
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
-from sortal._engine.variable import Variable, metadata_of
+from sortal._engine.variable import Variable
 from sortal._engine.walk import Walk
 
 _KEPT = 4
 _uids = itertools.count()
-_is = operator.is_
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type})
 
 
@@ -51,58 +50,40 @@ def _marked(x: Any, root: Any) -> Any:
 
 
 class Record:
-    """What the nodes of one handler held when they were planned; root not kept."""
+    """What the nodes of one handler held when they were planned; root not kept.
 
-    __slots__ = (
-        "_equal",
-        "_handler",
-        "_has_root",
-        "_marks",
-        "_nodes",
-        "_types",
-        "held",
-    )
+    The Variables of another library, which note no edit, are compared likewise.
+    """
 
-    def __init__(self, handler: Handler, nodes: list[Any], root: Any):
-        self._handler = handler
+    __slots__ = ("_equal", "_has_root", "_marks", "_nodes", "_types", "handler", "held")
+
+    def __init__(self, handler: Any, nodes: list[Any], root: Any):
+        self.handler = handler
         self._has_root = nodes[0] is root
         self._nodes = nodes[1:] if self._has_root else nodes
         self._types = list(map(type, nodes))
-        self._equal, now = handler.contents(nodes)
+        equal, now = handler.contents(nodes)
+        self._equal = [dict(x) if type(x) is dict else x for x in equal]
         self.held = [_marked(x, root) for x in now]
         self._marks = [i for i, x in enumerate(self.held) if type(x) is _Mark]
 
+    def nodes(self, root: Any) -> list[Any]:
+        """The nodes, of which the root may be one."""
+        return [root, *self._nodes] if self._has_root else self._nodes
+
     def same(self, root: Any) -> bool:
         """Whether the nodes still have the same class, keys, roles and children."""
-        nodes = [root, *self._nodes] if self._has_root else self._nodes
+        nodes = self.nodes(root)
         if list(map(type, nodes)) != self._types:
             return False
-        equal, now = self._handler.contents(nodes)
+        equal, now = self.handler.contents(nodes)
         if equal != self._equal:
             return False
         if self._marks:
             now = list(now)
             for i in self._marks:
                 now[i] = _marked(now[i], root)
-        return all(map(_is, now, self.held))
-
-
-class _Kinds:
-    """Class and metadata of another library's Variables, which note no edit."""
-
-    __slots__ = ("_handler", "_metadata", "_types", "held")
-
-    def __init__(self, handler: VariableHandler, variables: list[Any]):
-        self._handler, self.held = handler, variables
-        self._types = list(map(type, variables))
-        self._metadata = [metadata_of(x)._items for x in variables]
-
-    def same(self, root: Any) -> bool:
-        """Whether all still have the same class and metadata."""
-        return (
-            list(map(type, self.held)) == self._types
-            and self._handler.entries(self.held) == self._metadata
-        )
+        return all(map(operator.is_, now, self.held))
 
 
 class Plan:
@@ -119,7 +100,6 @@ class Plan:
         "_lengths",
         "_metadata",
         "_noting",
-        "_objects",
         "_parts",
         "_picked",
         "_silent",
@@ -145,27 +125,25 @@ class Plan:
         self._checked = edits.last
         self._variables = [x for x in self.leaves if isinstance(x, Variable)]
         self._metadata = [x._metadata for x in self._variables]
-        self._objects = [x for x in self.nodes if isinstance(x, Node)]
-        objects = self._every_object(root)
-        self._versions = [x._version for x in objects]
-        self._dicts = list(map(get_dict, objects))
-        self._lengths = list(map(len, self._dicts))
-        by_handler: dict[Handler, list[Any]] = {}
+        by_handler: dict[Any, list[Any]] = {}
         for x in (root, *self.nodes[1:]):
             handler = handler_of(x)
             if not handler.fixed:
                 by_handler.setdefault(handler, []).append(x)
-        records = [(h, Record(h, nodes, root)) for h, nodes in by_handler.items()]
-        self._noting = [(h, r) for h, r in records if h.notes_edits]
-        self._silent: list[Any] = [r for h, r in records if not h.notes_edits]
-        theirs: dict[VariableHandler, list[Any]] = {}
         for leaf in self.leaves:
             if type(leaf) is Foreign:
-                theirs.setdefault(leaf.handler, []).append(leaf.held)
-        self._silent += itertools.starmap(_Kinds, theirs.items())
+                by_handler.setdefault(leaf.handler, []).append(leaf.held)
+        records = [Record(h, nodes, root) for h, nodes in by_handler.items()]
+        self._noting = [r for r in records if r.handler.notes_edits]
+        self._silent = [r for r in records if not r.handler.notes_edits]
+        self._versions = self._versions_now(root)
+        objects = (x for x in (root, *self.nodes) if isinstance(x, Node))
+        self._dicts = list(map(get_dict, objects))
+        self._lengths = list(map(len, self._dicts))
 
-    def _every_object(self, root: Any) -> list[Any]:
-        return [root, *self._objects] if isinstance(root, Node) else self._objects
+    def _versions_now(self, root: Any) -> list[int]:
+        counting = [r.nodes(root) for r in self._noting if r.handler.counts_edits]
+        return [x._version for nodes in counting for x in nodes]
 
     def valid(self, root: Any) -> bool:
         """Whether the live objects still have the structure planned.
@@ -178,7 +156,7 @@ class Plan:
             return False
         now = edits.last  # read first: an edit in the meantime must show next time
         if self._checked != now:
-            if not self._same_objects(root):
+            if not self._unedited(root):
                 return False
             self._checked = now
         for record in self._silent:  # noqa: SIM110 - a third faster than all()
@@ -186,22 +164,22 @@ class Plan:
                 return False
         return True
 
-    def _same_objects(self, root: Any) -> bool:
+    def _unedited(self, root: Any) -> bool:
         if [x._metadata for x in self._variables] != self._metadata:
             return False
-        versions = [x._version for x in self._every_object(root)]
-        moved = versions != self._versions
-        for handler, record in self._noting:
+        versions = self._versions_now(root)
+        for record in self._noting:
             # A counter that moved may have done so only there and back: train and eval.
-            if (moved or not handler.counts_edits) and not record.same(root):
+            counted = record.handler.counts_edits and versions == self._versions
+            if not counted and not record.same(root):
                 return False
         self._versions = versions
         return True
 
     def _held(self) -> Iterator[Any]:
-        records = [*(r for _, r in self._noting), *self._silent]
         leaves = (held(x) for x in self.leaves if type(x) is not Slot)
-        return itertools.chain(self.nodes, leaves, *(r.held for r in records))
+        records = (r.held for r in (*self._noting, *self._silent))
+        return itertools.chain(self.nodes, leaves, *records)
 
     def holds(self) -> set[int]:
         """The ids of all that it keeps alive, numbers, strings and classes apart."""
@@ -243,10 +221,6 @@ class Plan:
             found = self._parts[pick] = Leaves(pick(self.leaves))
         return found
 
-    def select(self, literals: tuple[Any, ...]) -> Selection:
-        """Divides the leaves among filters; see ``schema.select``."""
-        return select(self.graphdef.schema, literals, self.view)
-
     def view(self) -> list[Any]:
         """The leaves as filters see them: Variables, and raw arrays by value."""
         return list(map(held, self.leaves))
@@ -257,7 +231,7 @@ class Plan:
             return self._picked[literals]
         except (KeyError, TypeError):
             pass
-        found = self.select(literals)
+        found = select(self.graphdef.schema, literals, self.view)
         leaves = [Leaves(self.leaves[i] for i in part[1]) for part in found.parts]
         # Only kinds and `...` are sure to be decided by structure and to be few.
         if all(x is Ellipsis or _is_kind(x) for x in literals):
@@ -272,7 +246,19 @@ def _is_kind(x: Any) -> bool:
 
 
 _sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}
-"""Plans of other libraries' objects, by id, with a weak reference that clears them."""
+"""Plans of other libraries' objects, by id, with a weak reference that clears them.
+
+They are forgotten at each full garbage collection as well, for an edit made later may
+lead from what a plan keeps alive back to its root.
+"""
+
+
+def _forget_sides(phase: str, info: dict[str, int]) -> None:
+    if phase == "start" and info["generation"] == 2:
+        _sides.clear()
+
+
+gc.callbacks.append(_forget_sides)
 
 
 def _kept_plans(root: Any) -> tuple[Plan, ...]:
@@ -310,6 +296,7 @@ def plan_of(root: Any) -> Plan:
     plan = Plan(walk.graphdef, walk.nodes, walk.leaves)
     plan.watch(root)
     if not isinstance(root, Node) and plan.leads_to(root):
+        _sides.pop(id(root), None)
         return plan
     # An older plan may come back (train and eval); one that alone holds something may
     # not, or that would be kept alive after it has left the model.

@@ -16,16 +16,106 @@ from typing import Any
 
 import jax
 
-from sortal._engine.jax_compat import register_pytree
+from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
-from sortal._engine.nested import empty_node, equal, flatten, locate_all, nest
+from sortal._engine.nested import Layout, empty_node, equal, flatten, nest, ordered
 from sortal._engine.nodes import Handler, register_node
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
-from sortal._engine.statics import edits
-from sortal._engine.storage import Layout, Stored, stored, stored_by_path
-from sortal._engine.variable import describe
+from sortal._engine.statics import EMPTY, Metadata, edits
+from sortal._engine.variable import (
+    Variable,
+    describe,
+    foreign_write,
+    is_variable,
+    make_all,
+    metadata_of,
+    value_of,
+)
 from sortal.errors import ArgumentError, PathAttributeError, PathError, listing
+
+
+class _Stored:
+    """The leaves of a State, flat: bare values until one is read, then Variables."""
+
+    __slots__ = ("_cells", "_checked", "_schema", "_trace")
+
+    def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
+        # The list and what it holds change together, seen from any thread.
+        self._cells = (cells, boxed)
+        self._schema, self._checked, self._trace = schema, -1, current_trace()
+
+    @property
+    def schema(self) -> Schema:
+        """Paths, kinds and metadata, as they are now."""
+        cells, boxed = self._cells
+        if boxed and self._checked != edits.last:
+            now, old = edits.last, self._schema
+            kinds, metadata = _kinds(cells)
+            if kinds != old.kinds or metadata != old.metadata:
+                self._schema = Schema.of(old.paths, kinds, metadata)
+            self._checked = now
+        return self._schema
+
+    def values(self) -> list[Any]:
+        """The bare values, in a new list."""
+        cells, boxed = self._cells
+        if not boxed:
+            return list(cells)
+        return [x._value if isinstance(x, Variable) else value_of(x) for x in cells]
+
+    def leaves(self) -> list[Any]:
+        """The Variables and raw arrays themselves: the list that is kept."""
+        cells, boxed = self._cells
+        if not boxed:
+            kinds, metadata = self._schema.kinds, self._schema.metadata
+            cells = make_all(kinds, cells, metadata, self._trace)
+            self._cells = (cells, True)
+        return cells
+
+    def write(self, owner: Any, new: dict[Path, Any], gone: set[Path]) -> None:
+        """Sets leaves of a State and removes others; bare values keep Variables."""
+        if self._trace is not current_trace():
+            raise foreign_write((owner, p, "in a State") for p in [*new, *gone])
+        schema, leaves = self.schema, self.leaves()
+        added = {p: x for p, x in new.items() if p not in schema.index}
+        if added or gone:
+            items = zip(schema.paths, leaves, strict=True)
+            kept = [(p, x) for p, x in items if p not in gone]
+            fresh = _from_items([*kept, *added.items()])
+            schema, leaves = fresh._schema, fresh.leaves()
+            self._schema, self._cells = schema, (leaves, True)
+        for path in new.keys() - added.keys():
+            at, leaf = schema.index[path], new[path]
+            if is_variable(leaf) or not is_variable(leaves[at]):
+                leaves[at] = leaf
+            else:  # a bare value keeps the Variable
+                leaves[at].set_value(leaf)
+        edits.note()
+
+
+def _kinds(
+    leaves: Sequence[Any],
+) -> tuple[tuple[type | None, ...], tuple[Metadata, ...]]:
+    boxes = [x if is_variable(x) else None for x in leaves]
+    kinds = [None if x is None else type(x) for x in boxes]
+    return tuple(kinds), tuple(EMPTY if x is None else metadata_of(x) for x in boxes)
+
+
+def _from_leaves(paths: Sequence[Path], leaves: list[Any]) -> _Stored:
+    """Leaves with their paths, in order: Variables and raw arrays, kept as they are."""
+    kinds, metadata = _kinds(leaves)
+    return _Stored(Schema.of(paths, kinds, metadata), leaves, any(kinds))
+
+
+def _from_items(items: Iterable[tuple[Path, Any]]) -> _Stored:
+    """Pairs of path and leaf, in any order.
+
+    Raises:
+      PathError: a path is there twice, or runs through a leaf; all are listed.
+    """
+    found = ordered(items)
+    return _from_leaves([path for path, _ in found], [leaf for _, leaf in found])
 
 
 class State(MutableMapping[Any, Any]):
@@ -54,7 +144,8 @@ class State(MutableMapping[Any, Any]):
 
     def __init__(self, mapping: Any = (), /):
         pairs = mapping if isinstance(mapping, Mapping) else dict(mapping)
-        _begin(self, stored_by_path(_walk(pairs)))
+        _set_stored(self, _from_items(_walk(pairs)))
+        _set_prefix(self, ())
 
     @classmethod
     def from_flat_path(cls, flat: Any, /) -> State:
@@ -67,7 +158,7 @@ class State(MutableMapping[Any, Any]):
           The State.
         """
         items = flat.items() if isinstance(flat, Mapping) else flat
-        return _state(stored_by_path((tuple(path), leaf) for path, leaf in items))
+        return _state(_from_items((tuple(path), leaf) for path, leaf in items))
 
     @property
     def schema(self) -> Schema:
@@ -100,15 +191,14 @@ class State(MutableMapping[Any, Any]):
         if path in schema.index:
             return self._stored.leaves()[schema.index[path]]
         if schema.children(path):
-            return _begin(object.__new__(State), self._stored, path)
+            return _state(self._stored, path)
         raise PathError(
             f"no {key!r} in this State; it has "
             f"{', '.join(map(repr, self)) or 'nothing'}."
         )
 
     def __getattr__(self, name: str) -> Any:
-        # While a State is unpickled it has no leaves to look among.
-        if name in State.__slots__ or (name.startswith("__") and name.endswith("__")):
+        if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
         try:
             return self[name]
@@ -189,20 +279,15 @@ class State(MutableMapping[Any, Any]):
         return snapshot(schema.pick(kept), [values[i] for i in kept])
 
     def __repr__(self) -> str:
+        schema, texts = self.schema, map(describe, self.values_list())
         rows = [
-            f"{show(path)}: "
-            + (describe(v) if kind is None else f"{kind_name(kind)}({describe(v)})")
-            for path, kind, v in zip(
-                self.schema.paths, self.schema.kinds, self.values_list(), strict=True
-            )
+            f"{show(path)}: " + (text if kind is None else f"{kind_name(kind)}({text})")
+            for path, kind, text in zip(schema.paths, schema.kinds, texts, strict=True)
         ]
         return f"State(\n{listing(rows)}\n)" if rows else "State()"
 
-    def __getstate__(self) -> Any:
-        return (self.schema, self.values_list())
-
-    def __setstate__(self, saved: Any) -> None:
-        _begin(self, Stored(*saved, boxed=False))
+    def __reduce__(self) -> Any:
+        return (snapshot, (self.schema, self.values_list()))
 
     def __copy__(self) -> State:
         return snapshot(self.schema, own(self.values_list()))
@@ -230,7 +315,7 @@ class State(MutableMapping[Any, Any]):
           The new State, with Variables of its own.
         """
         leaves = [f(path, x) for path, x in _items(self)]
-        return copy.copy(_state(stored(self.paths(), leaves)))
+        return copy.copy(_state(_from_leaves(self.paths(), leaves)))
 
     # --------------------------------------------------- by filter
     def filter(self, *filters: Any) -> Any:
@@ -284,7 +369,7 @@ class State(MutableMapping[Any, Any]):
         merged: dict[Path, Any] = {}
         for x in (state, *states):
             merged.update(_items(copy.copy(as_state(x))))
-        return _state(stored_by_path(merged.items()))
+        return _state(_from_items(merged.items()))
 
     # --------------------------------------------------- nested dicts
     def to_pure_dict(self, extract_fn: Callable[[Any], Any] | None = None) -> dict:
@@ -314,12 +399,23 @@ class State(MutableMapping[Any, Any]):
         Raises:
           PathError: paths that this State does not have; all listed, none replaced.
         """
-        schema = self.schema
-        found = locate_all(schema.paths, _walk(pure), schema.index.get)
+        leaves = dict(self.flat_state())
+        by_text = {tuple(map(str, path)): path for path in leaves}
+        found, unknown = {}, []
+        for path, value in _walk(pure):
+            known = path if path in leaves else by_text.get(tuple(map(str, path)))
+            if known is None:
+                unknown.append(show(path))
+            else:
+                found[known] = value
+        if unknown:
+            raise PathError(
+                "replace_by_pure_dict was given paths that this State does not have:\n"
+                f"{listing(unknown)}\nIt has:\n{listing(map(show, leaves))}"
+            )
         if replace_fn is not None:
-            leaves = self.leaves()
-            found = [(at, replace_fn(leaves[at], value)) for at, value in found]
-        self._write({schema.paths[at]: value for at, value in found})
+            found = {path: replace_fn(leaves[path], x) for path, x in found.items()}
+        self._write(found)
 
 
 class FlatState(tuple):
@@ -355,14 +451,11 @@ _set_stored = State.__dict__["_stored"].__set__
 _set_prefix = State.__dict__["_prefix"].__set__
 
 
-def _begin(state: State, leaves: Stored, prefix: Path = ()) -> State:
+def _state(leaves: _Stored, prefix: Path = ()) -> State:
+    state = object.__new__(State)
     _set_stored(state, leaves)
     _set_prefix(state, prefix)
     return state
-
-
-def _state(leaves: Stored) -> State:
-    return _begin(object.__new__(State), leaves)
 
 
 def snapshot(schema: Schema, values: list[Any]) -> State:
@@ -375,7 +468,7 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
     Returns:
       The State.
     """
-    return _state(Stored(schema, values, False))
+    return _state(_Stored(schema, values, False))
 
 
 def as_state(x: Any) -> State:
@@ -431,7 +524,7 @@ def _unflatten(layout: Layout, children: Iterable[Any]) -> State:
         cells = layout.tree.flatten_up_to(children)
     except ValueError:  # a map gave one leaf in the place of a whole part
         return State(zip(layout.keys, children, strict=True))
-    return _state(Stored(layout.schema, cells, boxed=True))
+    return _state(_Stored(layout.schema, cells, boxed=True))
 
 
 class _StateHandler(Handler):
@@ -459,8 +552,7 @@ class _StateHandler(Handler):
         return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
-        _begin(obj, stored(tuple(items), list(items.values())))
-        edits.note()
+        obj._write(items, set(obj.schema.paths) - items.keys())
 
 
 register_node(State, _StateHandler())

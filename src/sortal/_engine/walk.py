@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import types
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from sortal._engine.foreign import VariableHandler, handler_of_kind
 from sortal._engine.graphdef import Entry, GraphDef, Record
 from sortal._engine.leaves import live_leaves
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, handler_of, is_root
+from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Static, is_hashable
@@ -106,7 +105,7 @@ class Walk:
                 "the mark says nothing; mark the attribute that holds the container"
             )
             return None
-        hidden = _hidden_state(obj)
+        hidden = _nodes.hidden_state(obj)
         if hidden:
             self._bad.append(
                 f"{show(path)}: a {type(obj).__name__} that is no Module but holds "
@@ -181,16 +180,3 @@ class Walk:
                 + "\nUse a tuple or frozenset, "
                 "hold arrays in Variables, or give the class __eq__ and __hash__."
             )
-
-
-def _hidden_state(obj: Any) -> str:
-    """Names Variables and nodes directly inside a static object, where JAX is blind."""
-    attributes = getattr(obj, "__dict__", None)
-    if type(attributes) is not dict or isinstance(obj, types.FunctionType):
-        return ""
-    found = [
-        f"{name} ({type(value).__name__})"
-        for name, value in attributes.items()
-        if is_root(value)
-    ]
-    return ", ".join(found)

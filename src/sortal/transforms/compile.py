@@ -73,8 +73,8 @@ class Jitted:
             if donation is None or donation.is_differentiated(bound):
                 result = self._plain(*bound.args, **bound.kwargs)
             else:
-                args, named = donation.lend(bound, donation.find)
-                result = self._jit(*args, **named)
+                given, named = donation.lend(bound, donation.find)
+                result = self._jit(*given, **named)
         except (RuntimeError, ValueError) as e:
             stale = stale_buffers(bound.flat_modules)
             if not stale:
