@@ -224,7 +224,10 @@ def _carry_out(
     nodes: list[Any] = []
     for record, (origin, _) in zip(edits.graphdef.records, edits.nodes, strict=True):
         if origin is not None:
-            nodes.append(bound.live_node(origin))
+            live = bound.live_node(origin)
+            if type(live) is not record.cls:
+                live.__class__ = record.cls
+            nodes.append(live)
         elif record.handler.tracked:
             nodes.append(record.handler.shell(record.cls, record.spec.value))
         else:
