@@ -166,11 +166,14 @@ def test_the_roots_may_be_containers_variables_and_arrays() -> None:
     assert sortal.state({"x": jnp.ones(1), "m": model}, array).paths() == (("x",),)
 
 
-def test_a_filter_that_can_take_nothing_gives_an_empty_state() -> None:
-    for nothing in (None, (), []):
-        params, none = sortal.state(Linear(1, 1), Param, nothing)
-        assert len(params.paths()) == 2
-        assert none.paths() == ()
+@pytest.mark.parametrize("nothing", [None, False, (), [], sortal.Any()])
+@pytest.mark.parametrize("first", [Param, ..., None, ()])
+def test_a_filter_that_asks_for_nothing_gives_an_empty_state(
+    first: Any, nothing: Any
+) -> None:
+    taken, none = sortal.state(Linear(1, 1), first, nothing)
+    assert len(taken.paths()) == (2 if first else 0)
+    assert none.paths() == ()
 
 
 class Pair:

@@ -8,7 +8,9 @@ what was planted there.
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
+import importlib
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
+
+import sortal
 
 PACKAGE = Path(__file__).parents[1] / "src" / "sortal"
 
@@ -59,6 +63,7 @@ ORDER = (
     "sortal.policy.policy",
     "sortal.policy",
     "sortal.transforms._adapter.effects",
+    "sortal.transforms._adapter.decorator",
     "sortal.transforms._adapter.tracing",
     "sortal.transforms._adapter.lanes",
     "sortal.transforms._adapter.binding",
@@ -108,7 +113,8 @@ ORDER = (
     "sortal.inspect",
     "sortal.nn.*",
     "sortal.nn",
-    "sortal.decoding.*",
+    "sortal.decoding.sampling",
+    "sortal.decoding.generation",
     "sortal.decoding",
     "sortal.interop.flax",
     "sortal.interop.files.*",
@@ -345,6 +351,17 @@ def test_the_source_tree_obeys_every_law(law: Callable[[Path], list[str]]) -> No
     assert not offences, f"{law.__doc__}\n  " + "\n  ".join(offences)
 
 
+def test_every_file_is_found_under_its_name_whatever_was_asked_for_before() -> None:
+    """No name that a package gives out later hides a file of its folder."""
+    for package in (sortal, sortal.nnx):
+        for name in dir(package):
+            getattr(package, name)
+    for name in modules(PACKAGE):
+        module = importlib.import_module(name)
+        found = functools.reduce(getattr, name.split(".")[1:], sortal)
+        assert found is module, name
+
+
 def newly_imported(statement: str) -> set[str]:
     """Top-level packages that a statement loads and JAX alone does not."""
     program = (
@@ -365,6 +382,14 @@ def test_importing_sortal_loads_no_heavy_package_and_warns_of_nothing() -> None:
     loaded = newly_imported("import sortal")
     assert "sortal" in loaded
     assert not loaded & HEAVY
+
+
+def test_no_name_of_sortal_loads_a_heavy_package() -> None:
+    code = "import sortal; [getattr(sortal, name) for name in dir(sortal)]"
+    assert not newly_imported(code) & HEAVY
+    # JAX's own kernels, which `jax.extend.core` loads, take as long as all of Sortal.
+    program = f"import sys; {code}; assert 'jax._src.pallas.core' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_heavy_package_would_be_seen() -> None:

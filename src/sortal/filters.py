@@ -56,7 +56,7 @@ class Filter:
         Returns:
           True where that follows from the filters alone.
         """
-        if isinstance(other, Any_) and other.filters:
+        if isinstance(other, Any_):
             return all(self.covers(part) for part in other.filters)
         if isinstance(other, All):
             return any(self.covers(part) for part in other.filters)
@@ -515,7 +515,7 @@ def to_filter(literal: Any) -> Filter:
     origin = get_origin(literal)
     if isinstance(origin, type):
         return OfType(origin)
-    # A Variable can be called where its value can, but a kind is what was meant.
+    # A Variable is callable if its value is, but a kind was meant.
     if callable(literal) and not is_variable(literal):
         return Calls(literal)
     raise FilterError(_no_filter(literal))

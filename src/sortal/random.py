@@ -11,7 +11,7 @@ from typing import Any, Never, Self, TypeGuard
 import jax
 import jax.numpy as jnp
 
-from sortal._engine.foreign import is_kind, meet_imported
+from sortal._engine.foreign import is_kind, register_imported
 from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import RngCount, RngKey, describe
@@ -177,9 +177,9 @@ class Rngs(_Draws, Pytree):
     """
 
     def __init__(self, default: Any = None, **rngs: Any):
-        # Layers of another library ask whether this is a stream of theirs.
+        # Layers of Flax check whether this is a stream of Flax.
         with contextlib.suppress(UnsupportedError):
-            meet_imported(sys.modules)
+            register_imported(sys.modules)
         if isinstance(default, Mapping):
             rngs = {**default, **rngs}
         elif default is not None:

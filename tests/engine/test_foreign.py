@@ -48,45 +48,45 @@ class Boxes(foreign.VariableHandler):
 
 @pytest.fixture
 def known(monkeypatch):
-    for name in ("_handlers", "_found", "_twins", "_unmet"):
+    for name in ("_handlers", "_found", "_twins", "_pending"):
         monkeypatch.setattr(foreign, name, dict(getattr(foreign, name)))
     foreign.register_variable(Box, Boxes())
     foreign.pair(sortal.Param, Weight)
 
 
 def test_a_library_is_met_once_when_a_class_of_it_turns_up(monkeypatch):
-    monkeypatch.setattr(foreign, "_unmet", {})
+    monkeypatch.setattr(foreign, "_pending", {})
     met = []
-    foreign.introduce("some.library", lambda: met.append(1))
+    foreign.register_lazily("some.library", lambda: met.append(1))
     theirs = type("Theirs", (), {"__module__": "some.library.parts"})
     near = type("Near", (), {"__module__": "some.library2"})
-    foreign.meet(near)
+    foreign.register_library_of(near)
     assert not met
-    foreign.meet(type("Below", (theirs,), {}))
-    foreign.meet(theirs)
+    foreign.register_library_of(type("Below", (theirs,), {}))
+    foreign.register_library_of(theirs)
     assert met == [1]
 
 
 def test_one_that_the_user_imported_is_met_when_asked_for(monkeypatch):
-    monkeypatch.setattr(foreign, "_unmet", {})
+    monkeypatch.setattr(foreign, "_pending", {})
     met = []
-    foreign.introduce("one", lambda: met.append("one"))
-    foreign.introduce("two", lambda: met.append("two"))
-    foreign.meet_imported({"one": None})
+    foreign.register_lazily("one", lambda: met.append("one"))
+    foreign.register_lazily("two", lambda: met.append("two"))
+    foreign.register_imported({"one": None})
     assert met == ["one"]
 
 
 def test_a_library_that_is_refused_is_refused_each_time(monkeypatch):
-    monkeypatch.setattr(foreign, "_unmet", {})
+    monkeypatch.setattr(foreign, "_pending", {})
 
     def teach():
         raise UnsupportedError("too old")
 
-    foreign.introduce("some.library", teach)
+    foreign.register_lazily("some.library", teach)
     theirs = type("Theirs", (), {"__module__": "some.library"})
     for _ in range(2):
         with pytest.raises(UnsupportedError, match="too old"):
-            foreign.meet(theirs)
+            foreign.register_library_of(theirs)
 
 
 def test_listeners_hear_of_new_classes(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from . import reference as ref
@@ -79,6 +79,7 @@ class Drawn:
         self.codes: list[Any] = []
         self.outcomes: list[str] = []
         self._fresh = 0
+        self.focus = ""  # the model that most edits and verbs are about
 
     # ------------------------------------------------------------- running
     def do(self, text: str) -> str:
@@ -97,6 +98,13 @@ class Drawn:
         return f"{prefix}{self._fresh}"
 
     def places(self, *kinds: type) -> list[Place]:
+        """What there is of some kinds: most often in the one model."""
+        names = self.world.names
+        if self.focus in names and self.random.random() < 0.6:
+            near = places([(self.focus, names[self.focus])])
+            found = [p for p in near if not kinds or isinstance(p.obj, kinds)]
+            if found:
+                return found
         every = places(self.world.bound())
         return [p for p in every if not kinds or isinstance(p.obj, kinds)]
 
@@ -242,7 +250,7 @@ class Drawn:
     def edit(self) -> None:
         """One random edit of what there is."""
         kind, draw = self.random.choice(_EDITS)
-        text = draw(self)
+        text = getattr(self, draw)()
         if text:
             self.counts[f"edit {kind}"] += 1
             self.do(text)
@@ -284,6 +292,19 @@ class Drawn:
         place, name = self.random.choice(found)
         return f"{place.text}.{name} = {self.array()}"
 
+    def similar_static(self) -> str | None:
+        """A static in the place of one that is all but equal."""
+        found = [
+            (p, k, similar)
+            for p in self.places(ref.Module)
+            for k, v in p.obj.__dict__.items()
+            if (similar := _similar(v)) and not isinstance(p.obj, ref.FlaxModule)
+        ]
+        if not found:
+            return None
+        place, name, similar = self.random.choice(found)
+        return f"{place.text}.{name} = {self.random.choice(similar)}"
+
     def delete_attribute(self) -> str | None:
         found = self.attribute()
         return found and f"del {found[0].text}.{found[1]}"
@@ -293,7 +314,11 @@ class Drawn:
         found = self.pick(ref.Module, list, dict)
         if found is None or not roots:
             return None
-        root = self.random.choice(roots)
+        # A cycle through the very object that is asked about is a case of its own.
+        near = self.focus in roots and self.random.random() < 0.6
+        root = self.focus if near else self.random.choice(roots)
+        if near and self.random.random() < 0.4:
+            found = Place(root, self.world.names[root], 0)
         theirs = isinstance(self.world.names[root], ref.FlaxModule)
         if isinstance(found.obj, list):
             return f"{found.text}.append({root})"
@@ -304,7 +329,13 @@ class Drawn:
             old = found.obj.__dict__.get(name, root)
             data = old is root or isinstance(old, (ref.Module, ref.Variable))
             return f"{found.text}.{name} = {root}" if theirs and data else None
-        return f"{found.text}.{name} = {self.random.choice((root, root, 'None'))}"
+        # Where there was None or the root, more often than chance would have it.
+        known = [
+            k for k, v in found.obj.__dict__.items() if v is None or v is found.obj
+        ]
+        name = self.random.choice(known) if known else name
+        old = found.obj.__dict__.get(name)
+        return f"{found.text}.{name} = {root if old is None else 'None'}"
 
     def swap(self) -> str | None:
         found = self.pick(ref.Module)
@@ -408,10 +439,16 @@ class Drawn:
         return f"{m}.__dict__ = {{**vars({m}), {self.random.choice(NAMES)!r}: {value}}}"
 
     def numpy_item(self) -> str | None:
-        found = [p for p in self.places() if type(p.obj) is ref.np.ndarray]
+        found = []
+        for p in self.places():
+            if type(p.obj) is ref.np.ndarray:
+                found.append(p.text)
+            elif isinstance(p.obj, ref.Variable):
+                if type(p.obj.get_value()) is ref.np.ndarray:
+                    found.append(f"{p.text}.get_value()")
         if not found:
             return None
-        return f"{self.random.choice(found).text}[...] = {self.number()}"
+        return f"{self.random.choice(found)}[...] = {self.number()}"
 
     def attributes_on_list(self) -> str | None:
         found = self.pick(ref.Module)
@@ -423,13 +460,15 @@ class Drawn:
     def verb(self) -> None:
         """One random verb on what there is."""
         kind, draw = self.random.choice(_VERBS)
-        text = draw(self)
+        text = getattr(self, draw)()
         if text:
             self.counts[f"verb {kind}"] += 1
             self.do(text)
 
     def root(self) -> str | None:
         """Most often a whole model, so that kept plans are asked for."""
+        if self.focus in self.world.names and self.random.random() < 0.6:
+            return self.focus
         if self.random.random() < 0.75:
             found = self.roots(ref.Module)
             if found:
@@ -600,62 +639,96 @@ class Drawn:
         for _ in range(self.random.randrange(1, 3)):
             theirs = self.flax and self.random.random() < 0.5
             made = self.flax_module() if theirs else self.module(2)
-            self.do(f"{self.name('m')} = {made}")
+            self.focus = self.name("m")
+            self.do(f"{self.focus} = {made}")
         if self.random.random() < 0.02:
             self.counts["deep"] += 1
             self.do(f"{self.name('m')} = A(a={'[A(a=' * 30}P(arr(2)){')]' * 30})")
-        for _ in range(self.random.randrange(3, 9)):
-            self.edit() if self.random.random() < 0.5 else self.verb()
+        for _ in range(self.random.randrange(2, 7)):
+            if self.random.random() < 0.3:
+                self.scene()
+            else:
+                self.edit() if self.random.random() < 0.5 else self.verb()
         return self
+
+    def scene(self) -> None:
+        """The same question before and after an edit."""
+        if self.focus not in self.world.names:
+            return
+        self.counts["scene"] += 1
+        how, ask = self.random.choice((("s", "state"), ("m", "clone"), ("g", "graphdef")))
+        self.do(f"{self.name(how)} = nnx.{ask}({self.focus})")
+        self.edit()
+        self.do(f"{self.name(how)} = nnx.{ask}({self.focus})")
+
+
+def _similar(x: Any) -> tuple[str, ...]:
+    """Expressions for statics that are easily taken for this one."""
+    if isinstance(x, (zoo.OwnEq, zoo.SubEq)):
+        return tuple(f"{type(x).__name__}({x.a!r}, {n})" for n in (x.extra, 1, 8))
+    if type(x) is zoo.FD and type(x.a) in (int, float):
+        return tuple(f"FD({kind(x.a)!r}, {x.b!r})" for kind in (int, float))
+    if type(x) in (int, float, bool) and x in (0, 1, 2):
+        return f"{int(x)}", f"{float(x)}", f"{bool(x)}", f"-{float(x)}"
+    if x is None or type(x) is str:
+        return "None", "'s'", "''.join(['s'])"
+    if type(x) is tuple and x and x[0] in (1, 2):
+        return f"({int(x[0])}, 's')", f"({float(x[0])}, 's')", "(True, 's')"
+    return ()
 
 
 def _call(root: str, filters: str) -> str:
     return f"{root}, {filters}" if filters else root
 
 
-_EDITS: list[tuple[str, Callable[[Drawn], str | None]]] = [
-    ("set attribute", Drawn.set_attribute),
-    ("set attribute", Drawn.set_attribute),
-    ("replace raw array", Drawn.replace_array),
-    ("delete attribute", Drawn.delete_attribute),
-    ("back reference", Drawn.back_reference),
-    ("back reference", Drawn.back_reference),
-    ("swap", Drawn.swap),
-    ("list", Drawn.edit_list),
-    ("list", Drawn.edit_list),
-    ("dict", Drawn.edit_dict),
-    ("dict", Drawn.edit_dict),
-    ("set value", Drawn.set_value),
-    ("metadata", Drawn.metadata),
-    ("role", Drawn.role),
-    ("role", Drawn.role),
-    ("train or eval", Drawn.mode),
-    ("through vars()", Drawn.through_vars),
-    ("other __class__", Drawn.other_class),
-    ("other __dict__", Drawn.other_dict),
-    ("numpy item", Drawn.numpy_item),
-    ("attributes on a list", Drawn.attributes_on_list),
-    ("state", Drawn.edit_state),
-    ("forget a name", Drawn.forget),
+# Names for the table, and methods of ``Drawn`` that give a statement or None.
+_EDITS: list[tuple[str, str]] = [
+    ("set attribute", "set_attribute"),
+    ("set attribute", "set_attribute"),
+    ("replace raw array", "replace_array"),
+    ("similar static", "similar_static"),
+    ("similar static", "similar_static"),
+    ("delete attribute", "delete_attribute"),
+    ("back reference", "back_reference"),
+    ("back reference", "back_reference"),
+    ("back reference", "back_reference"),
+    ("swap", "swap"),
+    ("list", "edit_list"),
+    ("list", "edit_list"),
+    ("dict", "edit_dict"),
+    ("dict", "edit_dict"),
+    ("set value", "set_value"),
+    ("metadata", "metadata"),
+    ("role", "role"),
+    ("role", "role"),
+    ("train or eval", "mode"),
+    ("through vars()", "through_vars"),
+    ("other __class__", "other_class"),
+    ("other __dict__", "other_dict"),
+    ("numpy item", "numpy_item"),
+    ("numpy item", "numpy_item"),
+    ("attributes on a list", "attributes_on_list"),
+    ("state", "edit_state"),
+    ("forget a name", "forget"),
 ]
-_VERBS: list[tuple[str, Callable[[Drawn], str | None]]] = [
-    ("state", Drawn.state),
-    ("state", Drawn.state),
-    ("split", Drawn.split),
-    ("split", Drawn.split),
-    ("merge", Drawn.merge),
-    ("merge", Drawn.merge),
-    ("update", Drawn.update),
-    ("update own", Drawn.update_own),
-    ("update one", Drawn.update_one),
-    ("pop", Drawn.pop),
-    ("clone", Drawn.clone),
-    ("clone", Drawn.clone),
-    ("tree map", Drawn.mapped),
-    ("deepcopy", Drawn.deepcopy),
-    ("variables", Drawn.variables),
-    ("iter_graph", Drawn.iter_graph),
-    ("graphdef ==", Drawn.same_graphdef),
-    ("State operation", Drawn.state_operation),
-    ("State operation", Drawn.state_operation),
+_VERBS: list[tuple[str, str]] = [
+    ("state", "state"),
+    ("state", "state"),
+    ("split", "split"),
+    ("split", "split"),
+    ("merge", "merge"),
+    ("merge", "merge"),
+    ("update", "update"),
+    ("update own", "update_own"),
+    ("update one", "update_one"),
+    ("pop", "pop"),
+    ("clone", "clone"),
+    ("clone", "clone"),
+    ("tree map", "mapped"),
+    ("deepcopy", "deepcopy"),
+    ("variables", "variables"),
+    ("iter_graph", "iter_graph"),
+    ("graphdef ==", "same_graphdef"),
+    ("State operation", "state_operation"),
+    ("State operation", "state_operation"),
 ]

@@ -117,5 +117,10 @@ def throw_away(objects: list[Any], jitted: list[Any]) -> None:
         f.clear_cache()
 
 
+def behind_view(s: Any) -> list[Any]:
+    """The values of the whole State that a view keeps alive."""
+    return s._stored.values() if s._prefix else []
+
+
 def collect() -> None:
     gc.collect()

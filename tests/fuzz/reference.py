@@ -57,7 +57,7 @@ class UpdateError(ValueError): ...
 class VariableAttributeError(AttributeError): ...
 
 
-class Left(Exception):  # noqa: N818 - no error of the program's
+class Left(BaseException):  # noqa: N818 - no error of the program's
     """The program left what this reference computes exactly."""
 
 
@@ -673,7 +673,7 @@ class State:
         self.prefix: Any = ()
         self.items: dict[Any, Any] = {}
         if mapping:
-            self._fill((p, _own_box(x)) for p, x in nested_items(mapping))
+            self._fill(nested_items(mapping))
 
     @classmethod
     def of(cls, pairs: Any) -> State:
@@ -801,7 +801,9 @@ class State:
 
 
 def _own_box(x: Any) -> Any:
-    return make(type(x), x._value, x._meta) if isinstance(x, Variable) else x
+    if isinstance(x, Variable):
+        return make(type(x), _own(x._value), x._meta)
+    return _own(x)
 
 
 def _one_or_several(states: Any) -> Any:
@@ -811,7 +813,7 @@ def _one_or_several(states: Any) -> Any:
 
 def nested_items(mapping: Any, prefix: Any = ()) -> Iterator[tuple[Any, Any]]:
     if isinstance(mapping, State):
-        yield from (((*prefix, *p), x) for p, x in mapping.flat())
+        yield from (((*prefix, *p), _own_box(x)) for p, x in mapping.flat())
         return
     for key, value in mapping.items():
         if isinstance(value, (Mapping, State)):
@@ -1023,8 +1025,9 @@ def update(node: Any, *states: Any, strict: bool = True) -> None:
         at = walk.leaves[i]
         bad |= strict and _form(value) != _form(at.value)
         bad |= not at.writable
-        # A leaf that is no array would be a static at the next walk.
-        bad |= at.var is None and is_array(at.value) and not is_array(value)
+        # What is no array would be a static at the next walk.
+        number = not is_array(value) and type(value) is not type(at.value)
+        bad |= at.var is None and number
         new.append((at, value))
     if bad:
         raise UpdateError
@@ -1271,6 +1274,12 @@ def remat(f: Any) -> Any:
     return lambda *args, **kwargs: _call(f, args, kwargs)
 
 
+def _arrays(tree: Any) -> list[Arr]:
+    if isinstance(tree, (list, tuple)):
+        return [a for x in tree for a in _arrays(x)]
+    return [tree] if isinstance(tree, Arr) else []
+
+
 class _Undone(Exception):  # noqa: N818 - no error: ends a trial
     """Has what a branch did taken back."""
 
@@ -1308,6 +1317,9 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
 
 def while_loop(condition: Any, body: Any, init: Any) -> Any:
     _trace(body, (init,))
+    every = [lift(x.value) for x in Walk(tuple(_roots(init))).leaves]
+    if any(x.dot is not None for x in (*every, *_arrays(init))):
+        raise Left  # JAX refuses it where the derivative is asked for
     with _inside(init):
         value = init
         while bool(lift(condition(value)).val):
@@ -1447,6 +1459,10 @@ def to_numpy(x: Any) -> np.ndarray:
 
 def state_items(s: State) -> list[tuple[Any, Any]]:
     return s.flat()
+
+
+def behind_view(s: State) -> list[Any]:
+    return []
 
 
 def array(tracked: list[Any]) -> Any:

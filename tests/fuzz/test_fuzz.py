@@ -44,41 +44,6 @@ def test_a_program_is_the_same_each_time_it_is_drawn():
         assert a.lines == b.lines
 
 
-# ------------------------------------------------------------- planted faults
-def first_found(kind, most):
-    """How many programs it takes until one differs."""
-    for n in range(most):
-        if runs.run([f"{kind}:{n}"], shrunk=False).failures:
-            return n + 1
-    pytest.fail(f"none of {most} programs of {kind} noticed the fault")
-
-
-def test_a_plan_that_is_always_valid_is_found(monkeypatch):
-    from sortal._engine.plan import Plan
-
-    monkeypatch.setattr(Plan, "valid", lambda self, root: True)
-    first_found("edits", 100)
-
-
-def test_an_update_that_loses_a_leaf_is_found(monkeypatch):
-    from sortal._engine.leaves import Leaves
-
-    def put(self, values):
-        for leaf, value in itertools.islice(zip(self, values, strict=False), 1, None):
-            leaf.value = value
-
-    monkeypatch.setattr(Leaves, "put", put)
-    first_found("edits", 100)
-
-
-def test_a_snapshot_that_shares_numpy_arrays_is_found(monkeypatch):
-    from sortal._engine import leaves
-
-    monkeypatch.setattr(leaves.Leaves, "snapshot", leaves.Leaves.values)
-    monkeypatch.setattr("sortal.functional.own", lambda values: values)
-    first_found("edits", 2000)
-
-
 def test_what_only_a_kept_plan_gets_wrong_is_told_apart():
     lines = (
         "m = A(w=P(arr(1)))",

@@ -176,6 +176,7 @@ class Portrait:
         return tuple([self.of(v) for v in x])
 
     def _state(self, x: Any) -> Any:
+        self.arrays += self.lib.behind_view(x)
         return tuple([(p, self._leaf(leaf)) for p, leaf in self.lib.state_items(x)])
 
     def _dataclass(self, x: Any) -> Any:

@@ -98,7 +98,7 @@ def test_no_steps_leave_the_weights_alone() -> None:
 
 def test_what_is_no_matrix_is_refused_where_asked_for() -> None:
     conv = nnx.Conv(3, 4, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(ArgumentError, match=r"no matrices: kernel: float32\[3,3,4\]"):
+    with pytest.raises(ArgumentError, match=r"not matrices: kernel: float32\[3,3,4\]"):
         spectral_norm(conv, error_on_non_matrix=True)
     assert spectral_norm(conv).batch_stats["kernel", "u"].shape == (1, 4)
 

@@ -597,7 +597,7 @@ def test_a_dict_without_groups_is_refused():
 # ---------------------------------------------------------------------- refusals
 def test_what_is_no_transformation_is_refused():
     with pytest.raises(
-        OptimizerError, match=r"adam\(1e-3\), is due; found:\n  tx: 0\.1"
+        OptimizerError, match=r"adam\(1e-3\), is expected; found:\n  tx: 0\.1"
     ):
         nnx.Optimizer(make(nnx), 0.1)
     with pytest.raises(OptimizerError, match=r"Param: 'sgd'"):

@@ -1,7 +1,7 @@
-"""Variables of other libraries: what the engine asks of them, and when it meets them.
+"""Variables of other libraries: what the engine asks of them, and their registration.
 
-A library is met when a class of its package first turns up. Until then nothing of it is
-imported, and what is here costs a look-up by type.
+A library is registered when a class of its package first turns up. Until then nothing
+of it is imported, and what is here costs a look-up by type.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ class VariableHandler:
         raise NotImplementedError
 
 
-_unmet: dict[str, Callable[[], None]] = {}
-"""Modules that define the classes of libraries not yet met, and what to do then."""
-_words: dict[type, Callable[[Any], Any]] = {}
+_pending: dict[str, Callable[[], None]] = {}
+"""Modules of the libraries that are not registered yet, and what registers them."""
+_translations: dict[type, Callable[[Any], Any]] = {}
 _listeners: list[Callable[[type], Any]] = []
 _handlers: dict[type, VariableHandler] = {}
 _found: dict[type, VariableHandler | None] = {}
 _twins: dict[type, type] = {}
 
 
-def introduce(module: str, teach: Callable[[], None]) -> None:
-    """Names a library that may be met.
+def register_lazily(module: str, register: Callable[[], None]) -> None:
+    """Names a library whose classes may turn up.
 
     Args:
       module: the module that its classes are from, or are below.
-      teach: called once, when the first class of it turns up; registers what the
+      register: called once, when the first class of it turns up; registers what the
         engine has to know.
     """
-    _unmet[module] = teach
+    _pending[module] = register
 
 
-def meet(cls: type) -> None:
-    """Learns about the libraries that a class and its bases come from.
+def register_library_of(cls: type) -> None:
+    """Registers the libraries that a class and its bases come from.
 
     Args:
       cls: any class.
@@ -83,14 +83,14 @@ def meet(cls: type) -> None:
     Raises:
       UnsupportedError: one of them is of a version that is not supported.
     """
-    for base in cls.__mro__ if _unmet else ():
-        for module in list(_unmet):
+    for base in cls.__mro__ if _pending else ():
+        for module in list(_pending):
             if f"{base.__module__}.".startswith(f"{module}."):
-                _learn(module)
+                _register(module)
 
 
-def meet_imported(modules: Container[str]) -> None:
-    """Learns about libraries that the user has imported already.
+def register_imported(modules: Container[str]) -> None:
+    """Registers libraries that the user has imported already.
 
     Args:
       modules: the names of imported modules.
@@ -98,16 +98,16 @@ def meet_imported(modules: Container[str]) -> None:
     Raises:
       UnsupportedError: one of them is of a version that is not supported.
     """
-    for module in [name for name in _unmet if name in modules]:
-        _learn(module)
+    for module in [name for name in _pending if name in modules]:
+        _register(module)
 
 
-def _learn(module: str) -> None:
-    teach = _unmet.pop(module)
+def _register(module: str) -> None:
+    register = _pending.pop(module)
     try:
-        teach()
+        register()
     except BaseException:
-        _unmet[module] = teach  # so that the next object of it is refused as well
+        _pending[module] = register  # so that the next object of it is refused as well
         raise
 
 
@@ -130,18 +130,18 @@ def note_class(cls: type) -> None:
         listener(cls)
 
 
-def translate(theirs: type, into_ours: Callable[[Any], Any]) -> None:
-    """Has instances of a class, or the class itself, taken where one of ours is due.
+def register_native(theirs: type, translate: Callable[[Any], Any]) -> None:
+    """Has instances of a class, or the class itself, taken in the place of our own.
 
     Args:
       theirs: a class of another library, such as its ``StateAxes``.
-      into_ours: takes the instance or class, returns what it means here.
+      translate: takes the instance or class, returns what it means here.
     """
-    _words[theirs] = into_ours
+    _translations[theirs] = translate
 
 
-def in_our_words(tree: Any) -> Any:
-    """Axes, shardings and the like, as the user wrote them, in the words of Sortal.
+def to_native(tree: Any) -> Any:
+    """Axes, shardings and the like that the user wrote, as classes of Sortal.
 
     Args:
       tree: any pytree of them.
@@ -149,20 +149,22 @@ def in_our_words(tree: Any) -> Any:
     Returns:
       The tree, with what other libraries have for the same replaced.
     """
-    if not any(map(_is_word, jax.tree.leaves(tree, is_leaf=_is_word))):
+    if not any(map(_is_translated, jax.tree.leaves(tree, is_leaf=_is_translated))):
         return tree  # itself, for the user may change what is in it
-    return jax.tree.map(
-        lambda x: _words[_class(x)](x) if _is_word(x) else x, tree, is_leaf=_is_word
-    )
+    return jax.tree.map(_translated, tree, is_leaf=_is_translated)
+
+
+def _translated(x: Any) -> Any:
+    return _translations[_class(x)](x) if _is_translated(x) else x
 
 
 def _class(x: Any) -> type:
     return x if isinstance(x, type) else type(x)
 
 
-def _is_word(x: Any) -> bool:
-    meet(_class(x))
-    return _class(x) in _words
+def _is_translated(x: Any) -> bool:
+    register_library_of(_class(x))
+    return _class(x) in _translations
 
 
 def register_variable(base: type, handler: VariableHandler) -> None:
@@ -188,7 +190,7 @@ def handler_of_kind(kind: type) -> VariableHandler | None:
     try:
         return _found[kind]
     except KeyError:
-        meet(kind)
+        register_library_of(kind)
         mine = (_handlers[b] for b in kind.__mro__ if b in _handlers)
         found = _found[kind] = next(mine, None)
         return found

@@ -1,4 +1,4 @@
-"""How a Variable stands for the array it holds: operators, items, conversions."""
+"""A Variable used as the array it holds: operators, items, conversions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _same_type(a: jax.Array, b: jax.Array) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.weak_type != b.weak_type:
         return False
     if isinstance(a, Tracer) or isinstance(b, Tracer):
-        return True  # where a traced value lies is for the compiler to say
+        return True  # the compiler decides where a traced value is placed
     return a.sharding == b.sharding
 
 

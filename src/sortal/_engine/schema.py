@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sortal._engine.paths import Path, show
 from sortal._engine.statics import EMPTY, Interned, Metadata
 from sortal.errors import FilterError, listing
-from sortal.filters import Everything, Filter, to_filter
+from sortal.filters import Everything, Filter, Nothing, to_filter
 
 Kind = type | None
 
@@ -185,6 +185,8 @@ def _divide(
 def _check_order(filters: tuple[Filter, ...]) -> None:
     last = len(filters) - 1
     for later, f in enumerate(filters):
+        if Nothing().covers(f):
+            continue  # it asks for nothing
         for earlier in range(later):
             swallows = filters[earlier].covers(f)
             if swallows and not (later == last and _is_rest(f, filters[earlier])):

@@ -137,7 +137,7 @@ class Variable(ArrayFace, Generic[A]):
 
         Raises:
           TraceError: this Variable belongs to another trace than the current one.
-          VariableError: the new value is a Variable where a whole value is due.
+          VariableError: the new value is a Variable where a whole value is expected.
         """
         if index is not _MISSING:
             value = with_item(self._value, index, value)

@@ -1,4 +1,4 @@
-"""Files that survive: commits by rename, locks, steps on disk, and what kills leave."""
+"""Files on disk: commit by rename, fsync, the lock of a directory, and clean-up."""
 
 from __future__ import annotations
 
@@ -32,22 +32,15 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def new_folder() -> str:
-    """A name for the folder of the arrays of one save; never given twice."""
+    """A new name for the folder that holds the arrays of one save."""
     return f"arrays-{secrets.token_hex(8)}"
 
 
 def local(path: Any) -> Path:
-    """A path that the user gave, as an absolute one.
+    """A path from the user as an absolute one.
 
-    Args:
-      path: a string or path.
-
-    Returns:
-      The Path.
-
-    Raises:
-      ArgumentError: it is no path, or the address of something remote, of which a
-        folder of that name would be made here.
+    Addresses such as ``gs://...`` are refused: as a path, one would make a local folder
+    of that name.
     """
     try:
         text = os.fsdecode(path)
@@ -66,17 +59,7 @@ def local(path: Any) -> Path:
 
 
 def step_number(step: Any) -> int:
-    """Checks the number of a step.
-
-    Args:
-      step: an integer, zero or more.
-
-    Returns:
-      The number.
-
-    Raises:
-      ArgumentError: it is something else.
-    """
+    """The number of a step; refuses all but integers of zero or more."""
     try:
         number = step.__index__()
     except (AttributeError, TypeError):
@@ -91,7 +74,7 @@ def step_number(step: Any) -> int:
 
 # ----------------------------------------------------------------------------- steps
 def steps(directory: Path) -> list[int]:
-    """The committed steps in a directory, in rising order; none if it is not there."""
+    """The committed steps in a directory, in rising order; none if there is no such."""
     try:
         names = [p.name for p in directory.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -101,26 +84,14 @@ def steps(directory: Path) -> list[int]:
 
 
 def step_of(folder: Path) -> int:
-    """The step whose folder this is, by its name."""
+    """The step number in the name of a folder."""
     if not _STEP.fullmatch(folder.name):
         raise DamagedError(f"{folder} does not have the number of a step as its name.")
     return int(folder.name)
 
 
 def read_manifest(directory: Path, step: int) -> Manifest:
-    """The manifest of a committed step.
-
-    Args:
-      directory: where the steps are.
-      step: which.
-
-    Returns:
-      The Manifest.
-
-    Raises:
-      NoCheckpointError: the step is not there, or was never committed.
-      DamagedError: it is damaged, or that of another step.
-    """
+    """The manifest of a committed step; refuses one of another step."""
     folder = directory / str(step)
     try:
         data = (folder / _manifest.NAME).read_bytes()
@@ -142,7 +113,7 @@ def read_manifest(directory: Path, step: int) -> Manifest:
 
 # ------------------------------------------------------------------------ durability
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a loss of power."""
+    """Calls fsync on a file, or on a folder for the names of its files."""
     at = os.open(path, os.O_RDONLY)
     try:
         os.fsync(at)
@@ -151,54 +122,67 @@ def sync(path: Path) -> None:
 
 
 class Syncs:
-    """Makes many paths survive, some at once, while others are still being written.
+    """Calls fsync on many paths from four threads, while more files are being written.
 
-    A file system writes several such wishes down in one go. The threads are plain ones:
-    those of ``concurrent.futures`` take no work once the main thread has ended, and a
-    save may outlive it.
+    File systems group fsyncs that arrive together. The threads are plain ones, because
+    ``concurrent.futures`` takes no work once the main thread has ended, and a save may
+    outlive it.
     """
 
     def __init__(self) -> None:
-        self._due: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._paths: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._faults: list[OSError] = []
         self._threads = [threading.Thread(target=self._work) for _ in range(4)]
         for thread in self._threads:
             thread.start()
 
     def _work(self) -> None:
-        while (path := self._due.get()) is not None:
+        while (path := self._paths.get()) is not None:
             try:
                 sync(path)
             except OSError as e:
                 self._faults.append(e)
 
     def add(self, path: Path) -> None:
-        """Has a path synced, soon."""
-        self._due.put(path)
+        """Queues a path."""
+        self._paths.put(path)
 
     def finish(self) -> list[OSError]:
-        """Waits until all are synced; says what went wrong."""
+        """Waits for all; returns the errors."""
         for _ in self._threads:
-            self._due.put(None)
+            self._paths.put(None)
         for thread in self._threads:
             thread.join()
         return self._faults
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Writes a new file whose content survives; its name does after ``sync``."""
+    """Writes and fsyncs a new file; its name needs a ``sync`` of the folder."""
     with file.open("xb") as opened:
         opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())
 
 
-def commit(directory: Path, manifest: Manifest) -> None:
-    """Makes a step count: from here on readers find this manifest, or the old one.
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A new file that replaces ``path`` once the block has written all of it."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}{suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as e:
+        raise SaveError(f"writing {path} failed: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    Args:
-      directory: where the steps are.
-      manifest: what to commit; its folder and arrays are on disk already.
+
+def commit(directory: Path, manifest: Manifest) -> None:
+    """Makes a step count, by renaming its manifest into place.
+
+    Readers find either the old manifest or this one. The arrays are on disk before.
     """
     folder = directory / str(manifest.step)
     temporary = unfinished(folder, manifest)
@@ -209,12 +193,12 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
 
 def unfinished(folder: Path, manifest: Manifest) -> Path:
-    """Where a manifest is written before it gets its name."""
+    """Where a manifest is written before it is renamed."""
     return folder / f".manifest-{manifest.folder.removeprefix('arrays-')}"
 
 
 def forget(directory: Path, step: int) -> None:
-    """Deletes a step: first it stops to count, then its files go."""
+    """Deletes a step: its manifest first, so that it no longer counts."""
     folder = directory / str(step)
     (folder / _manifest.NAME).unlink()
     sync(folder)
@@ -222,7 +206,7 @@ def forget(directory: Path, step: int) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Removes what killed saves and deletions left behind, and nothing else."""
+    """Removes what interrupted saves and deletions left, and nothing else."""
     for folder in directory.iterdir():
         name = folder.name
         if not _STEP.fullmatch(name) or not folder.is_dir():
@@ -234,36 +218,33 @@ def clean(directory: Path) -> None:
         try:
             keep = read_manifest(directory, int(name)).folder if committed else None
         except DamagedError:
-            continue  # what belongs to it cannot be known, so all is kept
+            continue  # its folder is not known, so everything is kept
         clean_step(folder, keep)
 
 
 def clean_step(folder: Path, keep: str | None) -> None:
-    """Removes the folders of arrays in a step, but one; and the step if that is all."""
+    """Removes the array folders of a step but ``keep``; an empty step goes too."""
     for path in list(folder.iterdir()):
         if path.name != keep and is_ours(path.name):
             remove = shutil.rmtree if path.is_dir() else Path.unlink
             remove(path)
     if keep is None:
-        with contextlib.suppress(OSError):  # something of somebody else is in it
+        with contextlib.suppress(OSError):  # it holds files that are not ours
             folder.rmdir()
     sync(folder.parent)
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name in the folder of a step is one that only a save gives."""
+    """Whether only a save gives this name to a file in the folder of a step."""
     return bool(_FOLDER.fullmatch(name) or _UNFINISHED.fullmatch(name))
 
 
 # ---------------------------------------------------------------------------- writers
 class Lock:
-    """The right to write to a directory; the system takes it back from dead owners.
-
-    Args:
-      directory: where; it is made if need be.
+    """The lock of a directory's one writer; the system releases it if the owner dies.
 
     Raises:
-      WriterError: somebody else has it.
+      WriterError: another writer holds it.
       SaveError: the directory cannot be made or written to.
     """
 
@@ -288,27 +269,19 @@ class Lock:
                 f"another writer is at work in {directory} ({owner}). One directory "
                 "has one writer: close the other Checkpoints, or save elsewhere."
             ) from None
-        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk; the lock holds anyway
             self._file.truncate(0)
             me = f"process {os.getpid()} on {socket.gethostname()}\n"
             self._file.write(me.encode())
 
     def release(self) -> None:
-        """Gives the right back."""
+        """Releases the lock."""
         self._file.close()
 
 
 @contextlib.contextmanager
 def as_save_error(what: str, outcome: str = "") -> Iterator[None]:
-    """Turns what the system and TensorStore say into a SaveError.
-
-    Args:
-      what: what was being done, for the message.
-      outcome: what that means.
-
-    Raises:
-      SaveError: something went wrong inside.
-    """
+    """Turns errors of the system and of TensorStore into a SaveError."""
     try:
         yield
     except SaveError:

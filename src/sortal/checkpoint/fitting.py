@@ -31,7 +31,7 @@ from sortal.filters import to_filter
 from sortal.policy.policy import Policy, answers
 
 ANY_KIND: Any = object()
-"""The kind of leaves from formats that know no kinds: fits every kind."""
+"""The kind of leaves from formats without kinds: it fits every kind."""
 
 
 class Candidate(NamedTuple):
@@ -127,11 +127,13 @@ class _Matching:
 
     def _chosen(self) -> dict[Path, int]:
         schema, view = self.schema, self.plan.view
-        said = answers("checkpoint", schema, self.options.policy, view, default="keep")
+        actions = answers(
+            "checkpoint", schema, self.options.policy, view, default="keep"
+        )
         at = range(len(schema))
         if self.options.only is not None:
             at = select(schema, (self.options.only,), view).parts[0][1]
-        at = [i for i in at if said[i] != "drop"]
+        at = [i for i in at if actions[i] != "drop"]
         paths = [encode_path(schema.paths[i]) for i in at]
         self.faults += [f"one text for several paths: {p}" for p in namesakes(paths)]
         return dict(zip(paths, at, strict=True))
@@ -175,7 +177,7 @@ class _Matching:
 
     # ---------------------------------------------------------------------- matching
     def match(self, given: Sequence[Candidate], tied: Any) -> Fit:
-        """Finds the pairs, and notes all faults."""
+        """Finds the pairs, and records all faults."""
         known = set(map(encode_path, self.schema.paths))
         by_path: dict[Path, Candidate] = {}
         for c in given:
@@ -183,7 +185,7 @@ class _Matching:
                 self.faults.append(f"given twice, after renaming: {show(c.path)}")
             by_path[c.path] = c
         extra = [c for c in given if c.path not in self.chosen and self._takes(c)]
-        # A leaf that the model has and leaves out by its policy or filter is no fault.
+        # A leaf that the model's policy or filter leaves out is no fault.
         extra = [c for c in extra if c.path not in known]
         if self.options.only is not None and not self.chosen and not extra:
             raise _NothingError(
@@ -275,7 +277,7 @@ class _Matching:
             found = state.values_list()[at]
         new: list[Any] = []
         try:
-            # What is given goes in as it is: nothing casts it on the way.
+            # Given values are used as they are, without a cast.
             wrong = difference(
                 describe(found, new), describe(self.values[i], []), lambda *_: False
             )
@@ -293,7 +295,7 @@ class _Matching:
 
     # ----------------------------------------------------------------------- aliases
     def _aliases(self, by_path: dict[Path, Candidate], tied: Any) -> set[Path]:
-        """Notes what is shared on one side only; the paths that this accounts for."""
+        """Records what is shared on one side only, and returns its paths."""
         if tied is None:
             return set()
         ours = dict(aliases_of(self.plan.graphdef))
@@ -324,7 +326,7 @@ class _Matching:
 
     # ------------------------------------------------------------------------ advice
     def advice(self) -> list[str]:
-        """What can be written instead, for the sorts of faults there are."""
+        """Advice for each sort of fault that was found."""
         words = {fault.partition(":")[0] for fault in self.faults}
         return [text for keys, text in _ADVICE if words & keys]
 

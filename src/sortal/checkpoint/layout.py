@@ -1,4 +1,4 @@
-"""What a save will write: leaves chosen, described, and given their places on disk."""
+"""What a save writes: the chosen leaves, their records, and where each array goes."""
 
 from __future__ import annotations
 
@@ -38,38 +38,27 @@ from sortal.policy.policy import Policy, answers
 
 
 class Layout(NamedTuple):
-    """Everything about a save but the bytes, and where these come from."""
+    """Everything about a save except the bytes, and where to take these from."""
 
     kinds: tuple[Kind, ...]
     leaves: tuple[Leaf, ...]
     aliases: tuple[tuple[Path, Path], ...]
     arrays: dict[str, Stored]
     packs: dict[str, list[tuple[int, Any]]]
-    """For each pack its arrays, with their offsets."""
+    """The arrays of each pack, with their offsets."""
     own: dict[str, list[Piece]]
-    """The pieces here of arrays that are stored by themselves."""
+    """This process's pieces of the arrays that are stored by themselves."""
     shared: frozenset[str]
-    """Those of them that several processes write to."""
+    """Those of them that several processes write."""
     graphdef: str
 
 
 def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
-    """Decides what is saved, and where each array goes.
+    """Decides what is saved and where each array goes.
 
-    Args:
-      root: a Module, or a container of Modules, Variables and arrays.
-      only: a filter, or None for all leaves.
-      policy: a Policy, whose column ``checkpoint`` is read, or None.
-      pin: whether the values must stay as they are after this call, whatever the
-        program does with the model.
-
-    Returns:
-      The Layout.
-
-    Raises:
-      SaveError: nothing is chosen, or something cannot be saved; all of it is listed.
-      FilterError: ``only`` is no filter.
-      PolicyError: a kind or a Variable has an answer that says nothing.
+    ``only`` is a filter or None. The policy's setting ``checkpoint`` is read. ``pin``
+    copies values, so that they stay as they are whatever the program does with the
+    model next.
     """
     plan = bind(root)
     schema, values = plan.graphdef.schema, plan.values()
@@ -77,23 +66,24 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     chosen = range(len(schema))
     if only is not None:
         chosen = select(schema, (only,), plan.view).parts[0][1]
-    said = answers("checkpoint", schema, policy, plan.view, default="keep")
-    chosen = [i for i in chosen if said[i] != "drop"]
+    keep = answers("checkpoint", schema, policy, plan.view, default="keep")
+    chosen = [i for i in chosen if keep[i] != "drop"]
     if len(schema) and not chosen:
+        what = "the policy" if only is None else f"only={to_filter(only)!r}"
         raise SaveError(
-            f"nothing to save: {_taken_by(only)} takes none of the {len(schema)} "
+            f"nothing to save: {what} takes none of the {len(schema)} "
             f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
         )
-    trees, live = _described(schema, chosen, values)
+    trees, live = _leaf_values(schema, chosen, values)
     kinds, number = _kinds([schema.kinds[i] for i in chosen])
     place = _Places(pin)
     leaves = []
     for i, tree in zip(chosen, trees, strict=True):
-        kind, passing = number[schema.kinds[i]], said[i] == "keep-last"
+        kind, passing = number[schema.kinds[i]], keep[i] == "keep-last"
         path = encode_path(schema.paths[i])
         group = kinds[kind].group
         new = place.all(tree, live, group, path, passing)
-        metadata = _plain_metadata(schema.metadata[i])
+        metadata = {k: v for k, v in schema.metadata[i].items() if type(v) in METADATA}
         leaves.append(Leaf(path, kind, new, metadata, passing))
     _refuse_namesakes(leaves)
     return Layout(
@@ -108,14 +98,10 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
     )
 
 
-def _taken_by(only: Any) -> str:
-    return "the policy" if only is None else f"only={to_filter(only)!r}"
-
-
-def _described(
+def _leaf_values(
     schema: Schema, chosen: list[int], values: list[Any]
 ) -> tuple[list[Tree], Iterator[Any]]:
-    """Takes the values of leaves apart, or says of all that cannot be saved."""
+    """The records of leaves and their arrays; refuses all unsavable leaves at once."""
     trees, live, faults = [], [], []
     for i in chosen:
         before = len(live)
@@ -129,7 +115,7 @@ def _described(
         raise SaveError(
             "a checkpoint holds arrays, Python scalars, strings, and pytrees of these; "
             f"found:\n{listing(faults)}\nNothing was saved. Leave them out with only=, "
-            "or put what they say into metadata=."
+            "or put them into metadata=."
         )
     return trees, iter(live)
 
@@ -144,7 +130,7 @@ def _not_there(live: list[Any]) -> str:
 
 
 def _refuse_statics(root: Any) -> None:
-    """What hangs as a plain number beside models looks saved, and would not be."""
+    """Refuses scalars in plain containers: they look saved, and are static."""
     found: list[str] = []
     seen: set[int] = set()
     todo: list[tuple[Path, Any]] = [((), root)]
@@ -162,14 +148,14 @@ def _refuse_statics(root: Any) -> None:
             found.append(f"{show(path)}: {x!r:.60}")
     if found:
         raise SaveError(
-            "numbers and strings that hang in plain containers are settings, which no "
-            f"checkpoint holds; found:\n{listing(sorted(found))}\nPut them into "
+            "numbers and strings in plain containers are static, and checkpoints hold "
+            f"no static values; found:\n{listing(sorted(found))}\nPut them into "
             "metadata=, or into Variables."
         )
 
 
 def _refuse_namesakes(leaves: list[Leaf]) -> None:
-    """Odd keys are stored as text, by which one leaf must be told from another."""
+    """Keys other than strings and integers are stored as text, which may collide."""
     if found := namesakes(leaf.path for leaf in leaves):
         raise SaveError(
             "several leaves have one path once their keys are text; found:\n"
@@ -178,17 +164,13 @@ def _refuse_namesakes(leaves: list[Leaf]) -> None:
 
 
 def namesakes(paths: Iterable[Any]) -> list[str]:
-    """The paths, as they are stored, that there are several of."""
+    """The stored paths that occur more than once."""
     return [show(path) for path, n in Counter(paths).items() if n > 1]
-
-
-def _plain_metadata(metadata: Any) -> dict[str, Any]:
-    return {k: v for k, v in metadata.items() if type(v) in METADATA}
 
 
 # ------------------------------------------------------------------ kinds and paths
 def qualified(cls: type) -> str:
-    """The name of a class with its module."""
+    """The name of a class, with its module."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -223,7 +205,7 @@ _ODD = re.compile(r"[^A-Za-z0-9_.=@-]")
 
 
 def file_name(text: str) -> str:
-    """A text as the name of a file on any system; the same for the same text."""
+    """A file name for a text, valid on every system; equal texts give equal names."""
     name = _ODD.sub(lambda m: "".join(f"%{b:02X}" for b in _utf8(m[0])), text)
     name = name.replace(".", "%2E", 1) if name.startswith(".") else name
     if len(name) > 100:
@@ -232,12 +214,12 @@ def file_name(text: str) -> str:
 
 
 def _utf8(text: str) -> bytes:
-    # The names that a system gives for bytes of no encoding have halves of pairs.
+    # Undecodable file names hold lone surrogates.
     return text.encode(errors="surrogatepass")
 
 
 def free(name: str, taken: set[str]) -> str:
-    """A name that no other has, also where a system takes capitals for small ones."""
+    """A name not taken yet, case ignored, as some file systems ignore it."""
     found, n = name, 2
     while found.casefold() in taken:
         found, n = f"{name}~{n}", n + 1
@@ -252,7 +234,7 @@ def encode_path(path: Any) -> Path:
 
 
 def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
-    """Pairs of a path and the path of what is met there again, leaf or node."""
+    """Pairs of an alias path and the first path of the same leaf or node."""
     return graphdef.memo("checkpoint aliases", lambda: _aliases(graphdef))
 
 
@@ -260,7 +242,7 @@ def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
     paths = graphdef.schema.paths
     found = [(path, paths[number]) for path, number in graphdef.aliases]
     seen: dict[int, Path] = {}
-    # In the order of the walk, whose first path to a node is its own.
+    # In the order of the walk: the first path to a node is its own.
     todo: list[tuple[Entry, Path]] = [(graphdef.root, ())]
     while todo:
         entry, path = todo.pop()
@@ -278,10 +260,9 @@ def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
 
 
 def fingerprint(graphdef: GraphDef) -> str:
-    """A hash of types, kinds and sharing by path; settings are left out.
+    """A hash of types, kinds and sharing by path.
 
-    A model is saved in training and restored for evaluation, so what ``eval()`` sets
-    must not count.
+    Settings are left out: a model saved in training may be restored after ``eval()``.
     """
 
     def compute() -> str:
@@ -300,7 +281,7 @@ def fingerprint(graphdef: GraphDef) -> str:
 
 # ---------------------------------------------------------------------------- places
 class _Places:
-    """Gives arrays their places: small ones in packs, others by themselves."""
+    """Assigns storage: small arrays go into packs, others are stored by themselves."""
 
     def __init__(self, pin: bool):
         self.packs: dict[str, list[tuple[int, Any]]] = {}
@@ -314,7 +295,7 @@ class _Places:
     def all(
         self, tree: Tree, live: Iterator[Any], group: str, path: Path, passing: bool
     ) -> Tree:
-        """The value with a place for each of its arrays."""
+        """The value, with a place for each of its arrays."""
         if type(tree) is Array:
             return self._place(tree, next(live), group, path, passing)
         new = [
@@ -354,17 +335,17 @@ class _Places:
             return piece
         if isinstance(piece.data, np.ndarray):
             return piece._replace(data=piece.data.copy())
-        # A view keeps the buffer from being donated; a device's memory is copied.
+        # On CPU a view, which keeps the buffer from being donated; else a copy.
         return piece._replace(data=np.asarray(piece.data))
 
     def stored(self) -> dict[str, Stored]:
-        """Every array to be written, by name."""
+        """All arrays to write, by name."""
         packs = {name: packed(end) for name, end in self._ends.items()}
         return {**packs, **self._stored}
 
 
 def _whole(live: Any) -> tuple[Any, tuple[int, ...] | None]:
-    """All of an array as one, where one process has it; and the shape of its shards."""
+    """The array, if this process has all of it, and the shape of its shards."""
     if not isinstance(live, jax.Array):
         return live, None
     if live.is_fully_replicated:
@@ -385,20 +366,11 @@ def _pieces(live: Any, whole: Any) -> list[Piece]:
 
 
 def check_json(what: str, x: Any) -> None:
-    """Refuses what JSON would not give back as it is.
-
-    Args:
-      what: the argument's name, for the message.
-      x: its value.
-
-    Raises:
-      SaveError: something in it is no string, number, bool, None, list or dict with
-        strings as keys; all is listed.
-    """
+    """Refuses values that JSON would not give back unchanged; all are listed."""
     faults = list(_not_json(what, x, ()))
     if faults:
         raise SaveError(
-            f"{what}= must be plain JSON, to come back as it went in; found:\n"
+            f"{what}= must be plain JSON, so that it is read back unchanged; found:\n"
             f"{listing(sorted(faults))}\nUse lists, dicts with strings as keys, "
             "strings, bools, None and finite numbers."
         )

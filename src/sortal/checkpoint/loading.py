@@ -1,4 +1,4 @@
-"""From storage straight to where arrays are wanted: devices, shards, host memory."""
+"""Reads arrays from storage directly into devices, shards or host memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sortal.errors import RestoreError
 
 _WINDOW = 16 << 20
 _AHEAD = 64 << 20
-"""Bytes that may be on their way from storage at a time."""
+"""Bytes that may be in flight at a time."""
 
 
 class Want(NamedTuple):
     """An array of a checkpoint, and what it is to become.
 
-    ``form`` is ``jax``, ``numpy`` or ``scalar``. A ``sharding`` of None is the default
-    device, to which nothing is bound.
+    ``form`` is ``jax``, ``numpy`` or ``scalar``. A ``sharding`` of None means the
+    default device, uncommitted.
     """
 
     path: Any
@@ -39,17 +39,10 @@ class Want(NamedTuple):
 
 
 def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Want:
-    """What a live array asks for: its own form, dtype and place.
+    """The Want of a live array: its own form, dtype and sharding.
 
-    Args:
-      path: of the leaf, for messages.
-      array: the array stored.
-      like: the live one; for PRNG keys that are not abstract, their words.
-      live: the live one, described.
-      sharding: where to instead; None if nothing else is said.
-
-    Returns:
-      The Want.
+    ``like`` is the live array (for PRNG keys that are not abstract, their words),
+    ``live`` its record. A ``sharding`` overrides the live one.
     """
     if live.form != "jax":
         return Want(path, array, live.form, live.dtype)
@@ -63,25 +56,14 @@ def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Wa
 
 
 def host_value(want: Want, host: np.ndarray) -> Any:
-    """An array that is in host memory already, as it is wanted.
-
-    Args:
-      want: what it is to become.
-      host: all of it; for PRNG keys their words.
-
-    Returns:
-      The array.
-
-    Raises:
-      RestoreError: its numbers do not fit the dtype that they are cast to.
-    """
+    """An array already in host memory (for PRNG keys, their words), as it is wanted."""
     memory = host_memory(want.array.stored_shape, numpy_dtype(want.array.dtype))
     memory[...] = host
     return _Putter().whole(want, memory)
 
 
 class _Job(NamedTuple):
-    """One read, and what to do with what was read."""
+    """One read, and a callback for the memory read."""
 
     name: str
     at: tuple[slice, ...]
@@ -98,39 +80,27 @@ class _Job(NamedTuple):
 
 
 def load(reader: Reader, wants: Sequence[Want]) -> list[Any]:
-    """Reads arrays.
-
-    Args:
-      reader: reads from the step.
-      wants: what to read.
-
-    Returns:
-      The arrays, in order.
-
-    Raises:
-      DamagedError: the bytes are not those that were written.
-      RestoreError: numbers do not fit the dtype that they are cast to.
-    """
+    """Reads arrays, in order, with a bounded number of bytes in flight."""
     put = _Putter()
     found: list[Any] = [None] * len(wants)
-    flying: deque[tuple[_Job, Any, np.ndarray]] = deque()
+    in_flight: deque[tuple[_Job, Any, np.ndarray]] = deque()
     ahead = 0
 
-    def land() -> None:
+    def finish_oldest() -> None:
         nonlocal ahead
-        job, reading, memory = flying.popleft()
+        job, reading, memory = in_flight.popleft()
         reader.wait(reading)
         ahead -= job.nbytes
         job.then(memory)
 
     for job in _jobs(wants, put, found):
-        while flying and ahead + job.nbytes > _AHEAD:
-            land()
+        while in_flight and ahead + job.nbytes > _AHEAD:
+            finish_oldest()
         memory = host_memory(job.shape, numpy_dtype(job.dtype))
-        flying.append((job, reader.read(job.name, job.at, memory), memory))
+        in_flight.append((job, reader.read(job.name, job.at, memory), memory))
         ahead += job.nbytes
-    while flying:
-        land()
+    while in_flight:
+        finish_oldest()
     return found
 
 
@@ -152,7 +122,7 @@ def _jobs(wants: Sequence[Want], put: _Putter, found: list[Any]) -> Iterator[_Jo
 
 
 def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
-    """Arrays of a pack that lie next to each other, up to so many bytes."""
+    """Groups neighbours in a pack, up to a number of bytes, into one read each."""
     window: list[int] = []
     start = end = 0
     for i in numbers:
@@ -169,7 +139,7 @@ def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
 
 
 def _span(array: Array) -> tuple[int, int]:
-    """Where an array in a pack begins and ends."""
+    """Where an array begins and ends in its pack."""
     offset = array.place.offset if array.place else None
     start = offset or 0
     return start, start + array.nbytes
@@ -194,7 +164,7 @@ def _packed(
 def _own(
     want: Want, name: str, i: int, put: _Putter, found: list[Any]
 ) -> Iterator[_Job]:
-    """Reads each part of an array that some device here is to have, once."""
+    """Reads each part that a device of this process needs, once."""
     array = want.array
     shape, dtype = array.stored_shape, storage_dtype(array.dtype)
     places = put.places(want)
@@ -221,14 +191,14 @@ _Part = tuple[tuple[int | None, int | None], ...]
 
 
 class _Putter:
-    """Puts host memory where it is wanted."""
+    """Moves host memory to where it is wanted."""
 
     def __init__(self) -> None:
         default = jax.device_put(np.zeros((), np.float32))
         self._default = default.sharding
 
     def places(self, want: Want) -> dict[Any, _Part]:
-        """Which part of the array each device is to have; host memory is one too."""
+        """The part of the array that each device holds; None stands for host memory."""
         shape = want.array.stored_shape
         if want.form != "jax":
             return {None: ((None, None),) * len(shape)}
@@ -241,13 +211,13 @@ class _Putter:
     def _sharding(self, want: Want) -> Any:
         sharding = self._default if want.sharding is None else want.sharding
         ranked = (jax.sharding.NamedSharding, jax.sharding.SingleDeviceSharding)
-        # Keys have an axis more than their sharding knows of.
+        # The words of keys have one axis more than the keys' sharding.
         if want.array.key is not None and not isinstance(sharding, ranked):
             return self._default
         return sharding
 
     def whole(self, want: Want, host: np.ndarray) -> Any:
-        """The array wanted, of all of it in host memory."""
+        """The wanted array, from all of it in host memory."""
         if want.form == "jax" and want.sharding is not None:
             places = self.places(want)
             pieces = {
@@ -261,7 +231,7 @@ class _Putter:
         return self.pieces(want, {None: ()}, {(): host})
 
     def pieces(self, want: Want, places: Any, pieces: dict[Any, np.ndarray]) -> Any:
-        """The array wanted, of the parts that its devices are to have."""
+        """The wanted array, from the parts of its devices."""
         cast = {part: _cast(want, host) for part, host in pieces.items()}
         if want.form != "jax":
             (host,) = cast.values()
@@ -289,12 +259,12 @@ class _Like(NamedTuple):
 
 
 def _cast(want: Want, host: np.ndarray) -> np.ndarray:
-    """The numbers in the dtype wanted, or a refusal where that would change them."""
+    """The values in the wanted dtype; refuses a cast that would change them."""
     if want.dtype == want.array.dtype:
         return host
     dtype = numpy_dtype(want.dtype)
     if host.dtype.isbuiltin != 1:
-        # Types that are not NumPy's own cannot all be cast to one another.
+        # Not all of ml_dtypes' types can be cast to one another.
         whole = jnp.issubdtype(host.dtype, jnp.integer)
         host = host.astype(np.int16 if whole else np.float32)
     with np.errstate(all="ignore"):
@@ -308,7 +278,7 @@ def _cast(want: Want, host: np.ndarray) -> np.ndarray:
             if not finite.all():
                 bad |= np.isnan(host) != np.isnan(new)
             if np.isfinite(np.float32(np.inf).astype(dtype)):
-                # It has no infinity: what is too large has become its largest number.
+                # A dtype without infinity turns too large values into its largest one.
                 bad |= np.abs(host) > host.dtype.type(jnp.finfo(dtype).max)
     if bad.any():
         raise RestoreError(

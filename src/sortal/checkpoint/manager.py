@@ -17,7 +17,7 @@ from sortal.policy.policy import Policy
 
 
 class Checkpoints:
-    """The steps of one training in one directory.
+    """The steps of one training run in one directory.
 
     Its first save takes the directory; other writers are refused until ``close``, the
     end of a ``with`` block, or the end of the process. Anybody may read at any time.
@@ -83,7 +83,7 @@ class Checkpoints:
         metadata: Any = None,
         wait: bool = True,
     ) -> Saving:
-        """Saves a step, then deletes those that need not stay.
+        """Saves a step, then deletes those that need not be kept.
 
         Args:
           root: a Module, or a container of Modules, Variables and arrays.
@@ -117,7 +117,7 @@ class Checkpoints:
     def _borrow(self) -> _Borrowed:
         if self._lock is None:
             self._lock = files.Lock(self.directory)
-            # A manager that is dropped must not lock the directory for good.
+            # A manager that is dropped must release the lock.
             weakref.finalize(self, self._lock.release)
         return _Borrowed()
 
@@ -222,7 +222,7 @@ class Checkpoints:
         return max(scores)[1] if scores else None
 
     def _score(self, step: int) -> float | None:
-        """How good a step is, more is better; None if that cannot be known."""
+        """The score of a step, higher is better; None where it is unknown."""
         try:
             value = files.read_manifest(self.directory, step).metrics.get(
                 self._best or "", math.nan
@@ -235,7 +235,7 @@ class Checkpoints:
 
 
 class _Borrowed:
-    """The right to write, whose owner is the manager."""
+    """The lock that the manager holds."""
 
     def release(self) -> None:
-        """Nothing: the manager keeps it."""
+        """Does nothing: the manager keeps the lock."""

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds and where; strict, versioned, checksummed."""
+"""The manifest: what a checkpoint holds and where; versioned, checksummed, strict."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Kind(NamedTuple):
-    """A kind by name: its class, the classes it derives from, its folder."""
+    """A kind by name: its class, the base classes, and its folder."""
 
     name: str | None
     bases: tuple[str, ...]
@@ -45,13 +45,13 @@ class Kind(NamedTuple):
 
 
 METADATA = frozenset({str, int, bool, type(None)})
-"""Types of the metadata of a leaf that a manifest holds."""
+"""The types of metadata that a manifest holds."""
 
 
 class Leaf(NamedTuple):
     """One leaf: its path, the number of its kind, its value and its metadata.
 
-    ``passing`` leaves go when a newer step is saved: the policy says ``keep-last``.
+    ``passing`` leaves are deleted when a newer step is saved (policy ``keep-last``).
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Leaf(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One zarr array: dtype, shape, and shape of its chunks."""
+    """One zarr array: dtype, shape, and chunk shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,14 +70,14 @@ class Stored(NamedTuple):
 
 
 class File(NamedTuple):
-    """What a file must be: its size, and a checksum as ``name:hex``."""
+    """The size of a file, and its checksum as ``name:hex``."""
 
     size: int
     checksum: str
 
 
 class Manifest(NamedTuple):
-    """All there is to know of one step but the bytes of its arrays."""
+    """Everything about one step except the bytes of its arrays."""
 
     step: int
     folder: str
@@ -107,21 +107,13 @@ def short(kind: Kind) -> str:
 
 
 def now() -> str:
-    """The time, as manifests have it."""
+    """The current time as manifests write it."""
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 # ---------------------------------------------------------------------------- writing
 def to_bytes(manifest: Manifest) -> bytes:
-    """The manifest as the content of its file.
-
-    Args:
-      manifest: what to write.
-
-    Returns:
-      JSON: an object of ``sha256``, the hash of the bytes of the rest, and
-      ``manifest``.
-    """
+    """The content of the file: JSON of the body and of the body's sha256."""
     body = json.dumps(_to_json(manifest), separators=(",", ":")).encode()
     digest = hashlib.sha256(body).hexdigest().encode()
     return b"".join((_HEAD, digest, _MIDDLE, body, _TAIL))
@@ -197,7 +189,7 @@ def _read_complex(text: Any) -> complex:
     return complex(float.fromhex(real), float.fromhex(imaginary))
 
 
-# To and from JSON, exactly; JSON's own numbers would lose NaN and the like.
+# To and from JSON, exactly; JSON numbers have no NaN, infinity or large integers.
 _PLAIN: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     bool: (lambda x: ["bool", x], lambda x: {True: True, False: False}[x]),
     int: (lambda x: ["int", hex(x)], lambda x: int(x, 16)),
@@ -214,22 +206,14 @@ _READ_PLAIN = {cls.__name__: read for cls, (_, read) in _PLAIN.items()}
 
 # ---------------------------------------------------------------------------- reading
 class _FormError(Exception):
-    """What is wrong, and where in the manifest."""
+    """What is wrong with a manifest, and where."""
 
 
 def from_bytes(data: bytes, where: str) -> Manifest:
-    """Reads a manifest, and refuses all that is not exactly as written.
-
-    Args:
-      data: the content of the file.
-      where: the file, for messages.
-
-    Returns:
-      The Manifest.
+    """Reads a manifest, and refuses one that is not exactly as written.
 
     Raises:
-      DamagedError: it is no manifest, damaged, of a newer version, or contradicts
-        itself.
+      DamagedError: it is damaged, of a newer version, or contradicts itself.
     """
     try:
         return _read(_body(data))
@@ -287,7 +271,7 @@ def _read(x: Any) -> Manifest:
 
 
 def _check_whole(m: Manifest) -> None:
-    """Whether every array lies where it can, and every file is of an array."""
+    """Checks that arrays lie inside stored arrays, and that the files are theirs."""
     paths = [x.path for x in m.leaves]
     if len(set(paths)) != len(paths):
         raise _FormError("two leaves have one path")
@@ -297,19 +281,21 @@ def _check_whole(m: Manifest) -> None:
     # Counted first, so that no small file can ask for a long list.
     if sum(math.prod(chunk_counts(a)) for a in m.arrays.values()) > len(m.files):
         raise _FormError("the arrays have more chunks than there are files")
-    due = {chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])}
+    expected = {
+        chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])
+    }
     groups = {k.group for k in m.kinds} | {name.partition("/")[0] for name in m.arrays}
-    due |= {"zarr.json", *(f"{group}/zarr.json" for group in groups)}
-    due |= {f"{name}/zarr.json" for name in m.arrays}
-    if due != set(m.files):
-        odd = min(due ^ set(m.files))
+    expected |= {"zarr.json", *(f"{group}/zarr.json" for group in groups)}
+    expected |= {f"{name}/zarr.json" for name in m.arrays}
+    if expected != set(m.files):
+        odd = min(expected ^ set(m.files))
         raise _FormError(f"the files are not those of the arrays: {odd}")
 
 
 def _check_place(m: Manifest, leaf: Leaf, a: Array) -> None:
     if a.place is None:
         if a.nbytes:
-            raise _FormError(f"{show(leaf.path)} has no place")
+            raise _FormError(f"{show(leaf.path)} has no stored array")
         return
     stored = m.arrays[a.place.array]
     if a.place.offset is None:
@@ -322,23 +308,23 @@ def _check_place(m: Manifest, leaf: Leaf, a: Array) -> None:
 
 
 def chunk_files(name: str, stored: Stored) -> list[str]:
-    """The files of the chunks of an array, row after row."""
+    """The chunk files of an array, in row-major order."""
     places = itertools.product(*map(range, chunk_counts(stored)))
     return [chunk_file(name, at) for at in places]
 
 
 def chunk_file(name: str, at: Iterable[int]) -> str:
-    """The file of one chunk of an array, given its number along each axis."""
+    """The file of one chunk, from its index along each axis."""
     return f"{name}/c" + "".join(f".{i}" for i in at)
 
 
 def chunk_counts(stored: Stored) -> list[int]:
-    """How many chunks an array has along each axis."""
+    """The number of chunks along each axis."""
     return [-(-n // c) for n, c in zip(stored.shape, stored.chunks, strict=True)]
 
 
 def storage_dtype(name: str) -> str:
-    """The zarr data type that holds a dtype: others than zarr's own as their bytes."""
+    """The zarr data type for a dtype; dtypes that zarr lacks are stored as bytes."""
     return name if name in _ZARR else "uint8"
 
 
@@ -431,13 +417,13 @@ def _read_array(x: Any) -> Array:
 
 def _a(kind: type, x: Any) -> Any:
     if type(x) is not kind:
-        raise _FormError(f"{x!r:.60} where a {kind.__name__} is due")
+        raise _FormError(f"{x!r:.60} where a {kind.__name__} is expected")
     return x
 
 
 def _natural(x: Any) -> int:
     if type(x) is not int or not 0 <= x < 1 << 63:
-        raise _FormError(f"{x!r:.60} where a size or number is due")
+        raise _FormError(f"{x!r:.60} where a size or number is expected")
     return x
 
 

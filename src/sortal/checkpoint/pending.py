@@ -1,4 +1,4 @@
-"""Saves under way: waited for, and their failures told, whatever happens."""
+"""Saves under way: waiting for them, and raising their failures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ class Saving:
     def __init__(self, directory: Path, step: int, work: Callable[[], None]):
         self.directory, self.step = directory, step
         self._work, self._failure = work, None
-        self._told = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -47,7 +46,7 @@ class Saving:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or badly."""
+        """Whether it has ended, successfully or not."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Saving:
@@ -65,7 +64,6 @@ class Saving:
             if self in _known:
                 _known.remove(self)
         if self._failure is not None:
-            self._told = True
             raise self._failure
         return self
 
@@ -93,7 +91,7 @@ class Saving:
     def _guarded(self) -> None:
         try:
             self._work()
-        except BaseException as e:  # noqa: BLE001 - told to whoever asks next
+        except BaseException as e:  # noqa: BLE001 - raised by the next call
             failure = SaveError(
                 f"the save of step {self.step} to {self.directory}, which ran beside "
                 f"the program, failed: {e}"
@@ -107,7 +105,7 @@ class Saving:
 
 
 def settle(directory: Path | None = None) -> None:
-    """Raises the failure of an earlier save that nobody was told of yet.
+    """Raises the failure of an earlier save, if no call has raised it before.
 
     Args:
       directory: saves to this directory are waited for; of others only those count

@@ -1,4 +1,4 @@
-"""The processes of one program, and how they agree on a save or restore."""
+"""The processes of one program, and how they agree on a save or a restore."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ _MILLISECONDS = 600_000
 
 
 def not_in_a_trace(verb: str) -> None:
-    """Refuses to work inside a transform, where it would be done once, on compiling.
-
-    Args:
-      verb: what is not to be done there.
-
-    Raises:
-      TraceError: a transform is being traced.
-    """
+    """Refuses to work inside a transform, where it would run once, at tracing."""
     if not outside_traces():
         raise TraceError(
             f"{verb} inside a transform would run once, when it is traced, and not "
@@ -32,16 +25,13 @@ def not_in_a_trace(verb: str) -> None:
 
 
 class Group:
-    """All processes of this program, in one matter that they must agree on.
+    """All processes of this program, for one operation that they must agree on.
 
     Every process makes its Groups in the same order. Process 0 leads: it alone writes
-    what there is one of. Where there is one process, it agrees with itself.
-
-    Args:
-      matter: what it is about, for messages.
+    the files that exist once. ``matter`` names the operation in messages.
 
     Raises:
-      CheckpointError: there are several processes and no way for them to talk.
+      CheckpointError: there are several processes, and no coordinator.
     """
 
     def __init__(self, matter: str):
@@ -57,40 +47,31 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that leads."""
+        """Whether this is the leading process."""
         return self.index == 0
 
     def decide(self, round: str, mine: Any, fault: str = "") -> list[Any]:
-        """Tells the others something, and hears what all of them say.
+        """Exchanges a JSON value, or a fault, with all processes; returns their values.
 
-        Args:
-          round: a name for this exchange, other than those before.
-          mine: what this process says; JSON.
-          fault: what went wrong here; empty if nothing did.
-
-        Returns:
-          What each process said, in order.
-
-        Raises:
-          CheckpointError: something went wrong in one of the processes, or one did
-            not answer within ten minutes; every process gets this error.
+        ``round`` names the exchange; each has another name. A fault of one process, or
+        no answer within ten minutes, raises a CheckpointError in every process.
         """
-        said = [[mine, fault]]
+        answers = [[mine, fault]]
         if self._client is not None:
             self._client.key_value_set(
                 f"{self._name}/{round}/{self.index}", json.dumps([mine, fault])
             )
-            said = [json.loads(self._hear(round, i)) for i in range(self.count)]
+            answers = [json.loads(self._wait(round, i)) for i in range(self.count)]
         faults = [
             f"process {i}: {text}" if self.count > 1 else text
-            for i, (_, text) in enumerate(said)
+            for i, (_, text) in enumerate(answers)
             if text
         ]
         if faults:
             raise CheckpointError("\n".join(faults))
-        return [x for x, _ in said]
+        return [x for x, _ in answers]
 
-    def _hear(self, round: str, index: int) -> str:
+    def _wait(self, round: str, index: int) -> str:
         key = f"{self._name}/{round}/{index}"
         try:
             return self._client.blocking_key_value_get(key, _MILLISECONDS)

@@ -85,10 +85,10 @@ def restore(
 ) -> Restored:
     """Reads a step into a live model: all of it, or nothing.
 
-    The model says what is due: each of its leaves takes the value at its path, in its
-    own form, on its own devices. An abstract model (``eval_shape``) becomes a real
-    one. Whatever differs is refused, all of it at once, before anything changes. All
-    processes of a program call it together.
+    The model decides what is restored: each of its leaves takes the value at its path,
+    in its own form, on its own devices. An abstract model (``eval_shape``) becomes a
+    real one. Whatever differs is refused, all of it at once, before anything changes.
+    All processes of a program call it together.
 
     Args:
       directory: where the steps are.
@@ -214,13 +214,13 @@ def read_fit(
       RestoreError: numbers cannot be cast, or a sharding does not fit.
     """
     schema = plan.graphdef.schema
-    said = shardings(sharding, schema, plan)
+    placed = shardings(sharding, schema, plan)
     wants: list[Want] = []
     for pair in found.pairs:
         three = zip(arrays(pair.stored), arrays(pair.live), pair.like, strict=True)
         for stored, live, like in three:
             path = schema.paths[pair.at]
-            wants.append(wanted(path, stored, like, live, said[pair.at]))
+            wants.append(wanted(path, stored, like, live, placed[pair.at]))
     made = iter(read(reader, wants))
     current = plan.values()
     values = [build(p.stored, made, current[p.at]) for p in found.pairs]
@@ -229,7 +229,7 @@ def read_fit(
 
 
 def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
-    """Reads arrays, when the files that they are in look as they should.
+    """Reads arrays, after a check of the files that they are in.
 
     Args:
       reader: reads from the step.
@@ -250,7 +250,8 @@ def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
     ]
     if lost:
         raise RestoreError(
-            "JAX holds 64-bit numbers only if told to, and would cut these short:\n"
+            "JAX holds 64-bit numbers only with jax_enable_x64, and would cut these "
+            "short:\n"
             f"{listing(lost)}\nSet jax_enable_x64, or restore into a model of other "
             "dtypes with cast=True."
         )
@@ -269,23 +270,23 @@ def _cut(name: str) -> bool:
 
 
 def shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
-    """Where each leaf of a model is put; None for where the model has it."""
+    """The sharding of each leaf of a model; None keeps the leaf's own."""
     if given is None:
         return [None] * len(schema)
-    said = leaf_answers(given, "spec", schema, plan.view)
-    return [_sharding(x) for x in said]
+    placed = leaf_answers(given, "spec", schema, plan.view)
+    return [_sharding(x) for x in placed]
 
 
-def _sharding(said: Any) -> Any:
-    if isinstance(said, jax.sharding.PartitionSpec):
+def _sharding(given: Any) -> Any:
+    if isinstance(given, jax.sharding.PartitionSpec):
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
             raise RestoreError(
-                f"{said} is a spec, and no mesh is set; use jax.set_mesh(mesh), or "
+                f"{given} is a spec, and no mesh is set; use jax.set_mesh(mesh), or "
                 "give a NamedSharding."
             )
-        return jax.sharding.NamedSharding(mesh, said)
-    return said
+        return jax.sharding.NamedSharding(mesh, given)
+    return given
 
 
 # ---------------------------------------------------------------------- without a model
@@ -357,14 +358,14 @@ def load_state(
         [classes[x.kind] for x in leaves],
         [Metadata.of(x.metadata) if x.metadata else EMPTY for x in leaves],
     )
-    said = [None] * len(leaves)
+    placed = [None] * len(leaves)
     if sharding is not None:
-        said = [
+        placed = [
             _sharding(x) for x in leaf_answers(sharding, "spec", schema, lambda: leaves)
         ]
     wants = [
         Want(x.path, a, a.form, a.dtype, a.weak, to, to is not None)
-        for x, to in zip(leaves, said, strict=True)
+        for x, to in zip(leaves, placed, strict=True)
         for a in arrays(x.value)
     ]
     reader = Reader(directory / str(number) / manifest.folder, manifest)
@@ -439,7 +440,7 @@ def _stand_in(full: str, name: str, base: type) -> Any:
 
 
 def _variables() -> dict[str, type]:
-    """All kinds that are loaded, by full name; of two of one name, neither."""
+    """All kinds that are loaded, by full name; a name that two share is left out."""
     found: dict[str, Any] = {}
     todo: list[type] = [Variable]
     while todo:
@@ -448,6 +449,6 @@ def _variables() -> dict[str, type]:
         name = qualified(cls)
         found[name] = None if found.get(name, cls) is not cls else cls
         if cls.__module__ == "sortal":
-            # Checkpoints of version 0.1.0 name these by the file that they were in.
+            # Checkpoints of version 0.1.0 name these by their former file.
             found[f"sortal.variable.{cls.__name__}"] = cls
     return {name: cls for name, cls in found.items() if cls is not None}

@@ -80,10 +80,10 @@ def save(
 
 
 class Writes(Protocol):
-    """The right to write to a directory, until it is released."""
+    """The lock on a directory, until it is released."""
 
     def release(self) -> None:
-        """Gives the right back."""
+        """Releases the lock."""
 
 
 def begin(
@@ -192,7 +192,7 @@ def _undo(directory: Path, manifest: Manifest) -> None:
     folder = directory / str(manifest.step)
     with contextlib.suppress(CheckpointError, OSError):
         if files.read_manifest(directory, manifest.step).folder == manifest.folder:
-            return  # it counts already: only making it survive failed
+            return  # it is committed already: only the sync failed
     shutil.rmtree(folder / manifest.folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         files.unfinished(folder, manifest).unlink(missing_ok=True)
@@ -200,7 +200,7 @@ def _undo(directory: Path, manifest: Manifest) -> None:
 
 
 def _together(group: Group, round: str, what: str, do: Callable[[], None]) -> None:
-    """Does a part of the work in all processes; an error in one is one in all."""
+    """Does a part of the work in all processes; an error in one is raised in all."""
     fault, cause = "", None
     try:
         with files.as_save_error(what, _NOTHING):

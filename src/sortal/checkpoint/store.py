@@ -1,4 +1,4 @@
-"""Arrays on disk: zarr 3 with a checksum for each chunk, through TensorStore."""
+"""Arrays on disk: zarr 3 with a checksum in each chunk, through TensorStore."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from sortal.checkpoint.values import Array, numpy_dtype
 from sortal.errors import DamagedError
 
 CHUNK = 4 << 20
-"""Bytes of a chunk where nothing speaks for more; see decision 0021."""
+"""Bytes of a chunk, unless the array is very large; see decision 0021."""
 _LARGEST_CHUNK = 64 << 20
 _IN_FLIGHT = 5
 SMALL = CHUNK
-"""Arrays of fewer bytes are packed, many in one array of bytes."""
+"""Arrays of fewer bytes are packed together into one array of bytes."""
 ALIGN = 64
-"""Where an array may begin in a pack: a multiple of this."""
+"""Arrays in a pack begin at multiples of this."""
 _ZEROS = np.zeros(ALIGN, np.uint8)
 
 
@@ -47,15 +47,10 @@ class Piece(NamedTuple):
 
 # --------------------------------------------------------------------------- layout
 def stored_array(array: Array, shard: Sequence[int] | None = None) -> Stored:
-    """How an array is stored by itself.
+    """How an array of at least one axis and one element is stored by itself.
 
-    Args:
-      array: the array; not empty, and of one axis or more.
-      shard: the shape that each device holds, where several do. Chunks then divide
-        it, so that no two processes write to one file.
-
-    Returns:
-      The Stored.
+    ``shard`` is the shape that each device holds, where several do. Chunks then divide
+    it, so that no two processes write to one file.
     """
     shape = array.stored_shape
     whole = tuple(shard) if shard is not None else shape
@@ -84,7 +79,7 @@ def packed(size: int) -> Stored:
 
 
 def zarr_json(stored: Stored) -> dict[str, Any]:
-    """The metadata of an array, as zarr 3 wants it."""
+    """The zarr 3 metadata of an array."""
     dtype = np.dtype(numpy_dtype(stored.dtype))
     fill: Any = False if stored.dtype == "bool" else 0
     order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
@@ -97,7 +92,7 @@ def zarr_json(stored: Stored) -> dict[str, Any]:
             "name": "regular",
             "configuration": {"chunk_shape": list(stored.chunks)},
         },
-        # A dot, so that a chunk needs no folders of its own.
+        # A dot, so that chunks need no folders.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": [0.0, 0.0] if stored.dtype.startswith("complex") else fill,
         "codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
@@ -114,11 +109,11 @@ def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{root / name}/"},
         "metadata": zarr_json(stored),
-        # zarr takes a chunk that is not there for one of zeros.
+        # By default zarr reads a missing chunk as zeros.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
     }
-    # What the metadata is, the manifest knows: it is not read again from a file.
+    # The manifest holds the metadata, so it is not read again from a file.
     opened = ts.open(spec, open=True, assume_metadata=True, context=context)
     return opened.result()
 
@@ -131,20 +126,17 @@ def _context(**more: Any) -> Any:
 
 # -------------------------------------------------------------------------- writing
 class Writer:
-    """Writes arrays into a new folder, with a few chunks in flight at a time.
+    """Writes arrays into an existing folder, with a few chunks in flight at a time.
 
-    Used by ``with``, at whose end all that was written is on disk.
-
-    Args:
-      root: the folder, which exists.
+    A context manager: at its end, all chunks are on disk.
     """
 
     def __init__(self, root: Path):
         self._root = root
-        # No other writer can be in a folder of this name, so no locks on its files.
-        # TensorStore would sync the folder, too, after each chunk.
+        # The name of the folder is unique, so its files need no locks. TensorStore
+        # would also sync the folder after each chunk.
         self._context = _context(file_io_sync=False, file_io_locking={"mode": "none"})
-        self._flying: deque[Any] = deque()
+        self._in_flight: deque[Any] = deque()
         self._buffers: list[np.ndarray] = []
         self._syncs = Syncs()
 
@@ -154,18 +146,18 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         try:
             if exception[1] is None:
-                while self._flying:
-                    self._land()
+                while self._in_flight:
+                    self._finish_oldest()
         finally:
-            # What still flies after a failure would appear again once it is cleaned up.
-            for writing, *_ in self._flying:
+            # After a failure, a write still in flight could recreate a deleted file.
+            for writing, *_ in self._in_flight:
                 writing.exception()
             faults = self._syncs.finish()
         if faults and exception[1] is None:
             raise faults[0]
 
     def write(self, name: str, stored: Stored, pieces: Iterable[Piece]) -> None:
-        """Writes the pieces of one array that are here."""
+        """Writes this process's pieces of one array."""
         opened = _open(self._root, name, stored, self._context)
         for start, data in pieces:
             host = on_host(data)
@@ -174,17 +166,17 @@ class Writer:
                     slice(s.start + o, s.stop + o)
                     for s, o in zip(at, start, strict=True)
                 )
-                self._fly(opened[to], _file_of(name, stored, to), host[at])
+                self._start(opened[to], _file_of(name, stored, to), host[at])
 
     def pack(self, name: str, stored: Stored, parts: Iterable[tuple[int, Any]]) -> None:
-        """Writes arrays one after the other, each from its offset on."""
+        """Writes arrays one after the other, each at its offset."""
         opened = _open(self._root, name, stored, self._context)
         chunk, at, done = stored.chunks[0], 0, 0
 
-        def fly(data: np.ndarray, reuse: bool) -> None:
+        def start(data: np.ndarray, reuse: bool) -> None:
             span = slice(done, done + data.size)
             file = _file_of(name, stored, (span,))
-            self._fly(opened[span], file, data, reuse)
+            self._start(opened[span], file, data, reuse)
 
         buffer = self._buffer(chunk)
         for offset, data in parts:
@@ -201,27 +193,27 @@ class Writer:
                     buffer[at - done : at - done + taken] = left[:taken]
                     at, left = at + taken, left[taken:]
                     if at == done + chunk:
-                        fly(buffer, reuse=True)
+                        start(buffer, reuse=True)
                         buffer, done = self._buffer(chunk), at
         if at > done:
-            fly(buffer[: at - done], reuse=False)
+            start(buffer[: at - done], reuse=False)
 
     def _buffer(self, size: int) -> np.ndarray:
-        while not self._buffers and len(self._flying) >= _IN_FLIGHT:
-            self._land()
+        while not self._buffers and len(self._in_flight) >= _IN_FLIGHT:
+            self._finish_oldest()
         if self._buffers and self._buffers[-1].size >= size:
             return self._buffers.pop()[:size]
         return np.empty(size, np.uint8)
 
-    def _fly(self, to: Any, file: str, data: np.ndarray, reuse: bool = False) -> None:
-        while len(self._flying) >= _IN_FLIGHT:
-            self._land()
-        # TensorStore need not copy what is left alone until it lands.
+    def _start(self, to: Any, file: str, data: np.ndarray, reuse: bool = False) -> None:
+        while len(self._in_flight) >= _IN_FLIGHT:
+            self._finish_oldest()
+        # The data is not changed before the write ends, so that no copy is needed.
         writing = to.write(data, can_reference_source_data_indefinitely=True)
-        self._flying.append((writing, file, data if reuse else None, data))
+        self._in_flight.append((writing, file, data if reuse else None, data))
 
-    def _land(self) -> None:
-        writing, file, buffer, _ = self._flying.popleft()
+    def _finish_oldest(self) -> None:
+        writing, file, buffer, _ = self._in_flight.popleft()
         writing.result()
         self._syncs.add(self._root / file)
         if buffer is not None:
@@ -229,13 +221,7 @@ class Writer:
 
 
 def prepare(root: Path, arrays: dict[str, Stored], groups: Iterable[str]) -> None:
-    """Makes the folders and metadata of all arrays and groups.
-
-    Args:
-      root: the folder, which exists.
-      arrays: what will be in it.
-      groups: the folders of kinds.
-    """
+    """Makes the folders and metadata files of all arrays and groups."""
     (root / "zarr.json").write_bytes(GROUP_JSON)
     for group in groups:
         (root / group).mkdir()
@@ -247,7 +233,7 @@ def prepare(root: Path, arrays: dict[str, Stored], groups: Iterable[str]) -> Non
 
 
 def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
-    """Makes all that ``prepare`` made survive, and the names of chunks."""
+    """Syncs the folders and files of ``prepare``, and the names of the chunks."""
     folders = [root, *(root / name for name in (*groups, *arrays))]
     above = [root.parent, root.parent.parent]
     syncs = Syncs()
@@ -258,13 +244,13 @@ def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
 
 
 def _file_of(name: str, stored: Stored, at: Sequence[slice]) -> str:
-    """The file of the one chunk that a part of an array begins."""
+    """The file of the chunk that begins at a part of an array."""
     numbers = (s.start // c for s, c in zip(at, stored.chunks, strict=True))
     return chunk_file(name, numbers)
 
 
 def chunk_slices(name: str, stored: Stored) -> Iterator[tuple[str, tuple[slice, ...]]]:
-    """The file of each chunk of an array, and the part of the array that it holds."""
+    """The file of each chunk of an array, with its part of the array."""
     tiles = _tiles(stored.shape, stored.chunks)
     return zip(chunk_files(name, stored), tiles, strict=True)
 
@@ -278,7 +264,7 @@ def _tiles(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice,
 
 
 def on_host(data: Any) -> np.ndarray:
-    """The array in host memory, in this machine's byte order, as zarr stores it."""
+    """The array in host memory, in native byte order, with the dtype stored."""
     host = np.asarray(data)
     native, stored = _forms(host.dtype)
     if native is not host.dtype:
@@ -288,29 +274,23 @@ def on_host(data: Any) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _forms(dtype: np.dtype) -> tuple[np.dtype, np.dtype]:
-    """A dtype in this machine's byte order, and the one that it is stored as."""
+    """A dtype in native byte order, and the one that it is stored as."""
     native = dtype if dtype.isnative else dtype.newbyteorder("=")
     name = storage_dtype(native.name)
     return native, native if name == native.name else np.dtype(name)
 
 
 def as_bytes(host: np.ndarray) -> np.ndarray:
-    """The elements of an array in order, as bytes."""
+    """The elements of an array as bytes, in order."""
     return np.ascontiguousarray(host).reshape(-1).view(np.uint8)
 
 
 def fingerprints(
     root: Path, arrays: dict[str, Stored], groups: Iterable[str]
 ) -> dict[str, File]:
-    """What every file below ``root`` is, once it is written.
+    """Size and checksum of every file below ``root``, once written.
 
-    Args:
-      root: the folder of the arrays.
-      arrays: what is in it.
-      groups: the folders of kinds.
-
-    Returns:
-      A File for each name. A chunk ends in the crc32c of what comes before it.
+    A chunk ends with the crc32c of its other bytes.
     """
     found = {}
     for name in ("zarr.json", *(f"{n}/zarr.json" for n in (*groups, *arrays))):
@@ -331,12 +311,7 @@ def _chunk(file: Path) -> File:
 
 # -------------------------------------------------------------------------- reading
 class Reader:
-    """Reads arrays of one step, and refuses files that are not as written.
-
-    Args:
-      root: the folder of the arrays.
-      manifest: what they must be.
-    """
+    """Reads arrays of one step, and refuses files that differ from the manifest."""
 
     def __init__(self, root: Path, manifest: Manifest):
         self._root, self._manifest = root, manifest
@@ -344,14 +319,9 @@ class Reader:
         self._opened: dict[str, Any] = {}
 
     def check(self, names: Iterable[str]) -> list[str]:
-        """Looks at the files of arrays without reading what is in their chunks.
+        """Checks files of arrays without reading their chunks; one line for each fault.
 
-        Args:
-          names: names of arrays.
-
-        Returns:
-          One line for each file that is missing, of another size or another save, or
-          whose metadata is damaged.
+        Finds missing files, other sizes, damaged metadata, and chunks of another save.
         """
         names = list(names)
         groups = dict.fromkeys(name.partition("/")[0] for name in names)
@@ -364,39 +334,27 @@ class Reader:
         return [f"{file}: {fault}" for file in files if (fault := self.fault(file))]
 
     def fault(self, name: str) -> str:
-        """What is wrong with one file as far as its outside shows; empty if nothing."""
-        due, file = self._manifest.files[name], self._root / name
+        """What is wrong with one file by its size and checksum; empty if nothing."""
+        expected, file = self._manifest.files[name], self._root / name
         try:
-            if due.checksum.startswith("crc32c:"):
+            if expected.checksum.startswith("crc32c:"):
                 found = _chunk(file)
             else:
                 size = file.stat().st_size
-                if size != due.size:
-                    return f"{size:,} bytes, not {due.size:,}"
+                if size != expected.size:
+                    return f"{size:,} bytes, not {expected.size:,}"
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 found = File(size, f"sha256:{digest}")
         except FileNotFoundError:
             return "missing"
         except OSError as e:
             return f"cannot be read ({e.strerror})"
-        if found.size != due.size:
-            return f"{found.size:,} bytes, not {due.size:,}"
-        return "" if found == due else "not what was written: another checksum"
+        if found.size != expected.size:
+            return f"{found.size:,} bytes, not {expected.size:,}"
+        return "" if found == expected else "not what was written: another checksum"
 
     def read(self, name: str, at: Sequence[slice], into: np.ndarray) -> Any:
-        """Begins to read a part of an array into memory.
-
-        Args:
-          name: the array.
-          at: which part.
-          into: where to; of the part's shape and the dtype stored.
-
-        Returns:
-          What ``wait`` waits for.
-
-        Raises:
-          DamagedError: there is nothing to read there.
-        """
+        """Starts to read a part of an array into memory; ``wait`` takes the result."""
         import tensorstore as ts
 
         if name not in self._opened:
@@ -406,14 +364,7 @@ class Reader:
         return name, to.write(self._opened[name][tuple(at)])
 
     def wait(self, reading: Any) -> None:
-        """Waits for the end of a ``read``.
-
-        Args:
-          reading: what ``read`` returned.
-
-        Raises:
-          DamagedError: the bytes are not those that were written.
-        """
+        """Waits for the end of a ``read``."""
         name, future = reading
         try:
             future.result()
@@ -424,17 +375,10 @@ class Reader:
 
 
 def host_memory(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory to read into that JAX is sure to copy from.
+    """Memory that JAX copies from: it begins 16 bytes past a multiple of 64.
 
-    JAX would keep and use well-aligned memory as it is, and could then neither donate
-    an array of it nor free one of many that share it.
-
-    Args:
-      shape: the shape.
-      dtype: the dtype.
-
-    Returns:
-      An array that begins 16 bytes past a multiple of 64.
+    JAX would keep well-aligned memory without a copy, and could then neither donate
+    such an array nor free one of many that share the memory.
     """
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 128, np.uint8)

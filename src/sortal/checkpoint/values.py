@@ -1,4 +1,4 @@
-"""What the value of a leaf is made of: arrays and plain values, and how they nest."""
+"""The values of leaves as records: arrays, plain values, and containers of them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ DTYPES = frozenset(
 
 PLAIN = (bool, int, float, complex, str, bytes)
 DEPTH = 100
-"""Containers in containers, at most."""
+"""The greatest depth of nested containers."""
 
 
 class Key(NamedTuple):
-    """What makes uint32 words a PRNG key: the implementation, and words per key."""
+    """What makes uint32 words PRNG keys: the implementation, and words per key."""
 
     impl: str
     words: int
 
 
 class Place(NamedTuple):
-    """Where bytes are: the name of a stored array, and where they begin in a pack."""
+    """Where bytes are: the name of a stored array, and the offset in a pack."""
 
     array: str
     offset: int | None
@@ -45,9 +45,8 @@ class Place(NamedTuple):
 class Array(NamedTuple):
     """One array of a value.
 
-    ``form`` is ``jax``, ``numpy`` or ``scalar`` (a NumPy scalar); ``shape`` and
-    ``dtype`` are those of the values stored: for PRNG keys the shape of the array of
-    keys, and uint32.
+    ``form`` is ``jax``, ``numpy`` or ``scalar`` (a NumPy scalar). For PRNG keys,
+    ``shape`` is that of the array of keys, and ``dtype`` is uint32.
     """
 
     shape: tuple[int, ...]
@@ -60,12 +59,12 @@ class Array(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of what is stored; keys have a last axis of words."""
+        """The shape stored; keys have a last axis of words."""
         return self.shape if self.key is None else (*self.shape, self.key.words)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the values take."""
+        """The number of bytes stored."""
         return math.prod(self.stored_shape) * numpy_dtype(self.dtype).itemsize
 
     @property
@@ -87,10 +86,10 @@ class Plain(NamedTuple):
 
 
 class Nest(NamedTuple):
-    """A container of values: ``dict``, ``list``, ``tuple``, ``none`` or ``node``.
+    """A container: ``dict``, ``list``, ``tuple``, ``none`` or ``node``.
 
-    ``name`` is the class of a node, any other type registered with JAX. The keys of a
-    dict are in sorted order, as JAX sees them.
+    A ``node`` is any other pytree type, and ``name`` its class. The keys of a dict are
+    sorted, as in JAX.
     """
 
     what: str
@@ -123,7 +122,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 @functools.lru_cache(maxsize=256)
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype; kept, because NumPy works each out anew."""
+    """The name of a dtype; cached, because NumPy computes it each time."""
     return dtype.name
 
 
@@ -153,17 +152,10 @@ def with_arrays(tree: Tree, new: Iterator[Array]) -> Tree:
 
 # --------------------------------------------------------------------- live values
 def describe(value: Any, live: list[Any]) -> Tree:
-    """Takes a live value apart.
-
-    Args:
-      value: an array, Python scalar, string, or a pytree of these.
-      live: every array found is appended; keys as their words, the rest as it is.
-
-    Returns:
-      The Tree; its arrays have no place yet.
+    """The record of a live value; its arrays are appended to ``live``, keys as words.
 
     Raises:
-      UnsavableError: part of it is something else.
+      UnsavableError: part of it is of another type than a checkpoint holds.
     """
     return _describe(value, live, 0)
 
@@ -179,7 +171,7 @@ def _describe(value: Any, live: list[Any], depth: int) -> Tree:
     if value is None:
         return Nest("none", None, (), ())
     if cls is dict:
-        # As JAX does, so that two dicts of the same keys number their arrays alike.
+        # In JAX's order, so that dicts with equal keys list their arrays alike.
         items = sorted(value.items(), key=lambda item: order(item[0]))
         return _nest("dict", None, items, live, depth)
     if cls is list or cls is tuple:
@@ -239,19 +231,15 @@ def _key_of(value: Any) -> Key:
     return Key(impl, one.shape[-1])
 
 
-# How JAX prints the implementations, and their names.
+# The short names that JAX prints, and the names of the implementations.
 _IMPL = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
 def spec_of(sharding: Any) -> Any:
     """A sharding as plain data; None where one device holds the array.
 
-    Args:
-      sharding: a sharding of JAX, or None.
-
-    Returns:
-      ``{"mesh": {axis: size}, "spec": [...]}`` for named shardings, else
-      ``{"text": repr}``.
+    ``{"mesh": {axis: size}, "spec": [...]}`` for a NamedSharding, else ``{"text":
+    repr}``.
     """
     if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return None
@@ -267,18 +255,9 @@ def _axis(x: Any) -> Any:
 
 # -------------------------------------------------------------------- back to live
 def build(tree: Tree, made: Iterator[Any], like: Any = None) -> Any:
-    """Puts a value together.
+    """A value from its record and its arrays, in order.
 
-    Args:
-      tree: what it is made of.
-      made: its arrays, in order.
-      like: a live value of the same structure, which says how to build its nodes.
-
-    Returns:
-      The value.
-
-    Raises:
-      DamagedError: there is a node and no ``like`` to say how to build it.
+    ``like`` is a live value of the same structure; it says how to build pytree nodes.
     """
     if isinstance(tree, Array):
         return next(made)
@@ -310,16 +289,9 @@ def _inside(tree: Nest, like: Any) -> list[Any]:
 
 
 def difference(stored: Tree, live: Tree, cast: Callable[[str, str], bool]) -> str:
-    """How a stored value and a live one disagree, in one word; empty where they fit.
+    """How a stored and a live value disagree, in a word or two; empty where they agree.
 
-    Args:
-      stored: the value in the checkpoint.
-      live: the value in the model.
-      cast: whether values of one dtype may become those of another.
-
-    Returns:
-      ``structure``, ``type``, ``shape``, ``dtype``, ``PRNG implementation``, or
-      nothing.
+    ``cast`` says whether one dtype may be converted to another.
     """
     if isinstance(stored, Array) and isinstance(live, Array):
         if stored.shape != live.shape:

@@ -73,7 +73,7 @@ def verify(
     Args:
       path: the folder of the step, or that of all steps.
       step: which, in the second case.
-      progress: told how many bytes were read, and how many there are.
+      progress: called with the bytes read so far, and all there are.
 
     Returns:
       What was found.

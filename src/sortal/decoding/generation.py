@@ -1,16 +1,17 @@
-"""Generation: choosing tokens, and running a decoder token by token."""
+"""Generation: a decoder run token by token, in a loop of steps or as one program."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sortal._engine.variable import Cache, describe
+from sortal.decoding.sampling import NO_TOKEN, Choice, sample
 from sortal.errors import ArgumentError, CacheError, DecodingError
 from sortal.module import iter_modules
 from sortal.nn.cache import KVCache, check_room
@@ -18,93 +19,23 @@ from sortal.random import Rngs
 from sortal.transforms.compile import jit
 from sortal.transforms.control import while_loop
 
-NO_TOKEN = -1
-"""Stands where there is no token: after the end of a sequence."""
 _LEAST = 16
 
 
 class Decoder(Protocol):
-    """What ``stream`` and ``generate`` ask of a model."""
+    """The model that ``stream`` and ``generate`` take."""
 
     def next_logits(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """Logits of the token after the last one of each sequence.
 
         Args:
           tokens: int32 (batch, length), which follow those in the model's caches.
-          lengths: int32 (batch,): how many of them count, from the first.
+          lengths: int32 (batch,): how many of them are not padding.
 
         Returns:
           Floating-point array (batch, vocabulary).
         """
         ...
-
-
-def sample(
-    logits: Any,
-    key: Any = None,
-    *,
-    temperature: Any = None,
-    top_k: int | None = None,
-    top_p: Any = None,
-) -> jax.Array:
-    """Chooses a token for each row of logits.
-
-    ``top_k`` is applied before ``top_p``, and both after the temperature.
-
-    Args:
-      logits: floating-point array (..., vocabulary).
-      key: a JAX random key; needed where ``temperature`` is given.
-      temperature: positive number by which logits are divided; the most likely token is
-        taken if absent.
-      top_k: how many of the most likely tokens are considered; all if absent.
-      top_p: the most likely tokens that together have at least this probability are
-        considered, at least one; all if absent. In (0, 1].
-
-    Returns:
-      int32 (...); -1 where a row holds NaN, for which there is no token.
-
-    Raises:
-      ArgumentError: a temperature without a key, or ``top_k`` is not positive.
-
-    References:
-      Holtzman et al., "The curious case of neural text degeneration",
-      arXiv:1904.09751, section 3.1, for ``top_p``.
-
-    Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import sortal as nnx
-      >>> logits = jnp.array([[0.0, 3.0, 1.0], [jnp.nan, 0.0, 0.0]])
-      >>> nnx.decoding.sample(logits)
-      Array([ 1, -1], dtype=int32)
-      >>> nnx.decoding.sample(logits, jax.random.key(0), temperature=2.0, top_k=1)
-      Array([ 1, -1], dtype=int32)
-    """
-    if top_k is not None and top_k < 1:
-        raise ArgumentError(f"top_k={top_k} leaves no token; it is 1 or more.")
-    if temperature is None:
-        chosen = jnp.argmax(logits, axis=-1)
-    elif key is None:
-        raise ArgumentError(
-            "sample(temperature=...) draws, and needs a key: sample(logits, "
-            "jax.random.key(0), temperature=...)."
-        )
-    else:
-        scaled = logits.astype(jnp.float32) / temperature
-        kept = min(top_k or scaled.shape[-1], scaled.shape[-1])
-        if kept < scaled.shape[-1] or top_p is not None:
-            # Sorted from the most likely on, so that both cuts are cuts of the front.
-            scaled, order = jax.lax.top_k(scaled, kept)
-            if top_p is not None:
-                before = jnp.cumsum(p := jax.nn.softmax(scaled), axis=-1) - p
-                first = jnp.arange(kept) == 0
-                scaled = jnp.where(first | (before < top_p), scaled, -jnp.inf)
-            place = jax.random.categorical(key, scaled)
-            chosen = jnp.take_along_axis(order, place[..., None], axis=-1)[..., 0]
-        else:
-            chosen = jax.random.categorical(key, scaled)
-    bad = jnp.isnan(logits).any(axis=-1)
-    return jnp.where(bad, NO_TOKEN, chosen).astype(jnp.int32)
 
 
 def stream(
@@ -118,31 +49,30 @@ def stream(
     top_p: float | None = None,
     stop: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Generates in a loop of compiled steps, and yields each token as it comes.
+    """Generates in a loop of compiled steps, and yields each token when it is ready.
 
-    Prompts follow what the caches hold: begin anew with ``reset_cache(model)``. Of the
-    tokens generated, the caches hold all but the last; where the loop is left early,
-    all. ``generate`` gives the same tokens from one compiled loop.
+    Prompts follow the tokens in the caches; ``reset_cache(model)`` empties them.
+    Afterwards the caches hold all generated tokens but the last; all, if the loop is
+    left early. ``generate`` gives the same tokens from one compiled loop.
 
     Args:
       model: a Decoder with caches, such as ``init_cache`` gives.
       prompts: a list of lists of token ids, one for each sequence of the caches' batch,
         of any lengths but 0; or an integer array (batch, length).
-      max_new_tokens: how many to generate at most.
-      rngs: keys are drawn from its stream ``sample``; needed unless the temperature
-        is 0.
+      max_new_tokens: the greatest number of tokens to generate.
+      rngs: gives keys of its stream ``sample``; needed unless the temperature is 0.
       temperature: as for ``sample``; 0 takes the most likely token.
       top_k: as for ``sample``.
       top_p: as for ``sample``.
-      stop: token ids that end a sequence; the last token it gets is one of them.
+      stop: token ids that end a sequence, of which they are the last token.
 
     Yields:
       int32 (batch,): a token for each sequence, -1 where it has ended.
 
     Raises:
-      ArgumentError: prompts or options that cannot be used.
-      CacheError: the model has no caches, or too short ones for prompts and tokens; no
-        token is generated and nothing changed.
+      ArgumentError: prompts or options are invalid.
+      CacheError: the model has no caches, or they are too short for prompts and tokens;
+        nothing is changed.
       DecodingError: logits were NaN.
 
     Example:
@@ -174,13 +104,12 @@ def generate(
 ) -> np.ndarray:
     """Generates in one compiled loop, which ends when every sequence has ended.
 
-    The prompts go through the model in a program of their own, which ``stream`` uses
-    too.
+    The prompts are processed by ``prefill``, as in ``stream``.
 
     Args:
       model: as for ``stream``.
       prompts: as for ``stream``.
-      max_new_tokens: how many to generate at most; another number is another program.
+      max_new_tokens: as for ``stream``; each number compiles another program.
       rngs: as for ``stream``.
       temperature: as for ``stream``.
       top_k: as for ``stream``.
@@ -191,9 +120,9 @@ def generate(
       int32 (batch, max_new_tokens); -1 after the end of a sequence.
 
     Raises:
-      ArgumentError: prompts or options that cannot be used.
-      CacheError: the model has no caches, or too short ones for prompts and tokens; no
-        token is generated and nothing changed.
+      ArgumentError: prompts or options are invalid.
+      CacheError: the model has no caches, or they are too short for prompts and tokens;
+        nothing is changed.
       DecodingError: logits were NaN.
 
     Example:
@@ -219,22 +148,8 @@ def generate(
     return np.asarray(tokens)
 
 
-class Choice(NamedTuple):
-    """What decides on tokens and may change without anything being compiled again.
-
-    Attributes:
-      temperature: as for ``sample``.
-      top_p: as for ``sample``.
-      stop: int32 (number,): tokens that end a sequence; or None.
-    """
-
-    temperature: Any = None
-    top_p: Any = None
-    stop: Any = None
-
-
 class _Call:
-    """The arguments of ``stream`` and ``generate``, checked and in their final form."""
+    """The checked arguments of ``stream`` and ``generate``."""
 
     def __init__(
         self,
@@ -281,11 +196,12 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
       prompts: a list of lists of token ids, or an integer array (batch, length).
 
     Returns:
-      int32 (batch, padded) and int32 (batch,), the lengths. What is padded is a power
-      of two from 16 on, so that prompts of many lengths share few programs.
+      int32 (batch, padded) and int32 (batch,), the lengths. The padded length is a
+      power of two, 16 or more, so that prompts of many lengths share few programs.
 
     Raises:
-      ArgumentError: there is no prompt, one is empty, or something is no token id.
+      ArgumentError: there is no prompt, one is empty, or has entries that are not
+        integers.
 
     Example:
       >>> tokens, lengths = pad([[5, 6, 7], [8]])
@@ -308,10 +224,8 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{found}. A batch of one is [[1, 2, 3]]."
         )
     lengths = np.array([row.size for row in rows], np.int32)
-    tokens = np.zeros(
-        (len(rows), max(_LEAST, 1 << int(lengths.max() - 1).bit_length()))
-    )
-    tokens = tokens.astype(np.int32)
+    padded = max(_LEAST, 1 << int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(rows), padded), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
     return tokens, lengths
@@ -340,11 +254,11 @@ def _advance(
     choice: Choice,
     top_k: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token for each sequence: the token, which have ended, which have failed."""
+    """One step: the new tokens, which sequences have ended, which have failed."""
     logits = model.next_logits(tokens, lengths)
     key = None if rngs is None else rngs.sample()
-    heat, top_p, stop = choice
-    new = sample(logits, key, temperature=heat, top_k=top_k, top_p=top_p)
+    temperature, top_p, stop = choice
+    new = sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
     failed = (new == NO_TOKEN) & ~done
     new = jnp.where(done, NO_TOKEN, new)
     if stop is not None:
@@ -355,7 +269,7 @@ def _advance(
 def _follow(
     model: Any, rngs: Any, tokens: Any, done: Any, choice: Choice, top_k: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``_advance`` by the one token that each sequence got last."""
+    """``_advance`` by the last token of each sequence."""
     lengths = jnp.where(done, 0, 1).astype(jnp.int32)
     return _advance(model, rngs, tokens[:, None], lengths, done, choice, top_k)
 
@@ -374,10 +288,10 @@ def prefill(
 
     Args:
       model: a Decoder with caches, which are donated.
-      rngs: where keys come from, or None.
+      rngs: the source of keys, or None.
       tokens: int32 (batch, length).
       lengths: int32 (batch,).
-      choice: what decides on tokens.
+      choice: the options of sampling.
       top_k: as for ``sample``.
 
     Returns:
@@ -397,7 +311,7 @@ def decode(
       model: as for ``prefill``.
       rngs: as for ``prefill``.
       tokens: int32 (batch,).
-      done: booleans (batch,): which have ended; their caches are left alone.
+      done: booleans (batch,): which have ended; their caches do not change.
       choice: as for ``prefill``.
       top_k: as for ``sample``.
 
@@ -419,7 +333,7 @@ def decode_all(
     steps: int,
     top_k: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """All tokens from the first ones on, as one program.
+    """The tokens after ``prefill``, in one compiled loop.
 
     Args:
       model: as for ``prefill``.
@@ -428,7 +342,7 @@ def decode_all(
       done: the second.
       failed: the third.
       choice: as for ``prefill``.
-      steps: how many tokens at most, the first ones included.
+      steps: the greatest number of tokens, the first included.
       top_k: as for ``sample``.
 
     Returns:
@@ -457,8 +371,8 @@ def _steps(call: _Call) -> Iterator[np.ndarray]:
     ahead = prefill(model, rngs, call.tokens, call.lengths, choice, top_k=top_k)
     for left in range(call.steps - 1, -1, -1):
         new, done, failed = ahead
-        # The next step is on its way before this token is read, unless whether there
-        # is a next one hangs on it.
+        # The next step is dispatched before this token is read, unless the token says
+        # whether there is a next step.
         more = left > 0 and not (choice.stop is not None and bool(done.all()))
         if more:
             ahead = decode(model, rngs, new, done, choice, top_k=top_k)

@@ -1,12 +1,12 @@
-"""Handwritten digits in under a minute, and who writes which array meanwhile.
+"""Trains on handwritten digits in under a minute, and shows what writes which array.
 
-Run it with ``sortal demo``. It needs
-scikit-learn, which ships the data: 1,797 digits of 8 by 8 pixels.
+Run it with ``sortal demo``. It needs scikit-learn, which has the data: 1,797 digits of
+8 by 8 pixels.
 
-The network holds arrays of six kinds. Nothing below says twice which is which: each is
-put into a Variable of its kind once, where it is made. The optimizer then finds its
-parameters, BatchNorm its statistics and Dropout its random stream by kind, and at the
-end a table, counted from the arrays themselves, shows who changed what.
+The network holds arrays of six kinds. Each array gets its kind once, where its Variable
+is made. The optimizer finds its parameters, BatchNorm its statistics and Dropout its
+random stream by kind; at the end a table, counted from the arrays themselves, shows
+what changed them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,15 @@ from sortal.inspect import Table, changes, drawn, size
 
 
 class BatchStat(nnx.Variable):
-    """A kind of our own, for statistics of the input.
+    """An own kind, for statistics of the input.
 
-    It has the name of ``nnx.BatchStat`` and is another kind all the same: kinds are
-    classes. ``nnx.state(model, nnx.BatchStat)`` takes BatchNorm's statistics and not
-    these, ``nnx.state(model, BatchStat)`` takes these and not BatchNorm's.
+    It has the name of ``nnx.BatchStat`` but is another kind, because kinds are classes:
+    a filter by one class does not take Variables of the other.
     """
 
 
 class Normalise(nnx.Module):
-    """Brings every pixel to mean 0 and variance 1 over the images seen in training.
-
-    Args:
-      shape: the shape of one image.
-    """
+    """Scales every pixel to mean 0 and variance 1 over the training images seen."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.running_mean = BatchStat(jnp.zeros(shape))
@@ -53,7 +48,7 @@ class Normalise(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.use_running_average:
             self.batches[...] += 1
-            # An average over all batches at first, over about the last fifty later.
+            # At first an average over all batches, later over about the last fifty.
             rate = 1 / jnp.minimum(self.batches[...], 50)
             self.running_mean[...] += rate * (x.mean(0) - self.running_mean[...])
             self.running_var[...] += rate * (x.var(0) - self.running_var[...])
@@ -62,13 +57,7 @@ class Normalise(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A convolution, batch normalisation and a rectifier.
-
-    Args:
-      inputs: channels in.
-      outputs: channels out.
-      rngs: the source of the first weights.
-    """
+    """A convolution, batch normalisation and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, rngs=rngs)
@@ -79,12 +68,7 @@ class Block(nnx.Module):
 
 
 class Network(nnx.Module):
-    """Two convolutional blocks and a linear head.
-
-    Args:
-      rngs: the source of first weights and of the random streams.
-      width: channels of the first block.
-    """
+    """Two convolutional blocks and a linear head."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 24):
         self.normalise = Normalise((8, 8, 1))
@@ -107,7 +91,7 @@ class Network(nnx.Module):
 def loss_fn(
     model: Network, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy with a little label smoothing, and the logits."""
+    """Cross entropy with label smoothing, and the logits."""
     logits = model(images)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.05)
     return optax.softmax_cross_entropy(logits, targets).mean(), logits
@@ -116,7 +100,7 @@ def loss_fn(
 def gradients(
     model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
 ) -> tuple[Any, Any]:
-    """The loss and logits, and the gradient by what the optimizer is for."""
+    """Loss, logits, and the gradient by the Variables that the optimizer updates."""
     wrt = nnx.DiffState(0, optimizer.wrt)
     differentiate = nnx.value_and_grad(loss_fn, argnums=wrt, has_aux=True)
     return differentiate(model, images, labels)
@@ -130,7 +114,7 @@ def train_step(
     images: jax.Array,
     labels: jax.Array,
 ) -> jax.Array:
-    """One step; writes to all three objects in place and returns the loss."""
+    """One step; updates all three objects in place and returns the loss."""
     (loss, logits), grads = gradients(model, optimizer, images, labels)
     metrics.update(loss=loss, logits=logits, labels=labels)
     optimizer.update(model, grads)
@@ -139,17 +123,17 @@ def train_step(
 
 @nnx.jit
 def predict(model: Network, images: jax.Array) -> jax.Array:
-    """The digit that each image most likely shows."""
+    """The most likely digit of each image."""
     return model(images).argmax(-1)
 
 
 def end_epoch(model: Network) -> None:
-    """What the user's own code writes: the number of epochs, kept with the model."""
+    """A write by the user's own code: the number of epochs, kept in the model."""
     model.epochs[...] += 1
 
 
 class Digits(NamedTuple):
-    """Images and labels, those to train on and those held out."""
+    """Images and labels, for training and held out."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -158,17 +142,7 @@ class Digits(NamedTuple):
 
 
 def load_digits(seed: int) -> Digits:
-    """Reads the digits and holds a quarter of them out, drawn by the seed.
-
-    Args:
-      seed: the seed.
-
-    Returns:
-      The Digits; pixels lie between 0 and 1.
-
-    Raises:
-      ModuleNotFoundError: scikit-learn is not installed.
-    """
+    """Reads the digits, with pixels from 0 to 1, and holds a quarter of them out."""
     from sklearn import datasets
 
     pixels, labels = datasets.load_digits(return_X_y=True)
@@ -182,7 +156,7 @@ def load_digits(seed: int) -> Digits:
 def batches(
     digits: Digits, size: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The training images once, in random order, in batches of equal size."""
+    """All training images once, in random order, in batches of equal size."""
     order = rng.permutation(len(digits.images))
     for i in range(0, len(order) - size + 1, size):
         chosen = order[i : i + size]
@@ -194,18 +168,13 @@ def build(
 ) -> tuple[Network, nnx.Optimizer, nnx.MultiMetric]:
     """The network, its optimizer and the metrics.
 
-    Args:
-      seed: the seed of all weights and streams.
-      steps: how many steps the learning rate falls over.
-      train: ``"all"`` parameters, or those of the ``"head"`` only.
-
-    Returns:
-      The three objects.
+    The learning rate falls over ``steps``. ``train`` is ``"all"`` parameters, or those
+    of the ``"head"``.
     """
     model = Network(nnx.Rngs(seed))
     warm, steps = max(steps // 10, 1), max(steps, 2)
     rate = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, warm, steps)
-    # Param is the kind that is learned. A filter may narrow it down.
+    # Param is the kind that is learned; a filter may select some of them.
     wrt = nnx.Param if train == "all" else nnx.All(nnx.Param, nnx.PathContains("head"))
     optimizer = nnx.Optimizer(model, optax.adamw(rate, weight_decay=0.05), wrt=wrt)
     metrics = nnx.MultiMetric(
@@ -215,14 +184,14 @@ def build(
 
 
 class Result(NamedTuple):
-    """What a run gave: the trained objects, and what was measured."""
+    """The trained objects, and the measurements."""
 
     model: Network
     optimizer: nnx.Optimizer
     losses: list[float]
     """The mean training loss of each epoch."""
     accuracy: float
-    """On the images held out."""
+    """On the held-out images."""
     seconds: float
 
 
@@ -232,23 +201,13 @@ def train(
     options: argparse.Namespace,
     report: Callable[[dict[str, float]], None] = lambda found: None,
 ) -> Result:
-    """Trains, and measures at the end on images that training never saw.
-
-    Args:
-      digits: the data.
-      objects: what ``build`` returned; changed in place.
-      options: the command line, as ``parse`` reads it.
-      report: called after each epoch with its loss and accuracy.
-
-    Returns:
-      The Result.
-    """
+    """Trains the objects of ``build`` in place, and measures on held-out images."""
     model, optimizer, metrics = objects
     started = time.perf_counter()
     rng = np.random.default_rng(options.seed)
     losses = []
     for _ in range(options.epochs):
-        model.train()  # Dropout drops, BatchNorm and Normalise keep statistics
+        model.train()  # turns dropout and the updates of statistics on
         for images, labels in batches(digits, options.batch, rng):
             train_step(model, optimizer, metrics, images, labels)
         end_epoch(model)
@@ -268,16 +227,9 @@ def train(
 def writers(
     model: Network, optimizer: nnx.Optimizer, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, dict[Any, int]]:
-    """Takes one step apart, on copies, and counts what each part of it changes.
+    """The number of leaves of each kind that each part of one step changes.
 
-    Args:
-      model: the network, left as it is.
-      optimizer: its optimizer, left as it is.
-      images: a batch.
-      labels: its labels.
-
-    Returns:
-      For each part of the step: kind -> how many leaves it changed, bit for bit.
+    The step is taken on copies; changes are counted bit for bit.
     """
     model, optimizer = both = nnx.clone((model, optimizer))
     model.train()
@@ -306,16 +258,9 @@ def kind_table(
     before: Any = None,
     parts: dict[str, dict[Any, int]] | None = None,
 ) -> Any:
-    """One row for each kind: how large it is, how much of it changed, and who did it.
+    """One row for each kind: its size, and its changes since ``before``, if given.
 
-    Args:
-      title: printed above.
-      objects: the model and the optimizer.
-      before: their state earlier; without it nothing is said about changes.
-      parts: what ``writers`` returned.
-
-    Returns:
-      A Table.
+    ``before`` is an earlier state, ``parts`` the result of ``writers``.
     """
     rows = nnx.tabulate(objects).rows
     heads = ["kind", "leaves>", "elements>", "bytes>"]
@@ -353,18 +298,7 @@ What you can try next
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """Reads the command line.
-
-    Args:
-      argv: its words; those of this process if absent.
-      prog: the program's name in help and errors.
-
-    Returns:
-      The options.
-
-    Raises:
-      SystemExit: as argparse does, for help and for a wrong word.
-    """
+    """The options of a command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train a small network on handwritten digits, and see which "
@@ -388,18 +322,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Runs the whole program.
-
-    Args:
-      argv: the words of the command line; those of this process if absent.
-      prog: the program's name in help and errors.
-
-    Returns:
-      The exit code: 0, or 2 where a package that is needed is missing.
-
-    Raises:
-      SystemExit: as argparse does, for help and for a wrong word.
-    """
+    """Runs the program; returns the exit code, 2 if scikit-learn is missing."""
     options = parse(argv, prog)
     try:
         digits = load_digits(options.seed)
@@ -427,7 +350,7 @@ def _say(result: Result) -> None:
 
 
 def _show(digits: Digits, objects: Any, options: argparse.Namespace) -> None:
-    """Trains with tables before and after, and a progress bar between."""
+    """Trains with tables before and after, and a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

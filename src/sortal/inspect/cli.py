@@ -62,16 +62,16 @@ def _with_files(options: argparse.Namespace) -> int:
         if options.command == "convert":
             count = stored.convert(options.source, options.target, options.step)
             report, status = None, 0
-            said = {"arrays": count, "target": options.target}
+            data = {"arrays": count, "target": options.target}
             text = f"{count} arrays written to {options.target}"
         else:
             report, status = _report(stored, options)
-            said, text = report.data(), ""
+            data, text = report.data(), ""
     except (SortalError, OSError) as e:
         print(f"sortal {options.command}: {e}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(said, indent=1))
+        print(json.dumps(data, indent=1))
     elif report is None:
         print(text)
     else:

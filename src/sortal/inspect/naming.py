@@ -1,4 +1,4 @@
-"""How kinds are named, so that two of one name are told apart."""
+"""Names for kinds, which differ where two classes have one name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILT_IN: dict[str, type] = {
 
 
 def labels(kinds: Iterable[Kind]) -> dict[Kind, str]:
-    """A name for each kind that tells it from the others.
+    """A name for each kind, different from all the others.
 
     Args:
       kinds: classes, or None for unlabelled arrays.

@@ -24,7 +24,7 @@ from sortal.inspect.naming import BUILT_IN, full_name, labels
 
 Kind = type | None
 
-# Words in a kind's name that speak of a value which is recorded, not learned.
+# Words in a kind's name that suggest a value which is recorded, not learned.
 _RECORDED = re.compile(
     r"stat(istic)?s?$|stats?[A-Z_]|running|moving|average|ema$|cache|buffer|count|"
     r"step$|rng",
@@ -78,7 +78,7 @@ class FilterRow(NamedTuple):
     takes: int
     elements: int
     matches: int
-    """How many it would take if it came first."""
+    """How many leaves it would take if it came first."""
 
 
 class Facts(NamedTuple):
@@ -212,7 +212,7 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
     for old, new in shared:
         n = len(old)
         if new[:n] == old:
-            continue  # a way back up, not a second way down
+            continue  # a reference to an ancestor, not a second path
         for path in schema.paths:
             if path[:n] == old:
                 found.setdefault(path, []).append((*new, *path[n:]))
@@ -338,7 +338,7 @@ def _idle_filters(
 ) -> Iterator[str]:
     for row in table:
         if row.takes or (isinstance(read[row.number - 1], WithTag) and not row.matches):
-            continue  # _tag_hints has more to say about strings
+            continue  # _tag_hints reports strings in more detail
         if not row.matches:
             yield f"Filter {row.number}, {row.label}, matches no leaf."
             continue
@@ -408,11 +408,11 @@ def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
 
 
 def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> str:
-    told = []
+    places = []
     for kind in group:
         at = [show(row.path) for row in rows if row.kind is kind]
-        told.append(f"{full_name(kind)} ({_some(at)})")
-    text = f"{len(group)} different kinds are called {name}: {_and(told)}."
+        places.append(f"{full_name(kind)} ({_some(at)})")
+    text = f"{len(group)} different kinds are called {name}: {_and(places)}."
     below = [(a, b) for a in group for b in group if a is not b and issubclass(a, b)]
     for child, parent in below:
         text += (

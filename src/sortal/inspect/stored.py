@@ -44,7 +44,7 @@ class Contents(Report):
         self.rows: tuple[Entry, ...] = tuple(opened.entries)
 
     def data(self) -> dict[str, Any]:
-        """All of it, as plain data for JSON."""
+        """The whole report as plain data for JSON."""
         return {
             "path": str(self.opened.path),
             "format": self.opened.format,
@@ -150,7 +150,7 @@ class Compared(Report):
         self.rows: tuple[Change, ...] = tuple(rows)
 
     def data(self) -> dict[str, Any]:
-        """All of it, as plain data for JSON."""
+        """The whole report as plain data for JSON."""
         return {
             "old": str(self.old.path),
             "new": str(self.new.path),
@@ -240,13 +240,13 @@ def _compare(a: Entry, b: Entry, kinds: bool) -> Iterable[Change]:
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """The largest absolute difference, and the share of numbers that differ."""
+    """The largest absolute difference, and the fraction of numbers that differ."""
     if x.dtype.kind in "SU" or x.shape != y.shape:
         return math.nan, 1.0
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
         apart = np.abs(x.astype(wide) - y.astype(wide))
-    # NaN in one and not in the other is as far apart as can be.
+    # NaN in one alone counts as the largest difference.
     odd = np.isnan(apart) & ~(np.isnan(x.astype(wide)) & np.isnan(y.astype(wide)))
     apart = np.where(odd, np.inf, np.nan_to_num(apart, nan=0.0, posinf=np.inf))
     differs = np.ascontiguousarray(x).reshape(-1).view(np.uint8) != (
@@ -269,7 +269,7 @@ class Checked(Report):
         self.rows: tuple[str, ...] = found.faults
 
     def data(self) -> dict[str, Any]:
-        """All of it, as plain data for JSON."""
+        """The whole report as plain data for JSON."""
         found = self.found
         return {
             "path": str(found.path), "files": found.files, "bytes": found.bytes,
@@ -287,12 +287,12 @@ class Checked(Report):
 
 
 def check(path: str, step: int | str, progress: Callable[[int, int], None]) -> Checked:
-    """Reads every byte of a step, and of a step that has no readable manifest says so.
+    """Reads every byte of a step; reports a step without a readable manifest.
 
     Args:
       path: a step, or a folder of steps.
       step: which, in the second case.
-      progress: told how many bytes were read, and how many there are.
+      progress: called with the bytes read so far, and all there are.
 
     Returns:
       What was found.

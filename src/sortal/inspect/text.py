@@ -132,11 +132,12 @@ class Changes(Report):
 
 
 def explain(model: Any, /, *filters: Any) -> Explanation:
-    """Says which filter takes which leaf, and what in that may not be meant.
+    """Reports which filter takes which leaf, and what may be a mistake.
 
     Nothing is refused: a filter that matches nothing or is swallowed by an earlier
     one, leaves left over, two kinds of one name, a statistic that is a Param, a string
-    that was meant as a path: all are told. Print the result, or read its ``rows``.
+    that was meant as a path: all of these are listed. Print the result, or read its
+    ``rows``.
 
     Args:
       model: a Module, a State, or a container of Modules, Variables and arrays.
@@ -228,7 +229,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes as people read it.
+    """A number of bytes with a unit.
 
     Args:
       count: bytes.

@@ -1,6 +1,6 @@
-"""Other libraries' objects and files: objects taken as they are, files converted."""
+"""Objects and files of other libraries: Flax objects as they are, files converted."""
 
-from sortal._engine.foreign import introduce as _introduce
+from sortal._engine.foreign import register_lazily as _register_lazily
 
 
 def _register_flax() -> None:
@@ -9,4 +9,4 @@ def _register_flax() -> None:
     flax.register()
 
 
-_introduce("flax.nnx", _register_flax)
+_register_lazily("flax.nnx", _register_flax)

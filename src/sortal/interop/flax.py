@@ -1,8 +1,8 @@
-"""Flax NNX objects as nodes and leaves, in place: nothing is converted or wrapped.
+"""Flax NNX objects as nodes and leaves of Sortal, in place, without conversion.
 
-Flax is imported by nobody but the user: this is run when the first class of it turns
-up. What it knows of Flax beyond public names is how Variables and Pytrees keep their
-contents; that has been the same from 0.12.0 on, but for one name.
+Only the user imports Flax: this file runs when the first Flax class is met. Beyond
+public names it relies on how Variables and Pytrees keep their contents, which has not
+changed since 0.12.0, except for one name.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sortal._engine import paths
 from sortal._engine import variable as _kinds
 from sortal._engine.foreign import (
     VariableHandler,
-    in_our_words,
     pair,
+    register_native,
     register_variable,
-    translate,
+    to_native,
     watch_classes,
 )
 from sortal._engine.jax_compat import current_trace
@@ -44,15 +44,15 @@ _OPTIMIZER_KINDS = ("OptState", "OptArray", "OptVariable")
 
 
 class FlaxVariables(VariableHandler):
-    """Variables of Flax: three slots, written past hooks and checks of the trace."""
+    """Flax Variables; their three slots are written without hooks and trace checks."""
 
     def __init__(self) -> None:
         from flax.nnx import Variable, tracers
 
         slots = vars(Variable)
-        value = slots.get("_raw_value") or slots["raw_value"]  # 0.12.0 has the latter
+        value = slots.get("_raw_value") or slots["raw_value"]  # raw_value in 0.12.0
         metadata, trace = slots["_var_metadata"], slots["_trace_state"]
-        # Faster than the slots' own __get__, which is what they call.
+        # Faster than calling the __get__ of a slot.
         self._get: Callable[[Any], Any] = operator.attrgetter(value.__name__)
         self._set: Callable[[Any, Any], None] = value.__set__
         self._get_metadata: Callable[[Any], Any] = operator.attrgetter("_var_metadata")
@@ -62,27 +62,21 @@ class FlaxVariables(VariableHandler):
         self._new_trace: Callable[[], Any] = tracers.TraceState
 
     def values(self, variables: Sequence[Any]) -> list[Any]:
-        """See the base class."""
         return list(map(self._get, variables))
 
     def write(self, variable: Any, value: Any) -> None:
-        """See the base class."""
         self._set(variable, value)
 
     def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
-        """See the base class."""
         return list(map(self._get_metadata, variables))
 
     def set_metadata(self, variable: Any, metadata: dict[str, Any]) -> None:
-        """See the base class."""
         self._set_metadata(variable, metadata)
 
     def is_ours(self, variable: Any) -> bool:
-        """See the base class."""
         return self._get_trace(variable).is_valid()
 
     def refusal(self, variable: Any) -> str:
-        """See the base class."""
         metadata = self._get_metadata(variable)
         modes = [mode for mode in ("ref", "hijax") if metadata.get(mode)]
         if not modes:
@@ -93,7 +87,6 @@ class FlaxVariables(VariableHandler):
         )
 
     def make(self, kind: type, value: Any, metadata: Metadata) -> Any:
-        """See the base class."""
         made = object.__new__(kind)
         self._set_trace(made, self._new_trace())
         self._set_metadata(made, dict(metadata))
@@ -102,7 +95,7 @@ class FlaxVariables(VariableHandler):
 
 
 class Shape(NamedTuple):
-    """What a Pytree of Flax has besides its attributes."""
+    """The contents of a Flax Pytree other than its attributes."""
 
     nodes: Any
     initializing: bool
@@ -110,7 +103,7 @@ class Shape(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Says which trace an object of Flax belongs to."""
+    """The trace that a Flax object belongs to."""
 
     obj: Any
 
@@ -125,36 +118,34 @@ class Owner(NamedTuple):
 
 
 class FlaxObjects(Handler):
-    """``nnx.Pytree`` and all that derives from it: the children are the attributes."""
+    """``nnx.Pytree`` and its subclasses; the children are the attributes."""
 
     root = True
 
     def keys(self, obj: Any) -> Sequence[Any]:
-        """The attributes' names; a List's are integers, kept by Flax as digits."""
+        """The attribute names; for a List integers, which Flax stores as digits."""
         names = [n for n in vars(obj) if not str(n).startswith(_PRIVATE)]
         if getattr(type(obj), "_pytree__has_int_keys", False):
             names = [int(n) if str(n).isdigit() else n for n in names]
         return sorted(names, key=paths.order)
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
-        """See the base class."""
         attributes = vars(obj)
         return attributes, key if key in attributes else str(key)
 
     def children(self, obj: Any, keys: Any) -> list[Any]:
-        """See the base class."""
         attributes = vars(obj)
         return [attributes[k if k in attributes else str(k)] for k in keys]
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        """See the base class; at once, for nothing of Flax notes an edit."""
+        """Compared in full, because Flax objects do not count their edits."""
         dicts = list(map(_attributes, nodes))
         return [*map(len, dicts), *_joined(dicts)], _joined(
             [dicts, *map(dict.values, dicts)]
         )
 
     def roles(self, obj: Any) -> Mapping[Any, str] | None:
-        """What Flax takes as data and static, where that is not seen from the value."""
+        """What Flax treats as data or static, where the value alone does not say."""
         if not type(obj)._pytree__is_pytree:
             return None
         keys, status = self.keys(obj), obj._pytree__nodes
@@ -162,32 +153,27 @@ class FlaxObjects(Handler):
         for key, child in zip(keys, self.children(obj, keys), strict=True):
             name = key if key in status else str(key)
             if status.get(name):
-                # None is an empty tree for Flax as for JAX, marked or not.
+                # None is an empty pytree for Flax, marked or not.
                 role = "data" if child is not None else ""
             else:
-                # Lists of settings are static to Flax, though they have no hash.
+                # Flax allows static values without a hash; here statics have one.
                 role = "static" if is_hashable(child) else ""
             roles[key] = role
         return roles
 
     def spec(self, obj: Any) -> Shape:
-        """See the base class."""
         return Shape(obj._pytree__nodes, False, False)
 
     def owner(self, obj: Any) -> Owner:
-        """See the base class."""
         return Owner(obj)
 
     def remove(self, obj: Any, key: Any) -> None:
-        """See the base class."""
         delattr(obj, key)
 
     def can_remove(self, key: Any) -> bool:
-        """See the base class."""
         return isinstance(key, str)
 
     def shell(self, cls: type, spec: Shape) -> Any:
-        """See the base class."""
         from flax.nnx import pytreelib
 
         made = object.__new__(cls)
@@ -196,7 +182,6 @@ class FlaxObjects(Handler):
         return made
 
     def fill(self, obj: Any, spec: Shape, items: dict[Any, Any]) -> None:
-        """See the base class."""
         attributes = vars(obj)
         named = {self._stored(obj, spec, key): child for key, child in items.items()}
         gone = [n for n in attributes if not str(n).startswith(_PRIVATE)]
@@ -212,63 +197,53 @@ class FlaxObjects(Handler):
 
 
 class FlaxBridges(FlaxObjects):
-    """Objects of ``nnx.bridge``, which alone ask how far they are being made."""
+    """Objects of ``nnx.bridge``, the only ones that use the state of construction."""
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        """See the base class."""
         equal, same = super().contents(nodes)
         return [*equal, *map(self.spec, nodes)], same
 
     def spec(self, obj: Any) -> Shape:
-        """See the base class."""
         state = obj._pytree__state
         return Shape(obj._pytree__nodes, state.initializing, state.is_setup)
 
 
 class FlaxStates(Handler):
-    """``nnx.State``: a mapping, nested in plain dicts."""
+    """``nnx.State``: a mapping of nested dicts."""
 
     root = True
 
     def keys(self, obj: Any) -> Sequence[Any]:
-        """See the base class."""
         return sorted(obj.raw_mapping, key=paths.order)
 
     def children(self, obj: Any, keys: Any) -> list[Any]:
-        """See the base class."""
         return [obj.raw_mapping[key] for key in keys]
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        """See the base class."""
         dicts = [x.raw_mapping for x in nodes]
         values = map(dict.values, dicts)
         return list(map(len, dicts)), itertools.chain(dicts, *dicts, *values)
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
-        """See the base class."""
         return obj.raw_mapping, key
 
     def remove(self, obj: Any, key: Any) -> None:
-        """See the base class."""
         del obj.raw_mapping[key]
 
     def can_remove(self, key: Any) -> bool:
-        """See the base class."""
         return True
 
     def shell(self, cls: type, spec: Any) -> Any:
-        """See the base class."""
         return cls({})
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        """See the base class."""
         mapping = obj.raw_mapping
         mapping.clear()
         mapping.update(items)
 
 
 def register() -> None:
-    """Teaches the engine Flax's types, and Flax the few of ours that it may hold."""
+    """Registers Flax's types with the engine, and some of Sortal's with Flax."""
     import flax
     from flax import nnx
 
@@ -288,35 +263,35 @@ def register() -> None:
         for name in names:
             pair(getattr(_kinds, name), getattr(theirs, name))
     pair(LoRAParam, nnx.LoRAParam)
-    translate(nnx.Carry, lambda _: prefixes.Carry)
-    translate(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
-    translate(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))
-    translate(
+    register_native(nnx.Carry, lambda _: prefixes.Carry)
+    register_native(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
+    register_native(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))
+    register_native(
         nnx.StateSharding, lambda x: _by_kind(prefixes.StateSharding, x, x.shardings)
     )
-    _introduce_ours()
+    _register_ours()
 
 
 def _by_kind(ours: type, theirs: Any, answers: Iterable[Any]) -> Any:
-    return ours(dict(zip(theirs.filters, map(in_our_words, answers), strict=True)))
+    return ours(dict(zip(theirs.filters, map(to_native, answers), strict=True)))
 
 
-def _introduce_ours() -> None:
+def _register_ours() -> None:
     from flax import nnx
     from flax.nnx import graph
 
-    # What it holds of ours is data to it, as its own modules and Variables are.
+    # Flax objects treat ours as data, like Flax's own modules and Variables.
     for base in (Node, _kinds.Variable, State):
         for cls in _with_subclasses(base):
             nnx.register_data_type(cls)
     watch_classes(nnx.register_data_type)
-    # As virtual subclasses, the way that Python's ABCs provide: layers of Flax ask
-    # whether what they were given is an Rngs, and then only call and fork it.
+    # As virtual subclasses: Flax layers check isinstance(x, Rngs), and then only call
+    # and fork it.
     for ours, theirs in ((rngs.Rngs, nnx.Rngs), (rngs.RngStream, nnx.RngStream)):
         theirs.register(ours)
         pair(ours, theirs)
     graph.register_graph_node_type(
-        State, _state_items, _set_item, _pop_item, _empty, _clear, _fill
+        State, _items, operator.setitem, _pop_item, lambda _: State({}), _clear, _fill
     )
 
 
@@ -326,22 +301,14 @@ def _with_subclasses(cls: type) -> Iterator[type]:
         yield from _with_subclasses(below)
 
 
-def _state_items(state: State) -> tuple[list[tuple[Any, Any]], None]:
+def _items(state: State) -> tuple[list[tuple[Any, Any]], None]:
     return [(key, state[key]) for key in sorted(state, key=paths.order)], None
-
-
-def _set_item(state: State, key: Any, value: Any) -> None:
-    state[key] = value
 
 
 def _pop_item(state: State, key: Any) -> Any:
     found = state[key]
     del state[key]
     return found
-
-
-def _empty(_: None) -> State:
-    return State({})
 
 
 def _clear(state: State) -> None:

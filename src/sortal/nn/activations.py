@@ -1,4 +1,4 @@
-"""Activation functions: those of JAX, under the names that NNX gives them; PReLU."""
+"""JAX's activation functions, under the names of NNX, and PReLU."""
 
 from __future__ import annotations
 
@@ -43,11 +43,10 @@ class PReLU(Module):
     """``x`` where it is not negative, and a learned multiple of it elsewhere.
 
     Args:
-      negative_slope_init: the multiple to begin with.
-      dtype: dtype of the computation; that of the input if absent, in which the slope
-        is then taken.
+      negative_slope_init: the initial multiple.
+      dtype: dtype of the computation; that of the input if absent.
       param_dtype: dtype of the slope.
-      promote_dtype: what casts (inputs, negative_slope) to ``dtype``.
+      promote_dtype: casts (inputs, negative_slope) to ``dtype``.
       negative_slope_metadata: metadata of the slope.
 
     References:
@@ -87,7 +86,7 @@ class PReLU(Module):
           Array of the shape of the input.
 
         Raises:
-          ArgumentError: the input is no array.
+          ArgumentError: the input is not an array.
         """
         x = dtypes.as_array(self, inputs)
         if self.dtype is None:

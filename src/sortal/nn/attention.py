@@ -1,4 +1,4 @@
-"""Attention as functions: weights, their sum, masks and rotary positions."""
+"""Attention as functions: weights, weighted sums, masks and rotary positions."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def dot_product_attention_weights(
     promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
     is_causal: bool = False,
 ) -> jax.Array:
-    """How much each query attends to each key: ``softmax(query @ key / sqrt(depth))``.
+    """Attention weights: ``softmax(query @ key / sqrt(depth))``.
 
     Args:
       query: array (*batch, queries, heads, depth).
-      key: array (*batch, keys, kv_heads, depth); ``kv_heads`` divides ``heads``, and
-        each of its heads serves as many in a row of the query's.
+      key: array (*batch, keys, kv_heads, depth); ``kv_heads`` divides ``heads``;
+        each head of the key is used by consecutive heads of the query.
       bias: added to the logits; broadcasts to (*batch, heads, queries, keys).
       mask: True or nonzero where a query may attend to a key; broadcasts likewise.
-      broadcast_dropout: whether all batch indices and heads lose the same weights.
+      broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rng: key for dropout.
-      dropout_rate: the probability that a weight is dropped, from 0 to less than 1.
-      deterministic: True drops nothing.
-      dtype: dtype of the computation; that which query and key promote to if absent.
+      dropout_rate: the probability that a weight is dropped; less than 1.
+      deterministic: True disables dropout.
+      dtype: dtype of the computation; by default, the one that query and key promote
+        to.
       precision: as for ``jax.numpy.einsum``.
-      module: where the weights are recorded, as ``attention_weights``, an
-        Intermediate.
-      promote_dtype: what casts (query, key) to one dtype.
-      is_causal: whether the query of place i attends to keys 0 to i only.
+      module: where to sow the weights, as Intermediate ``attention_weights``.
+      promote_dtype: casts (query, key) to one dtype.
+      is_causal: whether query i attends to keys 0 to i only.
 
     Returns:
       Array (*batch, heads, queries, keys).
@@ -79,14 +79,11 @@ def dot_product_attention_weights(
     weights = _logits(query, key, precision)
     if bias is not None:
         weights = weights + bias
-    masks = [] if mask is None else [mask]
     if is_causal:
-        masks.append(jnp.tril(jnp.ones(weights.shape[-2:], dtype)))
-    if masks:
-        allowed = masks[0].astype(bool)
-        for other in masks[1:]:
-            allowed = jnp.logical_and(allowed, other)
-        weights = jnp.where(allowed, weights, jnp.finfo(dtype).min)
+        causal = jnp.tril(jnp.ones(weights.shape[-2:], bool))
+        mask = causal if mask is None else jnp.logical_and(mask, causal)
+    if mask is not None:
+        weights = jnp.where(mask.astype(bool), weights, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(weights).astype(dtype)
     if module is not None:
         module.sow(Intermediate, "attention_weights", weights)
@@ -101,7 +98,7 @@ def dot_product_attention_weights(
 
 
 def _logits(query: Any, key: Any, precision: Any) -> Any:
-    """Products of queries and keys; heads of the key serve groups of the query's."""
+    """Products of queries and keys; a head of the key serves a group of the query's."""
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if heads == kv_heads:
         return jnp.einsum("...qhd,...khd->...hqk", query, key, precision=precision)
@@ -116,7 +113,7 @@ def _logits(query: Any, key: Any, precision: Any) -> Any:
 
 
 def _mixed(weights: Any, value: Any, precision: Any) -> Any:
-    """Values summed with the weights; heads of the value serve groups of weights."""
+    """The sum of values by weights; a head of the value serves a group of weights."""
     heads, kv_heads = weights.shape[-3], value.shape[-2]
     if heads == kv_heads:
         return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
@@ -176,7 +173,7 @@ def _check_operands(query: Any, key: Any, value: Any = None) -> None:
 
 
 def _check_weights(x: Any, query: Any, key: Any) -> Any:
-    """A mask or bias, known to broadcast to the weights."""
+    """A mask or bias that broadcasts to the weights."""
     if x is None:
         return None
     x = dtypes.as_array("attention", x)
@@ -209,25 +206,24 @@ def dot_product_attention(
 ) -> jax.Array:
     """Values summed with the weights of ``dot_product_attention_weights``.
 
-    Without dropout and without ``module``, ``jax.nn.dot_product_attention`` does it.
+    Without dropout and ``module``, this is ``jax.nn.dot_product_attention``.
 
     Args:
       query: array (*batch, queries, heads, depth).
-      key: array (*batch, keys, kv_heads, depth); ``kv_heads`` divides ``heads``, and
-        each of its heads serves as many in a row of the query's.
+      key: array (*batch, keys, kv_heads, depth); ``kv_heads`` divides ``heads``;
+        each head of the key is used by consecutive heads of the query.
       value: array (*batch, keys, kv_heads, value_depth).
       bias: added to the logits; broadcasts to (*batch, heads, queries, keys).
       mask: True or nonzero where a query may attend to a key; broadcasts likewise.
-      broadcast_dropout: whether all batch indices and heads lose the same weights.
+      broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rng: key for dropout.
-      dropout_rate: the probability that a weight is dropped, from 0 to less than 1.
-      deterministic: True drops nothing.
-      dtype: dtype of the computation; that which the three promote to if absent.
+      dropout_rate: the probability that a weight is dropped; less than 1.
+      deterministic: True disables dropout.
+      dtype: dtype of the computation; by default, the one that the three promote to.
       precision: as for ``jax.numpy.einsum``.
-      module: where the weights are recorded, as ``attention_weights``, an
-        Intermediate.
-      promote_dtype: what casts (query, key, value) to one dtype.
-      is_causal: whether the query of place i attends to keys 0 to i only.
+      module: where to sow the weights, as Intermediate ``attention_weights``.
+      promote_dtype: casts (query, key, value) to one dtype.
+      is_causal: whether query i attends to keys 0 to i only.
 
     Returns:
       Array (*batch, queries, heads, value_depth).
@@ -261,9 +257,9 @@ def dot_product_attention(
 
 
 def _named_precision(precision: Any) -> Any:
-    """A context in which JAX's own attention has the precision; None where none is.
+    """A context with the precision, for JAX's attention, which has no such argument.
 
-    That function takes no precision, but what it calls follows JAX's default.
+    None if the precision has no name to set as JAX's default.
     """
     if precision is None:
         return contextlib.nullcontext()
@@ -276,7 +272,7 @@ def _named_precision(precision: Any) -> Any:
 def _fused(
     query: Any, key: Any, value: Any, bias: Any, mask: Any, is_causal: bool
 ) -> jax.Array:
-    """JAX's attention, which knows one batch axis at most, over any number."""
+    """JAX's attention, which has one batch axis at most, over any number."""
     batch = query.shape[:-3]
 
     def flat(x: Any, tail: int = 3) -> Any:
@@ -308,12 +304,12 @@ def make_attention_mask(
     extra_batch_dims: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """A mask for attention from what is known of each query and of each key.
+    """An attention mask from a property of each query and of each key.
 
     Args:
       query_input: array (*batch, queries), such as 1 for words and 0 for padding.
       key_input: array (*batch, keys).
-      pairwise_fn: makes one entry of an entry of each; broadcasts.
+      pairwise_fn: joins an entry of each; broadcasts.
       extra_batch_dims: how many axes of size 1 to put in front.
       dtype: dtype of the mask.
 
@@ -338,10 +334,10 @@ def make_attention_mask(
 def make_causal_mask(
     x: Any, extra_batch_dims: int = 0, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """A mask under which each place of a sequence attends to itself and those before.
+    """A mask by which each position attends to itself and those before.
 
     Args:
-      x: array (*batch, length), of which only the shape counts.
+      x: array (*batch, length); only its shape is used.
       extra_batch_dims: how many axes of size 1 to put in front.
       dtype: dtype of the mask.
 
@@ -361,14 +357,14 @@ def make_causal_mask(
 
 
 def combine_masks(*masks: Any, dtype: DTypeLike = jnp.float32) -> jax.Array | None:
-    """The mask that allows what all of several masks allow.
+    """The logical AND of several masks.
 
     Args:
-      *masks: arrays that broadcast to one another, of one rank; None is left out.
+      *masks: arrays that broadcast to one another, of one rank; None is ignored.
       dtype: dtype of the mask.
 
     Returns:
-      The mask; None if there is none to combine.
+      The mask; None if there is none.
 
     Raises:
       ArgumentError: the masks differ in rank.
@@ -395,20 +391,20 @@ def combine_masks(*masks: Any, dtype: DTypeLike = jnp.float32) -> jax.Array | No
 
 
 class RoPE(Module):
-    """Rotary positions: turns pairs of features by angles that grow with the place.
+    """Rotary position embedding: turns pairs of features by angles of the position.
 
-    Feature i is paired with feature i + depth / 2, and turned at place p by the angle
-    ``p * theta ** (-2 i / depth)``.
+    Feature i is paired with feature i + depth / 2, and turned at position p by the
+    angle ``p * theta ** (-2 i / depth)``.
 
     Args:
       theta: the base of the angles.
       embedding_size: depth of the heads, even; given together with ``max_seq_len`` to
         keep tables of sine and cosine, as Variables.
-      max_seq_len: how many places the tables are for.
+      max_seq_len: how many positions the tables are for.
 
     Raises:
       ArgumentError: one of the two sizes without the other, or an odd depth; at a
-        call, the input has another depth, or more places than the tables.
+        call, the input has another depth, or more positions than the tables.
 
     References:
       Su et al., "RoFormer: enhanced transformer with rotary position embedding",
@@ -454,19 +450,19 @@ class RoPE(Module):
         return jnp.sin(angles), jnp.cos(angles)
 
     def __call__(self, x: Any, input_positions: Any = None) -> jax.Array:
-        """Turns the features of each place.
+        """Turns the features of each position.
 
         Args:
           x: array (..., length, depth).
-          input_positions: array (..., length) of places that broadcasts to the leading
-            axes of ``x``; 0, 1, ... if absent.
+          input_positions: positions (..., length), which broadcast to the leading axes
+            of ``x``; 0, 1, ... if absent.
 
         Returns:
           Array of the shape of ``x``.
 
         Raises:
           ArgumentError: the depth is odd or not that of the tables; there are more
-            places than the tables are for; or not one position for each place.
+            tokens than the tables are for; or not one position for each token.
         """
         x = dtypes.as_array(self, x)
         sin, cos = self._at(x, input_positions)
@@ -476,7 +472,7 @@ class RoPE(Module):
         return x * cos + turned * sin
 
     def _at(self, x: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
-        """Sine and cosine for the places of ``x``, each (..., length, depth / 2)."""
+        """Sine and cosine for the positions of ``x``, each (..., length, depth / 2)."""
         length, depth = x.shape[-2:]
         if positions is not None:
             positions = dtypes.as_array(self, positions)
@@ -507,7 +503,7 @@ def dot_product_attention_with_rope(
     input_positions: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """``dot_product_attention`` of a query and key turned by their places.
+    """``dot_product_attention`` of a query and key turned by their positions.
 
     For ``MultiHeadAttention(attention_fn=)``, with ``rope`` given by
     ``functools.partial``.
@@ -516,10 +512,10 @@ def dot_product_attention_with_rope(
       query: array (*batch, queries, heads, depth).
       key: array (*batch, keys, kv_heads, depth).
       value: array (*batch, keys, kv_heads, value_depth).
-      rope: what turns them.
-      input_positions: the places of the queries, (queries,) or (*batch, queries); 0,
-        1, ... if absent. They are those of the keys too where there are as many keys
-        as queries; else, as with a cache, the keys are at 0, 1, ...
+      rope: the rotary embedding.
+      input_positions: the positions of the queries, (queries,) or (*batch, queries);
+        0, 1, ... if absent. They are those of the keys too where there are as many
+        keys as queries; else, as with a cache, the keys are at 0, 1, ...
       **kwargs: further arguments of ``dot_product_attention``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""KVCache: the keys and values of the tokens so far, and how many there are."""
+"""KVCache: keys and values of the tokens so far."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class Held(NamedTuple):
     Attributes:
       keys: (batch, num_heads, slots, head_dim).
       values: the same.
-      positions: int32 (batch, slots): which token of its sequence a slot holds, counted
-        from 0; -1 where it holds none.
+      positions: int32 (batch, slots): the position of the token in a slot; -1 if empty.
     """
 
     keys: jax.Array
@@ -33,13 +32,13 @@ class Held(NamedTuple):
 
 
 class KVCache(Module):
-    """Keys and values of the tokens of some sequences, each with a position of its own.
+    """Keys and values of the tokens of several sequences, each at its own position.
 
     A cache of fixed length refuses more tokens than it has slots for. Called eagerly,
     ``append`` raises before anything is changed. Inside a transform positions are not
-    known; tokens without a slot are then not written, what is held stays as it was, and
-    ``overflowed`` is True for that sequence until it is reset: ``DecoderAttention``
-    gives NaN for it. A ring forgets the oldest token for each new one.
+    known: tokens without a slot are then not written, and ``overflowed`` is True for
+    that sequence until it is reset; ``DecoderAttention`` returns NaN for it. In a ring,
+    each new token replaces the oldest one.
 
     Args:
       batch: how many sequences.
@@ -47,15 +46,15 @@ class KVCache(Module):
       num_heads: how many heads keys and values have.
       head_dim: features of each head.
       dtype: dtype of keys and values.
-      ring: whether a new token takes the slot of the oldest one when all are taken.
+      ring: whether a new token replaces the oldest one in a full cache.
 
     Attributes:
       keys: Cache (batch, num_heads, length, head_dim).
       values: the same.
-      position: Cache int32 (batch,): how many tokens each sequence was given.
+      position: Cache int32 (batch,): the number of tokens appended to each sequence.
 
     Raises:
-      ArgumentError: a size is no whole number, or the length is 0.
+      ArgumentError: a size is not a whole number, or the length is 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,18 +108,18 @@ class KVCache(Module):
         Args:
           keys: array (batch, num_heads, new, head_dim), cast to the cache's dtype.
           values: the same.
-          lengths: integers (batch,): how many of the new tokens count, from the first;
-            what follows is padding, which is not written. All, if absent.
+          lengths: integers (batch,): how many of the new tokens are not padding, which
+            is not written; all if absent.
 
         Returns:
-          What queries at the new positions may attend to: all slots; and where several
-          tokens enter a ring, what it held before and the new tokens side by side, for
-          the earlier of them may look at what the later ones replace.
+          What queries at the new positions may attend to: all slots. Where several
+          tokens enter a ring, its old tokens and the new ones side by side, because the
+          earlier of the new ones may attend to tokens that the later ones replace.
 
         Raises:
           ArgumentError: shapes do not fit the cache.
-          CacheError: there are fewer slots than tokens; nothing is changed. Raised
-            where positions are known, and by what is certain without them.
+          CacheError: there are fewer slots than tokens; nothing is changed. Inside a
+            transform, raised only if the tokens do not fit into an empty cache.
         """
         self._check_shapes(keys, values)
         new = keys.shape[2]
@@ -149,13 +148,13 @@ class KVCache(Module):
         return Held(self.keys[...], self.values[...], self._holds(end))
 
     def reset(self, where: Any = None) -> None:
-        """Forgets all tokens; shapes stay, so that nothing is compiled again.
+        """Empties the cache; shapes stay, so that nothing is compiled again.
 
-        Keys and values become zeros, for a NaN in a slot would reach what is attended
-        to even at a weight of zero.
+        Keys and values become zeros, because a NaN in a slot reaches the result even at
+        a weight of zero.
 
         Args:
-          where: booleans (batch,): the sequences to forget; all if absent.
+          where: booleans (batch,): the sequences to empty; all if absent.
         """
         chosen = jnp.ones((), bool) if where is None else jnp.asarray(where)
         for held in (self.keys, self.values, self.position):
@@ -163,17 +162,17 @@ class KVCache(Module):
             held[...] = jnp.where(rows, jnp.zeros((), held.dtype), held[...])
 
     def _slots(self, start: jax.Array, counts: jax.Array, new: int) -> jax.Array:
-        """The slot of each new token, (batch, new); ``length`` where not written."""
+        """The slot of each new token, (batch, new); ``length`` if it is not written."""
         steps = jnp.arange(new, dtype=jnp.int32)
         slots = start[:, None] + steps
-        written = steps < counts[:, None]
+        kept = steps < counts[:, None]
         if self.ring:
             slots = slots % self.length
-            written &= steps >= counts[:, None] - self.length
-        return jnp.where(written, slots, self.length)
+            kept &= steps >= counts[:, None] - self.length
+        return jnp.where(kept, slots, self.length)
 
     def _holds(self, count: jax.Array) -> jax.Array:
-        """Which position each slot holds when ``count`` tokens have been given."""
+        """The position in each slot after ``count`` tokens; -1 where it is empty."""
         slots = jnp.arange(self.length, dtype=jnp.int32)
         last = count[:, None] - 1
         if self.ring:
@@ -203,12 +202,12 @@ def check_room(model: Any, tokens: Any) -> None:
     """Refuses tokens that caches of fixed length have no slots for; writes nothing.
 
     Args:
-      model: a Module; all KVCaches in it are looked at.
+      model: a Module; all KVCaches in it are checked.
       tokens: how many more there will be: an integer, or integers (batch,).
 
     Raises:
-      CacheError: some do not fit; every such cache is named. What is not known, as
-        inside a transform, is not refused.
+      CacheError: some do not fit; every such cache is named. Inside a transform, where
+        positions are not known, only tokens that no cache could take are refused.
 
     Example:
       >>> import sortal as nnx
@@ -242,12 +241,12 @@ def check_room(model: Any, tokens: Any) -> None:
 
 
 def _beyond(cache: KVCache, tokens: Any) -> list[tuple[int, int, int]]:
-    """Number, tokens held and tokens to come of each sequence that would overflow."""
+    """Index, tokens held and tokens to come of each sequence that would overflow."""
     position, length = cache.position[...], cache.length
     if isinstance(tokens, Tracer):
         return []
     if isinstance(position, Tracer) or not isinstance(position, jax.Array | np.ndarray):
-        # Not known, or abstract; but what exceeds an empty cache exceeds every one.
+        # Not known. Tokens that do not fit an empty cache fit none.
         position = np.zeros(position.shape, np.int32)
     held = np.asarray(position)
     more = np.broadcast_to(np.asarray(tokens), held.shape)

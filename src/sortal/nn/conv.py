@@ -1,4 +1,4 @@
-"""Conv and ConvTranspose: convolutions over channels-last inputs."""
+"""Conv and ConvTranspose: convolutions of channels-last inputs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def canonicalize_padding(padding: Padding, rank: int) -> str | Pairs:
 
 
 class _Conv(Module):
-    """What both convolutions are made of."""
+    """The common part of both convolutions."""
 
     _paddings: ClassVar[tuple[str, ...]]
     _per_axis: ClassVar[tuple[str, ...]]
@@ -78,7 +78,7 @@ class _Conv(Module):
     def _init_geometry(
         self, kernel_size: int | Sequence[int], features: tuple[int, int], mask: Any
     ) -> None:
-        """Sets kernel and mask sizes, ``features`` last, and checks what is set."""
+        """Sets and checks kernel and mask sizes; ``features`` are the last two."""
         sizes = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,)
         self.kernel_size = tuple(sizes)
         check_sizes(self, kernel_size=self.kernel_size)
@@ -121,7 +121,7 @@ class _Conv(Module):
             )
 
     def _flattened(self, inputs: Any) -> tuple[Any, tuple[int, ...]]:
-        """The input with its batch axes made into one, and those it had."""
+        """The input with one batch axis, and the shape of the batch axes it had."""
         x = dtypes.as_array(self, inputs)
         n_batch = x.ndim - len(self.kernel_size) - 1
         if n_batch < 0:
@@ -140,7 +140,7 @@ class _Conv(Module):
         return kernel if self.mask is None else kernel * self.mask
 
     def _sizes(self, name: str) -> tuple[int, ...]:
-        """An attribute given as None, one number, or one for each spatial axis."""
+        """An attribute, given as None, a number, or one for each spatial axis."""
         given, n = getattr(self, name), len(self.kernel_size)
         sizes = given if isinstance(given, Sequence) else (given,) * n
         sizes = tuple(1 if given is None else size for size in sizes)
@@ -154,7 +154,7 @@ class _Conv(Module):
 
 
 def _finish(y: Any, bias: Any, batch: tuple[int, ...]) -> jax.Array:
-    """Adds the bias and gives back the batch axes that the input had."""
+    """Adds the bias, and restores the batch axes of the input."""
     if bias is not None:
         y = y + dtypes.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
     return y if len(batch) == 1 else jnp.reshape(y, (*batch, *y.shape[1:]))
@@ -169,7 +169,7 @@ class Conv(_Conv):
       kernel_size: size of the kernel along each spatial axis; a number for one axis.
       strides: steps of the kernel; a number for all axes, or one for each.
       padding: ``"SAME"`` (the output is as large as the input, divided by the
-        strides), ``"SAME_LOWER"`` (an odd element goes to the front), ``"VALID"``
+        strides), ``"SAME_LOWER"`` (an odd element goes in front), ``"VALID"``
         (none), ``"CIRCULAR"`` (periodic), ``"REFLECT"`` (mirrored), ``"CAUSAL"`` (one
         axis, padded in front only); a number; or numbers or pairs (low, high) for
         each spatial axis.
@@ -180,17 +180,16 @@ class Conv(_Conv):
         of outputs sees only its group of inputs.
       use_bias: whether there is a bias.
       mask: array of the kernel's shape that the kernel is multiplied by.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters.
       precision: as for ``jax.lax.conv_general_dilated``.
       kernel_init: initialiser of ``kernel``, of shape
         (*kernel_size, in_features // feature_group_count, out_features).
       bias_init: initialiser of ``bias``, of shape (out_features,).
-      conv_general_dilated: what convolves, in place of
-        ``jax.lax.conv_general_dilated``.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
-      preferred_element_type: dtype in which products are summed and returned.
+      conv_general_dilated: used in place of ``jax.lax.conv_general_dilated``.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
+      preferred_element_type: dtype of the sums of products and of the result.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of the kernel.
       bias_metadata: metadata of the bias.
@@ -314,16 +313,12 @@ class Conv(_Conv):
             rhs_dilation=self._sizes("kernel_dilation"),
             dimension_numbers=lax.ConvDimensionNumbers(data, weights, data),
             feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         return _finish(y, bias, batch)
 
     def _padded(self, x: Any) -> tuple[Any, str | Pairs]:
-        """Does the padding that JAX's convolutions do not know."""
+        """Applies the paddings that JAX's convolutions do not have."""
         padding = canonicalize_padding(self.padding, len(self.kernel_size))
         dilation = self._sizes("kernel_dilation")
         reach = [(k - 1) * d for k, d in zip(self.kernel_size, dilation, strict=True)]
@@ -353,8 +348,8 @@ class ConvTranspose(_Conv):
       kernel_dilation: spacing of the kernel's elements.
       use_bias: whether there is a bias.
       mask: array of the kernel's shape that the kernel is multiplied by.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters.
       precision: as for ``jax.lax.conv_transpose``.
       kernel_init: initialiser of ``kernel``, of shape
@@ -362,8 +357,8 @@ class ConvTranspose(_Conv):
       bias_init: initialiser of ``bias``, of shape (out_features,).
       transpose_kernel: whether the kernel is that of the convolution which this layer
         transposes: mirrored, of shape (*kernel_size, out_features, in_features).
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
-      preferred_element_type: dtype in which products are summed and returned.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
+      preferred_element_type: dtype of the sums of products and of the result.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of the kernel.
       bias_metadata: metadata of the bias.
@@ -464,10 +459,10 @@ class ConvTranspose(_Conv):
 
 
 def _folded(y: Any, periods: list[int], odd_last: bool) -> jax.Array:
-    """Adds up what lies whole periods apart, along each spatial axis.
+    """Sums elements that are whole periods apart, along each spatial axis.
 
-    The array is first padded on both sides to whole periods, such that its middle
-    stays where it was; ``odd_last`` says which side gets an odd element.
+    The array is first padded on both sides to whole periods, around its middle;
+    ``odd_last`` puts an odd element on the right.
     """
     sides = []
     for size, period in zip(y.shape[1:-1], periods, strict=True):

@@ -1,4 +1,4 @@
-"""DecoderAttention: causal self-attention that goes on from a cache."""
+"""DecoderAttention: causal self-attention with a key-value cache."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from sortal.random import Rngs
 class DecoderAttention(Module):
     """Causal self-attention with grouped-query heads, rotary positions and a cache.
 
-    Without a cache a call attends from each token to itself and those before it. With
-    one, which ``init_cache`` gives it, the tokens of a call follow those held: a whole
-    prompt at first, then one token at a time, each sequence at its own position.
+    Without a cache, each token of a call attends to itself and those before it. With
+    one, made by ``init_cache``, the tokens of a call follow those in the cache: first a
+    whole prompt, then one token at a time, each sequence at its own position.
 
     Args:
       in_features: features of the input and of the output.
       num_heads: heads of the queries.
       num_key_value_heads: heads of keys and values, each used by ``num_heads //
-        num_key_value_heads`` queries; ``num_heads`` if absent.
+        num_key_value_heads`` heads of the queries; ``num_heads`` if absent.
       head_dim: features of a head; ``in_features // num_heads`` if absent.
       rotary_base: the base of ``rotary``; None leaves positions out.
-      window: how many tokens a query sees, itself included; all before it if absent.
+      window: how many tokens a query attends to, itself included; all if absent.
       use_bias: whether the four projections have biases.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters.
       precision: as for ``jax.lax.dot_general``, of the projections.
       kernel_init: initialiser of the projections' kernels.
@@ -48,7 +48,7 @@ class DecoderAttention(Module):
       cache: a KVCache or None.
 
     Raises:
-      ArgumentError: a size is no whole number or does not divide as said.
+      ArgumentError: a size is not a whole number, or does not divide as above.
 
     References:
       Ainslie et al., "GQA: training generalized multi-query transformer models from
@@ -112,11 +112,11 @@ class DecoderAttention(Module):
 
         Args:
           inputs: array (batch, tokens, in_features).
-          lengths: integers (batch,): how many tokens of each sequence count, from the
-            first; what follows is padding. All, if absent.
+          lengths: integers (batch,): how many tokens of each sequence are not padding;
+            all if absent.
 
         Returns:
-          Array (batch, tokens, in_features); at padding its values mean nothing. NaN
+          Array (batch, tokens, in_features); undefined at padding. NaN
           for a sequence that a cache inside a transform had no room for.
 
         Raises:
@@ -170,13 +170,13 @@ class DecoderAttention(Module):
         held = cache.append(key.swapaxes(1, 2), value.swapaxes(1, 2), lengths)
         there, here = held.positions[:, None, :], positions[:, :, None]
         seen = (there >= 0) & (there <= here)
-        # A ring holds no more than this when one token enters, so that several at once
-        # must see no more either.
+        # In a ring, tokens that enter one by one attend to this many; several at once
+        # must attend to no more.
         window = min(self.window or cache.length, cache.length)
         if cache.ring or self.window is not None:
             seen &= there > here - window
-        # With this function, unlike with products of our own, XLA writes the new tokens
-        # into the donated cache and copies none of it.
+        # With this function, XLA writes the new tokens into the donated cache without a
+        # copy; with plain products it copies.
         mixed = jax.nn.dot_product_attention(
             query,
             held.keys.swapaxes(1, 2).astype(query.dtype),
@@ -197,19 +197,18 @@ def init_cache(
 ) -> None:
     """Gives every DecoderAttention in a model an empty cache.
 
-    To take the caches away again, write ``model.set_attributes(DecoderAttention,
-    cache=None)``.
+    ``model.set_attributes(DecoderAttention, cache=None)`` removes the caches.
 
     Args:
       model: a Module.
       batch: how many sequences are decoded at once.
-      length: for how many tokens each there is room; an attention with a ``window`` of
-        fewer gets a ring of the window's size.
+      length: slots for each; an attention with a smaller ``window`` gets a ring of the
+        window's size.
       dtype: dtype of keys and values; of the attention's computation if absent.
-      ring: whether caches forget their oldest token when full.
+      ring: whether a new token replaces the oldest one in a full cache.
 
     Raises:
-      ArgumentError: a size is no positive whole number.
+      ArgumentError: a size is not a positive whole number.
       CacheError: there is no DecoderAttention in the model.
 
     Example:
@@ -245,7 +244,7 @@ def reset_cache(model: Any, where: Any = None) -> None:
 
     Args:
       model: a Module.
-      where: booleans (batch,): the sequences to forget; all if absent.
+      where: booleans (batch,): the sequences to empty; all if absent.
 
     Raises:
       CacheError: there is no KVCache in the model.
@@ -276,7 +275,7 @@ def _check_heads(
     if head_dim is None and (heads == 0 or features % heads):
         raise ArgumentError(
             f"DecoderAttention: {features} features do not divide into {heads} heads. "
-            "Choose num_heads to divide in_features, or say head_dim."
+            "Choose num_heads to divide in_features, or pass head_dim."
         )
     if not 0 < kv_heads <= heads or heads % kv_heads:
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Dtype promotion, and what else every layer asks of its arguments."""
+"""Dtype promotion, and checks that many layers share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def canonicalize_dtype(
     """The dtype that a computation on ``args`` has.
 
     Args:
-      *args: arrays or numbers; None is left out.
-      dtype: the answer, where it is given; else it follows from ``args``.
-      inexact: whether it must be real or complex floating point; integers then count
-        as float32.
+      *args: arrays or numbers; None is ignored.
+      dtype: the result if given; else it follows from ``args``.
+      inexact: whether it must be real or complex floating point; integers are then
+        promoted to it, with float32.
 
     Returns:
       The dtype.
@@ -58,7 +58,7 @@ def canonicalize_dtype(
 def promote_dtype(
     args: Any, /, *, dtype: DTypeLike | None = None, inexact: bool = True
 ) -> Any:
-    """Casts arrays to one dtype: the given one, or that which they promote to.
+    """Casts arrays to one dtype: the given one, or the one that they promote to.
 
     Args:
       args: a tuple of arrays, numbers or None; None stays None.
@@ -82,15 +82,7 @@ def promote_dtype(
 
 
 def cast(x: Any, dtype: Any) -> Any:
-    """``jnp.asarray(x, dtype)``, at no cost for an array that has the dtype.
-
-    Args:
-      x: an array or number.
-      dtype: the dtype.
-
-    Returns:
-      The array, not weakly typed.
-    """
+    """``jnp.asarray(x, dtype)``, not weakly typed; free for arrays of that dtype."""
     if _is_array(x) and x.dtype == dtype and not x.weak_type:
         return x
     return jnp.asarray(x, dtype)
@@ -100,22 +92,14 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array)
 
 
-# JAX keeps how a function under jit is traced and differentiated, by its shapes. Most
-# of jnp is under jit already; these two are not, and without it they would take more
-# than half of the time to trace a training step of many layers.
+# JAX caches the tracing and differentiation of jitted functions, by shapes. Most of jnp
+# is jitted; these two are not, and without jit they take more than half of the time to
+# trace a training step of many layers.
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def reshape(x: Any, shape: tuple[int, ...]) -> Any:
-    """``x.reshape(shape)``, traced once for all layers of a size.
-
-    Args:
-      x: an array.
-      shape: the new shape.
-
-    Returns:
-      The array.
-    """
+    """``jnp.reshape``, traced once for all layers of one size."""
     return jnp.reshape(x, shape)
 
 
@@ -132,52 +116,19 @@ _dot_general = jax.jit(
 
 
 def dot_general(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
-    """``jax.lax.dot_general``, traced once for all layers of a size.
-
-    Args:
-      x: the left array.
-      kernel: the right array.
-      dimension_numbers: axes summed over and axes of the batch; tuples.
-      **options: as for ``jax.lax.dot_general``.
-
-    Returns:
-      The product.
-    """
-    # A plain function, for a layer that holds it can be copied and pickled.
+    """``jax.lax.dot_general``, traced once for all layers of one size."""
+    # A plain function, so that a layer that holds it can be copied and pickled.
     return _dot_general(x, kernel, dimension_numbers, **options)
 
 
 def promote(layer: Any, inputs: Any, *parameters: Any) -> Any:
-    """A layer's inputs and parameters, through the layer's own ``promote_dtype``.
-
-    Args:
-      layer: a module with ``promote_dtype`` and ``dtype``.
-      inputs: what the layer was called with.
-      *parameters: Variables, arrays or None.
-
-    Returns:
-      The tuple of arrays, in this order.
-
-    Raises:
-      ArgumentError: the inputs are no array.
-    """
+    """A layer's inputs and parameters, cast by its ``promote_dtype``."""
     values = (p[...] if isinstance(p, Variable) else p for p in parameters)
     return layer.promote_dtype((as_array(layer, inputs), *values), dtype=layer.dtype)
 
 
 def as_array(owner: Any, inputs: Any) -> Any:
-    """Takes arrays as they are, and makes one of numbers and nested lists.
-
-    Args:
-      owner: the layer, or the name of the function, for the message.
-      inputs: what it was called with.
-
-    Returns:
-      Something with ``shape`` and ``dtype``.
-
-    Raises:
-      ArgumentError: it cannot be made into an array.
-    """
+    """Arrays as they are; numbers and nested lists as a JAX array."""
     if hasattr(inputs, "shape") and hasattr(inputs, "dtype"):
         return inputs
     try:
@@ -186,22 +137,12 @@ def as_array(owner: Any, inputs: Any) -> Any:
     except (TypeError, ValueError):
         pass
     raise ArgumentError(
-        f"{name_of(owner)} was called with {describe(inputs)}, which is no array."
+        f"{name_of(owner)} was called with {describe(inputs)}, which is not an array."
     )
 
 
 def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
-    """Refuses inputs that do not have ``size`` features along ``axis``.
-
-    Args:
-      owner: the layer, for the message.
-      inputs: an array.
-      size: how many features the parameters are for.
-      axis: where the features are.
-
-    Raises:
-      ArgumentError: there is no such axis, or it has another size.
-    """
+    """Refuses inputs that do not have ``size`` features along ``axis``."""
     if not -inputs.ndim <= axis < inputs.ndim or inputs.shape[axis] != size:
         raise ArgumentError(
             f"{name_of(owner)} has parameters for {size} features on axis {axis} of "
@@ -210,55 +151,38 @@ def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
         )
 
 
-_SETS: dict[str, str] = dict.fromkeys(
-    ["deterministic", "use_running_average"],
-    "Write model.train() or model.eval(). ",
-)
+_SET_BY_TRAIN = ("deterministic", "use_running_average")
 
 
 def resolve_flag(layer: Any, name: str, given: bool | None) -> bool:
-    """A flag of a call, or the layer's own where the call leaves it open.
-
-    Args:
-      layer: the layer.
-      name: the flag, an attribute of the layer and an argument of the call.
-      given: what was passed to the call.
-
-    Returns:
-      The flag.
-
-    Raises:
-      ArgumentError: neither says.
-    """
+    """A flag of a call; if None, the layer's attribute of that name."""
     found = getattr(layer, name) if given is None else given
     if found is None:
+        hint = "Write model.train() or model.eval(). " if name in _SET_BY_TRAIN else ""
         raise ArgumentError(
             f"{name_of(layer)} does not know its {name}: it is None in the layer and "
-            f"was not passed to the call. {_SETS.get(name, '')}Pass {name}=True or "
-            "False to the constructor or the call."
+            f"was not passed to the call. {hint}Pass {name}=True or False to the "
+            "constructor or the call."
         )
     return bool(found)
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that are not None: replaceable operations may not know the others.
-
-    Args:
-      **options: keyword arguments.
-
-    Returns:
-      Those to pass on.
-    """
+    """The options that are not None; replaced functions may not take the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
+def product_options(layer: Any, out_sharding: Any) -> dict[str, Any]:
+    """The keyword arguments of a layer's product, as for ``jax.lax.dot_general``."""
+    return {
+        "precision": layer.precision,
+        **given(
+            out_sharding=out_sharding,
+            preferred_element_type=layer.preferred_element_type,
+        ),
+    }
+
+
 def name_of(owner: Any) -> str:
-    """What a message calls a layer or function.
-
-    Args:
-      owner: a layer, or a name.
-
-    Returns:
-      The name.
-    """
+    """The name of a layer, or the name itself, for messages."""
     return owner if isinstance(owner, str) else type(owner).__name__

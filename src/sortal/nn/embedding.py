@@ -26,8 +26,8 @@ from sortal.random import Rngs
 class Embed(Module):
     """Maps integers to learned vectors, and by ``attend`` vectors to logits.
 
-    An index from ``num_embeddings`` on gives NaN; negative ones count from the end. A
-    table of one vector gives that vector for every index.
+    An index of ``num_embeddings`` or more gives NaN; negative ones count from the end.
+    A table of one vector gives that vector for every index.
 
     Args:
       num_embeddings: how many vectors there are.
@@ -35,13 +35,13 @@ class Embed(Module):
       dtype: dtype of the result; ``param_dtype`` if absent.
       param_dtype: dtype of the table.
       embedding_init: initialiser of ``embedding``, (num_embeddings, features).
-      promote_dtype: what casts (embedding,), or (query, embedding) in ``attend``.
+      promote_dtype: casts (embedding,), or (query, embedding) in ``attend``.
       rngs: gives the key of stream ``params``.
       embedding_metadata: metadata of the table.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has no integer dtype.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input's dtype is not
+        an integer dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,7 +88,7 @@ class Embed(Module):
           Array (*inputs.shape, features).
 
         Raises:
-          ArgumentError: the input's dtype is no integer one.
+          ArgumentError: the input's dtype is not an integer dtype.
         """
         inputs = dtypes.as_array(self, inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -103,7 +103,7 @@ class Embed(Module):
             return jnp.broadcast_to(table, (*inputs.shape, table.shape[1]))
         if out_sharding is None:
             return jnp.take(table, inputs, axis=0)
-        # `take` has no such argument, so the compiler is left to place what is inside.
+        # `take` has no such argument, so its inside uses automatic sharding.
         take = jax.sharding.auto_axes(out_sharding=out_sharding)(_take)
         return take(table, inputs)
 

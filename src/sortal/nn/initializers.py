@@ -1,4 +1,4 @@
-"""Initialisers, those of JAX and two more, and how a layer makes a Param of one."""
+"""Initialisers of JAX and two more, and Params made of them."""
 
 from __future__ import annotations
 
@@ -78,15 +78,7 @@ default_embed_init: Initializer = variance_scaling(1.0, "fan_in", "normal", out_
 
 
 def check_sizes(layer: Any, **sizes: Any) -> None:
-    """Refuses sizes that are not whole numbers from zero on.
-
-    Args:
-      layer: the layer under construction, for the message.
-      **sizes: its arguments by name, each an int or a tuple of ints.
-
-    Raises:
-      ArgumentError: one is not.
-    """
+    """Refuses sizes, or tuples of sizes, that are not integers of zero or more."""
     for name, size in sizes.items():
         for number in size if isinstance(size, tuple) else (size,):
             if not _is_size(number):
@@ -104,16 +96,7 @@ def _is_size(number: Any) -> bool:
 
 
 def check_rngs(layer: Any, name: str, rngs: Any) -> None:
-    """Refuses what is no Rngs where one is needed.
-
-    Args:
-      layer: the layer under construction, for the message.
-      name: what is to be initialised, for the message.
-      rngs: the streams.
-
-    Raises:
-      ArgumentError: they are none.
-    """
+    """Refuses anything but an Rngs for the initialisation of ``name``."""
     if not is_rngs(rngs):
         owner = name_of(layer)
         raise ArgumentError(
@@ -135,26 +118,11 @@ def new_param(
     kind: type[Variable] = Param,
     argument: str | None = None,
 ) -> Any:
-    """A parameter of a layer, initialised with the next key of the stream ``params``.
+    """A parameter, initialised with the next key of the stream ``params``.
 
-    Args:
-      layer: the layer under construction, for the messages.
-      name: the parameter's name, for the messages.
-      init: its initialiser.
-      rngs: the streams.
-      shape: the parameter's shape.
-      dtype: the parameter's dtype.
-      metadata: the parameter's metadata.
-      init_shape: the shape that the initialiser sees where its notion of fan-in and
-        fan-out needs another one.
-      kind: the parameter's kind.
-      argument: what the layer calls its initialiser; ``<name>_init`` if absent.
-
-    Returns:
-      The parameter.
-
-    Raises:
-      ArgumentError: ``rngs`` is no Rngs, or ``init`` is no initialiser.
+    Where ``init_shape`` is given, the initialiser sees that shape, whose fan-in and
+    fan-out are the right ones. ``argument`` is the layer's name of the initialiser in
+    messages.
     """
     owner, argument = name_of(layer), argument or f"{name}_init"
     check_rngs(layer, name, rngs)
@@ -165,14 +133,14 @@ def new_param(
             f"{argument}=nnx.initializers.constant(value)."
         )
     key = rngs.params()
-    # Where there is nothing to fill, some versions of JAX divide by a fan-in of zero.
+    # For empty shapes, some versions of JAX divide by a fan-in of zero.
     value = (
         init(key, init_shape or shape, dtype) if all(shape) else jnp.zeros(shape, dtype)
     )
     if inspect.isfunction(value):
         raise ArgumentError(
             f"{owner}: {argument} returned a function instead of an array: it makes "
-            f"initialisers and is none itself. Call it first, as in "
+            f"initialisers and is not one itself. Call it first, as in "
             f"{argument}=nnx.initializers.lecun_normal()."
         )
     return kind(value if init_shape is None else _shaped(value, shape), **metadata)

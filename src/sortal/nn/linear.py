@@ -16,7 +16,7 @@ from sortal.errors import ArgumentError
 from sortal.module import Module
 from sortal.nn import dtypes
 
-# NNX code looks for these here too.
+# NNX has these in its `linear` too.
 from sortal.nn.conv import Conv as Conv
 from sortal.nn.conv import ConvTranspose as ConvTranspose
 from sortal.nn.embedding import Embed as Embed
@@ -40,22 +40,22 @@ class Linear(Module):
       in_features: size of the input's last axis.
       out_features: size of the output's last axis.
       use_bias: whether there is a bias.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters.
       precision: as for ``jax.lax.dot_general``.
       kernel_init: initialiser of ``kernel``, of shape (in_features, out_features).
       bias_init: initialiser of ``bias``, of shape (out_features,).
-      dot_general: what multiplies, in place of ``jax.lax.dot_general``.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
-      preferred_element_type: dtype in which products are summed and returned.
+      dot_general: used in place of ``jax.lax.dot_general``.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
+      preferred_element_type: dtype of the sums of products and of the result.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of the kernel.
       bias_metadata: metadata of the bias.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input has another
+        number of features.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,17 +117,13 @@ class Linear(Module):
           ArgumentError: the last axis has another size.
         """
         x, kernel, bias = dtypes.promote(self, inputs, self.kernel, self.bias)
-        # The kernel, not `in_features`, knows its size inside a shard or a surgery.
+        # Inside a shard, the kernel's size is not `in_features`.
         dtypes.check_axis(self, x, kernel.shape[0])
         y = self.dot_general(
             x,
             kernel,
             (((x.ndim - 1,), (0,)), ((), ())),
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
             return y
@@ -145,18 +141,18 @@ class LinearGeneral(Module):
       batch_axis: sizes of leading axes (0, 1, ...) along which each index has a kernel
         of its own.
       use_bias: whether there is a bias.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters.
-      kernel_init: initialiser of ``kernel``, of shape (*batch, *in, *out); it sees two
-        axes, all of batch and in as one and all of out as the other.
+      kernel_init: initialiser of ``kernel``, of shape (*batch, *in, *out); it sees the
+        shape (batch * in, out).
       bias_init: initialiser of ``bias``, of shape (*batch, *out); it sees one axis.
       precision: as for ``jax.lax.dot_general``.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
-      dot_general: what multiplies, in place of ``jax.lax.dot_general``.
-      dot_general_cls: called at each call to make what multiplies; wins over
-        ``dot_general``.
-      preferred_element_type: dtype in which products are summed and returned.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
+      dot_general: used in place of ``jax.lax.dot_general``.
+      dot_general_cls: called at each call to make a ``dot_general``, which is used
+        instead.
+      preferred_element_type: dtype of the sums of products and of the result.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of the kernel.
       bias_metadata: metadata of the bias.
@@ -270,11 +266,7 @@ class LinearGeneral(Module):
             x,
             kernel,
             ((axis, contracted), (batch, batch)),
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
             return y
@@ -291,15 +283,15 @@ class Einsum(Module):
       kernel_shape: shape of the kernel.
       bias_shape: shape of the bias: the kernel's axes that the output keeps; without
         it there is no bias.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters.
       precision: as for ``jax.numpy.einsum``.
       kernel_init: initialiser of ``kernel``.
       bias_init: initialiser of ``bias``.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
-      einsum_op: what multiplies, in place of ``jax.numpy.einsum``.
-      preferred_element_type: dtype in which products are summed and returned.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
+      einsum_op: used in place of ``jax.numpy.einsum``.
+      preferred_element_type: dtype of the sums of products and of the result.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of the kernel.
       bias_metadata: metadata of the bias.
@@ -378,11 +370,7 @@ class Einsum(Module):
             equation,
             x,
             kernel,
-            precision=self.precision,
-            **dtypes.given(
-                out_sharding=out_sharding,
-                preferred_element_type=self.preferred_element_type,
-            ),
+            **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
             return y
@@ -401,7 +389,7 @@ def _as_tuple(x: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _checked(equation: Any) -> str:
-    """The equation without blanks, known to have two operands and a result."""
+    """The equation without spaces; it must have two operands and a result."""
     text = equation.replace(" ", "") if isinstance(equation, str) else ""
     if text.count("->") != 1 or text.count(",") != 1:
         raise ArgumentError(
@@ -412,7 +400,7 @@ def _checked(equation: Any) -> str:
 
 
 def _kept_axes(equation: str, kernel: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The kernel's sizes at the axes of the result that it has part in, else 1."""
+    """The sizes that the kernel has at the axes of the result, else 1."""
     operands, result = equation.split("->")
     labels = _labels(operands.split(",")[1], len(kernel))
     sizes = dict(zip(labels, kernel, strict=True))
@@ -420,7 +408,7 @@ def _kept_axes(equation: str, kernel: tuple[int, ...], ndim: int) -> tuple[int, 
 
 
 def _labels(term: str, ndim: int) -> list[str | int]:
-    """One label for each axis; those under an ellipsis count from its end, -1, -2."""
+    """One label for each axis; -1, -2, ... for those of an ellipsis, from its end."""
     before, dots, after = term.partition("...")
     hidden = ndim - len(before) - len(after)
     return [*before, *(range(-hidden, 0) if dots else ()), *after]

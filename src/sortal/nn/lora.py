@@ -43,27 +43,27 @@ class LoRAParam(Param):
 
 
 class LoRA(Module):
-    """``y = x @ lora_a @ lora_b``, plus what a base module makes of ``x``.
+    """``y = x @ lora_a @ lora_b``, plus the output of a base module.
 
     Args:
       in_features: size of the input's last axis.
       lora_rank: size of the axis between the factors.
       out_features: size of the output's last axis.
       base_module: a module, or another callable, whose output is added.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the factors.
       a_initializer: initialiser of ``lora_a``, (in_features, lora_rank).
       b_initializer: initialiser of ``lora_b``, (lora_rank, out_features).
       lora_param_type: the kind of the factors.
-      promote_dtype: what casts (inputs, lora_a, lora_b) to one dtype.
+      promote_dtype: casts (inputs, lora_a, lora_b) to one dtype.
       rngs: gives the keys of stream ``params``.
       a_metadata: metadata of ``lora_a``.
       b_metadata: metadata of ``lora_b``.
 
     Raises:
-      ArgumentError: a size is no whole number, ``rngs`` no Rngs, or the base module
-        cannot be called; at a call, the input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid, or the base module cannot be called;
+        at a call, the input has another number of features.
 
     References:
       Hu et al., "LoRA: low-rank adaptation of large language models",
@@ -144,27 +144,27 @@ class LoRA(Module):
 
 
 class LoRALinear(Linear):
-    """A Linear plus a LoRA on the same input; paths and values of a Linear are kept.
+    """A Linear plus a LoRA of the same input; paths and values of the Linear stay.
 
     Args:
       in_features: size of the input's last axis.
       out_features: size of the output's last axis.
       lora_rank: size of the axis between the factors.
-      lora_dtype: dtype of the factors' computation; that which input and factors
-        promote to if absent.
+      lora_dtype: dtype of the factors' computation; by default, the one that input and
+        factors promote to.
       lora_param_dtype: dtype of the factors.
       a_initializer: initialiser of ``lora.lora_a``, (in_features, lora_rank).
       b_initializer: initialiser of ``lora.lora_b``, (lora_rank, out_features).
       lora_param_type: the kind of the factors.
-      lora_promote_dtype: what casts (inputs, lora_a, lora_b) to one dtype.
+      lora_promote_dtype: casts (inputs, lora_a, lora_b) to one dtype.
       rngs: gives the keys of stream ``params``.
       a_metadata: metadata of ``lora.lora_a``.
       b_metadata: metadata of ``lora.lora_b``.
       **kwargs: further arguments of ``Linear``.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input has another
+        number of features.
 
     References:
       Hu et al., "LoRA: low-rank adaptation of large language models",

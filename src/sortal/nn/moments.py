@@ -1,4 +1,4 @@
-"""What all norms share: moments over some axes, scale and bias along others."""
+"""What the norms share: moments over some axes, scale and bias along others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Axes = int | Sequence[int]
 
 
 class Norm(Module):
-    """Base of the norms: their settings, parameters and arithmetic."""
+    """Base of the norms: settings, parameters and arithmetic."""
 
     epsilon: float
     dtype: DTypeLike | None
@@ -33,11 +33,7 @@ class Norm(Module):
     bias: Param[jax.Array] | None
 
     def _begin(self, arguments: Mapping[str, Any]) -> None:
-        """Makes the parameters and keeps the settings.
-
-        Args:
-          arguments: what the constructor was called with, by name: its ``locals()``.
-        """
+        """Makes parameters and attributes of the constructor's ``locals()``."""
         given = {n: x for n, x in arguments.items() if n not in {"self", "rngs"}}
         check_sizes(self, num_features=given["num_features"])
         for name in ("scale", "bias"):
@@ -53,7 +49,7 @@ class Norm(Module):
             setattr(self, name, setting)
 
     def _promoted(self, inputs: Any, features: Axes, *statistics: Any) -> Any:
-        """Input, statistics and affine parameters in one dtype, and feature axes."""
+        """Input, statistics, scale and bias in one dtype, and the feature axes."""
         x, *arrays = self._cast(inputs, *statistics)
         axes = self._axes(x, features)
         found = math.prod(x.shape[a] for a in axes)
@@ -70,7 +66,7 @@ class Norm(Module):
         return dtypes.promote(self, inputs, *statistics, self.scale, self.bias)
 
     def _axes(self, x: Any, axes: Axes) -> tuple[int, ...]:
-        """Axes counted from the front, in order, each once."""
+        """Non-negative axes in rising order, without repeats."""
         given = axes if isinstance(axes, Sequence) else (axes,)
         if not all(-x.ndim <= a < x.ndim for a in given):
             raise ArgumentError(
@@ -82,7 +78,7 @@ class Norm(Module):
     def _statistics(
         self, x: Any, axes: tuple[int, ...], mask: Any, *, centred: bool = True
     ) -> tuple[Any, Any]:
-        """Mean, None if not centred, and variance; ``axes`` are kept, of size 1."""
+        """Mean (None if not centred) and variance; reduced ``axes`` are kept as 1."""
         if mask is not None:
             mask = self._broadcast_mask(mask, x)
         dtype = jnp.result_type(x) if self.dtype is None else self.dtype
@@ -93,14 +89,14 @@ class Norm(Module):
             (mean,) = self._means(axes, mask, x)
             return mean, *self._means(axes, mask, _squared(x - mean))
         mean, square = self._means(axes, mask, x, _squared(x))
-        # Rounding can make a variance that is zero come out negative.
+        # Rounding can make a variance of zero negative.
         return mean, jnp.maximum(0.0, square - _squared(mean))
 
     def _means(self, axes: tuple[int, ...], mask: Any, *arrays: Any) -> tuple[Any, ...]:
         means = tuple(jnp.mean(a, axes, keepdims=True, where=mask) for a in arrays)
         if self.axis_name is None:
             return means
-        # One collective for all.
+        # One collective for all means.
         stacked = lax.pmean(
             jnp.stack(means), self.axis_name, axis_index_groups=self.axis_index_groups
         )

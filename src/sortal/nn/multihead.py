@@ -1,4 +1,4 @@
-"""MultiHeadAttention: projections around attention, and a cache of keys and values."""
+"""MultiHeadAttention: projections around attention, and a key-value cache."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from sortal.nn.normalization import LayerNorm
 from sortal.random import Rngs, RngStream, is_rngs
 
 
-class _Start(NamedTuple):
-    """How projections begin; what is None or empty begins as another one does."""
+class _Init(NamedTuple):
+    """How a projection is initialised; what is None or empty is another's."""
 
     kernel_init: Initializer | None
     bias_init: Initializer | None
     kernel_metadata: Metadata
     bias_metadata: Metadata
 
-    def over(self, other: _Start) -> dict[str, Any]:
-        """Arguments of a projection, those left open taken from ``other``."""
+    def over(self, other: _Init) -> dict[str, Any]:
+        """Arguments of a projection, with missing ones taken from ``other``."""
         pairs = zip(self._fields, self, other, strict=True)
         return {name: mine or others for name, mine, others in pairs}
 
@@ -48,10 +48,10 @@ class _Start(NamedTuple):
 class MultiHeadAttention(Module):
     """Attention between sequences, by several heads with projections of their own.
 
-    With ``decode=True`` it takes one place of the sequence at a call, and keeps keys
-    and values of the places before in Variables of kind ``Cache``, made by
-    ``init_cache``. A cache is never overwritten: a place too many is an error; inside
-    a trace, where the index is not known, it gives NaN and leaves the cache alone.
+    With ``decode=True`` a call takes one token, and the keys and values of those before
+    are in Variables of kind ``Cache``, made by ``init_cache``. A full cache is never
+    overwritten: one more token is an error; inside a trace, where the index is not
+    known, the output is NaN and the cache does not change.
 
     Args:
       num_heads: number of heads.
@@ -62,27 +62,27 @@ class MultiHeadAttention(Module):
         each serves as many heads of the queries. ``num_heads`` if absent.
       in_kv_features: size of the last axis of the keys' and values' input;
         ``in_features`` if absent.
-      dtype: dtype of the computation; that which inputs and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that inputs and parameters
+        promote to.
       param_dtype: dtype of the parameters.
-      broadcast_dropout: whether all batch indices and heads lose the same weights.
-      dropout_rate: the probability that a weight is dropped, from 0 to less than 1.
-      deterministic: True drops nothing; None leaves it to the call. ``model.train()``
-        and ``model.eval()`` set it.
+      broadcast_dropout: whether all batch indices and heads share one dropout mask.
+      dropout_rate: the probability that a weight is dropped; less than 1.
+      deterministic: True disables dropout; None leaves it to the call.
+        ``model.train()`` and ``model.eval()`` set it.
       precision: as for ``jax.lax.dot_general``.
       kernel_init: initialiser of the kernels; it sees (in, heads * depth).
       out_kernel_init: initialiser of the output's kernel; ``kernel_init`` if absent.
       bias_init: initialiser of the biases.
       out_bias_init: initialiser of the output's bias; ``bias_init`` if absent.
       use_bias: whether projections have a bias.
-      attention_fn: what attends, called as ``dot_product_attention`` is.
+      attention_fn: called as ``dot_product_attention`` is.
       decode: whether to use the cache; None leaves it to the call.
       normalize_qk: whether queries and keys go through a LayerNorm, head by head.
-      qkv_promote_dtype: what casts (inputs, kernel, bias) of the first projections.
+      qkv_promote_dtype: casts (inputs, kernel, bias) of the first projections.
       out_promote_dtype: the same of the output's projection.
       ln_promote_dtype: the same of the LayerNorms.
-      qkv_dot_general: what multiplies in the first projections.
-      out_dot_general: what multiplies in the output's projection.
+      qkv_dot_general: as for ``LinearGeneral``, of the first projections.
+      out_dot_general: the same of the output's projection.
       qkv_dot_general_cls: called to make the former.
       out_dot_general_cls: called to make the latter.
       rngs: gives the keys of stream ``params``.
@@ -98,7 +98,7 @@ class MultiHeadAttention(Module):
 
     Raises:
       ArgumentError: heads do not divide features or one another; at a call, inputs do
-        not fit, nothing says whether to decode or to drop, or the cache is full.
+        not fit, ``decode`` or ``deterministic`` is not set, or the cache is full.
 
     References:
       Vaswani et al., "Attention is all you need", arXiv:1706.03762, section 3.2.2;
@@ -179,15 +179,15 @@ class MultiHeadAttention(Module):
         self.qkv_dot_general_cls = qkv_dot_general_cls
         self.out_dot_general_cls = out_dot_general_cls
         self._init_layers(
-            _Start(kernel_init, bias_init, kernel_metadata, bias_metadata),
-            _Start(out_kernel_init, out_bias_init, out_kernel_metadata,
+            _Init(kernel_init, bias_init, kernel_metadata, bias_metadata),
+            _Init(out_kernel_init, out_bias_init, out_kernel_metadata,
                    out_bias_metadata),
             (query_ln_scale_metadata, key_ln_scale_metadata), rngs,
         )  # fmt: skip
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
 
     def _init_sizes(self, num_heads: int, in_features: int, *others: Any) -> None:
-        """Fills in sizes left open, and checks that heads divide what they must."""
+        """Sets the sizes, with defaults, and checks that heads divide them."""
         qkv, out, kv_heads, in_kv = others
         self.num_heads = num_heads
         self.in_features = in_features
@@ -213,7 +213,7 @@ class MultiHeadAttention(Module):
         self.head_dim = self.qkv_features // num_heads
 
     def _init_layers(
-        self, first: _Start, last: _Start, scales: tuple[Metadata, Metadata], rngs: Rngs
+        self, first: _Init, last: _Init, scales: tuple[Metadata, Metadata], rngs: Rngs
     ) -> None:
         """Makes projections and norms, in the order in which Flax draws their keys."""
         project = functools.partial(
@@ -283,27 +283,27 @@ class MultiHeadAttention(Module):
           inputs_v: array (*batch, keys, in_kv_features); ``inputs_k`` if absent.
           mask: True or nonzero where a query may attend to a key; broadcasts to
             (*batch, num_heads, queries, keys), and when decoding has as many axes.
-          deterministic: True drops nothing; the layer's own if absent.
+          deterministic: True disables dropout; the layer's own if absent.
           rngs: streams, of which ``dropout`` is taken, or a stream; the layer's own if
             absent.
           sow_weights: whether to record the weights in this layer, as
             ``attention_weights``, an Intermediate.
           decode: whether to use the cache; the layer's own if absent. If so, queries
-            and keys have length 1, and attend to all places so far.
-          is_causal: whether the query of place i attends to keys 0 to i only. When
-            decoding nothing else is possible, and it says nothing.
+            and keys have length 1, and attend to all tokens so far.
+          is_causal: whether query i attends to keys 0 to i only. Ignored
+            when decoding, which is always causal.
           out_sharding: sharding of the output, under explicit sharding.
           qkv_sharding: sharding of queries, keys and values, under explicit sharding.
-          input_positions: the places of the queries, (*batch, queries), for an
-            ``attention_fn`` that takes them. When decoding, such a one is given the
-            place in the cache if they are absent.
+          input_positions: the positions of the queries, (*batch, queries), for an
+            ``attention_fn`` that takes them. When decoding, the position in the cache
+            if absent.
 
         Returns:
           Array (*batch, queries, out_features).
 
         Raises:
-          ArgumentError: inputs do not fit; nothing says whether to decode or to drop,
-            or what to draw from; there is no cache, another one, or a full one.
+          ArgumentError: inputs do not fit; ``decode``, ``deterministic`` or ``rngs`` is
+            not set; there is no cache, one of another shape, or a full one.
         """
         if inputs_k is None and inputs_v is not None:
             raise ArgumentError(
@@ -321,7 +321,7 @@ class MultiHeadAttention(Module):
         options: dict[str, Any] = dtypes.given(input_positions=input_positions)
         full: Any = False
         if decode:
-            key, value, place, full = self._remembered(key, value)
+            key, value, place, full = self._append(key, value)
             there = jnp.arange(key.shape[-3]) <= place
             shape = (*key.shape[:-3], 1, 1, key.shape[-3])
             mask = combine_masks(mask, jnp.broadcast_to(there, shape))
@@ -360,16 +360,11 @@ class MultiHeadAttention(Module):
         stream = rngs.dropout if is_rngs(rngs) else rngs
         return {"deterministic": False, "dropout_rng": stream()}
 
-    def _remembered(self, key: Any, value: Any) -> tuple[Any, Any, Any, Any]:
-        """Puts one place into the cache.
+    def _append(self, key: Any, value: Any) -> tuple[Any, Any, Any, Any]:
+        """Appends keys and values (*batch, 1, kv_heads, depth) to the cache.
 
-        Args:
-          key: array (*batch, 1, kv_heads, depth).
-          value: the same.
-
-        Returns:
-          All keys and values, the index of the place, and whether there was no room
-          for it: False where that is known.
+        Returns all keys and values, the index of the new one, and whether the cache was
+        full: False where that is known.
         """
         keys, values, index = self.cached_key, self.cached_value, self.cache_index
         if keys is None or values is None or index is None:
@@ -397,9 +392,9 @@ class MultiHeadAttention(Module):
         start = (*(0 for _ in batch), place, 0, 0)
         for cache, new in ((keys, key), (values, value)):
             if full is not False:
-                # Slices beyond the end are moved back onto places that are taken.
+                # JAX moves slices beyond the end back onto the last entries.
                 old = lax.dynamic_slice(cache[...], start, new.shape)
-                new = jnp.where(full, old, new)  # noqa: PLW2901 - the same place
+                new = jnp.where(full, old, new)  # noqa: PLW2901 - the same value
             cache[...] = lax.dynamic_update_slice(cache[...], new, start)
         index[...] = place + 1
         return keys[...], values[...], place, full
@@ -407,11 +402,11 @@ class MultiHeadAttention(Module):
     def init_cache(
         self, input_shape: Sequence[int], dtype: DTypeLike = jnp.float32
     ) -> None:
-        """Makes an empty cache for decoding, in place of one that there may be.
+        """Makes an empty cache for decoding, and drops an old one.
 
         Args:
-          input_shape: (*batch, length, features): as if all places came at once. The
-            last entry is not looked at.
+          input_shape: (*batch, length, features) of all tokens; the last entry is not
+            used.
           dtype: dtype of keys and values, that of the computation.
 
         Raises:
@@ -434,10 +429,10 @@ class MultiHeadAttention(Module):
         batch_size: int | Sequence[int] | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Sets what is given, as ``view`` does on copies of modules.
+        """Sets the attributes given; ``view`` calls it on copies of modules.
 
         Args:
-          deterministic: whether to drop nothing.
+          deterministic: whether to disable dropout.
           decode: whether to use the cache.
           batch_size: shape of the batch of a cache to be made, where there is none.
           max_length: its length.

@@ -1,4 +1,4 @@
-"""BatchNorm, LayerNorm, RMSNorm, InstanceNorm and GroupNorm: five choices of axes."""
+"""BatchNorm, LayerNorm, RMSNorm, InstanceNorm and GroupNorm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sortal.random import Rngs
 
 
 class BatchNorm(Norm):
-    """Normalises each feature by its statistics over the batch, and keeps their mean.
+    """Normalises each feature by its statistics over the batch, and averages these.
 
     In training, statistics are those of the input, and the running ones are updated:
     ``running = momentum * running + (1 - momentum) * current``. In evaluation the
@@ -37,7 +37,8 @@ class BatchNorm(Norm):
       axis: the feature axis.
       momentum: how much of the running statistics an update keeps.
       epsilon: added to the variance.
-      dtype: dtype of the result; that which input and parameters promote to if absent.
+      dtype: dtype of the result; by default, the one that input and parameters promote
+        to.
       param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
@@ -46,15 +47,14 @@ class BatchNorm(Norm):
       axis_name: name of a mapped axis over whose members statistics are averaged.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
-      promote_dtype: what casts (inputs, mean, var, scale, bias) to one dtype.
+      promote_dtype: casts (inputs, mean, var, scale, bias) to one dtype.
       rngs: gives the keys of stream ``params``.
       bias_metadata: metadata of the bias.
       scale_metadata: metadata of the scale.
 
     Raises:
-      ArgumentError: ``num_features`` is no whole number, or ``rngs`` no Rngs; at a
-        call, the input has another number of features, or nothing says which
-        statistics to use.
+      ArgumentError: ``num_features`` or ``rngs`` is invalid; at a call, the input has
+        another number of features, or ``use_running_average`` is not set.
 
     References:
       Ioffe and Szegedy, "Batch normalization", arXiv:1502.03167, algorithm 1.
@@ -120,8 +120,8 @@ class BatchNorm(Norm):
           Array of the shape of ``x``.
 
         Raises:
-          ArgumentError: neither the call nor the layer says which statistics to use;
-            or ``x`` or the mask does not fit.
+          ArgumentError: neither the call nor the layer sets ``use_running_average``; or
+            ``x`` or the mask does not fit.
         """
         running = dtypes.resolve_flag(self, "use_running_average", use_running_average)
         x, mean, var, *affine, features = self._promoted(
@@ -136,11 +136,11 @@ class BatchNorm(Norm):
             keep = self.momentum
             for kept, new in ((self.mean, mean), (self.var, var)):
                 moved = keep * kept[...] + (1 - keep) * dtypes.reshape(new, kept.shape)
-                kept[...] = moved.astype(kept.dtype)  # float64 inputs are wider
+                kept[...] = moved.astype(kept.dtype)  # inputs may be float64
         return self._normalized(x, mean, var, features, *affine)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Sets what is given, as ``view`` does on copies of modules.
+        """Sets the attributes given; ``view`` calls it on copies of modules.
 
         Args:
           use_running_average: whether to use the running statistics.
@@ -155,7 +155,8 @@ class LayerNorm(Norm):
     Args:
       num_features: number of features.
       epsilon: added to the variance.
-      dtype: dtype of the result; that which input and parameters promote to if absent.
+      dtype: dtype of the result; by default, the one that input and parameters promote
+        to.
       param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
@@ -166,14 +167,14 @@ class LayerNorm(Norm):
       axis_name: name of a mapped axis over whose members statistics are averaged.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
-      promote_dtype: what casts (inputs, scale, bias) to one dtype.
+      promote_dtype: casts (inputs, scale, bias) to one dtype.
       rngs: gives the keys of stream ``params``.
       bias_metadata: metadata of the bias.
       scale_metadata: metadata of the scale.
 
     Raises:
-      ArgumentError: ``num_features`` is no whole number, or ``rngs`` no Rngs; at a
-        call, the input has another number of features.
+      ArgumentError: ``num_features`` or ``rngs`` is invalid; at a call, the input has
+        another number of features.
 
     References:
       Ba, Kiros and Hinton, "Layer normalization", arXiv:1607.06450, equation 4.
@@ -234,7 +235,8 @@ class RMSNorm(Norm):
     Args:
       num_features: number of features.
       epsilon: added to the mean square.
-      dtype: dtype of the result; that which input and parameters promote to if absent.
+      dtype: dtype of the result; by default, the one that input and parameters promote
+        to.
       param_dtype: dtype of the parameters.
       use_scale: whether there is a scale.
       scale_init: initialiser of ``scale``, of shape (num_features,).
@@ -242,14 +244,14 @@ class RMSNorm(Norm):
       feature_axes: axes along which the scale varies.
       axis_name: name of a mapped axis over whose members statistics are averaged.
       axis_index_groups: groups of indices of that axis to average among.
-      use_fast_variance: accepted as the other layers do; nothing depends on it.
-      promote_dtype: what casts (inputs, scale) to one dtype.
+      use_fast_variance: ignored; for NNX compatibility.
+      promote_dtype: casts (inputs, scale) to one dtype.
       rngs: gives the keys of stream ``params``.
       scale_metadata: metadata of the scale.
 
     Raises:
-      ArgumentError: ``num_features`` is no whole number, or ``rngs`` no Rngs; at a
-        call, the input has another number of features.
+      ArgumentError: ``num_features`` or ``rngs`` is invalid; at a call, the input has
+        another number of features.
 
     References:
       Zhang and Sennrich, "Root mean square layer normalization", arXiv:1910.07467,
@@ -312,7 +314,8 @@ class InstanceNorm(Norm):
     Args:
       num_features: number of features.
       epsilon: added to the variance.
-      dtype: dtype of the result; that which input and parameters promote to if absent.
+      dtype: dtype of the result; by default, the one that input and parameters promote
+        to.
       param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
@@ -323,14 +326,14 @@ class InstanceNorm(Norm):
       axis_name: name of a mapped axis over whose members statistics are averaged.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
-      promote_dtype: what casts (inputs, scale, bias) to one dtype.
+      promote_dtype: casts (inputs, scale, bias) to one dtype.
       rngs: gives the keys of stream ``params``.
       bias_metadata: metadata of the bias.
       scale_metadata: metadata of the scale.
 
     Raises:
-      ArgumentError: ``num_features`` is no whole number, or ``rngs`` no Rngs; at a
-        call, the input has another number of features, or features on its first axis.
+      ArgumentError: ``num_features`` or ``rngs`` is invalid; at a call, the input has
+        another number of features, or features on its first axis.
 
     References:
       Ulyanov, Vedaldi and Lempitsky, "Instance normalization", arXiv:1607.08022,
@@ -400,7 +403,8 @@ class GroupNorm(Norm):
       num_groups: number of groups; None to give ``group_size`` instead.
       group_size: number of features in a group.
       epsilon: added to the variance.
-      dtype: dtype of the result; that which input and parameters promote to if absent.
+      dtype: dtype of the result; by default, the one that input and parameters promote
+        to.
       param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
@@ -411,7 +415,7 @@ class GroupNorm(Norm):
       axis_name: name of a mapped axis over whose members statistics are averaged.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
-      promote_dtype: what casts (inputs, scale, bias) to one dtype.
+      promote_dtype: casts (inputs, scale, bias) to one dtype.
       rngs: gives the keys of stream ``params``.
       bias_metadata: metadata of the bias.
       scale_metadata: metadata of the scale.

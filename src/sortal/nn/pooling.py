@@ -29,7 +29,7 @@ def pool(
 
     Args:
       inputs: array (*batch, *spatial, features), with any number of batch axes.
-      init: what ``reduce_fn`` starts from.
+      init: the initial value of ``reduce_fn``.
       reduce_fn: joins two elements; associative.
       window_shape: size of the window along each spatial axis.
       strides: steps of the window along each spatial axis; 1 if absent.
@@ -116,7 +116,7 @@ def avg_pool(
       strides: steps of the window along each spatial axis; 1 if absent.
       padding: ``"SAME"``, ``"VALID"`` or a pair (low, high) for each spatial axis.
       count_include_pad: whether padding counts as zeros; else each mean is over the
-        elements that are there, and is at least float32.
+        other elements, and is at least float32.
 
     Returns:
       Array (*batch, *fewer spatial, features).
@@ -135,8 +135,8 @@ def avg_pool(
     if count_include_pad:
         return total / math.prod(window_shape)
     spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
-    there = jnp.ones((1, *spatial, 1))
-    return total / pool(there, 0.0, lax.add, window_shape, strides, padding)[0]
+    ones = jnp.ones((1, *spatial, 1))
+    return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)[0]
 
 
 def max_pool(

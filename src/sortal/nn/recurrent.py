@@ -1,8 +1,8 @@
-"""Cells of recurrent networks: one step in time each."""
+"""Cells of recurrent networks: one step in time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +31,12 @@ from sortal.random import Rngs, RngStream, is_rngs, is_stream
 def modified_orthogonal(
     key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """An initialiser of orthogonal matrices for every floating-point dtype.
+    """Orthogonal matrices in any floating-point dtype.
 
     JAX makes none in half precision, so they are made in JAX's default dtype and cast.
 
     Args:
-      key: the key to draw with.
+      key: the random key.
       shape: the shape of the matrix.
       dtype: its dtype.
 
@@ -54,15 +54,15 @@ def modified_orthogonal(
 
 
 def _orthogonal(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-    """``orthogonal``, which by itself knows no half precision."""
+    """``orthogonal``, also in half precision, which JAX lacks."""
     wide = jnp.promote_types(dtype, jnp.float32)
     return orthogonal()(key, shape, wide).astype(dtype)
 
 
 class RNNCellBase(Module):
-    """Base of cells: a cell makes a carry, and takes it one step on.
+    """Base of cells, which make a carry and apply one step to it.
 
-    A cell of one's own has ``initialize_carry``, ``num_feature_axes`` and a call of
+    A subclass has ``initialize_carry``, ``num_feature_axes`` and a call of
     (carry, inputs) that returns (carry, output).
 
     Example:
@@ -132,42 +132,38 @@ class _Cell(RNNCellBase):
 
     _arrays = 1
 
-    def _begin(
-        self,
-        sizes: tuple[int, int],
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        promote_dtype: dtypes.PromoteDtype,
-        carry_init: Initializer | None,
-        rngs: Rngs | None,
-    ) -> None:
-        self.in_features, self.hidden_features = sizes
+    in_features: int
+    hidden_features: int
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    promote_dtype: dtypes.PromoteDtype
+    carry_init: Initializer | None
+
+    def _begin(self, given: Mapping[str, Any]) -> None:
+        """Sets the attributes above from the constructor's ``locals()``."""
+        for name in _Cell.__annotations__:
+            setattr(self, name, given[name])
         check_sizes(
             self, in_features=self.in_features, hidden_features=self.hidden_features
         )
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.promote_dtype = promote_dtype
-        self.carry_init = carry_init
-        self.rngs = None if rngs is None else rngs.carry.fork()
+        self.rngs = given["rngs"].carry.fork() if given["keep_rngs"] else None
 
     def _linear(
-        self, in_features: int, gates: int, init: Initializer, metadata: Metadata,
-        rngs: Rngs, bias: tuple[Initializer, Metadata] | None = None,
-    ) -> Linear:  # fmt: skip
-        """A map to all gates, with a bias where one is described."""
+        self, given: Mapping[str, Any], name: str, gates: int = 1, *, bias: bool = False
+    ) -> Linear:
+        """A map to all gates, by ``kernel`` or ``recurrent_kernel``."""
         options: dict[str, Any] = {"use_bias": False}
-        if bias is not None:
-            options = {"bias_init": bias[0], "bias_metadata": bias[1]}
+        if bias:
+            options = {n: given[n] for n in ("bias_init", "bias_metadata")}
         return Linear(
-            in_features,
+            self.in_features if name == "kernel" else self.hidden_features,
             gates * self.hidden_features,
-            kernel_init=init,
+            kernel_init=given[f"{name}_init"],
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             promote_dtype=self.promote_dtype,
-            rngs=rngs,
-            kernel_metadata=metadata,
+            rngs=given["rngs"],
+            kernel_metadata=given[f"{name}_metadata"],
             **options,
         )
 
@@ -189,7 +185,7 @@ class _Cell(RNNCellBase):
           An array (*batch, hidden_features); a pair of such for LSTM cells.
 
         Raises:
-          ArgumentError: there is nothing to draw from.
+          ArgumentError: there is no source of keys.
         """
         rngs = self.rngs if rngs is None else rngs
         stream = rngs.carry if is_rngs(rngs) else rngs
@@ -212,7 +208,7 @@ class _Cell(RNNCellBase):
 
 
 class _LSTM(_Cell):
-    """The arithmetic of long short-term memory."""
+    """The arithmetic of LSTM cells."""
 
     _arrays = 2
     gate_fn: Callable[..., Any]
@@ -224,8 +220,7 @@ class _LSTM(_Cell):
         """One step.
 
         Args:
-          carry: memory and output after the step before, each
-            (*batch, hidden_features).
+          carry: memory and output of the step before, each (*batch, hidden_features).
           inputs: array (*batch, in_features).
 
         Returns:
@@ -239,7 +234,7 @@ class _LSTM(_Cell):
         return (memory, h), h
 
     def _gates(self, inputs: Any, h: Any) -> Any:
-        """What goes into the gates i, f, g and o."""
+        """The inputs of the gates i, f, g and o."""
         raise NotImplementedError
 
 
@@ -253,18 +248,18 @@ class LSTMCell(_LSTM):
     Args:
       in_features: size of the input's last axis.
       hidden_features: size of the carry's and the output's last axis.
-      gate_fn: squashes i, f and o.
-      activation_fn: squashes g and the output.
+      gate_fn: activation of i, f and o.
+      activation_fn: activation of g and the output.
       kernel_init: initialiser of the input's kernels, (in_features, hidden_features):
         ``ii``, ``if_``, ``ig`` and ``io``.
       recurrent_kernel_init: initialiser of the carry's kernels, (hidden_features,
         hidden_features): ``hi``, ``hf``, ``hg`` and ``ho``.
       bias_init: initialiser of the biases, (hidden_features,), of the latter.
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters and of a new carry.
       carry_init: initialiser of a new carry; zeros if absent.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
       keep_rngs: whether to fork the stream ``carry`` for new carries.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of the input's kernels.
@@ -272,8 +267,8 @@ class LSTMCell(_LSTM):
       bias_metadata: metadata of the biases.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input has another
+        number of features.
 
     References:
       Hochreiter and Schmidhuber, "Long short-term memory", Neural Computation 9
@@ -309,24 +304,16 @@ class LSTMCell(_LSTM):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-
-        def of_input() -> Linear:
-            return self._linear(in_features, 1, kernel_init, kernel_metadata, rngs)
-
-        def of_carry() -> Linear:
-            return self._linear(
-                hidden_features, 1, recurrent_kernel_init, recurrent_kernel_metadata,
-                rngs, (bias_init, bias_metadata),
-            )  # fmt: skip
-
-        self.ii, self.if_, self.ig, self.io = (of_input() for _ in range(4))
-        self.hi, self.hf, self.hg, self.ho = (of_carry() for _ in range(4))
+        self.ii, self.if_, self.ig, self.io = (
+            self._linear(given, "kernel") for _ in range(4)
+        )
+        self.hi, self.hf, self.hg, self.ho = (
+            self._linear(given, "recurrent_kernel", bias=True) for _ in range(4)
+        )
 
     def _gates(self, inputs: Any, h: Any) -> Any:
         return (
@@ -343,18 +330,18 @@ class OptimizedLSTMCell(_LSTM):
     Args:
       in_features: size of the input's last axis.
       hidden_features: size of the carry's and the output's last axis.
-      gate_fn: squashes i, f and o.
-      activation_fn: squashes g and the output.
+      gate_fn: activation of i, f and o.
+      activation_fn: activation of g and the output.
       kernel_init: initialiser of ``dense_i.kernel``, (in_features,
         4 * hidden_features), in the order i, f, g, o.
       recurrent_kernel_init: initialiser of ``dense_h.kernel``, (hidden_features,
-        4 * hidden_features); orthogonal if not given.
+        4 * hidden_features); orthogonal by default.
       bias_init: initialiser of ``dense_h.bias``, (4 * hidden_features,).
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters and of a new carry.
       carry_init: initialiser of a new carry; zeros if absent.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
       keep_rngs: whether to fork the stream ``carry`` for new carries.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of ``dense_i.kernel``.
@@ -362,8 +349,8 @@ class OptimizedLSTMCell(_LSTM):
       bias_metadata: metadata of the bias.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input has another
+        number of features.
 
     References:
       As for ``LSTMCell``.
@@ -396,19 +383,12 @@ class OptimizedLSTMCell(_LSTM):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-        self.dense_i = self._linear(
-            in_features, 4, kernel_init, kernel_metadata, rngs
-        )  # fmt: skip
-        self.dense_h = self._linear(
-            hidden_features, 4, recurrent_kernel_init, recurrent_kernel_metadata, rngs,
-            (bias_init, bias_metadata),
-        )  # fmt: skip
+        self.dense_i = self._linear(given, "kernel", gates=4)
+        self.dense_h = self._linear(given, "recurrent_kernel", gates=4, bias=True)
 
     def _gates(self, inputs: Any, h: Any) -> Any:
         return jnp.split(self.dense_i(inputs) + self.dense_h(h), 4, axis=-1)
@@ -424,12 +404,12 @@ class SimpleCell(_Cell):
       param_dtype: dtype of the parameters and of a new carry.
       carry_init: initialiser of a new carry; zeros if absent.
       residual: whether ``h`` is added before ``activation_fn``.
-      activation_fn: squashes the sum.
+      activation_fn: activation of the sum.
       kernel_init: initialiser of ``dense_i.kernel``, (in_features, hidden_features).
       recurrent_kernel_init: initialiser of ``dense_h.kernel``, (hidden_features,
-        hidden_features); orthogonal if not given.
+        hidden_features); orthogonal by default.
       bias_init: initialiser of ``dense_i.bias``, (hidden_features,).
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
       keep_rngs: whether to fork the stream ``carry`` for new carries.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of ``dense_i.kernel``.
@@ -437,8 +417,8 @@ class SimpleCell(_Cell):
       bias_metadata: metadata of the bias.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input has another
+        number of features.
 
     References:
       Elman, "Finding structure in time", Cognitive Science 14 (1990).
@@ -472,19 +452,12 @@ class SimpleCell(_Cell):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.residual = residual
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-        self.dense_h = self._linear(
-            hidden_features, 1, recurrent_kernel_init, recurrent_kernel_metadata, rngs
-        )
-        self.dense_i = self._linear(
-            in_features, 1, kernel_init, kernel_metadata, rngs,
-            (bias_init, bias_metadata),
-        )  # fmt: skip
+        self.dense_h = self._linear(given, "recurrent_kernel")
+        self.dense_i = self._linear(given, "kernel", bias=True)
 
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """One step.
@@ -513,18 +486,18 @@ class GRUCell(_Cell):
     Args:
       in_features: size of the input's last axis.
       hidden_features: size of the carry's and the output's last axis.
-      gate_fn: squashes r and z.
-      activation_fn: squashes n.
+      gate_fn: activation of r and z.
+      activation_fn: activation of n.
       kernel_init: initialiser of ``dense_i.kernel``, (in_features,
         3 * hidden_features), in the order r, z, n.
       recurrent_kernel_init: initialiser of ``dense_h.kernel``, (hidden_features,
-        3 * hidden_features); orthogonal if not given.
+        3 * hidden_features); orthogonal by default.
       bias_init: initialiser of ``dense_i.bias``, (3 * hidden_features,).
-      dtype: dtype of the computation; that which input and parameters promote to if
-        absent.
+      dtype: dtype of the computation; by default, the one that input and parameters
+        promote to.
       param_dtype: dtype of the parameters and of a new carry.
       carry_init: initialiser of a new carry; zeros if absent.
-      promote_dtype: what casts (inputs, kernel, bias) to one dtype.
+      promote_dtype: casts (inputs, kernel, bias) to one dtype.
       keep_rngs: whether to fork the stream ``carry`` for new carries.
       rngs: gives the keys of stream ``params``.
       kernel_metadata: metadata of ``dense_i.kernel``.
@@ -532,8 +505,8 @@ class GRUCell(_Cell):
       bias_metadata: metadata of the bias.
 
     Raises:
-      ArgumentError: a size is no whole number, or ``rngs`` no Rngs; at a call, the
-        input has another number of features.
+      ArgumentError: a size or ``rngs`` is invalid; at a call, the input has another
+        number of features.
 
     References:
       Cho et al., arXiv:1406.1078, section 2.3; r after V as in cuDNN.
@@ -567,19 +540,12 @@ class GRUCell(_Cell):
         recurrent_kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
+        given = locals()
+        self._begin(given)
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self._begin(
-            (in_features, hidden_features), dtype, param_dtype, promote_dtype,
-            carry_init, rngs if keep_rngs else None,
-        )  # fmt: skip
-        self.dense_i = self._linear(
-            in_features, 3, kernel_init, kernel_metadata, rngs,
-            (bias_init, bias_metadata),
-        )  # fmt: skip
-        self.dense_h = self._linear(
-            hidden_features, 3, recurrent_kernel_init, recurrent_kernel_metadata, rngs
-        )
+        self.dense_i = self._linear(given, "kernel", gates=3, bias=True)
+        self.dense_h = self._linear(given, "recurrent_kernel", gates=3)
 
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """One step.

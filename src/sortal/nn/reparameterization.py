@@ -33,17 +33,17 @@ def _weights(layer: Any, *filters: Any) -> Iterator[tuple[Path, Variable]]:
 
 
 def _known(owner: str, found: dict[Any, Any], key: Any, path: Path) -> Any:
-    """What was made at construction for a weight that is met at a call."""
+    """The parameter made for a weight; refuses weights added since."""
     if key not in found:
         raise ArgumentError(
-            f"{owner} was built for other weights: its layer now has {show(path)}, of "
-            "which it knows nothing. Build it again around the changed layer."
+            f"{owner} was built for other weights: its layer now has {show(path)} too. "
+            "Build it again around the changed layer."
         )
     return found[key]
 
 
 class WeightNorm(Module):
-    """A layer whose weights are ``scale * v / |v|``: direction and length apart.
+    """A layer whose weights are ``scale * v / |v|``: direction and length separately.
 
     Each call overwrites the weights of the layer by their normalised form, so what is
     trained is their direction, and ``scales`` their length.
@@ -54,14 +54,15 @@ class WeightNorm(Module):
         None for one length of the whole.
       use_scale: whether lengths are learned; else they are 1.
       scale_init: initialiser of ``scales``, one Param for each weight, of the sizes of
-        the feature axes. Its key comes of the stream ``params`` and the weight's path;
-        the stream does not move on.
+        the feature axes. Its key follows from the stream ``params`` and the weight's
+        path; the stream's count does not change.
       epsilon: added to the squared length.
-      dtype: dtype of the weights; that which they and the scales promote to if absent.
-      param_dtype: kept for NNX code; scales have the dtype that ``scale_init`` gives.
+      dtype: dtype of the weights; by default, the one that they and the scales promote
+        to.
+      param_dtype: ignored; for NNX compatibility.
       variable_filter: which Variables of the layer are weights.
       promote_dtype: ignored; for NNX compatibility.
-      rngs: where keys come from.
+      rngs: the source of keys.
 
     Raises:
       ArgumentError: at a call, the layer has a weight that it did not have before.
@@ -159,10 +160,10 @@ class WeightNorm(Module):
 
 
 def _own_key(rngs: Rngs, path: Path) -> jax.Array:
-    """A key that follows from a stream and a path, and leaves the stream as it is.
+    """A key that follows from a stream and a path, without advancing the stream.
 
-    NNX takes no key for scales, so the layers made afterwards have their parameters
-    from the same keys only if none is taken here.
+    NNX takes no key for scales, so layers made afterwards get the same keys as in NNX
+    only if none is taken here.
     """
     return jax.random.fold_in(rngs["params"].key.value, zlib.crc32(show(path).encode()))
 
@@ -175,20 +176,20 @@ class SpectralNorm(Module):
     """A layer whose weight matrices are divided by their greatest singular value.
 
     Each call overwrites the layer's Params of two or more axes by their normalised
-    form. The singular value is found by power iteration, which begins where that of
-    the last update ended. Of more than two axes, all but the last count as one.
+    form. The singular value is found by power iteration, which starts where the last
+    update ended. Of more than two axes, all but the last count as one.
 
     Args:
       layer_instance: the layer; it is called.
-      n_steps: steps of power iteration in a call; 0 leaves the weights alone.
+      n_steps: steps of power iteration in a call; 0 does not change the weights.
       epsilon: added to squared lengths.
-      dtype: dtype of the weights; that which they and the statistics promote to if
-        absent.
-      param_dtype: dtype of the statistics at the beginning.
+      dtype: dtype of the weights; by default, the one that they and the statistics
+        promote to.
+      param_dtype: dtype of the initial statistics.
       error_on_non_matrix: whether a Param of more than two axes is an error.
       update_stats: whether calls keep what the power iteration found, in
         ``batch_stats``. ``model.train()`` and ``model.eval()`` set it.
-      rngs: gives the keys of stream ``params``, for vectors to begin with.
+      rngs: gives the keys of stream ``params``, for the initial vectors.
 
     Raises:
       ArgumentError: a Param has more than two axes, where that is an error; at a call,
@@ -226,7 +227,7 @@ class SpectralNorm(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.error_on_non_matrix = error_on_non_matrix
-        # The name that `train()` and `eval()` set; of the opposite sense.
+        # `train()` and `eval()` set this name, which means the opposite.
         self.use_running_average: bool | None = not update_stats
         self.batch_stats: dict[Path, BatchStat[jax.Array]] = {}
         check_rngs(self, "batch_stats", rngs)
@@ -243,7 +244,7 @@ class SpectralNorm(Module):
         large = [f"{show(p)}: {describe(w.value)}" for p, w in found if w.ndim > 2]
         if large and self.error_on_non_matrix:
             raise ArgumentError(
-                "SpectralNorm: these are no matrices: " + ", ".join(large) + ". Pass "
+                "SpectralNorm: these are not matrices: " + ", ".join(large) + ". Pass "
                 "error_on_non_matrix=False to take all axes but the last as one."
             )
         return found
@@ -260,8 +261,8 @@ class SpectralNorm(Module):
           What the layer returns.
 
         Raises:
-          ArgumentError: nothing says whether to keep it; or the layer has a weight
-            that it did not have before.
+          ArgumentError: ``update_stats`` is not set; or the layer has a weight that it
+            did not have before.
         """
         if update_stats is None:
             name = "use_running_average"

@@ -29,12 +29,11 @@ class RNN(Module):
         features.
       return_carry: whether calls return the last carry too.
       reverse: whether to go through the sequence from its end.
-      keep_order: whether outputs lie in the order of the inputs, where ``reverse``.
-      unroll: how many steps to compile into one turn of the loop.
-      state_axes: a role in the scan for each kind of the cell, as ``StateAxes``;
+      keep_order: whether reversed outputs have the order of the inputs.
+      unroll: as for ``jax.lax.scan``.
+      state_axes: the axis in the scan of each kind of the cell, as for ``StateAxes``;
         ``Carry`` for all if absent.
-      broadcast_rngs: which streams of the cell draw the same at each step, as a
-        filter.
+      broadcast_rngs: a filter of the cell's streams that draw the same at each step.
       rngs: streams, of which a fork of ``carry`` makes new carries; True for a stream
         of seed 0, False for none.
 
@@ -70,7 +69,8 @@ class RNN(Module):
         self.keep_order = keep_order
         self.unroll = unroll
         self.rngs = _carry_stream("RNN", rngs)
-        self.state_axes = _as_axes(state_axes or {...: Carry})
+        axes = state_axes or {...: Carry}
+        self.state_axes = axes if isinstance(axes, StateAxes) else StateAxes(axes)
         self.broadcast_rngs = broadcast_rngs
 
     def __call__(
@@ -93,7 +93,7 @@ class RNN(Module):
           initial_carry: the carry before the first step; the cell's
             ``initialize_carry`` if absent.
           seq_lengths: integers (*batch,): the rest of each sequence is padding, which
-            stays at the end when reversed and has no part in the carry returned.
+            stays at the end when reversed and does not change the carry returned.
           return_carry: whether to return the last carry; the layer's own if absent.
           time_major: which axis is time; the layer's own if absent.
           reverse: whether to begin at the end; the layer's own if absent.
@@ -146,19 +146,13 @@ class RNN(Module):
 
     def _scanned(self, carry: Any, x: Any, axis: int, keep_all: bool) -> Any:
         """The last carry, and the outputs or the pair of all carries and outputs."""
-        steps = _scan(keep_all, axis, self.unroll, self._axes())
-        # Drawing new keys at each call of the layer, but the same at each step.
+        shared = All(RngState, self.broadcast_rngs)
+        axes = StateAxes([(shared, None), *self.state_axes.items()])
+        steps = _scan(keep_all, axis, self.unroll, axes)
+        # New keys at each call of the layer, but the same at each step.
         options = {"splits": 1, "only": self.broadcast_rngs, "squeeze": True}
         with split_rngs(self.cell, **options):
             return steps(self.cell, carry, x)
-
-    def _axes(self) -> StateAxes:
-        shared = All(RngState, self.broadcast_rngs)
-        return StateAxes([(shared, None), *self.state_axes.items()])
-
-
-def _as_axes(axes: Mapping[Any, Any] | StateAxes) -> StateAxes:
-    return axes if isinstance(axes, StateAxes) else StateAxes(axes)
 
 
 def _step(cell: RNNCellBase, carry: Any, x: Any) -> Any:
@@ -172,7 +166,7 @@ def _step_keeping_all(cell: RNNCellBase, carry: Any, x: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _scan(keep_all: bool, axis: int, unroll: int, axes: StateAxes) -> Any:
-    """The scan of a cell: one object for each form, which keeps what it compiled."""
+    """The scan of a cell, cached, because it caches what it compiled."""
     return scan(
         _step_keeping_all if keep_all else _step,
         in_axes=(axes, Carry, axis),
@@ -208,7 +202,7 @@ def _checked_lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
 
 
 def _last_carry(carries: Any, initial: Any, lengths: Any) -> Any:
-    """Of all carries, time in front, the one after the last step of each sequence."""
+    """The carry after each sequence's last step; ``carries`` have time in front."""
     last = jnp.maximum(lengths - 1, 0)
     places = (last, *jnp.indices(lengths.shape))
 
@@ -260,14 +254,13 @@ def _concatenate(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class Bidirectional(Module):
-    """Goes through a sequence in both directions, and joins the outputs.
+    """Applies two RNNs, one in each direction, and joins the outputs.
 
     Args:
-      forward_rnn: an RNN, or what is called like one.
+      forward_rnn: an RNN, or another callable like it.
       backward_rnn: another one, called with ``reverse=True`` and ``keep_order=True``.
         The same one shares its parameters.
-      merge_fn: joins two outputs of one time; puts their features side by side if not
-        given.
+      merge_fn: joins the two outputs; by default, concatenates their features.
       time_major: whether the first axis is time.
       return_carry: whether calls return the last carries too.
       rngs: streams, of which a fork of ``carry`` makes new carries; a stream; True for
@@ -330,8 +323,8 @@ class Bidirectional(Module):
           seq_lengths: integers (*batch,): the rest of each sequence is padding.
           return_carry: whether to return the last carries; the layer's own if absent.
           time_major: which axis is time; the layer's own if absent.
-          reverse: ignored; an RNN takes it.
-          keep_order: ignored; an RNN takes it.
+          reverse: ignored; for NNX compatibility.
+          keep_order: ignored; for NNX compatibility.
 
         Returns:
           The outputs; or the pair of last carries, and the outputs.

@@ -22,7 +22,7 @@ def rotary(x: Any, positions: Any, *, base: float = 10_000.0) -> jax.Array:
       x: queries or keys, floating point, (batch, length, heads, features); an even
         number of features.
       positions: integers, (length,) or (batch, length), counted from 0.
-      base: how slowly the last pair turns; 10,000 in the source.
+      base: the greater, the slower the last pairs turn; 10,000 in the paper.
 
     Returns:
       Array of the shape and dtype of ``x``.

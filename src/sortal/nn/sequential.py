@@ -14,7 +14,7 @@ class Sequential(Module):
     """Calls functions and modules one after another.
 
     A tuple that one returns becomes the positional arguments of the next, a dict its
-    keyword arguments. ``rngs`` is handed to those that take it.
+    keyword arguments. ``rngs`` is passed to those that take it.
 
     Args:
       *fns: modules or functions.

@@ -1,4 +1,4 @@
-"""Dropout: noise in training, nothing in evaluation."""
+"""Dropout: random zeros in training, nothing in evaluation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Dropout(Module):
 
     Args:
       rate: the probability of zero, from 0 to 1.
-      broadcast_dims: axes along which all elements share one fate.
+      broadcast_dims: axes along which all elements share one mask value.
       deterministic: True returns the input as it is; None leaves it to the call.
         ``model.train()`` and ``model.eval()`` set it.
-      rng_collection: which stream of ``rngs`` gives the keys.
-      rngs: the streams, or one stream. The layer keeps a stream of its own, forked
-        from it. Without it, the call must have one.
+      rng_collection: the stream of ``rngs`` that gives the keys.
+      rngs: the streams, or one stream; the layer keeps a fork of it. Without it, each
+        call needs one.
 
     Raises:
-      ArgumentError: the rate is no number from 0 to 1, or ``rngs`` no source of keys;
-        at a call, there is nothing to draw from.
+      ArgumentError: the rate is not a number from 0 to 1, or ``rngs`` is not a source
+        of keys; at a call, there is no source of keys.
 
     References:
       Srivastava et al., "Dropout: a simple way to prevent neural networks from
@@ -92,8 +92,8 @@ class Dropout(Module):
           Array of the shape and dtype of the input.
 
         Raises:
-          ArgumentError: neither the call nor the layer says whether to draw, or from
-            what; the input is not floating-point, or lacks a broadcast axis.
+          ArgumentError: neither the call nor the layer sets ``deterministic`` or
+            ``rngs``; the input is not floating-point, or lacks a broadcast axis.
         """
         if dtypes.resolve_flag(self, "deterministic", deterministic) or self.rate == 0:
             return inputs
@@ -111,7 +111,7 @@ class Dropout(Module):
         return lax.select(mask, x / keep, jnp.zeros_like(x))
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets what is given, as ``view`` does on copies of modules.
+        """Sets the attributes given; ``view`` calls it on copies of modules.
 
         Args:
           deterministic: whether to return the input as it is.

@@ -1,4 +1,4 @@
-"""Policy: what each pipeline does with each leaf, said once, by kind or filter."""
+"""Policy: what each pipeline does with each leaf, by kind or filter."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _MANY = 12
 
 
 class PolicyRow(NamedTuple):
-    """Leaves of one kind that every pipeline treats alike."""
+    """Leaves of one kind with the same answer in every column."""
 
     kind: Kind
     label: str

@@ -1,1 +1,1 @@
-"""Optimizers, averages and metrics that know kinds."""
+"""Optimizers, averages and metrics, as objects whose arrays have kinds."""

@@ -89,7 +89,7 @@ def _lacks(metric: Metric, method: str) -> str:
 
 
 class Average(Metric):
-    """The average of all values met.
+    """The average of all values.
 
     Args:
       argname: the keyword under which ``update`` takes the values.
@@ -195,7 +195,7 @@ class Statistics:
 
 
 class Welford(Metric):
-    """Mean and variance of all values met, gathered in one numerically stable pass.
+    """Mean and variance of all values, in one numerically stable pass.
 
     Args:
       argname: the keyword under which ``update`` takes the values.
@@ -261,7 +261,7 @@ class Welford(Metric):
 
 
 class Accuracy(Average):
-    """The share of predictions that are right.
+    """The fraction of predictions that are right.
 
     Args:
       threshold: for two classes, the logit from which a prediction is positive; None
@@ -313,9 +313,9 @@ class Accuracy(Average):
         classes = logits.shape if self.threshold is not None else logits.shape[:-1]
         many = self.threshold is None
         if labels.shape != classes or (many and logits.ndim == 0):
-            due = "one axis, the classes, more than" if many else "the shape of"
+            more = "one axis, the classes, more than" if many else "the shape of"
             raise ArgumentError(
-                f"logits must have {due} the labels; found logits {describe(logits)} "
+                f"logits must have {more} the labels; found logits {describe(logits)} "
                 f"and labels {describe(labels)}. "
                 + (
                     "Pass class numbers, not one-hot rows; for two classes write "

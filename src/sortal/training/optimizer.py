@@ -178,7 +178,7 @@ class Optimizer(Pytree):
             targets += step.targets
             values += step.values
             steps.append(step)
-        # One write of everything: a refusal leaves model and optimizer as they were.
+        # All in one write, so that an error leaves model and optimizer unchanged.
         store_all([Leaves([*targets, self.step])], [*values, self.step.value + 1])
         if any(step.replaced is not None for step in steps):
             now = tuple(
@@ -248,7 +248,7 @@ def _check_transformations(tx: Any, groups: Any) -> None:
     ]
     if bad:
         raise OptimizerError(
-            "an optax transformation, such as optax.adam(1e-3), is due; found:\n"
+            "an optax transformation, such as optax.adam(1e-3), is expected; found:\n"
             + listing(bad)
         )
 
@@ -371,18 +371,18 @@ def _same_shape(p: Any, g: Any) -> bool:
     return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs)
 
 
-def _check_paths(what: str, found: Schema, due: Schema, advice: str) -> None:
-    if found.paths == due.paths or found.index.keys() == due.index.keys():
+def _check_paths(what: str, found: Schema, expected: Schema, advice: str) -> None:
+    if found.paths == expected.paths or found.index.keys() == expected.index.keys():
         return
     rows = [
-        f"missing: {due.describe(i)}"
-        for i, path in enumerate(due.paths)
+        f"missing: {expected.describe(i)}"
+        for i, path in enumerate(expected.paths)
         if path not in found.index
     ]
     rows += [
         f"unknown: {found.describe(i)}"
         for i, path in enumerate(found.paths)
-        if path not in due.index
+        if path not in expected.index
     ]
     raise OptimizerError(
         f"{what} are not those that the optimizer trains; found:\n{listing(rows)}\n"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe
 from sortal._nnx_names import refuse_unknown
@@ -23,10 +23,9 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import find_flat_modules, is_flat_module, run
-
-_NO_FUNCTION: Any = object()
 
 
 class DiffState(NamedTuple):
@@ -46,7 +45,8 @@ class DiffState(NamedTuple):
     filter: Any
 
 
-def grad(f: Any = _NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
+@as_decorator
+def grad(f: Any = NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
     """The gradient of a scalar function of modules, as a State of the same paths.
 
     Args:
@@ -69,8 +69,6 @@ def grad(f: Any = _NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
       >>> grads["kernel"].value.tolist()
       [[1.0], [1.0]]
     """
-    if f is _NO_FUNCTION:
-        return functools.partial(grad, argnums=argnums, **options)
     both = value_and_grad(f, argnums, **options)
 
     @functools.wraps(f)
@@ -81,8 +79,9 @@ def grad(f: Any = _NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
     return wrapper
 
 
+@as_decorator
 def value_and_grad(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     argnums: Any = 0,
     *,
     has_aux: bool = False,
@@ -125,15 +124,6 @@ def value_and_grad(
       0.0
     """
     refuse_unknown("value_and_grad", _unknown)
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            value_and_grad,
-            argnums=argnums,
-            has_aux=has_aux,
-            wrt=wrt,
-            holomorphic=holomorphic,
-            allow_int=allow_int,
-        )
     wanted = [_read(a, wrt) for a in (argnums if _several(argnums) else (argnums,))]
     fn, first = unbind(f)
 
@@ -167,7 +157,7 @@ def _several(argnums: Any) -> bool:
 
 def _read(argnum: Any, wrt: Any) -> DiffState:
     if not isinstance(argnum, DiffState):
-        argnum = in_our_words(argnum)
+        argnum = to_native(argnum)
     if isinstance(argnum, DiffState):
         return DiffState(argnum.argnum, to_filter(argnum.filter))
     if isinstance(argnum, int) and not isinstance(argnum, bool):

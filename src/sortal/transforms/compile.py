@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
@@ -20,13 +20,13 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded
 
-_NO_FUNCTION: Any = object()
 _OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
 
@@ -44,7 +44,7 @@ class Jitted:
         self._fn, self._first = unbind(fn)
         options = _shift(options, len(self._first))
         for name in {"in_shardings", "out_shardings"} & options.keys():
-            options[name] = in_our_words(options[name])
+            options[name] = to_native(options[name])
         self._static, _ = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )
@@ -174,8 +174,9 @@ def _named_as(fn: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..
     return functools.update_wrapper(traced, fn) if hasattr(fn, "__name__") else traced
 
 
+@as_decorator
 def jit(
-    fun: Any = _NO_FUNCTION,
+    fun: Any = NO_FUNCTION,
     *,
     donate: Any = None,
     on_retrace: str = "ignore",
@@ -234,8 +235,6 @@ def jit(
       (True, 2)
     """
     refuse_unknown("jit", options, _OF_JAX)
-    if fun is _NO_FUNCTION:
-        return lambda f: Jitted(f, options, donate, on_retrace)
     if not callable(fun):
         raise ArgumentError(
             f"jit takes a function or a callable Module; found {fun!r}. Options go by "

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.variable import Param
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
 from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.tracing import (
     Copies,
@@ -32,8 +33,6 @@ from sortal.transforms.autodiff import (
     tangent_type,
 )
 from sortal.transforms.derivatives import bare, by_leaf
-
-_NO_FUNCTION: Any = object()
 
 
 class _Outcome(Result):
@@ -171,7 +170,7 @@ class _Custom:
         """Filters by position, and the positions not differentiated by."""
         filters: dict[int, Any] = {}
         fixed: list[int] = []
-        for x in map(in_our_words, self.nondiff):
+        for x in map(to_native, self.nondiff):
             i = x.argnum if isinstance(x, DiffState) else x
             at = i + n if i < 0 else i
             if not 0 <= at < n:
@@ -332,8 +331,9 @@ def _zero(x: Any) -> Any:
     return make(like.shape, like.dtype)
 
 
+@as_decorator
 def custom_vjp(
-    fun: Any = _NO_FUNCTION,
+    fun: Any = NO_FUNCTION,
     nondiff_argnums: Any = (),
     **_unknown: Never,
 ) -> Any:
@@ -389,12 +389,11 @@ def custom_vjp(
       30.0
     """
     refuse_unknown("custom_vjp", _unknown)
-    if fun is _NO_FUNCTION:
-        return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums)
     return CustomVJP(fun, nondiff_argnums)
 
 
-def custom_jvp(f: Any = _NO_FUNCTION, /, nondiff_argnums: Any = ()) -> Any:
+@as_decorator
+def custom_jvp(f: Any = NO_FUNCTION, /, nondiff_argnums: Any = ()) -> Any:
     """A function of modules whose derivative is written by hand, as ``jax.custom_jvp``.
 
     The rule, ``rule(*fixed, primals, tangents)``, gets the arguments of
@@ -433,6 +432,4 @@ def custom_jvp(f: Any = _NO_FUNCTION, /, nondiff_argnums: Any = ()) -> Any:
       >>> nnx.grad(total)(model)["kernel"].value.tolist()
       [[100.0], [100.0]]
     """
-    if f is _NO_FUNCTION:
-        return functools.partial(custom_jvp, nondiff_argnums=nondiff_argnums)
     return CustomJVP(f, nondiff_argnums)

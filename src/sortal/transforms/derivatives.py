@@ -27,6 +27,7 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Ref, Result
 from sortal.transforms._adapter.tracing import replace_roots, run
 from sortal.transforms.autodiff import (
@@ -38,11 +39,10 @@ from sortal.transforms.autodiff import (
 )
 from sortal.transforms.compile import abstracted
 
-_NO_FUNCTION: Any = object()
 
-
+@as_decorator
 def vjp(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     /,
     *primals: Any,
     has_aux: bool = False,
@@ -84,7 +84,7 @@ def vjp(
     """
     refuse_unknown("vjp", _unknown)
     options = {"has_aux": has_aux, "wrt": wrt}
-    if f is _NO_FUNCTION or not primals:
+    if not primals:
         return _later(vjp, f, options)
     point = _Point(f, primals, **options)
     value, pull, rest = jax.vjp(point, point.call.inputs, has_aux=True)
@@ -94,8 +94,9 @@ def vjp(
     return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
 
 
+@as_decorator
 def jvp(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     /,
     primals: Any = None,
     tangents: Any = None,
@@ -141,7 +142,7 @@ def jvp(
     """
     refuse_unknown("jvp", _unknown)
     options = {"has_aux": has_aux, "wrt": wrt}
-    if f is _NO_FUNCTION or primals is None:
+    if primals is None:
         return _later(jvp, f, options)
     for name, given in (("primals", primals), ("tangents", tangents)):
         if not isinstance(given, (tuple, list)):
@@ -211,8 +212,6 @@ def _push(chosen: Chosen, push: Any, *tangents: Any) -> Any:
 
 
 def _later(transform: Any, f: Any, options: dict[str, Any]) -> Any:
-    if f is _NO_FUNCTION:
-        return functools.partial(transform, **options)
     return functools.wraps(f)(functools.partial(transform, f, **options))
 
 

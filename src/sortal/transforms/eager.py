@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.tree_util as jtu
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sortal._engine.bounded import Bounded
 from sortal._engine.jax_compat import only_differentiated
@@ -122,8 +121,8 @@ def closes_over(traced: Any) -> bool:
 
 
 def _has_constants(x: Any) -> bool:
-    if isinstance(x, ClosedJaxpr):
-        return bool(x.consts) or _has_constants(x.jaxpr)
-    if isinstance(x, Jaxpr):
-        return any(_has_constants(list(e.params.values())) for e in x.eqns)
-    return isinstance(x, (tuple, list)) and any(map(_has_constants, x))
+    if isinstance(x, (tuple, list)):
+        return any(map(_has_constants, x))
+    # By attributes: `jax.extend.core`, which has the classes, takes long to import.
+    inner = [list(e.params.values()) for e in getattr(x, "eqns", ())]
+    return bool(getattr(x, "consts", ())) or _has_constants(inner)

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.jax_compat import differs_in_vmap, varying_axes
 from sortal._engine.leaves import held
 from sortal._engine.schema import Schema
@@ -26,6 +26,7 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
@@ -39,7 +40,6 @@ from sortal.transforms._adapter.prefixes import (
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
 
-_NO_FUNCTION: Any = object()
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
     "or declare how replicas are reduced to one: class Kind(Variable, reduce='mean'), "
@@ -47,8 +47,9 @@ _REDUCE = (
 )
 
 
+@as_decorator
 def vmap(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_name: Hashable | None = None,
@@ -103,17 +104,7 @@ def vmap(
       (5, 3)
     """
     refuse_unknown("vmap", _unknown)
-    in_axes, out_axes = in_our_words((in_axes, out_axes))
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            vmap,
-            in_axes=in_axes,
-            out_axes=out_axes,
-            axis_name=axis_name,
-            axis_size=axis_size,
-            spmd_axis_name=spmd_axis_name,
-            transform_metadata=transform_metadata,
-        )
+    in_axes, out_axes = to_native((in_axes, out_axes))
     fn, first = unbind(f)
 
     @functools.wraps(f)
@@ -137,8 +128,9 @@ def vmap(
     return wrapper
 
 
+@as_decorator
 def shard_map(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     *,
     mesh: Any = None,
     in_specs: Any,
@@ -190,11 +182,7 @@ def shard_map(
       (4, 3)
     """
     refuse_unknown("shard_map", options, _OF_JAX)
-    in_specs, out_specs = in_our_words((in_specs, out_specs))
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
-        )
+    in_specs, out_specs = to_native((in_specs, out_specs))
     fn, first = unbind(f)
 
     @functools.wraps(f)

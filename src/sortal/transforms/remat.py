@@ -15,14 +15,14 @@ from sortal.transforms._adapter.binding import (
     unbind,
     write_back,
 )
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.tracing import run
 from sortal.transforms.eager import kept
 
-_NO_FUNCTION: Any = object()
 
-
+@as_decorator
 def remat(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     *,
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
@@ -56,13 +56,6 @@ def remat(
       (('bias',), ('kernel',))
     """
     refuse_unknown("remat", _unknown)
-    if f is _NO_FUNCTION:
-        return functools.partial(
-            remat,
-            prevent_cse=prevent_cse,
-            policy=policy,
-            static_argnums=static_argnums,
-        )
     fn, first = unbind(f)
     positions, _ = named_positions(fn, static_argnums, None)
     static = tuple(sorted(i + len(first) for i in positions if isinstance(i, int)))

@@ -105,7 +105,10 @@ class History:
             raise ArgumentError(
                 f"on_retrace is 'ignore', 'warn' or 'raise'; found {on_retrace!r}."
             )
-        self.name = getattr(fn, "__qualname__", None) or repr(fn)
+        named: Any = fn
+        while isinstance(named, functools.partial):
+            named = named.func  # the text of what it holds may be long, or on a device
+        self.name = getattr(named, "__qualname__", None) or repr(named)
         self._static, self._on_retrace = static, on_retrace
         self._names, self._rest = _parameters(fn)
         self.forget()
@@ -295,8 +298,8 @@ def _reasons(old: Compile, new: Compile) -> list[str]:
         for name, a, b in _changes(old.statics, new.statics, (_ABSENT, None))
     ]
     rows += list(_structure(old, new))
-    texts = [{k: _text(x) for k, x in seen.arrays.items()} for seen in (old, new)]
-    arrays = list(_changes(texts[0], texts[1], _ABSENT))
+    was, now = ({k: _text(x) for k, x in c.arrays.items()} for c in (old, new))
+    arrays = list(_changes(was, now, _ABSENT))
     rows += [f"{name}: {a} -> {b}" for name, a, b in arrays]
     for name in [name for name in old.trees if name in new.trees]:
         a, b = old.trees[name], new.trees[name]

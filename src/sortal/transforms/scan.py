@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._engine.foreign import in_our_words
+from sortal._engine.foreign import to_native
 from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.transforms._adapter.binding import unbind, write_back
+from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Effects, Result, resolve
 from sortal.transforms._adapter.operands import (
     Operands,
@@ -35,11 +36,10 @@ from sortal.transforms.axis_names import NOTHING, named
 from sortal.transforms.eager import kept
 from sortal.transforms.mapping import check_ranks, per_argument
 
-_NO_FUNCTION: Any = object()
 
-
+@as_decorator
 def scan(
-    f: Any = _NO_FUNCTION,
+    f: Any = NO_FUNCTION,
     *,
     length: int | None = None,
     reverse: bool = False,
@@ -99,17 +99,13 @@ def scan(
       (1, 2)
     """
     refuse_unknown("scan", _unknown)
-    in_axes, out_axes = in_our_words((in_axes, out_axes))
+    in_axes, out_axes = to_native((in_axes, out_axes))
     options = {
         "length": length,
         "reverse": reverse,
         "unroll": unroll,
         "_split_transpose": _split_transpose,
     }
-    if f is _NO_FUNCTION:
-        axes = {"in_axes": in_axes, "out_axes": out_axes}
-        metadata = {"transform_metadata": transform_metadata}
-        return functools.partial(scan, **axes, **metadata, **options)
     _, first = unbind(f)
     settings = (in_axes, out_axes, dict(transform_metadata), options)
 

@@ -277,7 +277,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 )
 def test_a_safetensors_file_that_lies_is_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(DamagedError, match="is no safetensors file, or damaged"):
+    with pytest.raises(DamagedError, match="is not a safetensors file, or damaged"):
         open_arrays(tmp_path / "x.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""What a file of arrays holds, whatever its format: one entry for each array."""
+"""The arrays of a file, whatever its format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sortal.checkpoint.values import dtype_name
 
 
 class Entry(NamedTuple):
-    """One array of a file: its name there, what it is, and how it is read.
+    """One array of a file.
 
-    ``kind`` is a full name, where the format knows kinds; ``dtype`` is as the format
-    says, ``nbytes`` what it takes there; ``read`` gives the whole array.
+    ``kind`` is the full name, where the format has kinds. ``dtype`` is named as in the
+    format, ``nbytes`` is the size there, and ``read`` returns the whole array.
     """
 
     name: tuple[Any, ...]
@@ -29,12 +29,12 @@ class Entry(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 class Opened(NamedTuple):
-    """A file or folder of arrays: its format, what it says of itself, its entries."""
+    """A file or folder of arrays: its format, its own metadata, its entries."""
 
     path: Path
     format: str
@@ -43,14 +43,7 @@ class Opened(NamedTuple):
 
 
 def of_arrays(named: Iterable[tuple[tuple[Any, ...], np.ndarray]]) -> list[Entry]:
-    """Entries of arrays that are in memory.
-
-    Args:
-      named: pairs of name and array.
-
-    Returns:
-      The entries.
-    """
+    """Entries of arrays in memory, from pairs of name and array."""
     return [
         Entry(name, dtype_name(x.dtype), x.shape, x.nbytes, lambda x=x: x)
         for name, x in named
@@ -58,13 +51,7 @@ def of_arrays(named: Iterable[tuple[tuple[Any, ...], np.ndarray]]) -> list[Entry
 
 
 def parts(text: str) -> tuple[Any, ...]:
-    """A name with dots as a path: entries made of digits are numbers.
-
-    Args:
-      text: such as ``model.layers.0.weight``.
-
-    Returns:
-      The path.
+    """A dotted name as a path, in which digits are integers.
 
     Example:
       >>> parts("layers.0.weight")

@@ -1,4 +1,4 @@
-"""Models to and from the files of others: one verb for each way."""
+"""Models to and from files of other libraries."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ from sortal.checkpoint.layout import encode_path
 from sortal.checkpoint.loading import Want, host_value, wanted
 from sortal.checkpoint.restoring import read, shardings
 from sortal.checkpoint.store import Reader
-from sortal.checkpoint.values import (
-    Array,
-    Plain,
-    arrays,
-    describe,
-)
+from sortal.checkpoint.values import Array, Plain, arrays, describe
 from sortal.checkpoint.verifying import open_step, read_step
 from sortal.errors import NoCheckpointError, RestoreError, SaveError, listing
 from sortal.interop.files import gguf, npz, orbax, safetensors
@@ -43,17 +38,12 @@ _SUFFIXES: dict[str, Callable[[Path], Opened]] = {
 
 
 def open_arrays(path: str | os.PathLike[str], step: int | str = "latest") -> Opened:
-    """Opens whatever holds arrays: by Sortal, Orbax, safetensors, NumPy or GGUF.
+    """Opens a file or folder of arrays: Sortal, Orbax, safetensors, NumPy or GGUF.
 
-    Args:
-      path: a file, the folder of a step, or a folder of steps.
-      step: which step, in the last case.
-
-    Returns:
-      What is in it; arrays are read when asked for.
+    ``step`` is used where the path is a folder of steps. Arrays are read when asked
+    for.
 
     Raises:
-      ArgumentError: the path is none, or an address such as ``gs://...``.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
     """
@@ -108,13 +98,14 @@ def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> 
 
     Args:
       path: a file ``.safetensors`` or ``.npz``, or a checkpoint of Orbax.
-      names: from globs of paths here to globs of names there; see ``restore_from``.
+      names: globs of paths in the model to globs of names in the file; see
+        ``restore_from``.
 
     Returns:
-      A State of unlabelled NumPy arrays.
+      A State of raw NumPy arrays.
 
     Raises:
-      ArgumentError: the path is none, or an address such as ``gs://...``.
+      ArgumentError: it is not a local path.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
 
@@ -145,25 +136,25 @@ def restore_from(
 ) -> tuple[ModelPath, ...]:
     """Reads a file of another library into a live model: all of it, or nothing.
 
-    As strict as ``restore``. Kinds are the model's, for other formats know none.
+    As strict as ``restore``. Kinds are those of the model; other formats have none.
 
     Args:
       path: a file ``.safetensors`` or ``.npz``, or a checkpoint of Orbax.
       root: a Module, or a container of Modules, Variables and arrays.
-      names: from globs of paths here to globs of names there, such as
-        ``{"layers.*.kernel": ("model.layers.*.weight", (1, 0))}``; the numbers say
-        which of their axes each of ours is, as ``numpy.transpose`` takes them.
-      only: a filter; other leaves are left as they are.
+      names: globs of paths in the model to globs of names in the file, such as
+        ``{"layers.*.kernel": ("model.layers.*.weight", (1, 0))}``; the numbers are the
+        axes for ``numpy.transpose`` of the file's array.
+      only: a filter; other leaves do not change.
       partial: True allows leaves that only one side has.
       cast: True converts floats to floats, and integers to integers that can hold them.
-      fill: where leaves come from that the file lacks, as in ``restore``.
-      sharding: where arrays are put, as in ``restore``.
+      fill: gives leaves that the file lacks, as in ``restore``.
+      sharding: the shardings of the arrays, as in ``restore``.
 
     Returns:
       The paths that were restored.
 
     Raises:
-      ArgumentError: the path is none, or an address such as ``gs://...``.
+      ArgumentError: it is not a local path.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: it does not fit the model; every difference is listed.
@@ -180,32 +171,32 @@ def restore_from(
     opened = open_arrays(path)
     plan = bind(root)
     schema = plan.graphdef.schema
-    # Formats with string keys only have lost which entries were numbers.
-    spelled = {tuple(map(str, p)): encode_path(p) for p in schema.paths}
+    # Formats with string keys lose which entries of a path were integers.
+    by_text = {tuple(map(str, p)): encode_path(p) for p in schema.paths}
     values = dict(zip(map(encode_path, schema.paths), plan.values(), strict=True))
     sources: dict[Any, Entry] = {}
     given = []
     for e in _renamed(opened.entries, names or {}, str(path)):
-        at = spelled.get(tuple(map(str, e.name)), encode_path(e.name))
+        at = by_text.get(tuple(map(str, e.name)), encode_path(e.name))
         sources[at] = e
-        given.append(Candidate(at, ANY_KIND, _described(e, values.get(at))))
+        given.append(Candidate(at, ANY_KIND, _record(e, values.get(at))))
     options = Options(only, None, partial, None, cast, fill)
     found = fit(plan, given, None, options, str(opened.path))
-    said = shardings(sharding, schema, plan)
+    places = shardings(sharding, schema, plan)
     new = []
     for pair in found.pairs:
         at_path = schema.paths[pair.at]
         source = sources[encode_path(at_path)]
         (stored,), (live,) = arrays(pair.stored), arrays(pair.live)
-        want = wanted(at_path, stored, pair.like[0], live, said[pair.at])
+        want = wanted(at_path, stored, pair.like[0], live, places[pair.at])
         new.append(host_value(want, source.read()))
     at = [p.at for p in found.pairs] + list(found.filled)
     store_all([Leaves(plan.leaves[i] for i in at)], [*new, *found.filled.values()])
     return tuple(schema.paths[p.at] for p in found.pairs)
 
 
-def _described(e: Entry, live: Any) -> Array:
-    """What an entry is; words of uint32 are keys where the model has keys."""
+def _record(e: Entry, live: Any) -> Array:
+    """The record of an entry; uint32 words are keys where the model has keys."""
     if isinstance(live, (jax.Array, jax.ShapeDtypeStruct)):
         mine = describe(live, [])
         if isinstance(mine, Array) and mine.key is not None:
@@ -219,26 +210,30 @@ def _described(e: Entry, live: Any) -> Array:
 
 
 def _renamed(entries: list[Entry], names: Names, where: str) -> Iterator[Entry]:
-    """Entries under the names that they have here."""
+    """Entries under the names that they have in the model."""
     used = set()
     for e in entries:
         found = e
-        for ours, theirs in names.items():
-            pattern, axes = theirs if isinstance(theirs, tuple) else (theirs, None)
-            new = translate(pattern, ours, e.name)
+        for ours, theirs, axes in _patterns(names):
+            new = translate(theirs, ours, e.name)
             if new is not None:
                 used.add(ours)
-                found = _turned(e._replace(name=new), axes)
+                found = _transposed(e._replace(name=new), axes)
                 break
         yield found
-    if idle := [f"{ours!r}: {names[ours]!r}" for ours in names if ours not in used]:
+    if unused := [f"{ours!r}: {names[ours]!r}" for ours in names if ours not in used]:
         raise RestoreError(
-            f"names= has patterns that fit nothing in {where}:\n{listing(idle)}\n"
+            f"names= has patterns that fit nothing in {where}:\n{listing(unused)}\n"
             f"Its names are:\n{listing(dotted(e.name) for e in entries)}"
         )
 
 
-def _turned(e: Entry, axes: tuple[int, ...] | None) -> Entry:
+def _patterns(names: Names) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+    for ours, theirs in names.items():
+        yield (ours, *theirs) if isinstance(theirs, tuple) else (ours, theirs, None)
+
+
+def _transposed(e: Entry, axes: tuple[int, ...] | None) -> Entry:
     if axes is None:
         return e
     if sorted(axes) != list(range(len(e.shape))):
@@ -263,7 +258,7 @@ def export(
 ) -> None:
     """Writes a model as a file of another library.
 
-    Kinds, sharing and all but arrays is lost. Keys are written as their words.
+    Only arrays are written, without kinds and sharing; PRNG keys as uint32 words.
 
     Args:
       path: a file ``.safetensors`` or ``.npz``, or a new folder for Orbax.
@@ -272,9 +267,9 @@ def export(
       only: a filter; all leaves if absent.
 
     Raises:
-      ArgumentError: the path is none, or an address such as ``gs://...``.
-      SaveError: something is no array, or the format cannot hold it.
-      FilterError: ``only`` is no filter.
+      ArgumentError: it is not a local path.
+      SaveError: a leaf is not an array, or the format cannot hold it.
+      FilterError: ``only`` is not a filter.
 
     Example:
       >>> import tempfile
@@ -290,18 +285,16 @@ def export(
     if only is not None:
         at = select(schema, (only,), plan.view).parts[0][1]
     values = plan.values()
-    odd = [schema.describe(i) for i in at if not _is_array(values[i])]
+    types = (jax.Array, np.ndarray, np.generic)
+    odd = [schema.describe(i) for i in at if not isinstance(values[i], types)]
     if odd or not at:
         raise SaveError(
             "only arrays can be exported; leave other leaves out with only=. Found:\n"
             + (listing(odd) or "  no leaf at all")
         )
     named = [(schema.paths[i], _words(values[i])) for i in at]
-    write_arrays(files.local(path), _theirs(of_arrays(named), names or {}))
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+    entries = [_exported(e, names or {}) for e in of_arrays(named)]
+    write_arrays(files.local(path), entries)
 
 
 def _words(x: Any) -> np.ndarray:
@@ -310,30 +303,18 @@ def _words(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def _theirs(entries: list[Entry], names: Names) -> list[Entry]:
-    return [_their(e, names) for e in entries]
-
-
-def _their(e: Entry, names: Names) -> Entry:
-    for ours, theirs in names.items():
-        pattern, axes = theirs if isinstance(theirs, tuple) else (theirs, None)
-        new = translate(ours, pattern, e.name)
+def _exported(e: Entry, names: Names) -> Entry:
+    """An entry under the name that it has in the file."""
+    for ours, theirs, axes in _patterns(names):
+        new = translate(ours, theirs, e.name)
         if new is not None:
             back = None if axes is None else tuple(map(int, np.argsort(axes)))
-            return _turned(e._replace(name=new), back)
+            return _transposed(e._replace(name=new), back)
     return e
 
 
 def write_arrays(path: Path, entries: list[Entry]) -> None:
-    """Writes entries in the format that the path's ending says.
-
-    Args:
-      path: a file ``.safetensors`` or ``.npz``, or a new folder for Orbax.
-      entries: what to write.
-
-    Raises:
-      SaveError: the format cannot hold it, or it cannot be written.
-    """
+    """Writes entries in the format of the path's suffix; without one, as Orbax."""
     if path.suffix == ".safetensors":
         safetensors.write(path, entries)
     elif path.suffix == ".npz":

@@ -1,4 +1,4 @@
-"""GGUF files, as far as their table of contents goes."""
+"""GGUF files, read through the package ``gguf``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ from sortal.interop.files.entries import Entry, Opened, parts
 
 
 def read(path: Path) -> Opened:
-    """Opens a file of the format, through the package ``gguf``.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its entries; quantised ones read as their bytes.
-
-    Raises:
-      DamagedError: it is not of the format, or damaged.
-    """
+    """Opens a GGUF file; quantised arrays are read as their bytes."""
     from gguf import GGUFReader
 
     try:
@@ -38,5 +28,5 @@ def read(path: Path) -> Opened:
             for t in reader.tensors
         ]
     except Exception as e:
-        raise DamagedError(f"{path} is no GGUF file, or damaged: {e}") from e
+        raise DamagedError(f"{path} is not a GGUF file, or damaged: {e}") from e
     return Opened(path, "gguf", {"fields": len(reader.fields)}, entries)

@@ -1,8 +1,7 @@
-"""NumPy's archives of arrays; never their pickles."""
+"""NumPy's archives of arrays, without pickled objects."""
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from sortal.checkpoint.files import sync
+from sortal.checkpoint.files import replacing
 from sortal.checkpoint.values import dtype_name
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import Entry, Opened, dotted, parts
 
-# The dtypes that NumPy's format can name; of others it keeps the bytes alone.
+# The dtypes that NumPy's format has names for.
 _OWN = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
     "complex64 complex128".split()
@@ -33,21 +32,11 @@ _FAULTS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What NumPy and zipfile raise for files that are no archives of arrays."""
+"""What NumPy and zipfile raise for other and damaged files."""
 
 
 def read(path: Path) -> Opened:
-    """Opens an archive.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its entries.
-
-    Raises:
-      DamagedError: it is no archive, damaged, or holds objects.
-    """
+    """Opens an archive; refuses pickled objects."""
     try:
         # Opened here, because NumPy leaves a file that it cannot read open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -80,26 +69,11 @@ def _entry(path: Path, archive: Any, name: str) -> Entry:
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
-    """Writes an archive, in the place of an old one only when it is done.
-
-    Args:
-      path: the file.
-      entries: what to write.
-
-    Raises:
-      SaveError: a dtype is none of NumPy's own.
-    """
+    """Writes an archive; it replaces an old one only once it is complete."""
     entries = list(entries)
     odd = [f"{dotted(e.name)}: {e.dtype}" for e in entries if e.dtype not in _OWN]
     if odd:
         raise SaveError(f"NumPy's format has no name for these dtypes:\n{listing(odd)}")
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.npz")
     arrays: dict[str, Any] = {dotted(e.name): e.read() for e in entries}
-    try:
+    with replacing(path, ".npz") as temporary:  # NumPy adds a missing suffix
         np.savez(temporary, **arrays)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise SaveError(f"writing {path} failed: {e}") from e

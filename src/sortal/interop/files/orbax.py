@@ -1,4 +1,4 @@
-"""Orbax checkpoints, read and written through Orbax itself."""
+"""Orbax checkpoints, read and written through Orbax."""
 
 from __future__ import annotations
 
@@ -18,14 +18,10 @@ _MARK = "_METADATA"
 
 
 def folder_of(path: Path) -> Path | None:
-    """The folder that Orbax keeps a tree in, at a path or a little below it.
+    """The folder of Orbax's tree at a path; None where there is none, or no single one.
 
-    Args:
-      path: what ``StandardCheckpointer.save``, ``v1.save`` or a step of a
-        ``CheckpointManager`` made, or the folder of all steps.
-
-    Returns:
-      The folder; None where there is none, or several that are no steps.
+    The path is one that ``StandardCheckpointer.save``, ``v1.save`` or a step of a
+    ``CheckpointManager`` made, or the folder of all steps, of which the last is taken.
     """
     if (path / _MARK).is_file():
         return path
@@ -39,22 +35,12 @@ def folder_of(path: Path) -> Path | None:
 
 
 def read(path: Path) -> Opened:
-    """Opens a checkpoint of Orbax.
-
-    Args:
-      path: the folder.
-
-    Returns:
-      Its entries. Flax NNX's last level, ``value``, is left out.
-
-    Raises:
-      DamagedError: it is no checkpoint of Orbax, or damaged.
-    """
+    """Opens an Orbax checkpoint, without the last level ``value`` of Flax NNX."""
     import orbax.checkpoint as ocp
 
     folder = folder_of(path)
     if folder is None:
-        raise DamagedError(f"{path} is no checkpoint of Orbax.")
+        raise DamagedError(f"{path} is not a checkpoint of Orbax.")
     try:
         with ocp.PyTreeCheckpointer() as reader:
             tree: Any = reader.metadata(folder).item_metadata.tree
@@ -63,7 +49,7 @@ def read(path: Path) -> Opened:
     found: dict[Any, Any] = {}
 
     def get(keys: Any) -> np.ndarray:
-        # Orbax reads trees, not leaves: all of it, when the first one is asked for.
+        # Orbax reads whole trees only, so the first request reads all of it.
         if not found:
             found.update(_load(folder, tree))
         return found[keys]
@@ -71,15 +57,13 @@ def read(path: Path) -> Opened:
     entries = []
     for keys, x in _leaves(tree):
         shape = tuple(getattr(x, "shape", ()))
-        dtype = dtype_name(np.dtype(getattr(x, "dtype", None) or np.float32))
-        size = int(np.prod(shape, dtype=object)) * np.dtype(dtype_of(x)).itemsize
-        entries.append(Entry(_name(keys), dtype, shape, size, lambda k=keys: get(k)))
+        dtype = np.dtype(getattr(x, "dtype", None) or np.float32)
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        entry = Entry(
+            _name(keys), dtype_name(dtype), shape, size, lambda k=keys: get(k)
+        )
+        entries.append(entry)
     return Opened(folder, "orbax", {}, entries)
-
-
-def dtype_of(x: Any) -> Any:
-    """The dtype of what Orbax says of a leaf."""
-    return getattr(x, "dtype", None) or np.float32
 
 
 def _load(folder: Path, tree: Any) -> dict[Any, Any]:
@@ -105,15 +89,7 @@ def _name(keys: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
-    """Writes a checkpoint of Orbax: nested dicts of arrays.
-
-    Args:
-      path: the folder, which must not be there.
-      entries: what to write.
-
-    Raises:
-      SaveError: Orbax cannot write it.
-    """
+    """Writes nested dicts of arrays into a new folder."""
     import orbax.checkpoint as ocp
 
     if path.exists():

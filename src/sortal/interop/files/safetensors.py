@@ -1,10 +1,9 @@
-"""safetensors: a header in JSON, then bytes; read lazily, every claim checked first."""
+"""safetensors files: a JSON header, then bytes; checked when opened, read lazily."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.checkpoint.files import sync
+from sortal.checkpoint.files import replacing
 from sortal.checkpoint.values import dtype_name, numpy_dtype
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import Entry, Opened, dotted, parts
@@ -24,27 +23,17 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
 }  # fmt: skip
 _NAMES = {ours: theirs for theirs, ours in _DTYPES.items()}
-# What the format's own library allows.
+# The limit of the safetensors library.
 _LONGEST_HEADER = 100_000_000
 
 
 def read(path: Path) -> Opened:
-    """Opens a file of the format.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its entries, in the order of their bytes; none is read yet.
-
-    Raises:
-      DamagedError: it is not of the format, or its header lies.
-    """
+    """Opens a file, and checks that the header fits the bytes; no array is read."""
     try:
         return _read(path)
     except (KeyError, TypeError, ValueError, RecursionError, struct.error) as e:
         raise DamagedError(
-            f"{path} is no safetensors file, or damaged ({type(e).__name__}: {e})"
+            f"{path} is not a safetensors file, or damaged ({type(e).__name__}: {e})"
         ) from None
     except OSError as e:
         raise DamagedError(f"{path} cannot be read: {e}") from e
@@ -64,11 +53,11 @@ def _read(path: Path) -> Opened:
         shape = tuple(int(n) for n in x["shape"])
         nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
         if first != end or last - first != nbytes or min(shape, default=0) < 0:
-            raise ValueError(f"{name!r} does not lie where it says")
+            raise ValueError(f"the offsets of {name!r} are wrong")
         end = last
         entries.append(_entry(path, name, dtype, shape, start + first, nbytes))
     if start + end != size:
-        raise ValueError(f"{size:,} bytes where {start + end:,} are due")
+        raise ValueError(f"{size:,} bytes where {start + end:,} are expected")
     return Opened(path, "safetensors", {"metadata": about}, entries)
 
 
@@ -89,15 +78,9 @@ def _entry(
 def write(
     path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a file of the format, in the place of an old one only when it is done.
+    """Writes a file; it replaces an old one only once it is complete.
 
-    Args:
-      path: the file.
-      entries: what to write.
-      metadata: strings by name, kept in the header.
-
-    Raises:
-      SaveError: a dtype is none of the format's, or two names are the same.
+    ``metadata`` is kept in the header.
     """
     entries = list(entries)
     odd = [f"{dotted(e.name)}: {e.dtype}" for e in entries if e.dtype not in _NAMES]
@@ -117,19 +100,10 @@ def write(
         end += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for e in entries:
-                host = np.ascontiguousarray(e.read())
-                if dtype_name(host.dtype) != e.dtype:  # the other order of bytes
-                    host = host.astype(numpy_dtype(e.dtype))
-                file.write(host.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise SaveError(f"writing {path} failed: {e}") from e
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for e in entries:
+            host = np.ascontiguousarray(e.read())
+            if dtype_name(host.dtype) != e.dtype:  # the other byte order
+                host = host.astype(numpy_dtype(e.dtype))
+            file.write(host.reshape(-1).view(np.uint8).data)

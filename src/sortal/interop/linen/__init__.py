@@ -1,4 +1,4 @@
-"""Flax Linen modules in Sortal models, and the other way round."""
+"""Flax Linen modules in Sortal models, and Sortal modules in Linen models."""
 
 from sortal.interop.linen.as_linen import to_linen as to_linen
 from sortal.interop.linen.as_module import ToNNX as ToNNX

@@ -24,17 +24,17 @@ def to_linen(
 
     Args:
       nnx_class: the class of the Module, not an instance.
-      *args: what its constructor takes.
-      metadata_fn: takes a Variable, returns what Linen keeps for it; by default the
-        value, in a ``flax.linen.Partitioned`` where metadata names its axes. None
-        keeps the value alone.
+      *args: arguments of its constructor.
+      metadata_fn: makes Linen's value of a Variable; by default a
+        ``flax.linen.Partitioned`` where metadata names its axes, else the plain value.
+        None always gives the plain value.
       name: the Linen module's name.
       skip_rng: whether the constructor takes no ``rngs``.
-      **kwargs: what the constructor takes.
+      **kwargs: arguments of the constructor.
 
     Returns:
       The Linen module. Its collections are named after kinds, ``params`` for ``Param``;
-      random streams are drawn from Linen's at each call and not kept.
+      random streams are made of Linen's at each call, and not kept.
 
     Example:
       >>> import jax
@@ -59,7 +59,7 @@ def to_linen(
 
 @functools.cache
 def _wrapper() -> Any:
-    # The class is made at the first use, so that Flax is imported by who needs it.
+    # Made at the first use, so that Flax is imported only where it is used.
     from flax import linen
     from flax.core import FrozenDict, meta, unfreeze
 
@@ -94,7 +94,7 @@ def _wrapper() -> Any:
             scope: Any = self.scope
             keys: dict[str, Any] = {name: self.make_rng(name) for name in scope.rngs}
             if not first:
-                # A constructor draws from it though its values are not kept.
+                # The constructor needs a stream, though its values are replaced.
                 keys.setdefault("default", 0)
             return {"rngs": Rngs(**keys)}
 

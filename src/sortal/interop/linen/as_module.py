@@ -25,7 +25,7 @@ _OWN = "to_nnx__"
 
 
 class _Held:
-    """A Linen module as a static value; a list in its fields leaves it unhashable."""
+    """A Linen module as a static value; with lists in its fields it has no hash."""
 
     def __init__(self, module: Any):
         self.module = module
@@ -43,10 +43,10 @@ class _Held:
 
 
 class ToNNX(Module):
-    """A Linen module as a Module, whose Variables have its collections' kinds.
+    """A Linen module as a Module; its collections give the kinds of its Variables.
 
-    Linen makes variables when it sees an input, so ``lazy_init`` comes before the first
-    call. Methods of the Linen module are methods here.
+    Linen makes variables from an input, so call ``lazy_init`` before the first call.
+    The methods of the Linen module can be called on it.
 
     Args:
       module: the Linen module.
@@ -95,8 +95,8 @@ class ToNNX(Module):
         """Makes the Variables; see ``lazy_init``.
 
         Args:
-          *args: what a call takes.
-          **kwargs: likewise.
+          *args: arguments of a call.
+          **kwargs: keyword arguments of a call.
 
         Returns:
           This module.
@@ -125,21 +125,21 @@ class ToNNX(Module):
         """Calls the Linen module on the Variables here.
 
         Args:
-          *args: what the Linen module takes.
+          *args: arguments of the Linen module.
           rngs: streams for this call, or a key for ``params``; its own if absent.
           method: a method of the Linen module, or its name; its ``__call__`` if absent.
           mutable: the collections that the call may change, as for Linen's ``apply``.
-          **kwargs: what the Linen module takes.
+          **kwargs: keyword arguments of the Linen module.
 
         Returns:
-          The output. What the call changed is in the Variables.
+          The output. Changes of the call are written to the Variables.
         """
         keys = _keys(self.to_nnx__rngs if rngs is None else rngs)
         module = self.to_nnx__module
         if id(self) in _initialising.get():
             out, found = module.init_with_output(keys, *args, method=method, **kwargs)
         else:
-            mutable = False if mutable is None else mutable  # as Linen asks
+            mutable = False if mutable is None else mutable  # Linen's own default
             mine = to_linen(
                 (path, x)
                 for path, x in iter_graph(self)
@@ -194,8 +194,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
 
     Args:
       fn: a Module, or a method of one.
-      *args: what it takes.
-      **kwargs: likewise.
+      *args: arguments of the call.
+      **kwargs: keyword arguments of the call.
 
     Returns:
       ``fn``.

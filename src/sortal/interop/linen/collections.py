@@ -1,8 +1,9 @@
-"""Linen's variables, nested dicts by collection, and Variables: one as the other."""
+"""Conversion between Linen's variables, nested dicts by collection, and Variables."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,20 +17,14 @@ from sortal._engine.variable import Variable
 from sortal.errors import ArgumentError, listing
 
 _BOX = "linen_meta_type"
-"""The metadata that says in which box of Linen's the value was."""
+"""The metadata key of the Linen box class that held the value."""
 
 
 def from_linen(variables: Mapping[str, Any]) -> dict[Path, Variable]:
-    """Variables by path, of the kinds that their collections stand for.
-
-    Args:
-      variables: what Linen's ``init`` returns.
-
-    Returns:
-      Each with its path, without the collection.
+    """Variables by path, without the collection, which gives their kind.
 
     Raises:
-      ArgumentError: two collections have the same path; all are listed.
+      ArgumentError: several collections have the same path; all are listed.
     """
     found: dict[Path, Variable] = {}
     twice = []
@@ -60,54 +55,38 @@ def _unboxed(kind: type[Variable], x: Any) -> Variable:
 
     if not isinstance(x, meta.AxisMetadata):
         return kind(x)
-    # Some boxes of Flax take themselves apart when asked, hence the copy.
+    # to_nnx_metadata of some boxes of Flax changes the box, hence the copy.
     box: Any = copy.copy(x)
-    told = box.to_nnx_metadata() if hasattr(box, "to_nnx_metadata") else vars(box)
-    metadata = {**told, _BOX: type(x)}
+    values = box.to_nnx_metadata() if hasattr(box, "to_nnx_metadata") else vars(box)
+    metadata = {**values, _BOX: type(x)}
     return kind(metadata.pop("value"), **metadata)
 
 
 def to_linen(leaves: Iterable[tuple[Path, Any]], box: Any = None) -> dict[str, Any]:
     """Nested dicts by collection, as Linen's ``apply`` takes them.
 
-    Args:
-      leaves: pairs of path and Variable.
-      box: takes a Variable, returns what to give Linen for it; by default the value,
-        in a box of Linen's where metadata names its axes.
-
-    Returns:
-      The dict.
+    ``box`` makes Linen's value of a Variable; ``boxed`` by default.
 
     Raises:
-      ArgumentError: a leaf is no Variable, so that its collection is not known; all
-        such are listed.
+      ArgumentError: leaves are not Variables, so that they have no collection.
     """
     leaves = list(leaves)
     bad = [show(path) for path, x in leaves if not isinstance(x, Variable)]
     if bad:
         raise ArgumentError(
-            "Linen needs to know the collection of each value, which its kind says; "
-            f"these are no Variables:\n{listing(bad)}\nWrite Param(array)."
+            "Linen needs the collection of each value, which follows from its kind; "
+            f"these are not Variables:\n{listing(bad)}\nWrite Param(array)."
         )
-    return nest(
-        ((_collection(x), *path), boxed(x) if box is None else box(x))
-        for path, x in leaves
-    )
-
-
-def _collection(variable: Variable) -> str:
-    return variable_name_from_type(type(variable), allow_register=True)
+    box = box or boxed
+    collection_of = functools.partial(variable_name_from_type, allow_register=True)
+    return nest(((collection_of(type(x)), *path), box(x)) for path, x in leaves)
 
 
 def boxed(variable: Variable) -> Any:
     """A value as Linen holds it.
 
-    Args:
-      variable: the Variable.
-
-    Returns:
-      The value, in the box that it came in, or in a ``Partitioned`` where metadata
-      names its axes.
+    It is in the box that it came in, or in a ``Partitioned`` where metadata names its
+    axes.
     """
     metadata = variable.get_metadata()
     box = metadata.pop(_BOX, None)

@@ -139,6 +139,8 @@ def same_value(old: Any, new: Any) -> bool:
     """Whether a value, or every leaf of it, is the same object as before."""
     if old is new:
         return True
+    if isinstance(old, jax.Array) or isinstance(new, jax.Array):
+        return False
     olds, before = jax.tree.flatten(old)
     news, after = jax.tree.flatten(new)
     if before != after or jtu.treedef_is_leaf(before):
@@ -162,6 +164,8 @@ def rigid_leaves(graphdef: GraphDef) -> frozenset[int]:
 
 def known_outputs(outputs: list[Any], copies: Any) -> tuple[Entry, ...] | None:
     """The outputs as numbers of entry, or None where one of them is new."""
+    if not outputs:
+        return ()
     numbers = {id(x): Entry(None, NODE, n) for n, x in enumerate(copies.nodes)}
     for k, leaf in enumerate(copies.leaves):
         if is_variable(leaf):
