@@ -97,7 +97,8 @@ else:
     def __getattr__(name: str) -> object:
         own = name in _names.TABLE or name.startswith("_")
         if not own and hasattr(_sortal, name):
-            return getattr(_sortal, name)
+            globals()[name] = getattr(_sortal, name)
+            return globals()[name]
         return _late.load(globals(), name, _names.TABLE)
 
     def __dir__() -> list[str]:

@@ -386,6 +386,8 @@ def _current_values(walk: Walk | None, copies: Copies) -> list[Any]:
 def _same_value(old: Any, new: Any) -> bool:
     if old is new:
         return True
+    if isinstance(old, jax.Array) or isinstance(new, jax.Array):
+        return False
     olds, before = jax.tree.flatten(old)
     news, after = jax.tree.flatten(new)
     if before != after or jtu.treedef_is_leaf(before):
@@ -409,6 +411,8 @@ def _rigid(graphdef: GraphDef) -> frozenset[int]:
 
 def _known(outputs: list[Any], copies: Copies) -> tuple[Entry, ...] | None:
     """The outputs as numbers of entry, or None where one of them is new."""
+    if not outputs:
+        return ()
     numbers = {id(x): Entry(None, NODE, n) for n, x in enumerate(copies.nodes)}
     for k, leaf in enumerate(copies.leaves):
         if is_variable(leaf):
