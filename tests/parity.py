@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sortal
+
 FLAX = tuple(map(int, re.findall(r"\d+", flax.__version__)[:3]))
 
 PRECISIONS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -454,7 +456,8 @@ def bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:
 def leaves(nnx: Any, state: Any) -> dict[Any, Any]:
     """Path -> bits, for every leaf of a state."""
     found: dict[Any, Any] = {}
-    for path, leaf in state.flat_state():
+    mine = isinstance(state, sortal.State)
+    for path, leaf in state.flat_state() if mine else nnx.to_flat_state(state):
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         found[path] = [bits(x) for x in jax.tree.leaves(value)]
     return found

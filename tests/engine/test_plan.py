@@ -156,6 +156,32 @@ def test_train_and_eval_return_to_their_plans_without_a_walk(walks: Any) -> None
     assert len(walks) == 2
 
 
+def test_what_merge_builds_is_planned_without_a_walk(walks: Any) -> None:
+    model = Net()
+    model.raw = jnp.ones(2)
+    model.parts = [Holder(up=model), (jnp.ones(1), {"k": sortal.Param(1.0)})]
+    definition, leaves = sortal.split(model)
+    assert len(walks) == 1
+    copied = sortal.merge(definition, leaves)
+    assert graph.plan_of(copied).graphdef is definition
+    mapped = jax.tree.map(lambda x: x, copied)
+    assert graph.plan_of(mapped).graphdef is definition
+    assert len(walks) == 1
+    assert walk.Walk(copied).graphdef is walk.Walk(mapped).graphdef is definition
+    copied.raw = 1
+    assert graph.plan_of(copied).graphdef is walk.Walk(copied).graphdef
+    assert len(walks) == 2
+
+
+def test_what_is_built_of_other_types_or_values_is_walked() -> None:
+    boxed = Holder(box=Box(sortal.Param(1.0)), part=Leaning(jnp.ones(1), 2.0))
+    raw = Holder(raw=jnp.ones(1), w=sortal.Param(jnp.ones(1)))
+    for model in (boxed, sortal.clone(boxed), raw):
+        named = jax.tree.map(lambda _: "text", model)
+        for built in (sortal.clone(model), named):
+            assert sortal.graphdef(built) is walk.Walk(built).graphdef
+
+
 def test_values_may_change_without_a_walk(walks: Any) -> None:
     model = big()
     plan = graph.plan_of(model)
@@ -597,6 +623,18 @@ def test_another_class_of_the_root_or_a_child_is_an_edit() -> None:
     model.child.__class__ = Thrice
     assert total(model) == 18
     assert type(sortal.clone(model).child) is Thrice
+
+
+def test_a_class_changed_inside_a_trace_is_changed_afterwards() -> None:
+    model = Twice(child=Twice(w=sortal.Param(jnp.ones(2))))
+
+    @sortal.jit
+    def promote(m: Any) -> None:
+        m.__class__ = m.child.__class__ = Thrice
+
+    promote(model)
+    assert (type(model), type(model.child)) == (Thrice, Thrice)
+    assert model.child.w[0] == 1
 
 
 def test_another_class_of_a_list_or_dict_is_an_edit() -> None:

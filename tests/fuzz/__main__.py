@@ -1,4 +1,4 @@
-"""Runs many random programs: ``python -m tests.fuzz --edits 100000 --compiled 3000``."""
+"""Many random programs: ``python -m tests.fuzz --edits 100000 --compiled 3000``."""
 
 from __future__ import annotations
 
@@ -105,9 +105,8 @@ def _all(options: Any) -> int:
             print(rate, file=sys.stderr, flush=True)
     _table(counts)
     for kind, took in sorted(seconds.items()):
-        print(
-            f"{counts[f'programs: {kind}']} programs of {kind}: {took:.0f} s of processes"
-        )
+        n = counts[f"programs: {kind}"]
+        print(f"{n} programs of {kind}: {took:.0f} s of processes")
     print(f"{time.monotonic() - begun:.0f} s with {options.jobs} processes at a time")
     for label, text in sorted(failures)[:_SHOWN]:
         print(f"\n--- {label} differs; python -m tests.fuzz --replay {label}\n{text}")

@@ -332,12 +332,14 @@ class Drawn(edits.Drawn):
                 ),
                 (
                     "fori_loop",
-                    "nnx.fori_loop(0, 2, lambda i, c: (c[0], helper(c[1])), ({m}, {x}))",
+                    "nnx.fori_loop(0, 2, lambda i, c: (c[0], helper(c[1])),({m}, {x}))",
                 ),
                 (
                     "while_loop",
-                    "nnx.while_loop(lambda c: 9.0 > c[1], "
-                    "lambda c: (c[0], helper(c[1]) + 5.0), ({m}, {x}))",
+                    (
+                        "nnx.while_loop(lambda c: 9.0 > c[1], "
+                        "lambda c: (c[0], helper(c[1]) + 5.0), ({m}, {x}))"
+                    ),
                 ),
             )
         )

@@ -71,7 +71,7 @@ class Drawn:
     """
 
     def __init__(self, seed: Any, *, flax: bool, counts: collections.Counter[str]):
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311 - to be drawn again
         self.counts = counts
         self.flax = flax
         self.world = World(ref)
@@ -443,9 +443,9 @@ class Drawn:
         for p in self.places():
             if type(p.obj) is ref.np.ndarray:
                 found.append(p.text)
-            elif isinstance(p.obj, ref.Variable):
-                if type(p.obj.get_value()) is ref.np.ndarray:
-                    found.append(f"{p.text}.get_value()")
+            boxed = p.obj.get_value() if isinstance(p.obj, ref.Variable) else None
+            if type(boxed) is ref.np.ndarray:
+                found.append(f"{p.text}.get_value()")
         if not found:
             return None
         return f"{self.random.choice(found)}[...] = {self.number()}"
@@ -656,7 +656,9 @@ class Drawn:
         if self.focus not in self.world.names:
             return
         self.counts["scene"] += 1
-        how, ask = self.random.choice((("s", "state"), ("m", "clone"), ("g", "graphdef")))
+        how, ask = self.random.choice(
+            (("s", "state"), ("m", "clone"), ("g", "graphdef"))
+        )
         self.do(f"{self.name(how)} = nnx.{ask}({self.focus})")
         self.edit()
         self.do(f"{self.name(how)} = nnx.{ask}({self.focus})")
@@ -666,13 +668,17 @@ def _similar(x: Any) -> tuple[str, ...]:
     """Expressions for statics that are easily taken for this one."""
     if isinstance(x, (zoo.OwnEq, zoo.SubEq)):
         return tuple(f"{type(x).__name__}({x.a!r}, {n})" for n in (x.extra, 1, 8))
-    if type(x) is zoo.FD and type(x.a) in (int, float):
+    if (
+        type(x) is zoo.FD
+        and type(x.a) in (int, float)
+        and (x.b is None or type(x.b) is str)
+    ):
         return tuple(f"FD({kind(x.a)!r}, {x.b!r})" for kind in (int, float))
     if type(x) in (int, float, bool) and x in (0, 1, 2):
         return f"{int(x)}", f"{float(x)}", f"{bool(x)}", f"-{float(x)}"
     if x is None or type(x) is str:
         return "None", "'s'", "''.join(['s'])"
-    if type(x) is tuple and x and x[0] in (1, 2):
+    if type(x) is tuple and x and type(x[0]) in (int, float, bool) and x[0] in (1, 2):
         return f"({int(x[0])}, 's')", f"({float(x[0])}, 's')", "(True, 's')"
     return ()
 

@@ -22,7 +22,7 @@ Module, Variable, State, GraphDef = nnx.Module, nnx.Variable, nnx.State, nnx.Gra
 Param, BatchStat = nnx.Param, nnx.BatchStat
 FlaxModule = flax_nnx and flax_nnx.Module
 FlaxParam = flax_nnx and flax_nnx.Param
-variables = (Variable, flax_nnx.Variable) if flax_nnx else (Variable,)
+kinds = (Variable, flax_nnx.Variable) if flax_nnx else (Variable,)
 modules = (Module, FlaxModule) if flax_nnx else (Module,)
 
 

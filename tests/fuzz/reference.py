@@ -57,7 +57,7 @@ class UpdateError(ValueError): ...
 class VariableAttributeError(AttributeError): ...
 
 
-class Left(BaseException):  # noqa: N818 - no error of the program's
+class Left(BaseException):
     """The program left what this reference computes exactly."""
 
 
@@ -72,6 +72,7 @@ class Arr:
     __slots__ = ("__weakref__", "dot", "val")
     __array_priority__ = 1000
     __array_ufunc__ = None
+    __hash__ = None
 
     def __init__(self, val: Any, dot: Any = None):
         val = np.asarray(val)
@@ -668,6 +669,8 @@ def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
 class State:
     """Leaves by path; a view of a part has a parent and what its paths begin with."""
 
+    __hash__ = None
+
     def __init__(self, mapping: Any = (), /):
         self.parent: Any = None
         self.prefix: Any = ()
@@ -903,7 +906,7 @@ def covers(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, All) and a.parts and all(covers(part, b) for part in a.parts):
         return True
-    if isinstance(b, tuple) and b:
+    if isinstance(b, tuple):
         return all(covers(a, part) for part in b)
     if isinstance(b, All):
         return any(covers(a, part) for part in b.parts)
@@ -915,6 +918,8 @@ def divide(rows: list[Any], literals: Any) -> tuple[list[list[int]], list[int]]:
     filters = [read(f) for f in literals]
     last = len(filters) - 1
     for later, f in enumerate(filters):
+        if covers(False, f):
+            continue  # it asks for nothing
         for earlier in filters[:later]:
             rest = later == last and f is True and earlier is not True
             if covers(earlier, f) and not rest:
@@ -1443,6 +1448,7 @@ def _of_array(f: Any, x: Any, args: Any) -> Any:
 # ------------------------------------------------------- as programs see it
 slots = True
 modules = (Module,)
+kinds = (Variable,)
 
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
@@ -1486,4 +1492,3 @@ names = types.SimpleNamespace(
         ).split()
     }
 )
-variables = (Variable,)  # the classes; programs have the verb from ``names``

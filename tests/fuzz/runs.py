@@ -38,8 +38,9 @@ def draw(label: str, counts: Counter) -> tuple[Program, Said] | None:
     Returns:
       The program and what is expected of it.
     """
-    kind, _, number = label.partition(":")
-    flax = live.flax_nnx is not None and random.Random(f"flax {label}").random() < 0.25
+    kind = label.partition(":")[0]
+    chance = random.Random(f"flax {label}").random()  # noqa: S311 - as in edits
+    flax = live.flax_nnx is not None and chance < 0.25
     drawn = KINDS[kind](label, flax=flax and kind == "edits", counts=counts)
     try:
         drawn.program()

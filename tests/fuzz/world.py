@@ -117,7 +117,7 @@ class Portrait:
             return number(lib.to_numpy(x))
         if cls is tuple:
             return tuple([self.of(v) for v in x])
-        if isinstance(x, lib.variables):
+        if isinstance(x, lib.kinds):
             return self._once(x, self._variable)
         if isinstance(x, lib.modules):
             return self._once(x, self._module)

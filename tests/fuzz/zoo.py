@@ -189,7 +189,7 @@ def digest(lib: Any) -> Any:
             step = step % 5 + 1
             if id(x) in seen:
                 total = total + 64 * (seen[id(x)] + 1)
-            elif isinstance(x, lib.variables):
+            elif isinstance(x, lib.kinds):
                 seen[id(x)] = len(seen) % 3
                 total = total + _sum(lib, x.get_value()) * step
             elif isinstance(x, lib.modules):
@@ -221,7 +221,7 @@ def first(lib: Any) -> Any:
 
     def first(root: Any) -> Any:
         inside = [v for _, v in lib.attributes(root)]
-        kinds = (*lib.variables, *lib.modules)
+        kinds = (*lib.kinds, *lib.modules)
         return next((v for v in inside if isinstance(v, kinds)), root)
 
     return first

@@ -154,6 +154,8 @@ def fill(
         for key, ref in step.nodes:
             items[key] = nodes[ref]
         if step.tracked:
+            if type(nodes[n]) is not step.cls:  # edited inside a trace
+                object.__setattr__(nodes[n], "__class__", step.cls)
             step.handler.fill(nodes[n], step.spec, items)
         else:
             nodes[n] = step.handler.build(step.cls, step.spec, items)
