@@ -174,7 +174,7 @@ class Drawn:
             if found is not None and not isinstance(found.obj, ref.Marked):
                 self.counts["shared or cyclic"] += 1
                 return found.text
-        if r < 0.675:
+        if r < 0.665:
             self.counts["bad value"] += 1
             return self.bad()
         if depth == 0:
