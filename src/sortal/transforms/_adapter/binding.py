@@ -25,19 +25,17 @@ from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
+from sortal.transforms._adapter.effects import Edits, Result, resolve
 from sortal.transforms._adapter.tracing import (
     PASS,
     ROOT,
-    Edits,
     FlatModule,
     FlatModuleDef,
-    Result,
     flat_module_def,
     has_roots,
     mode_of,
     modes,
     replace_roots,
-    resolve,
 )
 
 
@@ -226,7 +224,10 @@ def _carry_out(
     nodes: list[Any] = []
     for record, (origin, _) in zip(edits.graphdef.records, edits.nodes, strict=True):
         if origin is not None:
-            nodes.append(bound.live_node(origin))
+            live = bound.live_node(origin)
+            if type(live) is not record.cls:
+                live.__class__ = record.cls
+            nodes.append(live)
         elif record.handler.tracked:
             nodes.append(record.handler.shell(record.cls, record.spec.value))
         else:
