@@ -1419,7 +1419,10 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
             for leaf in after.leaves:
                 if isinstance(leaf.value, Arr) and leaf.writable:
                     old = begun_of(begun, leaf.value)
-                    leaf.put(Arr(leaf.value.val) if old is None else old)
+                    if old is not None:
+                        leaf.put(old)
+                    elif _has_dots(leaf.value):
+                        leaf.put(Arr(leaf.value.val))
         return Arr(value.val), State.of(_gradients(form, sizes, value))
 
     return wrapper
