@@ -62,7 +62,7 @@ class List(list):
         return self
 
     def __reduce__(self) -> Any:
-        return (type(self), (list(self),))
+        return (type(self), (), None, iter(list(self)))
 
 
 _set_list_trace: Callable[[List, Any], None] = List.__dict__["_trace"].__set__
@@ -107,7 +107,7 @@ class Dict(dict):
 
     # The attributes are the items, so there is nothing else to pickle.
     def __reduce__(self) -> Any:
-        return (type(self), (dict(self),))
+        return (type(self), (), None, None, iter(list(self.items())))
 
 
 _set_dict_trace: Callable[[Dict, Any], None] = Dict.__dict__["_trace"].__set__

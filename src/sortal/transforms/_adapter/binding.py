@@ -126,8 +126,15 @@ class BoundArguments:
         self.kwargs = kwargs and {
             k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
-        if self.roots:
-            self._number()
+        plans = self.plans
+        if plans:
+            self.alias_map = found = _alias_map(self.roots, plans)
+            # What each root is among all, without what others bring.
+            parts = zip(self.flat_modules, found.definitions, found.picks, strict=True)
+            for flat_module, mine, pick in parts:
+                flat_module.definition = mine
+                if pick is not None:
+                    flat_module.values = [flat_module.values[j] for j in pick]
 
     def _carry(self, root: Any) -> FlatModule:
         plan = plan_of(root) if isinstance(root, Node) else bind(root)
@@ -136,15 +143,6 @@ class BoundArguments:
         self.plans.append(plan)
         self.flat_modules.append(flat_module)
         return flat_module
-
-    def _number(self) -> None:
-        """Says of each root what it is among all, and takes out what others bring."""
-        self.alias_map = alias_map = _alias_map(self.roots, self.plans)
-        for i, flat_module in enumerate(self.flat_modules):
-            flat_module.definition = alias_map.definitions[i]
-            pick = alias_map.picks[i]
-            if pick is not None:
-                flat_module.values = [flat_module.values[j] for j in pick]
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
