@@ -105,7 +105,7 @@ class Dict(dict):
             raise PathAttributeError(_no_item(self, name))
         del self[name]
 
-    # The attributes are the items, so there is nothing else to pickle.
+    # Items are passed last, so that copies keep cycles. They are the only attributes.
     def __reduce__(self) -> Any:
         return (type(self), (), None, None, iter(list(self.items())))
 
