@@ -105,6 +105,12 @@ class Walk:
                 "the mark says nothing; mark the attribute that holds the container"
             )
             return None
+        if _holds_leaves(obj):
+            self._bad.append(
+                f"{show(path)}: a {type(obj).__name__} in an attribute that is marked "
+                "static, where it would be no leaf; take the mark off, or mark it data"
+            )
+            return None
         hidden = _nodes.hidden_state(obj)
         if hidden:
             self._bad.append(
@@ -180,3 +186,10 @@ class Walk:
                 + "\nUse a tuple or frozenset, "
                 "hold arrays in Variables, or give the class __eq__ and __hash__."
             )
+
+
+def _holds_leaves(obj: Any) -> bool:
+    """Whether a value marked static is a Variable or array, or a tuple of such."""
+    if isinstance(obj, (tuple, frozenset)):
+        return any(map(_holds_leaves, obj))
+    return handler_of(obj) is LEAF
