@@ -575,7 +575,7 @@ def test_a_variable_in_an_attribute_marked_static_is_refused() -> None:
     """It would be hidden in the structure, as a constant of compiled functions."""
     model = sortal.Module()
     model.rate, model.pair = nnx.static(3), nnx.static((1, 2))
-    model.rate, model.pair = Param(jnp.ones(2)), (1, Param(jnp.ones(2)))
+    model.rate, model.pair = sortal.Param(jnp.ones(2)), (1, sortal.Param(jnp.ones(2)))
     with pytest.raises(StructureError) as refusal:
         sortal.state(model)
     for row in ("pair: a tuple", "rate: a Param"):
