@@ -81,6 +81,8 @@ def refuse_unknown(
     Raises:
       ArgumentError: some are unknown; all are listed.
     """
+    if not options:
+        return
     unknown = sorted(set(options) - set(known))
     if not unknown:
         return

@@ -15,19 +15,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sortal._engine import nodes as _nodes
 from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
-from sortal._engine.nodes import (
-    LEAF,
-    NODE,
-    Handler,
-    Node,
-    get_dict,
-    handler_of,
-    leaf_types,
-)
+from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
@@ -94,23 +85,6 @@ class Plan:
     a ``uid``, and can say whether it is valid.
     """
 
-    __slots__ = (
-        "_checked",
-        "_dicts",
-        "_lengths",
-        "_metadata",
-        "_noting",
-        "_parts",
-        "_picked",
-        "_silent",
-        "_variables",
-        "_versions",
-        "graphdef",
-        "leaves",
-        "nodes",
-        "uid",
-    )
-
     def __init__(self, graphdef: GraphDef, nodes: Sequence[Any], leaves: Iterable[Any]):
         self.uid: int | None = None
         self.graphdef = graphdef
@@ -126,7 +100,7 @@ class Plan:
         self._variables = [x for x in self.leaves if isinstance(x, Variable)]
         self._metadata = [x._metadata for x in self._variables]
         by_handler: dict[Any, list[Any]] = {}
-        for x in (root, *self.nodes[1:]):
+        for x in self.nodes_of(root):
             handler = handler_of(x)
             if not handler.fixed:
                 by_handler.setdefault(handler, []).append(x)
@@ -137,7 +111,7 @@ class Plan:
         self._noting = [r for r in records if r.handler.notes_edits]
         self._silent = [r for r in records if not r.handler.notes_edits]
         self._versions = self._versions_now(root)
-        objects = (x for x in (root, *self.nodes) if isinstance(x, Node))
+        objects = (x for x in self.nodes_of(root) if isinstance(x, Node))
         self._dicts = list(map(get_dict, objects))
         self._lengths = list(map(len, self._dicts))
 
@@ -175,6 +149,10 @@ class Plan:
                 return False
         self._versions = versions
         return True
+
+    def nodes_of(self, root: Any) -> list[Any]:
+        """All live nodes in order, for the root that the plan is of."""
+        return [root, *self.nodes[1:]]
 
     def _held(self) -> Iterator[Any]:
         leaves = (held(x) for x in self.leaves if type(x) is not Slot)
@@ -268,7 +246,7 @@ def _kept_plans(root: Any) -> tuple[Plan, ...]:
 
 def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
     if isinstance(root, Node):
-        _nodes.set_plans(root, plans)
+        set_plans(root, plans)
         return
     at = id(root)
     _sides[at] = (weakref.ref(root, lambda _: _sides.pop(at, None)), plans)
@@ -292,8 +270,7 @@ def plan_of(root: Any) -> Plan:
             if plan is not plans[0]:
                 _keep(root, (plan, *(p for p in plans if p is not plan)))
             return plan
-    walk = Walk(root)
-    plan = Plan(walk.graphdef, walk.nodes, walk.leaves)
+    plan = _planned(root)
     plan.watch(root)
     if not isinstance(root, Node) and plan.leads_to(root):
         _sides.pop(id(root), None)
@@ -320,38 +297,31 @@ def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> An
     """
     leaves = graphdef.build_leaves(values, metadata)
     root, nodes = graphdef.build(leaves)
-    raw = graphdef.memo("raw leaves if rebuilt", lambda: _raw_if_rebuilt(graphdef))
+    known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
     as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
-    if raw is None or not as_described:
-        return root
-    if all(handler_of(leaves[i]) is LEAF for i in raw):
+    one_of_each = {type(x): x for x in leaves}.values()
+    if known and as_described and all(handler_of(x) is LEAF for x in one_of_each):
         plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
         plan.watch(root)
         _keep(root, (plan,))
     return root
 
 
-def _raw_if_rebuilt(graphdef: GraphDef) -> list[int] | None:
-    """The raw arrays of a Node whose objects are surely built as they were walked.
+def _built_as_walked(graphdef: GraphDef) -> bool:
+    """Whether this is a Node whose objects are surely built as they were walked.
 
     That holds for our own objects and Python's own containers. What another type does
-    when it is filled or built only a walk can tell: None.
+    when it is filled or built only a walk can tell.
     """
-    for record in graphdef.records:
-        known = record.cls in (list, dict, tuple, types.MethodType)
-        if not known and not issubclass(record.cls, Node):
-            return None
-    if graphdef.root.what is not NODE or not issubclass(graphdef.records[0].cls, Node):
-        return None
-    return [i for i, kind in enumerate(graphdef.schema.kinds) if kind is None]
+    classes = [record.cls for record in graphdef.records]
+    others = {x for x in classes if not issubclass(x, Node)}
+    of_python = others <= {list, dict, tuple, types.MethodType}
+    return of_python and bool(classes) and classes[0] not in others
 
 
 def has_plan(root: Any) -> bool:
     """Whether plans of ``root`` are kept: it is an object, and no mere container."""
-    if isinstance(root, Node):
-        return True
-    handler = handler_of(root)
-    return isinstance(handler, Handler) and handler.root
+    return isinstance(root, Node) or getattr(handler_of(root), "root", False)
 
 
 def bind(root: Any) -> Plan:
@@ -363,7 +333,9 @@ def bind(root: Any) -> Plan:
     Returns:
       The Plan.
     """
-    if isinstance(root, Node) or has_plan(root):
-        return plan_of(root)
+    return plan_of(root) if has_plan(root) else _planned(root)
+
+
+def _planned(root: Any) -> Plan:
     walk = Walk(root)
     return Plan(walk.graphdef, walk.nodes, walk.leaves)

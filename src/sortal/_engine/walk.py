@@ -40,7 +40,7 @@ class Walk:
         self._open: list[tuple[Any, ...]] = []
         root_entry = self._visit(root, None, (), False)
         while self._open:
-            self._take_apart(*self._open[-1])
+            self._take_apart()
         self._refuse()
         schema = Schema.of(self._paths, self._kinds, self._metadata)
         self.graphdef = GraphDef.of(root_entry, self._records, schema, self._aliases)
@@ -55,17 +55,15 @@ class Walk:
             if data and isinstance(obj, _NUMBERS):
                 return Entry(key, LEAF, self._leaf(obj, path))
             return Entry(key, STATIC, self._static(obj, path))
-        data = data and found.plain
+        data = data and isinstance(obj, (list, dict, tuple))
         if not data and _nodes.is_static_value(obj, found):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
     def _leaf(self, obj: Any, path: Path) -> int:
-        theirs = None
-        boxed = isinstance(obj, Variable)
-        if not boxed:
-            theirs = handler_of_kind(type(obj))
-            boxed = theirs is not None
+        ours = isinstance(obj, Variable)
+        theirs = None if ours else handler_of_kind(type(obj))
+        boxed = ours or theirs is not None
         number = len(self._leaves)
         # Raw arrays are values: one met twice is two leaves, else the structure would
         # depend on which equal arrays happen to be one object.
@@ -74,11 +72,8 @@ class Walk:
             if first != number:
                 self._aliases.append((path, first))
                 return first
-        metadata = EMPTY
-        if theirs is not None and not self._is_refused(obj, path, theirs):
-            metadata = metadata_of(obj)
-        elif boxed and theirs is None:
-            metadata = obj._metadata
+        refused = theirs is not None and self._is_refused(obj, path, theirs)
+        metadata = metadata_of(obj) if boxed and not refused else EMPTY
         self._leaves.append(obj)
         self._paths.append(path)
         self._kinds.append(type(obj) if boxed else None)
@@ -137,17 +132,9 @@ class Walk:
         self._open.append((number, obj, path, handler, data, children, []))
         return number
 
-    def _take_apart(
-        self,
-        number: int,
-        obj: Any,
-        path: Path,
-        handler: Handler,
-        data: bool,
-        children: Any,
-        entries: list[Entry],
-    ) -> None:
+    def _take_apart(self) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
+        number, obj, path, handler, data, children, entries = self._open[-1]
         depth = len(self._open)
         roles = handler.roles(obj) or {}
         for key, child in children:
