@@ -182,7 +182,10 @@ class Leaves(list[Any]):
 
     def snapshot(self) -> list[Any]:
         """The values, with copies of NumPy arrays, which others could write to."""
-        return own(self.values())
+        if self._cells is None:
+            return own(self.values())
+        kind = np.ndarray
+        return [v.copy() if v.__class__ is kind else v for (v,) in self._cells]
 
     def ours(self) -> bool:
         """Whether all are known to belong to the current trace."""

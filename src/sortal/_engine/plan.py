@@ -299,8 +299,8 @@ def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> An
     root, nodes = graphdef.build(leaves)
     known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
     as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
-    one_of_each = {type(x): x for x in leaves}.values()
-    if known and as_described and all(handler_of(x) is LEAF for x in one_of_each):
+    raw = (x for x, kind in zip(leaves, graphdef.schema.kinds, strict=True) if not kind)
+    if known and as_described and all(handler_of(x) is LEAF for x in raw):
         plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
         plan.watch(root)
         _keep(root, (plan,))
