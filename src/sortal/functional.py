@@ -52,8 +52,9 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """
     refuse_unknown("state", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
-    states = _snapshots(found, leaves)
-    return states[0] if len(states) == 1 else tuple(states)
+    if len(leaves) == 1:
+        return snapshot(found.parts[0][0], leaves[0].snapshot())
+    return tuple(_snapshots(found, leaves))
 
 
 _ALL = (...,)
@@ -366,11 +367,7 @@ def pop(node: Any, *filters: Any) -> Any:
 
 
 def clone(
-    node: Any,
-    variables: bool = True,
-    *,
-    arrays: bool = False,
-    **_unknown: Never,
+    node: Any, variables: bool = True, *, arrays: bool = False, **_unknown: Never
 ) -> Any:
     """A new model of the same structure and values.
 

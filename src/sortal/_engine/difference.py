@@ -10,14 +10,6 @@ from sortal._engine.paths import Path, show
 from sortal._engine.schema import kind_name
 
 
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT = _Absent()
-
-
 class Difference(NamedTuple):
     """One place where two structures differ."""
 
@@ -39,8 +31,11 @@ class Fact(NamedTuple):
     details: Hashable
     text: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
+
+
+ABSENT = Fact(None, None, "absent")
 
 
 def _at_length(fact: Any) -> str:

@@ -105,9 +105,6 @@ class GraphDef(Interned):
         root = ref.value if what is STATIC else (leaves if what else nodes)[ref]
         return root, nodes
 
-    def __reduce__(self) -> Any:
-        return (GraphDef.of, (self.root, self.records, self.schema, self.aliases))
-
     def __repr__(self) -> str:
         name = self.records[0].cls.__name__ if self.records else "leaf"
         return (

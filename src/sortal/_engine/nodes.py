@@ -19,7 +19,7 @@ from sortal._engine.foreign import handler_of_kind, note_class, register_library
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
-from sortal._engine.variable import Variable, foreign_write
+from sortal._engine.variable import Variable, foreign_write, is_variable
 
 Keys = Sequence[Any]
 
@@ -55,7 +55,7 @@ class Node:
         node = object.__new__(cls)
         _set_trace(node, current_trace())
         _set_version(node, 0)
-        _set_plans(node, ())
+        set_plans(node, ())
         _set_roles(node, cls._field_roles)
         return node
 
@@ -115,10 +115,9 @@ _ABSENT: Any = object()
 _set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
-_set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
+set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _set_dict: Callable[[Node, Any], None] = Node.__dict__["__dict__"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
-set_plans = _set_plans
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
 leaf_types: set[type] = {np.ndarray}
@@ -479,10 +478,7 @@ def is_root(x: Any) -> bool:
     Returns:
       True for Variables, Modules and their like, of Sortal or of another library.
     """
-    handler = handler_of(x)
-    if handler is LEAF:
-        return isinstance(x, Variable) or handler_of_kind(type(x)) is not None
-    return handler is not STATIC and handler.root
+    return is_variable(x) or getattr(handler_of(x), "root", False)
 
 
 def _classify(cls: type, obj: Any) -> Any:

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
 from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
@@ -23,6 +22,7 @@ from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
 from sortal._engine.walk import Walk
+from sortal.filters import to_filter
 
 _KEPT = 4
 _uids = itertools.count()
@@ -212,15 +212,10 @@ class Plan:
         found = select(self.graphdef.schema, literals, self.view)
         leaves = [Leaves(self.leaves[i] for i in part[1]) for part in found.parts]
         # Only kinds and `...` are sure to be decided by structure and to be few.
-        if all(x is Ellipsis or _is_kind(x) for x in literals):
+        few = all(x is Ellipsis or isinstance(x, type) for x in literals)
+        if few and all(to_filter(x).structural for x in literals):
             self._picked[literals] = (found, leaves)
         return found, leaves
-
-
-def _is_kind(x: Any) -> bool:
-    return isinstance(x, type) and (
-        issubclass(x, Variable) or handler_of_kind(x) is not None
-    )
 
 
 _sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}

@@ -104,9 +104,6 @@ class Schema(Interned):
         """``layers.0.kernel (Param)``."""
         return f"{show(self.paths[i])} ({kind_name(self.kinds[i])})"
 
-    def __reduce__(self) -> Any:
-        return (Schema.of, (self.paths, self.kinds, self.metadata))
-
     def __repr__(self) -> str:
         return f"Schema({', '.join(map(self.describe, range(len(self))))})"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -167,6 +167,7 @@ class Interned:
     __slots__ = ("__weakref__", "_key")
 
     _pool: ClassVar[weakref.WeakValueDictionary[_Key, Any]]
+    of: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls) -> None:
         cls._pool = weakref.WeakValueDictionary()
@@ -187,6 +188,9 @@ class Interned:
 
     def _setup(self, *given: Any) -> None:
         raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        return (type(self).of, self._key)
 
     def __copy__(self) -> Any:
         return self

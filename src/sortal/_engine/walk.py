@@ -72,8 +72,9 @@ class Walk:
             if first != number:
                 self._aliases.append((path, first))
                 return first
-        refused = theirs is not None and self._is_refused(obj, path, theirs)
-        metadata = metadata_of(obj) if boxed and not refused else EMPTY
+        metadata = obj._metadata if ours else EMPTY
+        if theirs is not None and not self._is_refused(obj, path, theirs):
+            metadata = metadata_of(obj)
         self._leaves.append(obj)
         self._paths.append(path)
         self._kinds.append(type(obj) if boxed else None)
@@ -94,24 +95,24 @@ class Walk:
         return bool(refusal)
 
     def _static(self, obj: Any, path: Path) -> Static | None:
+        name = type(obj).__name__
         if isinstance(obj, Marked):
-            self._bad.append(
-                f"{show(path)}: a value marked {obj.role} inside a container, where "
-                "the mark says nothing; mark the attribute that holds the container"
+            why = (
+                f"a value marked {obj.role} inside a container, where the mark says "
+                "nothing; mark the attribute that holds the container"
             )
-            return None
-        hidden = _nodes.hidden_state(obj)
-        if hidden:
-            self._bad.append(
-                f"{show(path)}: a {type(obj).__name__} that is no Module but holds "
-                f"{hidden}; derive it from sortal.Module"
+        elif hidden := _nodes.hidden_state(obj):
+            why = (
+                f"a {name} that is no Module but holds {hidden}; derive it from "
+                "sortal.Module"
             )
-            return None
-        try:
-            return Static(obj)
-        except TypeError:
-            self._bad.append(f"{show(path)}: a {type(obj).__name__}, {obj!r:.60}")
-            return None
+        else:
+            try:
+                return Static(obj)
+            except TypeError:
+                why = f"a {name}, {obj!r:.60}"
+        self._bad.append(f"{show(path)}: {why}")
+        return None
 
     def _node(self, obj: Any, path: Path, handler: Handler, data: bool) -> int:
         number = len(self.nodes)
