@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import pkgutil
 import subprocess
 import sys
@@ -80,3 +81,7 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
         "assert mine == {'sortal.nnx.keywords', 'sortal.nnx.old_names'}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert sortal.__version__ == importlib.metadata.version("sortal")

@@ -62,6 +62,7 @@ ORDER = (
     "sortal.policy.table",
     "sortal.policy.policy",
     "sortal.policy",
+    "sortal.transforms._adapter.effects",
     "sortal.transforms._adapter.decorator",
     "sortal.transforms._adapter.tracing",
     "sortal.transforms._adapter.lanes",

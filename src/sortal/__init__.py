@@ -10,6 +10,8 @@ from sortal import _late as _late
 from sortal import _nnx_names as _nnx_names
 from sortal import interop as interop
 
+__version__ = "0.1.0"
+
 if _TYPE_CHECKING:
     from sortal import checkpoint as checkpoint
     from sortal import decoding as decoding

@@ -1,6 +1,6 @@
-"""Where the names of the contents tables are: each file is read when first asked for.
+"""The file that defines each public name; it is imported when the name is first used.
 
-So `import sortal` costs next to nothing, and a program reads the files that it uses.
+So `import sortal` is cheap, and a program imports only the files that it uses.
 """
 
 from __future__ import annotations
@@ -12,13 +12,6 @@ from typing import Any
 
 def contents(files: Mapping[str, str]) -> dict[str, str]:
     """A contents table, written file by file.
-
-    Args:
-      files: each file or package, and the names that are taken from it, with spaces
-        between them.
-
-    Returns:
-      Each name, and the full dotted name of what it stands for.
 
     Example:
       >>> contents({"sortal.random": "Rngs reseed"})
@@ -109,23 +102,11 @@ TABLE = contents(
         "sortal.transforms.scan": "scan",
     }
 ) | {"Any": "sortal.filters.Any_"}
-"""What each name of ``sortal`` stands for."""
+"""Each name of ``sortal``, and the full dotted name of what it is."""
 
 
 def load(namespace: dict[str, Any], name: str, table: Mapping[str, str]) -> Any:
-    """What a name of a package stands for, imported now and kept there.
-
-    Args:
-      namespace: the package's own.
-      name: the name asked for.
-      table: its contents table.
-
-    Returns:
-      The object or module.
-
-    Raises:
-      AttributeError: the package has no such name.
-    """
+    """Imports what a package's contents table lists for a name, and keeps it."""
     if name not in table:
         package = namespace["__name__"]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""What exists for NNX code alone, by name: the one place where the core knows of it.
+"""The names that exist for NNX code alone: the only place where the core lists them.
 
-``sortal.nnx`` finds its names here, and ``sortal`` says of them where they are.
+``sortal.nnx`` finds its names here; ``sortal`` names them in its error messages.
 """
 
 from __future__ import annotations
@@ -46,21 +46,14 @@ TABLE = contents(
         "sortal.nnx.views": "view",
     }
 )
-"""What each name of ``sortal.nnx`` stands for that is not the name of ``sortal``."""
+"""Names of ``sortal.nnx`` that are not those of ``sortal``, and what each is."""
 
 KEYWORDS = frozenset({"copy", "graph", "graph_updates"})
 """Keywords that functions of ``sortal.nnx`` take and those of ``sortal`` do not."""
 
 
 def check_name(name: str) -> None:
-    """Says of a name of NNX, asked of ``sortal``, where it is.
-
-    Args:
-      name: a name that ``sortal`` has not.
-
-    Raises:
-      AttributeError: it is one of NNX.
-    """
+    """Raises an error that says where a name of NNX is, if ``name`` is one."""
     if name in TABLE:
         raise AttributeError(
             f"module 'sortal' has no attribute {name!r}, which exists for NNX code. "
@@ -71,16 +64,7 @@ def check_name(name: str) -> None:
 def refuse_unknown(
     name: str, options: Iterable[str], known: Collection[str] = ()
 ) -> None:
-    """Refuses keywords that a function does not have.
-
-    Args:
-      name: the function.
-      options: the keywords given.
-      known: those that it has.
-
-    Raises:
-      ArgumentError: some are unknown; all are listed.
-    """
+    """Refuses keywords that the function ``name`` does not have."""
     if not options:
         return
     unknown = sorted(set(options) - set(known))

@@ -37,7 +37,7 @@ class TraceError(SortalError, ValueError):
 
 
 class StaleBufferError(SortalError, RuntimeError):
-    """A leaf holds a buffer that was donated to an earlier call and is gone."""
+    """A leaf holds a buffer that was donated to an earlier call and then deleted."""
 
 
 class RetraceError(SortalError, RuntimeError):
@@ -85,7 +85,7 @@ class AxisError(SortalError, ValueError):
 
 
 class LoopError(SortalError, TypeError):
-    """A loop or branch would change what must stay the same from step to step."""
+    """A loop or branch would change what must be the same at each step."""
 
 
 class CacheError(SortalError, ValueError):
@@ -145,14 +145,7 @@ class RestoreError(CheckpointError, ValueError):
 
 
 def listing(rows: Iterable[str]) -> str:
-    """Indents ``rows`` one a line, cut with a count where they are very many.
-
-    Args:
-      rows: one line of text for each offender.
-
-    Returns:
-      The lines joined, each indented by two spaces.
-    """
+    """Indents ``rows``, one a line; of very many it prints the first and a count."""
     lines = list(rows)
     shown = [f"  {line}" for line in lines[:_SHOWN]]
     if len(lines) > _SHOWN:

@@ -21,9 +21,9 @@ Kind = type | None
 class Filter:
     """Base of all filters; combine with ``&``, ``|`` and ``~``.
 
-    Subclasses are frozen and hashable, and decide in ``test``. A filter whose
-    ``structural`` is True never looks at the leaf itself, so that its answer can be
-    kept with the structure.
+    Subclasses are frozen and hashable, and define ``test``. A filter whose
+    ``structural`` is True never looks at the leaf itself, so its answer can be kept
+    with the structure.
 
     Example:
       >>> import sortal as nnx
@@ -139,7 +139,7 @@ class OfType(Filter):
 
     @property
     def structural(self) -> bool:  # type: ignore[override]
-        # Classes such as `jax.Array` take raw arrays, which are no part of structure.
+        # Classes such as `jax.Array` take raw arrays by value, not by structure.
         kind = self.type
         return issubclass(kind, Variable) or handler_of_kind(kind) is not None
 
@@ -461,11 +461,7 @@ class Not(_Combined):
 
 @dataclass(frozen=True, repr=False)
 class Calls(Filter):
-    """Takes what a function of (path, leaf) says; written as the function itself.
-
-    Args:
-      function: returns a truth value for a path (tuple) and a Variable or array.
-    """
+    """Takes the leaves for which a function of (path, leaf) is true; written as it."""
 
     function: Callable[[Path, Any], Any]
     structural = False
@@ -518,11 +514,7 @@ def to_filter(literal: Any) -> Filter:
     # A Variable is callable if its value is, but a kind was meant.
     if callable(literal) and not is_variable(literal):
         return Calls(literal)
-    raise FilterError(_no_filter(literal))
-
-
-def _no_filter(literal: Any) -> str:
-    return (
+    raise FilterError(
         f"{literal!r:.80} ({type(literal).__name__}) is not a filter. Write a kind "
         "such as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "
         "function of (path, leaf)."

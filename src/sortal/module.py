@@ -1,4 +1,4 @@
-"""Module and Pytree: the base classes of model objects, each one JAX pytree hop."""
+"""Module and Pytree: the base classes of model objects, each one level of a pytree."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sortal.functional import iter_nodes
 class Pytree(Node):
     """Base of stateful objects that are not layers, such as optimizers and metrics.
 
-    An instance is a JAX pytree whose leaves are the values of its Variables and raw
-    arrays, taken apart in one step.
+    An instance is a JAX pytree of one level. Its leaves are the values of its Variables
+    and its raw arrays.
 
     Example:
       >>> import jax
@@ -67,8 +67,8 @@ def _flatten_with_keys(node: Any) -> tuple[list[Any], GraphDef]:
 def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
     """Refuses Variables whose values hold the object that holds them.
 
-    JAX would take it apart until the stack is full, and Python would take the stack
-    to be full for ever after.
+    JAX would recurse until the stack overflows, and would leave Python's recursion
+    depth at its limit for the rest of the process.
     """
     bad, seen = [], {id(node)}
     for k, value in enumerate(values):
@@ -145,14 +145,10 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
-        if isinstance(variable_type, str):
-            variable_type = variable_type_from_name(variable_type, allow_register=True)
-        found = get_dict(self).get(name)
+        kind, found = _recorded(self, name, variable_type)
         if found is None:
-            recorded = reduce_fn(init_fn(), value)
-            setattr(self, name, variable_type(recorded))
+            setattr(self, name, kind(reduce_fn(init_fn(), value)))
         else:
-            _check_kind(self, name, found, variable_type)
             found.value = reduce_fn(found.value, value)
         return True
 
@@ -175,14 +171,10 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
-        if isinstance(variable_type, str):
-            variable_type = variable_type_from_name(variable_type, allow_register=True)
-        found = get_dict(self).get(name)
+        kind, found = _recorded(self, name, variable_type)
         if found is None:
-            found = variable_type(jax.tree.map(jnp.zeros_like, value))
+            found = kind(jax.tree.map(jnp.zeros_like, value))
             setattr(self, name, found)
-        else:
-            _check_kind(self, name, found, variable_type)
         return jax.tree.map(jnp.add, found.value, value)
 
     def iter_modules(self) -> Iterator[tuple[Path, Module]]:
@@ -214,57 +206,66 @@ class Module(Pytree):
         Raises:
           ArgumentError: no module chosen has one of the names; nothing is set.
         """
-        chosen = to_filter(filters) if filters else to_filter(...)
-        modules = [m for path, m in self.iter_modules() if chosen(path, m)]
-        absent = [n for n in attributes if not any(hasattr(m, n) for m in modules)]
-        if absent and raise_if_not_found:
-            raise ArgumentError(
-                f"no module of {len(modules)} chosen has the attribute "
-                f"{', '.join(map(repr, absent))}; nothing was set. Check the spelling "
-                "and the filters, or pass raise_if_not_found=False."
-            )
-        for module in modules:
-            for name, value in attributes.items():
-                # A write counts as a possible edit of structure; an equal one is none.
-                if hasattr(module, name) and getattr(module, name) is not value:
-                    setattr(module, name, value)
+        set_where_present(self, filters or ..., attributes, raise_if_not_found)
 
     def train(self, **attributes: Any) -> None:
-        """Puts Dropout, BatchNorm and their like into training mode.
+        """Puts Dropout, BatchNorm and similar layers into training mode.
 
         Args:
           **attributes: more attributes to set where a module has them.
         """
-        self.set_attributes(
-            deterministic=False,
-            use_running_average=False,
-            raise_if_not_found=False,
-            **attributes,
-        )
+        modes = {"deterministic": False, "use_running_average": False}
+        self.set_attributes(raise_if_not_found=False, **modes, **attributes)
 
     def eval(self, **attributes: Any) -> None:
-        """Puts Dropout, BatchNorm and their like into evaluation mode.
+        """Puts Dropout, BatchNorm and similar layers into evaluation mode.
 
         Args:
           **attributes: more attributes to set where a module has them.
         """
-        self.set_attributes(
-            deterministic=True,
-            use_running_average=True,
-            raise_if_not_found=False,
-            **attributes,
-        )
+        modes = {"deterministic": True, "use_running_average": True}
+        self.set_attributes(raise_if_not_found=False, **modes, **attributes)
 
 
 register_pytree(Pytree, _flatten, _flatten_with_keys, _unflatten)
 
 
-def _check_kind(module: Module, name: str, found: Any, kind: type[Variable]) -> None:
-    if type(found) is not kind:
+def _recorded(
+    module: Module, name: str, kind: type[Variable] | str
+) -> tuple[type[Variable], Any]:
+    """A kind by itself or by its name, and the attribute of that kind or None."""
+    if isinstance(kind, str):
+        kind = variable_type_from_name(kind, allow_register=True)
+    found = get_dict(module).get(name)
+    if found is not None and type(found) is not kind:
         raise VariableError(
             f"{type(module).__name__}.{name} is a {type(found).__name__}, not the "
             f"{kind.__name__} to be recorded there. Choose another name."
         )
+    return kind, found
+
+
+def set_where_present(
+    root: Any, only: Any, attributes: dict[str, Any], strict: bool
+) -> None:
+    """Sets attributes of the modules that have them.
+
+    If ``strict``, a name that no module has is refused before anything is set.
+    """
+    chosen = to_filter(only)
+    modules = [m for path, m in iter_modules(root) if chosen(path, m)]
+    absent = [n for n in attributes if not any(hasattr(m, n) for m in modules)]
+    if absent and strict:
+        raise ArgumentError(
+            f"no module of {len(modules)} chosen has the attribute "
+            f"{', '.join(map(repr, absent))}; nothing was set. Check the spelling and "
+            "the filters, or pass raise_if_not_found=False."
+        )
+    for module in modules:
+        for name, value in attributes.items():
+            # Any write counts as an edit of the structure, so equal ones are left out.
+            if hasattr(module, name) and getattr(module, name) is not value:
+                setattr(module, name, value)
 
 
 def iter_modules(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Module]]:

@@ -116,11 +116,11 @@ class RngStream(_Draws, Pytree):
         return type(self)(jax.random.split(self(), k), tag=self.tag)
 
     def fork(self, *, split: Split | None = None) -> RngStream:
-        """A stream of its own that takes one key from this one.
+        """A new stream that takes one key from this one.
 
         Args:
-          split: the number of keys that the new stream shall have; one, with no axis,
-            if absent.
+          split: the number of keys that the new stream has; one, with no axis, if
+            absent.
 
         Returns:
           The new stream.
@@ -177,7 +177,7 @@ class Rngs(_Draws, Pytree):
     """
 
     def __init__(self, default: Any = None, **rngs: Any):
-        # Layers of Flax check whether this is a stream of Flax.
+        # Flax's layers test for Flax's class; this passes once Flax is registered.
         with contextlib.suppress(UnsupportedError):
             register_imported(sys.modules)
         if isinstance(default, Mapping):
@@ -283,11 +283,7 @@ def is_stream(x: Any) -> TypeGuard[RngStream]:
 
 
 class RngBackups:
-    """The keys and counts that streams had; a context manager that restores them.
-
-    Args:
-      backups: triples of stream, key and count.
-    """
+    """The keys and counts that streams had; a context manager that restores them."""
 
     def __init__(self, backups: list[tuple[RngStream, jax.Array, jax.Array]]):
         self.backups = backups

@@ -108,7 +108,7 @@ def _all(options: Any) -> int:
         n = counts[f"programs: {kind}"]
         print(f"{n} programs of {kind}: {took:.0f} s of processes")
     print(f"{time.monotonic() - begun:.0f} s with {options.jobs} processes at a time")
-    for label, text in sorted(failures)[:_SHOWN]:
+    for label, text in sorted(map(tuple, failures))[:_SHOWN]:
         print(f"\n--- {label} differs; python -m tests.fuzz --replay {label}\n{text}")
     print(f"\n{len(failures)} differ" if failures else "\nno difference")
     return bool(failures)

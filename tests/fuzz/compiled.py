@@ -114,6 +114,12 @@ class Drawn(edits.Drawn):
         target = self.random.choice((m, target))
         return f"{owner}.{self.random.choice(edits.NAMES)} = {target}"
 
+    def link_to_root(self, m: str, x: str) -> str | None:
+        """A model becomes part of itself, where it had None if it had that."""
+        known = [k for k, v in self.root_object().__dict__.items() if v is None]
+        name = self.random.choice(known or edits.NAMES)
+        return f"{m}.{name} = {m}"
+
     def list_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, list)
         if owner is None:
@@ -367,6 +373,8 @@ class Drawn(edits.Drawn):
         """Draws the whole program."""
         self.model = self.focus = self.name("m")
         first = f"w=P(arr({self.number()}))"
+        if self.random.random() < 0.4:
+            first += self.random.choice((", n=None", ", n=nnx.data(None)"))
         made = self.module(2)
         self.do(f"{self.model} = {made[:2]}{first}, {made[2:]}")
         self.do("_other = A(w=P(arr(1)))")
@@ -408,7 +416,8 @@ _INSIDE: list[tuple[str, str]] = [
     ("role", "role_inside"),
     ("delete", "delete_inside"),
     ("link", "link"),
-    ("link", "link"),
+    ("link to the root", "link_to_root"),
+    ("link to the root", "link_to_root"),
     ("list", "list_inside"),
     ("dict", "dict_inside"),
     ("metadata", "metadata_inside"),

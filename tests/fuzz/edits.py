@@ -174,7 +174,7 @@ class Drawn:
             if found is not None and not isinstance(found.obj, ref.Marked):
                 self.counts["shared or cyclic"] += 1
                 return found.text
-        if r < 0.675:
+        if r < 0.665:
             self.counts["bad value"] += 1
             return self.bad()
         if depth == 0:
@@ -668,19 +668,19 @@ def _similar(x: Any) -> tuple[str, ...]:
     """Expressions for statics that are easily taken for this one."""
     if isinstance(x, (zoo.OwnEq, zoo.SubEq)):
         return tuple(f"{type(x).__name__}({x.a!r}, {n})" for n in (x.extra, 1, 8))
-    if (
-        type(x) is zoo.FD
-        and type(x.a) in (int, float)
-        and (x.b is None or type(x.b) is str)
-    ):
+    if type(x) is zoo.FD and _is_small(x.a) and (x.b is None or type(x.b) is str):
         return tuple(f"FD({kind(x.a)!r}, {x.b!r})" for kind in (int, float))
-    if type(x) in (int, float, bool) and x in (0, 1, 2):
+    if _is_small(x):
         return f"{int(x)}", f"{float(x)}", f"{bool(x)}", f"-{float(x)}"
     if x is None or type(x) is str:
         return "None", "'s'", "''.join(['s'])"
-    if type(x) is tuple and x and type(x[0]) in (int, float, bool) and x[0] in (1, 2):
+    if type(x) is tuple and x and _is_small(x[0]):
         return f"({int(x[0])}, 's')", f"({float(x[0])}, 's')", "(True, 's')"
     return ()
+
+
+def _is_small(x: Any) -> bool:
+    return type(x) in (int, float, bool) and x in (0, 1, 2)
 
 
 def _call(root: str, filters: str) -> str:

@@ -1187,6 +1187,10 @@ def _inside(tree: Any) -> Iterator[Any]:
     for leaf, value in before:
         if not leaf.writable:
             continue
+        if value is None:
+            continue  # an empty tree to JAX
+        if not isinstance(value, (Arr, np.ndarray, np.generic, numbers.Number)):
+            raise TypeError
         inner = lift(value)
         inner = Arr(inner.val, inner.dot)
         leaf.put(inner)
@@ -1221,7 +1225,7 @@ def _come_out(roots: Any, owners: list[Any], kept: dict[int, Any], outer: Any) -
         value = leaf.value
         if id(value) in kept:
             leaf.put(kept[id(value)])
-        elif not is_array(value):
+        elif value is not None and not is_array(value):
             leaf.put(lift(value))
 
 
@@ -1279,6 +1283,10 @@ def remat(f: Any) -> Any:
     return lambda *args, **kwargs: _call(f, args, kwargs)
 
 
+def _has_dots(x: Any) -> bool:
+    return isinstance(x, Arr) and x.dot is not None
+
+
 def _arrays(tree: Any) -> list[Arr]:
     if isinstance(tree, (list, tuple)):
         return [a for x in tree for a in _arrays(x)]
@@ -1322,8 +1330,8 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
 
 def while_loop(condition: Any, body: Any, init: Any) -> Any:
     _trace(body, (init,))
-    every = [lift(x.value) for x in Walk(tuple(_roots(init))).leaves]
-    if any(x.dot is not None for x in (*every, *_arrays(init))):
+    every = [x.value for x in Walk(tuple(_roots(init))).leaves]
+    if any(map(_has_dots, (*every, *_arrays(init)))):
         raise Left  # JAX refuses it where the derivative is asked for
     with _inside(init):
         value = init
@@ -1399,7 +1407,7 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
             chosen = [walk.leaves[i] for i in parts[0]]
             if not chosen:
                 raise FilterError
-            if any(lift(x.value).dot is not None for x in walk.leaves):
+            if any(_has_dots(x.value) for x in walk.leaves):
                 raise Left  # a derivative of a derivative
             sizes = [lift(x.value).val.size for x in chosen]
             form = [
@@ -1411,7 +1419,10 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
             for leaf in after.leaves:
                 if isinstance(leaf.value, Arr) and leaf.writable:
                     old = begun_of(begun, leaf.value)
-                    leaf.put(Arr(leaf.value.val) if old is None else old)
+                    if old is not None:
+                        leaf.put(old)
+                    elif _has_dots(leaf.value):
+                        leaf.put(Arr(leaf.value.val))
         return Arr(value.val), State.of(_gradients(form, sizes, value))
 
     return wrapper

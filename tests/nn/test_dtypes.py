@@ -60,7 +60,7 @@ def test_a_layer_takes_nested_lists_and_variables() -> None:
 @pytest.mark.parametrize("thing", [None, "text", [[1.0], [1.0, 2.0]], object()])
 def test_a_layer_called_with_no_array_says_so(thing: object) -> None:
     layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-    with pytest.raises(ArgumentError, match=r"Linear was called with .*no array"):
+    with pytest.raises(ArgumentError, match=r"Linear was called with .*not an array"):
         layer(thing)
 
 

@@ -301,3 +301,17 @@ def test_a_change_in_a_trace_that_the_container_was_passed_to_is_carried_out():
     grow(model, jnp.ones(2))
     assert len(model.items) == 2
     assert sortal.state(model).paths() == (("items", 0), ("items", 1), ("named", "a"))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_of_containers_that_hold_themselves_do_so_too(copied):
+    items, table = nnx.List([1]), nnx.Dict(a=1)
+    items.append(items)
+    table["self"] = table
+    again, same = copied(items), copied(table)
+    assert type(again) is nnx.List
+    assert again[1] is again
+    assert type(same) is nnx.Dict
+    assert same["self"] is same

@@ -1,4 +1,4 @@
-"""What an initialiser says of the value that it makes: metadata for its Variable."""
+"""Metadata that an initialiser gives to the Variable of the value that it makes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ PARTITION_NAME = "partition_name"
 """The key under which ``transform_metadata`` gives the name of a new axis."""
 
 HOOKS = (
-    "on_get_value",
-    "on_set_value",
-    "on_create_value",
-    "on_add_axis",
-    "on_remove_axis",
-)
+    "on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis",
+)  # fmt: skip
 _OLD_NAMES = ("sharding", "sharding_names")
 
 
 @dataclasses.dataclass(frozen=True)
 class VariableMetadata:
-    """A value on its way into a Variable, with metadata for it.
+    """A value with metadata for the Variable that will hold it.
 
     Args:
       raw_value: the value.
@@ -86,7 +82,7 @@ def with_metadata(
 def with_partitioning(
     initializer: Callable[..., Any], sharding: Any, mesh: Any = None, **metadata: Any
 ) -> Callable[..., VariableMetadata]:
-    """An initialiser whose Variables know the names of their axes.
+    """An initialiser whose Variables have names for their axes.
 
     Args:
       initializer: a function of (key, shape, dtype).
@@ -113,15 +109,7 @@ def with_partitioning(
 
 
 def refuse_hooks(owner: str, names: list[str]) -> None:
-    """Refuses functions that were to run when a value is read or written.
-
-    Args:
-      owner: where they were given, for the message.
-      names: what they were given as.
-
-    Raises:
-      VariableError: there are some.
-    """
+    """Refuses functions that NNX would call when a value is read or written."""
     if names:
         raise VariableError(
             f"{owner}: {', '.join(names)} would be hooks, which are never called here. "
@@ -130,18 +118,7 @@ def refuse_hooks(owner: str, names: list[str]) -> None:
 
 
 def normalised(owner: str, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metadata under its present names, with tuples for lists of axis names.
-
-    Args:
-      owner: the kind's name, for the message.
-      metadata: entries by name.
-
-    Returns:
-      The same entries; ``sharding`` and ``sharding_names`` are ``out_sharding``.
-
-    Raises:
-      VariableError: an entry is a hook.
-    """
+    """Metadata under today's names, with tuples in the place of lists of axis names."""
     refuse_hooks(owner, [n for n in HOOKS if metadata.get(n)])
     found = {k: v for k, v in metadata.items() if k not in HOOKS}
     for old in _OLD_NAMES:

@@ -1,7 +1,7 @@
-"""Variables of other libraries: what the engine asks of them, and their registration.
+"""Variables of other libraries: the interface that the engine uses, and registration.
 
-A library is registered when a class of its package first turns up. Until then nothing
-of it is imported, and what is here costs a look-up by type.
+A library is registered when the engine meets the first class of its package. Until
+then nothing of it is imported, and this file costs one look-up by type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class VariableHandler:
         raise NotImplementedError
 
     def write(self, variable: Any, value: Any) -> None:
-        """Sets the bare value, without asking which trace owns the Variable."""
+        """Sets the bare value, without a check of the trace that owns the Variable."""
         raise NotImplementedError
 
     def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
@@ -64,25 +64,12 @@ _twins: dict[type, type] = {}
 
 
 def register_lazily(module: str, register: Callable[[], None]) -> None:
-    """Names a library whose classes may turn up.
-
-    Args:
-      module: the module that its classes are from, or are below.
-      register: called once, when the first class of it turns up; registers what the
-        engine has to know.
-    """
+    """Has ``register`` called once, when the first class from ``module`` is met."""
     _pending[module] = register
 
 
 def register_library_of(cls: type) -> None:
-    """Registers the libraries that a class and its bases come from.
-
-    Args:
-      cls: any class.
-
-    Raises:
-      UnsupportedError: one of them is of a version that is not supported.
-    """
+    """Registers the libraries that a class and its bases come from."""
     for base in cls.__mro__ if _pending else ():
         for module in list(_pending):
             if f"{base.__module__}.".startswith(f"{module}."):
@@ -90,14 +77,7 @@ def register_library_of(cls: type) -> None:
 
 
 def register_imported(modules: Container[str]) -> None:
-    """Registers libraries that the user has imported already.
-
-    Args:
-      modules: the names of imported modules.
-
-    Raises:
-      UnsupportedError: one of them is of a version that is not supported.
-    """
+    """Registers libraries that the user has imported already."""
     for module in [name for name in _pending if name in modules]:
         _register(module)
 
@@ -112,45 +92,25 @@ def _register(module: str) -> None:
 
 
 def watch_classes(listener: Callable[[type], Any]) -> None:
-    """Has a function called with each class of ours that is made from now on.
-
-    Args:
-      listener: takes the class.
-    """
+    """Has a function called with each class of Sortal's that is made from now on."""
     _listeners.append(listener)
 
 
 def note_class(cls: type) -> None:
-    """Tells the listeners of a new class of objects or Variables.
-
-    Args:
-      cls: the class.
-    """
+    """Calls the listeners with a new class of objects or Variables."""
     for listener in _listeners:
         listener(cls)
 
 
 def register_native(theirs: type, translate: Callable[[Any], Any]) -> None:
-    """Has instances of a class, or the class itself, taken in the place of our own.
-
-    Args:
-      theirs: a class of another library, such as its ``StateAxes``.
-      translate: takes the instance or class, returns what it means here.
-    """
+    """Has ``translate`` turn instances of a class, or the class, into Sortal's own."""
     _translations[theirs] = translate
 
 
 def to_native(tree: Any) -> Any:
-    """Axes, shardings and the like that the user wrote, as classes of Sortal.
-
-    Args:
-      tree: any pytree of them.
-
-    Returns:
-      The tree, with what other libraries have for the same replaced.
-    """
+    """A pytree of axes, shardings and the like, with other libraries' made Sortal's."""
     if not any(map(_is_translated, jax.tree.leaves(tree, is_leaf=_is_translated))):
-        return tree  # itself, for the user may change what is in it
+        return tree  # not a copy: the user may change what is in it
     return jax.tree.map(_translated, tree, is_leaf=_is_translated)
 
 
@@ -168,70 +128,37 @@ def _is_translated(x: Any) -> bool:
 
 
 def register_variable(base: type, handler: VariableHandler) -> None:
-    """Teaches the engine the Variables of a library.
-
-    Args:
-      base: the class that all its Variables derive from.
-      handler: the VariableHandler.
-    """
+    """Registers the handler of all Variables that derive from ``base``."""
     _handlers[base] = handler
     _found.clear()
 
 
 def handler_of_kind(kind: type) -> VariableHandler | None:
-    """The handler for Variables of a class, None where it is no other library's.
-
-    Args:
-      kind: any class.
-
-    Returns:
-      The VariableHandler or None.
-    """
+    """The handler for Variables of a class; None where no other library has it."""
     try:
         return _found[kind]
     except KeyError:
         register_library_of(kind)
-        mine = (_handlers[b] for b in kind.__mro__ if b in _handlers)
-        found = _found[kind] = next(mine, None)
+        known = (_handlers[b] for b in kind.__mro__ if b in _handlers)
+        found = _found[kind] = next(known, None)
         return found
 
 
 def pair(ours: type, theirs: type) -> None:
-    """Says that two kinds are one, so that filters by either take both.
-
-    Args:
-      ours: a kind of Sortal.
-      theirs: the kind of another library with the same meaning.
-    """
+    """Makes two kinds count as one, so that filters by either take both."""
     _twins[ours], _twins[theirs] = theirs, ours
 
 
 def ancestry(kind: type) -> Iterator[type]:
-    """A kind, its bases, and the kinds that they are paired with.
-
-    Args:
-      kind: any class.
-
-    Yields:
-      Classes.
-    """
+    """A kind, its bases, and the kinds that they are paired with."""
     for base in kind.__mro__:
         yield base
-        twin = _twins.get(base)
-        if twin is not None:
-            yield twin
+        if base in _twins:
+            yield _twins[base]
 
 
 def is_kind(kind: Kind, wanted: type) -> TypeGuard[type]:
-    """Whether leaves of ``kind`` are leaves of ``wanted``, in either library's words.
-
-    Args:
-      kind: the class of a leaf; None for a raw array.
-      wanted: a class.
-
-    Returns:
-      True where ``kind`` is, or derives from, ``wanted`` or its pair.
-    """
+    """Whether ``kind`` is, or derives from, ``wanted`` or the kind paired with it."""
     if kind is None:
         return False
     return issubclass(kind, wanted) or (bool(_twins) and wanted in ancestry(kind))

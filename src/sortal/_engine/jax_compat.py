@@ -1,4 +1,4 @@
-"""The one file that knows JAX versions and JAX names that are not public."""
+"""The only file that depends on a JAX version or uses private names of JAX."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-# `jax.extend.core.get_opaque_trace_state` is the public way to ask "which trace is
-# this?", but builds a Python object with a Python `__eq__` at each call; every write
-# to a Variable asks. `trace_ctx` gives the object that it wraps, which is compared
-# by identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
-# Nothing public lets processes agree from a thread of their own: the functions of
-# `multihost_utils` run a computation on all devices, which must be the main thread's.
+# `jax.extend.core.get_opaque_trace_state` is the public way to identify a trace, but it
+# builds a Python object with a Python `__eq__` at each call, and every write to a
+# Variable needs one. `trace_ctx` gives the object that it wraps, which is compared by
+# identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
+# No public function lets processes agree from another thread: those of
+# `multihost_utils` run a computation on all devices, which only the main thread may.
 from jax._src import distributed
 from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
 from jax._src.interpreters.ad import JVPTrace, LinearizeTrace
 
-# Nothing public says whether a value differs between the replicas of a vmap; JAX itself
-# finds out in the same way when it checks out_axes=None.
+# No public function tells whether a value differs between the replicas of a vmap; JAX
+# tests for it in the same way when it checks out_axes=None.
 from jax._src.interpreters.batching import BatchTracer
 
 
@@ -38,7 +38,7 @@ def only_differentiated() -> bool:
     """Whether no transform is being traced, derivatives apart.
 
     Derivatives compute as they trace; others record a program, or compute for several
-    replicas at once. Nothing public says which is current.
+    replicas at once. No public function tells which is current.
     """
     trace = trace_ctx.trace
     while isinstance(trace, (JVPTrace, LinearizeTrace)):
@@ -47,10 +47,7 @@ def only_differentiated() -> bool:
 
 
 def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
-    """Takes a registered JAX pytree apart by one level.
-
-    Args:
-      node: any object.
+    """The children of a registered JAX pytree, one level down.
 
     Returns:
       The children as (key, child) pairs and the treedef that puts them together, or
@@ -102,7 +99,7 @@ def varying_axes(value: Any) -> frozenset[Any]:
 def put_pieces(
     like: Any, sharding: Any, pieces: list[Any], devices: list[Any], committed: bool
 ) -> Any:
-    """An array of pieces of host memory, one for each device that is to hold one.
+    """An array made from pieces of host memory, one for each device.
 
     Nothing public makes an uncommitted array, or a weakly typed one, from host memory;
     and ``jax.device_put`` costs three times as much for each small array.
@@ -122,5 +119,5 @@ def put_pieces(
 
 
 def coordinator() -> Any:
-    """The client through which the processes of one program tell each other things."""
+    """The client that carries messages between the processes of one program."""
     return distributed.global_state.client

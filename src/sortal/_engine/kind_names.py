@@ -1,4 +1,4 @@
-"""Names of kinds: the collections of Flax Linen that they stand for."""
+"""Names of kinds: the Flax Linen collection that each kind corresponds to."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def variable_type_from_name(
 
 
 def variable_name_from_type(typ: type, /, *, allow_register: bool = False) -> str:
-    """The name of the collection that a kind stands for.
+    """The name of the collection that a kind corresponds to.
 
     Args:
       typ: the kind.

@@ -212,7 +212,8 @@ def store_all(parts: Sequence[Leaves], values: Iterable[Any]) -> None:
       TraceError: some leaves belong to another trace; nothing is written.
     """
     foreign = [part for part in parts if not part.ours()]
-    check_writable(leaf for part in foreign for leaf in part)
+    if foreign:
+        check_writable(leaf for part in foreign for leaf in part)
     values = iter(values)
     for part in parts:
         part.put(values)

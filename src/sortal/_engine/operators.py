@@ -15,8 +15,8 @@ from jax.core import Tracer
 from sortal.errors import VariableError
 
 
-class ArrayFace:
-    """The part of a Variable that acts as its value does."""
+class ArrayOperators:
+    """The methods by which a Variable acts as the array that it holds."""
 
     __slots__ = ()
 
@@ -49,7 +49,7 @@ class ArrayFace:
 
 def plain(x: Any) -> Any:
     """The value of a Variable; anything else as it is."""
-    return x.value if isinstance(x, ArrayFace) else x
+    return x.value if isinstance(x, ArrayOperators) else x
 
 
 def with_item(value: Any, index: Any, new: Any) -> Any:
@@ -69,7 +69,7 @@ def with_item(value: Any, index: Any, new: Any) -> Any:
 
 
 def _same_type(a: jax.Array, b: jax.Array) -> bool:
-    # A weakly typed value in the place of a strong one would compile everything again.
+    # A weakly typed value in place of a strong one would make `jit` compile again.
     if a.shape != b.shape or a.dtype != b.dtype or a.weak_type != b.weak_type:
         return False
     if isinstance(a, Tracer) or isinstance(b, Tracer):
@@ -80,7 +80,7 @@ def _same_type(a: jax.Array, b: jax.Array) -> bool:
 def _operator(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
-    def forward(self: ArrayFace, other: Any) -> Any:
+    def forward(self: ArrayOperators, other: Any) -> Any:
         return function(self.value, plain(other))
 
     return forward
@@ -89,21 +89,21 @@ def _operator(name: str) -> Callable[..., Any]:
 def _reflected(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
-    def reflected(self: ArrayFace, other: Any) -> Any:
+    def reflected(self: ArrayOperators, other: Any) -> Any:
         return function(plain(other), self.value)
 
     return reflected
 
 
-def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayFace], Any]:
-    def unary(self: ArrayFace) -> Any:
+def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayOperators], Any]:
+    def unary(self: ArrayOperators) -> Any:
         return function(self.value)
 
     return unary
 
 
 def _in_place(symbol: str) -> Callable[..., Any]:
-    def in_place(self: ArrayFace, other: Any) -> Any:
+    def in_place(self: ArrayOperators, other: Any) -> Any:
         raise VariableError(
             f"variable {symbol} x would put a plain array in the place of a "
             f"{type(self).__name__}. Write variable[...] {symbol} x."
@@ -118,12 +118,12 @@ _BINARY = {
     "rshift": ">>=", "and": "&=", "xor": "^=", "or": "|=",
 }  # fmt: skip
 for _name, _symbol in _BINARY.items():
-    setattr(ArrayFace, f"__{_name}__", _operator(f"__{_name}__"))
-    setattr(ArrayFace, f"__r{_name}__", _reflected(f"__{_name}__"))
-    setattr(ArrayFace, f"__i{_name}__", _in_place(_symbol))
+    setattr(ArrayOperators, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(ArrayOperators, f"__r{_name}__", _reflected(f"__{_name}__"))
+    setattr(ArrayOperators, f"__i{_name}__", _in_place(_symbol))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(ArrayFace, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(ArrayOperators, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in ("neg", "pos", "abs", "invert", "index"):
-    setattr(ArrayFace, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
+    setattr(ArrayOperators, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
 for _cast in (int, float, complex):
-    setattr(ArrayFace, f"__{_cast.__name__}__", _unary(_cast))
+    setattr(ArrayOperators, f"__{_cast.__name__}__", _unary(_cast))

@@ -24,13 +24,9 @@ def order(key: Any) -> tuple[int, Any]:
 
 
 def show(path: Iterable[Any]) -> str:
-    """Prints a path as ``layers.0.kernel``; odd keys as ``['a b']``.
+    """A path as text, ``layers.0.kernel``; keys that are no names as ``['a b']``.
 
-    Args:
-      path: entries from the root.
-
-    Returns:
-      The text; ``<root>`` for the empty path.
+    The empty path is ``<root>``.
 
     Example:
       >>> show(("layers", 0, "kernel"))
@@ -50,7 +46,7 @@ def show(path: Iterable[Any]) -> str:
 def _is_plain(key: Any) -> bool:
     if type(key) is int:
         return key >= 0
-    # Digits in a string are set apart from an index, for which `parse` takes them.
+    # A string of digits is printed in quotes, because `parse` reads digits as an index.
     return isinstance(key, str) and not _digits(key) and not set(key) & _ODD
 
 
@@ -63,15 +59,6 @@ _ODD = frozenset(".[]* '\"")
 
 def parse(text: str) -> Path:
     """Reads ``layers.0.kernel`` as a path; parts made of digits become integers.
-
-    Args:
-      text: entries joined by dots.
-
-    Returns:
-      The path.
-
-    Raises:
-      ArgumentError: an entry is empty.
 
     Example:
       >>> parse("layers.0.kernel")
@@ -90,13 +77,6 @@ def matches(pattern: str, path: Path) -> bool:
     """Whether ``path`` fits a glob such as ``encoder.**.kernel``.
 
     ``*`` stands for one entry (or part of one), ``**`` for any number, none included.
-
-    Args:
-      pattern: entries joined by dots.
-      path: the path to test, from its root.
-
-    Returns:
-      True where the whole path fits the whole pattern.
 
     Example:
       >>> matches("layers.*.kernel", ("layers", 0, "kernel"))
@@ -122,10 +102,7 @@ def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
 class PathKey:
     """A JAX key-path entry for the whole path of a leaf: ``['layers'][0]``.
 
-    JAX sees a Module as one level, and asks for one entry a leaf.
-
-    Args:
-      path: entries from the root.
+    A Module is one level of a JAX pytree, so each of its leaves has one key entry.
 
     Example:
       >>> str(PathKey(("layers", 0)))
@@ -141,7 +118,7 @@ class PathKey:
 
     def __getattr__(self, name: str) -> Any:
         if name in {"key", "idx", "name"}:
-            # Code written for one entry a level would compare it and find nothing.
+            # Code written for one entry a level would compare it and match nothing.
             raise EntryError(
                 f"entry.{name} of a JAX key path is one level's, but {self} is one "
                 "entry for the whole path of a leaf in a Module. Write entry.path, "
@@ -164,21 +141,15 @@ class PathKey:
 
 
 def locate(*targets: Any) -> list[Path | None]:
-    """Finds where live objects hang, by asking the garbage collector.
+    """For each object a path from the outermost object that holds it, or None.
 
-    Slow: for error messages only, so that no live object need carry its path.
-
-    Args:
-      *targets: the objects looked for.
-
-    Returns:
-      For each a path that leads to it from the outermost object found, or None where
-      no object holds it under a name.
+    It asks the garbage collector, which is slow. It serves error messages only, so
+    that no live object need carry its path.
     """
     wanted = set(map(id, targets))
     found: dict[int, Path] = {}
-    # Asking who holds an object visits every object there is, so it is asked for one
-    # target; the others are looked for from the top that it leads to.
+    # `gc.get_referrers` visits every object of the process. So it is called for one
+    # target, and the others are searched for from the outermost object of that one.
     for target in targets[:_ASKED]:
         if id(target) not in found:
             top = _outermost(target, (id(targets),))
@@ -188,15 +159,15 @@ def locate(*targets: Any) -> list[Path | None]:
 
 
 _ASKED, _LEVELS, _WIDTH, _MOST = 8, 40, 32, 1_000_000
-# How many containers inside one another may lie between a model and the next above it.
+# How many nested containers may lie between a model and the next model above it.
 _CONTAINERS = 4
 
 
 def _outermost(target: Any, ours: tuple[int, ...]) -> Any:
     """The last model object on the way up from ``target``, else the last object.
 
-    What holds a model (frames aside) is of no interest to its user, and every level is
-    one more look at every object there is, so the search ends a little above it.
+    The user does not need to know what holds the outermost model, and each level
+    visits every object of the process again. So the search ends a little above it.
     """
     last, model, above_model = None, None, 0
     level: tuple[Any, ...] = (target,)

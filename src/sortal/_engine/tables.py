@@ -1,4 +1,4 @@
-"""Tables of text: in a terminal, a pipe or a notebook; rich draws them when asked."""
+"""Tables of text for terminals, pipes and notebooks; rich is imported to draw them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDTH = 80
 class Table(NamedTuple):
     """Cells as text, to be drawn: a title, headings, rows of cells, and notes.
 
-    A heading that ends in ``>`` is that of a column of numbers, set to the right.
+    A heading that ends in ``>`` aligns its column to the right, as for numbers.
     """
 
     title: str
@@ -30,11 +30,7 @@ class Report:
     rows: tuple[Any, ...]
 
     def tables(self) -> tuple[Table, ...]:
-        """The tables to draw.
-
-        Returns:
-          Tables of text.
-        """
+        """The tables to draw."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -51,14 +47,7 @@ class Report:
 
 # ------------------------------------------------------------------ drawing
 def drawn(*tables: Table) -> Any:
-    """Tables as one thing for rich to print.
-
-    Args:
-      *tables: what to draw.
-
-    Returns:
-      A rich Group.
-    """
+    """Tables as one thing for rich to print."""
     from rich.console import Group
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -67,7 +56,7 @@ def drawn(*tables: Table) -> Any:
     for table in tables:
         gap = [Text("")] if parts else []
         parts += [*gap, Text(table.title, "bold"), _draw(table)]
-        # A grid, so that the sign hangs to the left however often a sentence wraps.
+        # A grid keeps the sign in a column of its own where a sentence wraps.
         notes = RichTable.grid(padding=(0, 1))
         for note in table.notes:
             notes.add_row(Text("!", "yellow"), Text(note, "yellow"))
@@ -106,12 +95,6 @@ def _draw(table: Table) -> Any:
 def plain(*tables: Table) -> str:
     """Tables as text of 80 columns, without colour.
 
-    Args:
-      *tables: what to draw.
-
-    Returns:
-      Lines without spaces at their ends.
-
     Example:
       >>> print(plain(Table("Ages", ("who", "years>"), (("Ada", "36"),))))
       Ages
@@ -131,21 +114,14 @@ def plain(*tables: Table) -> str:
 
 
 def html(*tables: Table) -> str:
-    """Tables as HTML for a notebook.
-
-    Args:
-      *tables: what to draw.
-
-    Returns:
-      One ``pre`` element with its own colours.
-    """
+    """Tables as HTML for a notebook."""
     from rich.console import Console
 
     console = Console(
         file=io.StringIO(), width=100, record=True, force_jupyter=False, _environ={}
     )
     console.print(drawn(*tables))
-    # The page's own colours for text and background, so that dark themes stay dark.
+    # No colours of text and background are set, so that dark themes stay dark.
     return console.export_html(
         inline_styles=True,
         code_format="<pre style='line-height:1.3;white-space:pre'>{code}</pre>",

@@ -1,4 +1,4 @@
-"""Variables: mutable boxes whose class, the kind, says what the value is."""
+"""Variables: mutable boxes for values. The class, called the kind, gives the role."""
 
 from __future__ import annotations
 
@@ -13,37 +13,29 @@ from sortal._engine import paths
 from sortal._engine.annotations import HOOKS, VariableMetadata, normalised, refuse_hooks
 from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
-from sortal._engine.operators import ArrayFace, plain, with_item
+from sortal._engine.operators import ArrayOperators, plain, with_item
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import TraceError, VariableAttributeError, VariableError
 from sortal.sharding.mesh_axes import placed
 
 A = TypeVar("A")
 _MISSING: Any = object()
+_handler: Callable[[type], Any] = handler_of_kind  # for kinds that have a handler
 _OPTIONS = frozenset(
-    {
-        "axis",
-        "checkpoint",
-        "donate",
-        "optimizer",
-        "reduce",
-        "spec",
-        "trainable",
-    }
+    ("axis", "checkpoint", "donate", "optimizer", "reduce", "spec", "trainable")
 )
 
 
-class Variable(ArrayFace, Generic[A]):
+class Variable(ArrayOperators, Generic[A]):
     """A mutable box for one value, whose class is the value's kind.
 
-    A kind of one's own is one line, ``class BatchStat(Variable): pass``; class
-    keywords give the kind's defaults in the pipelines, as in
-    ``class BatchStat(Variable, axis=0): pass``.
+    A new kind is one line, ``class BatchStat(Variable): pass``. Class keywords are the
+    kind's defaults in the pipelines: ``class BatchStat(Variable, axis=0): pass``.
 
     Args:
       value: an array of any shape and dtype, or a small pytree of arrays. Kept as it
         is: nothing is converted or copied.
-      **metadata: hashable values kept beside it, part of the structure. Where
+      **metadata: hashable values kept with it, part of the structure. Where
         ``out_sharding`` names its axes and there is a mesh, the value is put there.
 
     Raises:
@@ -60,13 +52,13 @@ class Variable(ArrayFace, Generic[A]):
       (1, 'steps')
     """
 
-    # The value lives in a list of one, which stays the same list for life: the engine
-    # keeps these cells and reads or writes hundreds of values without a call for each.
+    # The value lives in a list of one item, which is never replaced by another list.
+    # So the engine can keep these cells, and read and write them without a call each.
     __slots__ = ("__weakref__", "_cell", "_metadata", "_trace")
 
     options: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
     _own_options: ClassVar[Mapping[str, Any]] = options
-    # NumPy leaves its operators to what stands higher, as it does for JAX's arrays.
+    # Makes NumPy's operators defer to Variable's, as they do to JAX's arrays.
     __array_priority__ = 100
 
     def __init__(self, value: A, **metadata: Any):
@@ -80,7 +72,7 @@ class Variable(ArrayFace, Generic[A]):
             metadata.update(value.metadata)
             value = value.raw_value
         frozen = _frozen(type(self), metadata) if metadata else EMPTY
-        _begin(self, placed(value, frozen) if metadata else value)
+        _set_first_value(self, placed(value, frozen) if metadata else value)
         _init_metadata(self, frozen)
         _init_trace(self, current_trace())
 
@@ -300,7 +292,7 @@ class Variable(ArrayFace, Generic[A]):
         return (self._value, self._metadata)
 
     def __setstate__(self, state: tuple[Any, Metadata]) -> None:
-        _begin(self, state[0])
+        _set_first_value(self, state[0])
         _init_metadata(self, state[1])
         _init_trace(self, current_trace())
 
@@ -319,29 +311,22 @@ _init_metadata = Variable.__dict__["_metadata"].__set__
 _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set__
 
 
-def _begin(variable: Variable[Any], value: Any) -> None:
+def _set_first_value(variable: Variable[Any], value: Any) -> None:
     try:
-        variable._cell[0] = value  # built already: plans may hold the cell
+        variable._cell[0] = value  # `__init__` called again: plans may hold the cell
     except AttributeError:
         _init_cell(variable, [value])
 
 
 def write(variable: Variable[Any], value: Any) -> None:
-    """Sets a value without asking which trace owns the Variable; for the engine."""
+    """Sets a value without a check of the trace that owns the Variable."""
     variable._cell[0] = value
 
 
 def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
-    """Builds a Variable of ``kind`` without running the kind's own ``__init__``.
+    """Builds a Variable without running the kind's own ``__init__``.
 
-    Args:
-      kind: a subclass of Variable.
-      value: the value, kept as it is.
-      metadata: interned metadata.
-      trace: the trace that owns it; the current one if absent.
-
-    Returns:
-      The Variable.
+    ``trace`` is the trace that owns it; the current one if absent.
     """
     if not issubclass(kind, Variable):
         return _handler(kind).make(kind, value, metadata)
@@ -353,17 +338,7 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
 
 
 def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[Any]:
-    """Builds many Variables as ``make`` does; a kind of None leaves the bare value.
-
-    Args:
-      kinds: a kind or None for each.
-      values: the values.
-      metadata: interned metadata for each.
-      trace: the trace that owns them; the current one if absent.
-
-    Returns:
-      The Variables and bare values.
-    """
+    """Builds many Variables as ``make`` does; a kind of None leaves the bare value."""
     trace, new = current_trace() if trace is None else trace, object.__new__
     made = []
     for kind, value, meta in zip(kinds, values, metadata, strict=True):
@@ -380,31 +355,13 @@ def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[
     return made
 
 
-def _handler(kind: type) -> Any:
-    return handler_of_kind(kind)
-
-
 def is_variable(x: Any) -> bool:
-    """Whether ``x`` is a Variable, of Sortal or of another library that was met.
-
-    Args:
-      x: anything.
-
-    Returns:
-      True where it is.
-    """
+    """Whether ``x`` is a Variable, of Sortal or of another registered library."""
     return isinstance(x, Variable) or handler_of_kind(type(x)) is not None
 
 
 def value_of(x: Any) -> Any:
-    """The bare value of a Variable of any library; anything else as it is.
-
-    Args:
-      x: anything.
-
-    Returns:
-      The value.
-    """
+    """The bare value of a Variable of any library; anything else as it is."""
     if isinstance(x, Variable):
         return x._value
     handler = handler_of_kind(type(x))
@@ -412,30 +369,16 @@ def value_of(x: Any) -> Any:
 
 
 def metadata_of(variable: Any) -> Metadata:
-    """The interned metadata of a Variable of any library.
-
-    Args:
-      variable: the Variable.
-
-    Returns:
-      The Metadata.
-
-    Raises:
-      TypeError: a value in another library's metadata cannot be hashed.
-    """
+    """The interned metadata of a Variable of any library."""
     if isinstance(variable, Variable):
         return variable._metadata
     return Metadata.of(_handler(type(variable)).entries([variable])[0])
 
 
 def check_writable(objects: Iterable[Any]) -> None:
-    """Refuses a write to Variables and other live objects that another trace owns.
+    """Refuses a write to live objects if another trace owns any of them.
 
-    Args:
-      objects: those about to be written; each has a ``_trace`` and a ``_place``.
-
-    Raises:
-      TraceError: some belong to another trace; all are listed, none is written.
+    Each object has a ``_trace`` and a ``_place``, the arguments of ``foreign_write``.
     """
     now = current_trace()
     foreign = [x for x in objects if x._trace is not now]
@@ -450,25 +393,18 @@ def _item(value: Any, index: Any) -> Any:
 
 
 def _read_by_method(kind: Any) -> None:
-    """Makes every way to read a Variable ask the kind's own ``get_value``."""
+    """Makes every way to read a Variable call the kind's own ``get_value``."""
     kind.value = property(lambda self: self.get_value(), Variable.value.fset)
     kind.__getitem__ = lambda self, index: self.get_value(index=index)
 
 
 def _write_by_method(kind: Any) -> None:
-    """Makes a write to a part ask the kind's own ``set_value``."""
+    """Makes a write to a part call the kind's own ``set_value``."""
     kind.__setitem__ = lambda self, at, new: self.set_value(plain(new), index=at)
 
 
 def describe(value: Any) -> str:
-    """A short text for a value: ``float32[3,4]`` for an array, else its repr.
-
-    Args:
-      value: anything.
-
-    Returns:
-      The text.
-    """
+    """A short text for a value: ``float32[3,4]`` for an array, else its repr."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and isinstance(shape, tuple):
         return f"{dtype}[{','.join(map(str, shape))}]"
@@ -493,12 +429,8 @@ def _frozen(kind: type, metadata: Any) -> Metadata:
 def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:
     """The error for a write from inside a trace to what another trace owns.
 
-    Args:
-      places: an object, the path from there to what was to be written, and what kind
-        of thing that is.
-
-    Returns:
-      The error.
+    A place is an object, the path from there to what was to be written, and the name
+    of that thing's type.
     """
     places = list(places)
     rows = []
@@ -517,12 +449,11 @@ def _own(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _flatten(variable: Variable) -> tuple[tuple[Any], Metadata]:
-    return (variable._value,), variable._metadata
-
-
 def _register(kind: type) -> None:
     key = jax.tree_util.GetAttrKey("value")
+
+    def flatten(variable: Variable) -> tuple[Any, Metadata]:
+        return (variable._value,), variable._metadata
 
     def flatten_with_keys(variable: Variable) -> tuple[Any, Metadata]:
         return ((key, variable._value),), variable._metadata
@@ -530,7 +461,7 @@ def _register(kind: type) -> None:
     def unflatten(metadata: Metadata, children: Any) -> Any:
         return make(kind, children[0], metadata)
 
-    register_pytree(kind, _flatten, flatten_with_keys, unflatten)
+    register_pytree(kind, flatten, flatten_with_keys, unflatten)
 
 
 _register(Variable)
@@ -573,15 +504,15 @@ class RngState(Variable[A]):
 
 
 class RngCount(RngState[A]):
-    """How many keys a random stream has given."""
+    """How many keys were taken from a random stream."""
 
 
 class RngKey(RngState[A]):
     """The key that a random stream derives its keys from."""
 
 
-# Users know kinds as `sortal.Param`, and checkpoints name them so: where in the package
-# a class stands is no part of its name.
+# Users write `sortal.Param`, and checkpoints store that name. It must not change when
+# a class moves to another file.
 for _kind in (Variable, *(k for k in list(vars().values()) if isinstance(k, type))):
     if issubclass(_kind, Variable):
         _kind.__module__ = "sortal"

@@ -1,4 +1,4 @@
-"""Which leaf of a checkpoint goes to which of a model, and all that does not fit."""
+"""Matches leaves of a checkpoint with leaves of a model; lists all that do not fit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ANY_KIND: Any = object()
 
 
 class Candidate(NamedTuple):
-    """A leaf that a checkpoint, or another file, has to give."""
+    """A leaf of a checkpoint or of another file."""
 
     path: Path
     kind: Any
@@ -54,7 +54,7 @@ class Options(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A leaf of the model by number, what it is now, and what it is given."""
+    """A leaf of the model by number, its form now, and the value stored for it."""
 
     at: int
     live: Tree
@@ -79,22 +79,10 @@ def fit(
     options: Options,
     where: str,
 ) -> Fit:
-    """Matches a checkpoint with a model.
+    """Matches a checkpoint with a model; a RestoreError lists all that does not fit.
 
-    Args:
-      plan: the plan of the model.
-      given: the leaves that are there.
-      tied: pairs of a path and the path of what is met there again; None where the
-        format does not say.
-      options: what is allowed.
-      where: the checkpoint, for messages.
-
-    Returns:
-      The Fit.
-
-    Raises:
-      RestoreError: they do not fit; everything that does not is listed.
-      FilterError: ``only`` is no filter.
+    ``tied`` has pairs of a path and the first path to the same object; it is None where
+    the format does not store them. ``where`` names the checkpoint in messages.
     """
     matching = _Matching(plan, options)
     try:
@@ -112,11 +100,11 @@ def fit(
 
 
 class _NothingError(Exception):
-    """A filter or pattern does nothing."""
+    """A filter or pattern has no effect."""
 
 
 class _Matching:
-    """One comparison, and the faults that it finds."""
+    """One comparison of a checkpoint with a model, and the faults found so far."""
 
     def __init__(self, plan: Any, options: Options):
         self.plan, self.options = plan, options
@@ -142,7 +130,7 @@ class _Matching:
     def renamed(
         self, given: Sequence[Candidate], tied: Any
     ) -> tuple[list[Candidate], Any]:
-        """The leaves given under the paths that the model has for them."""
+        """The leaves of the checkpoint, with their paths renamed to the model's."""
         table = self.options.rename or {}
         used: set[str] = set()
 
@@ -296,7 +284,7 @@ class _Matching:
     # ----------------------------------------------------------------------- aliases
     def _aliases(self, by_path: dict[Path, Candidate], tied: Any) -> set[Path]:
         """Records what is shared on one side only, and returns its paths."""
-        if tied is None:
+        if tied is None or self.options.partial:
             return set()
         ours = dict(aliases_of(self.plan.graphdef))
         considered = {p[:n] for p in self.chosen for n in range(len(p) + 1)}
@@ -305,8 +293,6 @@ class _Matching:
         for path in dict.fromkeys([*ours, *tied]):
             mine, theirs = ours.get(path), tied.get(path)
             if mine == theirs or not ({mine, theirs} & considered):
-                continue
-            if self.options.partial:
                 continue
             odd.add(path)
             self.faults.append(
@@ -326,7 +312,7 @@ class _Matching:
 
     # ------------------------------------------------------------------------ advice
     def advice(self) -> list[str]:
-        """Advice for each sort of fault that was found."""
+        """Advice for each type of fault that was found."""
         words = {fault.partition(":")[0] for fault in self.faults}
         return [text for keys, text in _ADVICE if words & keys]
 
@@ -357,7 +343,7 @@ def _below(path: Path, prefixes: set[Path]) -> bool:
 
 
 def _through(path: Path, tied: Mapping[Path, Path]) -> Path:
-    """The path of the owner of what a checkpoint has at an alias."""
+    """A path below an alias, as the path below the alias's owner."""
     for n in range(len(path), 0, -1):
         if path[:n] in tied:
             return (*tied[path[:n]], *path[n:])
@@ -381,7 +367,7 @@ def _article(kind: Any, other: Any) -> str:
 
 
 def _abstract(tree: Tree) -> Any:
-    """Something with the shape and dtype of a stored value, for filters to look at."""
+    """A stand-in with the shape and dtype of a stored value, for filters to test."""
     if isinstance(tree, Array):
         dtype = jnp.dtype(tree.dtype)
         if tree.key is not None:
@@ -396,17 +382,8 @@ def _abstract(tree: Tree) -> Any:
 def translate(old: str, new: str, path: Path) -> Path | None:
     """The new path of a leaf, by a pair of globs such as ``enc.**`` and ``encoder.**``.
 
-    Args:
-      old: a pattern as ``At`` takes it.
-      new: a pattern with as many ``*`` and ``**``; each stands for what the one of the
-        same place in ``old`` took.
-      path: the path.
-
-    Returns:
-      The new path; None where ``old`` does not fit ``path``.
-
-    Raises:
-      RestoreError: the patterns do not have the same wild cards.
+    Both have the same wild cards in the same order; one in ``new`` becomes what that in
+    ``old`` matched. None where ``old`` does not fit ``path``.
 
     Example:
       >>> translate("enc.*.w", "layers.*.kernel", ("enc", 3, "w"))
@@ -418,7 +395,7 @@ def translate(old: str, new: str, path: Path) -> Path | None:
             f"rename= {{{old!r}: {new!r}}}: both patterns must have the same wild "
             "cards, * or **, in the same order, each a whole entry."
         )
-    taken = _taken(tuple(old.split(".")), path)
+    taken = _matched(tuple(old.split(".")), path)
     if taken is None:
         return None
     parts: list[Any] = []
@@ -430,19 +407,19 @@ def translate(old: str, new: str, path: Path) -> Path | None:
     return tuple(parts)
 
 
-def _taken(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
+def _matched(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
     """What each wild card of a pattern takes of a path; None where it does not fit."""
     if not pattern:
         return [] if not path else None
     head, rest = pattern[0], pattern[1:]
     if head == "**":
         for n in range(len(path) + 1):
-            if (found := _taken(rest, path[n:])) is not None:
+            if (found := _matched(rest, path[n:])) is not None:
                 return [path[:n], *found]
         return None
     if not path or not fnmatch.fnmatchcase(str(path[0]), head):
         return None
-    found = _taken(rest, path[1:])
+    found = _matched(rest, path[1:])
     if found is None or head != "*":
         return found
     return [path[:1], *found]

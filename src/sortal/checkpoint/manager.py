@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from sortal.checkpoint import files
@@ -19,20 +19,20 @@ from sortal.policy.policy import Policy
 class Checkpoints:
     """The steps of one training run in one directory.
 
-    Its first save takes the directory; other writers are refused until ``close``, the
-    end of a ``with`` block, or the end of the process. Anybody may read at any time.
+    Its first save locks the directory; other writers are refused until ``close``, the
+    end of a ``with`` block, or the end of the process. Reading is always possible.
 
     Args:
       directory: where the steps are; it is made if need be.
       keep: how many of the newest steps stay; None for all.
-      keep_every: steps that are multiples of this stay for good.
+      keep_every: steps that are multiples of this are never deleted.
       best: the name of a metric; the step that is best by it stays too.
       mode: ``"max"`` if more of the metric is better, else ``"min"``.
       policy: a Policy, whose column ``checkpoint`` says what is saved.
 
     Raises:
-      ArgumentError: ``keep``, ``keep_every`` or ``mode`` is nothing sensible, or the
-        directory is no path here.
+      ArgumentError: ``keep``, ``keep_every`` or ``mode`` has another value, or the
+        directory is no local path.
 
     Example:
       >>> import tempfile
@@ -91,7 +91,7 @@ class Checkpoints:
           only: a filter; leaves that it does not take are not saved.
           metrics: numbers by name, kept with the step.
           metadata: plain JSON, kept with the step.
-          wait: False returns at once and writes beside the program.
+          wait: False returns at once and writes in a thread.
 
         Returns:
           A Saving.
@@ -110,16 +110,16 @@ class Checkpoints:
             )
         return begin(
             self.directory, root, number, only=only, policy=self._policy,
-            metadata=metadata, wait=wait, metrics=found, lock=self._borrow,
+            metadata=metadata, wait=wait, metrics=found, lock=self._take_lock,
             afterwards=self._delete_old,
         )  # fmt: skip
 
-    def _borrow(self) -> _Borrowed:
+    def _take_lock(self) -> Callable[[], None]:
         if self._lock is None:
             self._lock = files.Lock(self.directory)
             # A manager that is dropped must release the lock.
             weakref.finalize(self, self._lock.release)
-        return _Borrowed()
+        return lambda: None  # the end of one save does not release it
 
     def delete(self, step: int | str) -> None:
         """Deletes a step.
@@ -135,7 +135,7 @@ class Checkpoints:
         number = self._find(step)
         if number not in files.steps(self.directory):
             raise NoCheckpointError(f"no step {number} in {self.directory}.")
-        self._borrow()
+        self._take_lock()
         with files.as_save_error(f"deleting step {number} of {self.directory}"):
             files.forget(self.directory, number)
 
@@ -232,10 +232,3 @@ class Checkpoints:
         if math.isnan(value):
             return None
         return value if self._mode == "max" else -value
-
-
-class _Borrowed:
-    """The lock that the manager holds."""
-
-    def release(self) -> None:
-        """Does nothing: the manager keeps the lock."""

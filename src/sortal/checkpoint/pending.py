@@ -1,4 +1,4 @@
-"""Saves under way: waiting for them, and raising their failures."""
+"""Saves in progress: waits for them, and raises their failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _changes = threading.Lock()
 
 
 class Saving:
-    """A save, under way or done: what ``save`` returns.
+    """A save, in progress or done: what ``save`` returns.
 
     Args:
       directory: where to.
@@ -82,7 +82,7 @@ class Saving:
             if not _known:
                 atexit.unregister(_tell)
                 atexit.register(_tell)
-            # Not before it runs: another thread may join it as soon as it is known.
+            # First start it, for another thread may join it once it is in `_known`.
             thread.start()
             self._thread = thread
             _known.append(self)
@@ -107,12 +107,7 @@ class Saving:
 def settle(directory: Path | None = None) -> None:
     """Raises the failure of an earlier save, if no call has raised it before.
 
-    Args:
-      directory: saves to this directory are waited for; of others only those count
-        that have ended.
-
-    Raises:
-      SaveError: an earlier save failed.
+    It waits for saves to ``directory``; other saves count only if they have ended.
     """
     with _changes:
         mine = [s for s in _known if s.done or s.directory == directory]

@@ -1,4 +1,4 @@
-"""restore and load_state: reads a step into a model, or into a State of its own."""
+"""restore and load_state: read a step into a model, or into a new State."""
 
 from __future__ import annotations
 
@@ -167,19 +167,7 @@ def restore(
 
 
 def find_step(directory: Path, step: int | str) -> int:
-    """The number of a step.
-
-    Args:
-      directory: where the steps are.
-      step: its number, or ``"latest"``.
-
-    Returns:
-      The number.
-
-    Raises:
-      NoCheckpointError: there is none.
-      ArgumentError: ``step`` is something else.
-    """
+    """The number of a step; ``step`` may be ``"latest"``."""
     if step != "latest":
         return files.step_number(step)
     found = files.steps(directory)
@@ -198,21 +186,7 @@ def candidates(manifest: Manifest, known: _Kinds) -> list[Candidate]:
 def read_fit(
     plan: Any, found: Fit, reader: Reader, sharding: Any
 ) -> tuple[Leaves, list[Any]]:
-    """Reads the values that a Fit asks for.
-
-    Args:
-      plan: the plan of the model.
-      found: which leaves take what.
-      reader: reads from the step.
-      sharding: where to, instead of where the model has its arrays, or None.
-
-    Returns:
-      Live leaves, and a value for each.
-
-    Raises:
-      DamagedError: the bytes are not those that were written.
-      RestoreError: numbers cannot be cast, or a sharding does not fit.
-    """
+    """Reads the values that a Fit needs; returns live leaves and a value for each."""
     schema = plan.graphdef.schema
     placed = shardings(sharding, schema, plan)
     wants: list[Want] = []
@@ -229,20 +203,7 @@ def read_fit(
 
 
 def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
-    """Reads arrays, after a check of the files that they are in.
-
-    Args:
-      reader: reads from the step.
-      wants: what to read.
-
-    Returns:
-      The arrays.
-
-    Raises:
-      DamagedError: a file is missing or not what was written; all that shows without
-        reading their content is listed.
-      RestoreError: an array cannot be what is wanted.
-    """
+    """Reads arrays, after a check of the files that they are in."""
     lost = [
         f"{show(w.path)}: {w.array.dtype}"
         for w in wants
@@ -270,7 +231,7 @@ def _cut(name: str) -> bool:
 
 
 def shardings(given: Any, schema: Schema, plan: Any) -> list[Any]:
-    """The sharding of each leaf of a model; None keeps the leaf's own."""
+    """The sharding of each leaf of a model; None keeps the leaf's present one."""
     if given is None:
         return [None] * len(schema)
     placed = leaf_answers(given, "spec", schema, plan.view)
@@ -346,7 +307,9 @@ def load_state(
             f"{directory}:\n" + listing(map(manifest.describe, manifest.leaves))
         )
     alone = [
-        f"{manifest.describe(x)}: {x.value.shown}" for x in leaves if _needs_model(x)
+        f"{manifest.describe(x)}: {x.value.shown}"
+        for x in leaves
+        if any(nest.what == "node" for nest in _nests(x.value))
     ]
     if alone:
         raise RestoreError(
@@ -389,10 +352,6 @@ def _takes(only: Any, leaf: Leaf, kind: Any) -> bool:
     return chosen.test(leaf.path, kind, leaf.metadata, None)
 
 
-def _needs_model(leaf: Leaf) -> bool:
-    return any(x.what == "node" for x in _nests(leaf.value))
-
-
 def _nests(tree: Tree) -> Iterator[Nest]:
     if isinstance(tree, Nest):
         yield tree
@@ -416,7 +375,7 @@ class _Kinds:
         return found or self._moved(kind) or self._stand_in(kind)
 
     def _moved(self, kind: Kind) -> Any:
-        """A class of a program that was run as a script once and imported once."""
+        """The class if its program ran as a script once and was imported once."""
         module, _, name = str(kind.name).rpartition(".")
         bases = tuple(b.rpartition(".")[2] for b in kind.bases)
         same = [
@@ -449,6 +408,6 @@ def _variables() -> dict[str, type]:
         name = qualified(cls)
         found[name] = None if found.get(name, cls) is not cls else cls
         if cls.__module__ == "sortal":
-            # Checkpoints of version 0.1.0 name these by their former file.
+            # Version 0.1.0 stored these kinds under the module that defined them.
             found[f"sortal.variable.{cls.__name__}"] = cls
     return {name: cls for name, cls in found.items() if cls is not None}

@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sortal.checkpoint import files
 from sortal.checkpoint.layout import Layout, check_json, lay_out
@@ -49,15 +49,15 @@ def save(
         ``keep-last``, which stays until a newer step is saved. Without one the
         options of kinds and the metadata of Variables are read.
       metadata: plain JSON that is kept with the step.
-      wait: False returns at once and writes beside the program. The model may be
-        changed and donated straight away. A failure is raised by the returned
-        object's ``wait`` or the next call about a checkpoint, or printed at exit.
+      wait: False returns at once and writes in a thread. The model may be changed and
+        donated at once. A failure is raised by the returned object's ``wait`` or by
+        the next call about a checkpoint, or printed at exit.
 
     Returns:
       A Saving, which has the ``path`` of the step.
 
     Raises:
-      ArgumentError: the step is no whole number, or the directory no path here.
+      ArgumentError: the step is no whole number, or the directory no local path.
       SaveError: something cannot be saved or written; nothing was committed.
       WriterError: another writer is at work in the directory.
       TraceError: it is called inside a transform.
@@ -75,15 +75,8 @@ def save(
     directory = files.local(directory)
     return begin(
         directory, root, files.step_number(step), only=only, policy=policy,
-        metadata=metadata, wait=wait, lock=lambda: files.Lock(directory),
+        metadata=metadata, wait=wait, lock=lambda: files.Lock(directory).release,
     )  # fmt: skip
-
-
-class Writes(Protocol):
-    """The lock on a directory, until it is released."""
-
-    def release(self) -> None:
-        """Releases the lock."""
 
 
 def begin(
@@ -95,36 +88,26 @@ def begin(
     policy: Policy | None,
     metadata: Any,
     wait: bool,
-    lock: Callable[[], Writes],
+    lock: Callable[[], Callable[[], None]],
     metrics: Mapping[str, float] | None = None,
     afterwards: Callable[[], None] = lambda: None,
 ) -> Saving:
-    """What ``save`` does; for ``save`` and the manager.
+    """Does the work of ``save``, for ``save`` and ``Checkpoints``.
 
-    Args:
-      directory: where the steps are.
-      root: what to save.
-      step: the number of the step.
-      only: a filter, or None.
-      policy: a Policy, or None.
-      metadata: plain JSON.
-      wait: whether to return only when all is done.
-      lock: takes the right to write, in process 0; it is released in the end.
-      metrics: numbers that the step is judged by.
-      afterwards: done by process 0 when the step is committed.
-
-    Returns:
-      The Saving.
+    In process 0 ``lock`` takes the right to write and returns what releases it, and
+    ``afterwards`` is called when the step is committed.
     """
     not_in_a_trace("save")
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
-    layout, held, folder, fault = None, None, "", ""
+    layout, folder, fault = None, "", ""
+    held = contextlib.ExitStack()
     try:
         check_json("metadata", metadata)
         layout = lay_out(root, only, policy, pin=not wait)
         if group.leads:
-            folder, held = files.new_folder(), lock()
+            folder = files.new_folder()
+            held.callback(lock())
     except Exception as e:
         if group.count == 1:
             raise
@@ -132,8 +115,7 @@ def begin(
     try:
         folder = _agreed(group, "begin", folder, fault)[0]
     except BaseException:
-        if held is not None:
-            held.release()
+        held.close()
         raise
     assert layout is not None  # noqa: S101 - else there was a fault
     manifest = Manifest(
@@ -142,11 +124,8 @@ def begin(
     )  # fmt: skip
 
     def work() -> None:
-        try:
+        with held:
             _write(directory, layout, manifest, group, afterwards)
-        finally:
-            if held is not None:
-                held.release()
 
     saving = Saving(directory, step, work)
     return saving.run() if wait else saving.start()
@@ -200,7 +179,7 @@ def _undo(directory: Path, manifest: Manifest) -> None:
 
 
 def _together(group: Group, round: str, what: str, do: Callable[[], None]) -> None:
-    """Does a part of the work in all processes; an error in one is raised in all."""
+    """Does a step of the work in all processes; an error in one is raised in all."""
     fault, cause = "", None
     try:
         with files.as_save_error(what, _NOTHING):
@@ -247,7 +226,7 @@ def _commit(directory: Path, layout: Layout, manifest: Manifest, group: Group) -
 
 
 def _retire(directory: Path, manifest: Manifest) -> None:
-    """Removes what the new step replaces, and what older ones kept only for a while."""
+    """Removes the step that is replaced, and ``keep-last`` leaves of older steps."""
     files.clean_step(directory / str(manifest.step), manifest.folder)
     for step in files.steps(directory):
         if step >= manifest.step:

@@ -18,7 +18,7 @@ from sortal.errors import DamagedError
 
 
 class Verified(NamedTuple):
-    """What was read, what is wrong with it, and what does not belong there."""
+    """What was read, its faults, and the files that the manifest does not list."""
 
     path: Path
     files: int
@@ -28,19 +28,7 @@ class Verified(NamedTuple):
 
 
 def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Path:
-    """The folder of a step.
-
-    Args:
-      path: the folder itself, or that of all steps.
-      step: which, in the second case.
-
-    Returns:
-      The folder.
-
-    Raises:
-      ArgumentError: the path is none, or an address such as ``gs://...``.
-      NoCheckpointError: there is none.
-    """
+    """The folder of a step; ``path`` is that folder, or the one of all steps."""
     path = files.local(path)
     if (path / NAME).is_file():
         return path
@@ -48,18 +36,7 @@ def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Path:
 
 
 def read_step(path: Path) -> Manifest:
-    """The manifest in the folder of a step.
-
-    Args:
-      path: the folder.
-
-    Returns:
-      The Manifest.
-
-    Raises:
-      DamagedError: it is damaged.
-      NoCheckpointError: there is none.
-    """
+    """The manifest in the folder of a step."""
     return files.read_manifest(path.parent, files.step_of(path))
 
 
@@ -68,20 +45,9 @@ def verify(
     step: int | str = "latest",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verified:
-    """Reads every file of a step.
+    """Reads every file of a step, given as for ``open_step``.
 
-    Args:
-      path: the folder of the step, or that of all steps.
-      step: which, in the second case.
-      progress: called with the bytes read so far, and all there are.
-
-    Returns:
-      What was found.
-
-    Raises:
-      ArgumentError: the path is none, or an address such as ``gs://...``.
-      NoCheckpointError: there is no such step.
-      DamagedError: the manifest itself is damaged.
+    ``progress`` is called with the bytes read so far, and all there are.
     """
     folder = open_step(path, step)
     manifest = read_step(folder)

@@ -1,4 +1,4 @@
-"""Models as rows of facts, and these as text; and the command ``sortal``."""
+"""Reports on models as rows of data and as text, and the command ``sortal``."""
 
 from sortal._engine.tables import Table as Table
 from sortal._engine.tables import drawn as drawn

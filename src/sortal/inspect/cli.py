@@ -16,16 +16,10 @@ _PROGRAMS = {"demo": "sortal.demo.digits", "generate": "sortal.demo.generate"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command ``sortal``.
 
-    Args:
-      argv: the words after the command's name; those of this process if absent.
-
     Returns:
       The exit code: 0 if all went well, 1 where ``diff`` or ``verify`` found
       something, 2 without a command, where a package that is needed is missing or a
       file cannot be read, 130 if stopped from the keyboard.
-
-    Raises:
-      SystemExit: as argparse does, for ``--help``, ``--version`` and wrong words.
 
     Example:
       >>> main([])
@@ -34,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       2
     """
     parser = _parser()
-    # What follows a command is read by its program, imported only if it is run.
+    # A program parses its own arguments, and is imported only if it is run.
     known, rest = parser.parse_known_args(argv)
     if known.command is None:
         if rest:
@@ -54,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_files(options: argparse.Namespace) -> int:
-    """Runs the commands on files; 0 is well, 1 found something, 2 could not."""
+    """Runs the commands on files; returns the exit code, as ``main`` does."""
     from sortal.errors import SortalError
     from sortal.inspect import stored
 
@@ -160,11 +154,7 @@ def _add_file_commands(commands: Any) -> None:
 
 
 def version() -> str:
-    """The version installed; of a source tree that is not installed, ``(source)``.
-
-    Returns:
-      The version.
-    """
+    """The version installed; of a source tree that is not installed, ``(source)``."""
     try:
         return importlib.metadata.version("sortal")
     except importlib.metadata.PackageNotFoundError:

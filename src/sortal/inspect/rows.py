@@ -1,4 +1,4 @@
-"""Facts about a model as rows of plain data: leaves, kinds, filters, changes."""
+"""A model as rows of plain data: leaves, kinds, filters, changes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sortal._engine import variable
 from sortal._engine.foreign import is_kind, same_kind
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.nodes import LEAF, NODE
@@ -20,7 +21,7 @@ from sortal._engine.state import State
 from sortal._engine.variable import Param, Variable, describe
 from sortal.filters import At, Filter, OfType, WithTag, to_filter
 from sortal.functional import state as state_of
-from sortal.inspect.naming import BUILT_IN, full_name, labels
+from sortal.inspect.naming import full_name, labels
 
 Kind = type | None
 
@@ -32,7 +33,7 @@ _RECORDED = re.compile(
 )
 
 
-class Leaf(NamedTuple):
+class LeafRow(NamedTuple):
     """One leaf of a model: where it is, what it is, and how large."""
 
     path: Path
@@ -60,10 +61,10 @@ class KindRow(NamedTuple):
     largest: Path
 
 
-class Taken(NamedTuple):
+class Match(NamedTuple):
     """Which filter takes a leaf, by number from 1."""
 
-    leaf: Leaf
+    leaf: LeafRow
     by: int | None
     """The first filter that matches; None where none does."""
     also: tuple[int, ...]
@@ -71,20 +72,20 @@ class Taken(NamedTuple):
 
 
 class FilterRow(NamedTuple):
-    """What one filter does to the leaves."""
+    """How many leaves one filter takes."""
 
     number: int
     label: str
     takes: int
     elements: int
     matches: int
-    """How many leaves it would take if it came first."""
+    """How many leaves it would take if it were the first."""
 
 
 class Facts(NamedTuple):
     """What ``explain`` found."""
 
-    taken: tuple[Taken, ...]
+    taken: tuple[Match, ...]
     filters: tuple[FilterRow, ...]
     notes: tuple[str, ...]
 
@@ -97,23 +98,14 @@ class KindChange(NamedTuple):
     leaves: int
     changed: int
     paths: tuple[Path, ...]
-    """The paths that changed, appeared or went."""
+    """The paths that were changed, added or removed."""
     added: int
     removed: int
 
 
 # ------------------------------------------------------------------- leaves
-def leaves(model: Any) -> tuple[Leaf, ...]:
+def leaves(model: Any) -> tuple[LeafRow, ...]:
     """Every leaf of a model once, in order, with the other paths to it.
-
-    Args:
-      model: a Module, a State, or a container of Modules, Variables and arrays.
-
-    Returns:
-      One Leaf for each.
-
-    Raises:
-      StructureError: a static value in the model cannot be hashed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,31 +117,26 @@ def leaves(model: Any) -> tuple[Leaf, ...]:
     schema = plan.graphdef.schema
     names = labels(schema.kinds)
     aliases = _other_paths(plan.graphdef)
+    rows = zip(schema.paths, schema.kinds, plan.values(), strict=True)
     return tuple(
         _leaf(path, kind, names[kind], value, aliases.get(path, ()))
-        for path, kind, value in zip(
-            schema.paths, schema.kinds, plan.values(), strict=True
-        )
+        for path, kind, value in rows
     )
 
 
 def _leaf(
     path: Path, kind: Kind, label: str, value: Any, aliases: tuple[Path, ...]
-) -> Leaf:
+) -> LeafRow:
     sizes = [_size(x) for x in jax.tree.leaves(value, is_leaf=_is_abstract)]
     elements, size = sum(n for n, _, _ in sizes), sum(b for _, b, _ in sizes)
     dtypes = tuple(sorted({d for _, _, d in sizes}))
-    return Leaf(path, kind, label, show_value(value), elements, size, dtypes, aliases)
+    return LeafRow(
+        path, kind, label, show_value(value), elements, size, dtypes, aliases
+    )
 
 
 def show_value(value: Any) -> str:
     """A short text for any value that a Variable may hold.
-
-    Args:
-      value: an array, an abstract one, a number, a pytree of these, or None.
-
-    Returns:
-      The text.
 
     Example:
       >>> import jax
@@ -221,13 +208,9 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
 
 # -------------------------------------------------------------------- kinds
 def kinds(model: Any) -> tuple[KindRow, ...]:
-    """The leaves of a model counted by kind: parameters first, unlabelled last.
+    """The leaves of a model, or the rows of ``leaves``, counted by kind.
 
-    Args:
-      model: a Module, a State or a container; or the rows that ``leaves`` gave.
-
-    Returns:
-      One KindRow for each kind.
+    Parameters come first, unlabelled arrays last.
 
     Example:
       >>> import jax.numpy as jnp
@@ -236,13 +219,13 @@ def kinds(model: Any) -> tuple[KindRow, ...]:
       >>> row.label, row.leaves, row.elements, row.bytes
       ('Param', 2, 9, 36)
     """
-    given = isinstance(model, tuple) and all(isinstance(x, Leaf) for x in model)
-    rows: Sequence[Leaf] = model if given else leaves(model)
+    given = isinstance(model, tuple) and all(isinstance(x, LeafRow) for x in model)
+    rows: Sequence[LeafRow] = model if given else leaves(model)
     return tuple(_kind_row(group) for group in _by_kind(rows).values())
 
 
-def _by_kind(rows: Sequence[Leaf]) -> dict[Kind, list[Leaf]]:
-    groups: dict[Kind, list[Leaf]] = {}
+def _by_kind(rows: Sequence[LeafRow]) -> dict[Kind, list[LeafRow]]:
+    groups: dict[Kind, list[LeafRow]] = {}
     for row in sorted(rows, key=lambda r: _rank(r.kind, r.label)):
         groups.setdefault(row.kind, []).append(row)
     return groups
@@ -254,7 +237,7 @@ def _rank(kind: Kind, label: str) -> tuple[int, str]:
     return (0 if is_kind(kind, Param) else 1, label)
 
 
-def _kind_row(group: Sequence[Leaf]) -> KindRow:
+def _kind_row(group: Sequence[LeafRow]) -> KindRow:
     return KindRow(
         group[0].kind,
         group[0].label,
@@ -268,18 +251,7 @@ def _kind_row(group: Sequence[Leaf]) -> KindRow:
 
 # ------------------------------------------------------------------ filters
 def facts(model: Any, *filters: Any) -> Facts:
-    """What filters make of a model, without refusing any of it.
-
-    Args:
-      model: a Module, a State, or a container of Modules, Variables and arrays.
-      *filters: kinds, tags, ``...``, Filter objects, in the order of ``split``.
-
-    Returns:
-      The Facts.
-
-    Raises:
-      FilterError: a literal is no filter at all.
-      StructureError: a static value in the model cannot be hashed.
+    """Which filter takes which leaf, without refusing anything.
 
     Example:
       >>> import jax.numpy as jnp
@@ -297,7 +269,7 @@ def facts(model: Any, *filters: Any) -> Facts:
     taken = []
     for leaf, row in zip(rows, schema.rows(plan.view()), strict=True):
         hits = [n for n, f in enumerate(read, 1) if f.test(*row)]
-        taken.append(Taken(leaf, hits[0] if hits else None, tuple(hits[1:])))
+        taken.append(Match(leaf, hits[0] if hits else None, tuple(hits[1:])))
     table = tuple(
         _filter_row(n, names.get(f.type, "") if isinstance(f, OfType) else "", f, taken)
         for n, f in enumerate(read, 1)
@@ -314,7 +286,7 @@ def facts(model: Any, *filters: Any) -> Facts:
 
 
 def _filter_row(
-    number: int, label: str, read: Filter, taken: Sequence[Taken]
+    number: int, label: str, read: Filter, taken: Sequence[Match]
 ) -> FilterRow:
     mine = [t.leaf for t in taken if t.by == number]
     return FilterRow(
@@ -334,7 +306,7 @@ def _parts(filters: Iterable[Filter]) -> Iterator[Filter]:
 
 
 def _idle_filters(
-    table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Taken]
+    table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Match]
 ) -> Iterator[str]:
     for row in table:
         if row.takes or (isinstance(read[row.number - 1], WithTag) and not row.matches):
@@ -355,7 +327,7 @@ def _tag_hints(
     read: Sequence[Filter],
     paths: Sequence[Path],
     tags: Sequence[str],
-    rows: Sequence[Leaf],
+    rows: Sequence[LeafRow],
 ) -> Iterator[str]:
     texts = [f.tag for f in _parts(read) if isinstance(f, WithTag)]
     for text in texts:
@@ -378,7 +350,7 @@ def _tag_hints(
             yield f"{start}."
 
 
-def _wide_filters(read: Sequence[Filter], taken: Sequence[Taken]) -> Iterator[str]:
+def _wide_filters(read: Sequence[Filter], taken: Sequence[Match]) -> Iterator[str]:
     for number, f in enumerate(read, 1):
         if not isinstance(f, OfType):
             continue
@@ -390,7 +362,7 @@ def _wide_filters(read: Sequence[Filter], taken: Sequence[Taken]) -> Iterator[st
             )
 
 
-def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
+def _namesakes(rows: Sequence[LeafRow], named: Sequence[type]) -> Iterator[str]:
     """Kinds of one name that are different classes, built-in ones included."""
     present = [row.kind for row in rows if row.kind is not None]
     seen = list(dict.fromkeys([*present, *named]))
@@ -400,14 +372,19 @@ def _namesakes(rows: Sequence[Leaf], named: Sequence[type]) -> Iterator[str]:
         if not any(same_kind(kind, other) for other in group):
             group.append(kind)
     for name, group in groups.items():
-        built_in = BUILT_IN.get(name)
+        built_in = _built_in(name)
         if built_in and not any(same_kind(built_in, other) for other in group):
             group.insert(0, built_in)
         if len(group) > 1:
             yield _namesake_note(name, group, rows)
 
 
-def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> str:
+def _built_in(name: str) -> Kind:
+    found = getattr(variable, name, None)
+    return found if getattr(found, "__module__", "") == "sortal" else None
+
+
+def _namesake_note(name: str, group: Sequence[type], rows: Sequence[LeafRow]) -> str:
     places = []
     for kind in group:
         at = [show(row.path) for row in rows if row.kind is kind]
@@ -422,11 +399,11 @@ def _namesake_note(name: str, group: Sequence[type], rows: Sequence[Leaf]) -> st
     return text if below else f"{text} A filter by one does not take the other."
 
 
-def _trained_statistics(rows: Sequence[Leaf]) -> Iterator[str]:
+def _trained_statistics(rows: Sequence[LeafRow]) -> Iterator[str]:
     for kind, group in _by_kind(rows).items():
         if not is_kind(kind, Param):
             continue
-        built_in = BUILT_IN.get(kind.__name__)
+        built_in = _built_in(kind.__name__)
         if (built_in or _RECORDED.search(kind.__name__)) and not same_kind(
             kind, built_in
         ):
@@ -453,13 +430,6 @@ def _and(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------ changes
 def differences(before: Any, after: Any) -> tuple[KindChange, ...]:
     """How many leaves of each kind differ, bit for bit, between two states.
-
-    Args:
-      before: a State, or anything that ``sortal.state`` takes.
-      after: the same, later.
-
-    Returns:
-      One KindChange for each kind of either.
 
     Example:
       >>> import jax.numpy as jnp
@@ -525,15 +495,14 @@ def _same_bits(x: Any, y: Any) -> bool:
         return x == y or repr(x) == repr(y)
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
-    a, b = _bits(x), _bits(y)
-    return a.tobytes() == b.tobytes()
+    return _bits(x) == _bits(y)
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
-def _bits(x: Any) -> np.ndarray:
+def _bits(x: Any) -> bytes:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    return np.asarray(x)
+    return np.asarray(x).tobytes()

@@ -33,11 +33,7 @@ def short(kind: str | None) -> str:
 
 # ---------------------------------------------------------------------------- inspect
 class Contents(Report):
-    """What is in a file or folder of arrays.
-
-    Args:
-      opened: what was opened.
-    """
+    """What is in a file or folder of arrays."""
 
     def __init__(self, opened: Opened):
         self.opened = opened
@@ -113,16 +109,13 @@ def inspect(path: str, step: int | str = "latest") -> Contents:
     Args:
       path: a checkpoint of Sortal or Orbax, or a file of safetensors, NumPy or GGUF.
       step: which step, in a folder of steps.
-
-    Returns:
-      The Contents.
     """
     return Contents(open_arrays(path, step))
 
 
 # ------------------------------------------------------------------------------- diff
 class Change(NamedTuple):
-    """How one leaf differs between two checkpoints; in full where both have it."""
+    """How one leaf differs between two checkpoints."""
 
     path: tuple[Any, ...]
     kind: str | None
@@ -134,14 +127,7 @@ class Change(NamedTuple):
 
 
 class Compared(Report):
-    """How two files of arrays differ.
-
-    Args:
-      old: the first.
-      new: the second.
-      rows: one Change for each leaf that differs.
-      leaves: how many leaves of each kind both have.
-    """
+    """How two files of arrays differ."""
 
     def __init__(
         self, old: Opened, new: Opened, rows: list[Change], leaves: Counter[Any]
@@ -190,16 +176,7 @@ class Compared(Report):
 def diff(
     a: str, b: str, steps: tuple[int | str, int | str] = ("latest", "latest")
 ) -> Compared:
-    """Compares structure and values of two files or folders.
-
-    Args:
-      a: as for ``inspect``.
-      b: another, of the same format or not.
-      steps: which step of each.
-
-    Returns:
-      What differs.
-    """
+    """Compares structure and values of two files or folders."""
     old, new = open_arrays(a, steps[0]), open_arrays(b, steps[1])
     mine = {e.name: e for e in old.entries}
     theirs = {e.name: e for e in new.entries}
@@ -246,7 +223,7 @@ def _distance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
         apart = np.abs(x.astype(wide) - y.astype(wide))
-    # NaN in one alone counts as the largest difference.
+    # NaN in only one of the two counts as the largest difference.
     odd = np.isnan(apart) & ~(np.isnan(x.astype(wide)) & np.isnan(y.astype(wide)))
     apart = np.where(odd, np.inf, np.nan_to_num(apart, nan=0.0, posinf=np.inf))
     differs = np.ascontiguousarray(x).reshape(-1).view(np.uint8) != (
@@ -258,11 +235,7 @@ def _distance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 # ----------------------------------------------------------------------------- verify
 class Checked(Report):
-    """What ``verify`` found.
-
-    Args:
-      found: what it found.
-    """
+    """What ``verify`` found."""
 
     def __init__(self, found: Verified):
         self.found = found
@@ -287,16 +260,7 @@ class Checked(Report):
 
 
 def check(path: str, step: int | str, progress: Callable[[int, int], None]) -> Checked:
-    """Reads every byte of a step; reports a step without a readable manifest.
-
-    Args:
-      path: a step, or a folder of steps.
-      step: which, in the second case.
-      progress: called with the bytes read so far, and all there are.
-
-    Returns:
-      What was found.
-    """
+    """Reads every byte of a step; a damaged manifest is a fault in the report too."""
     try:
         return Checked(verify(path, step, progress))
     except DamagedError as e:
@@ -313,12 +277,6 @@ def convert(source: str, target: str, step: int | str = "latest") -> int:
       target: a file ``.safetensors`` or ``.npz``; ``orbax:FOLDER``; else a folder of
         steps of Sortal, where it becomes a step of the same number, or 0.
       step: which step of the source.
-
-    Returns:
-      How many arrays were written.
-
-    Raises:
-      SaveError: something in it cannot be written so.
     """
     opened = open_arrays(source, step)
     if opened.format == "gguf" and (odd := [e for e in opened.entries if _packed(e)]):

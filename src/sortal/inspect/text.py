@@ -1,4 +1,4 @@
-"""Facts as tables: what ``explain``, ``tabulate`` and ``changes`` return."""
+"""Reports as tables: what ``explain``, ``tabulate`` and ``changes`` return."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from typing import Any
 from sortal._engine.paths import show
 from sortal._engine.tables import Report, Table
 from sortal.inspect import rows as _rows
-from sortal.inspect.rows import FilterRow, KindChange, KindRow, Leaf, Taken
+from sortal.inspect.rows import FilterRow, KindChange, KindRow, LeafRow, Match
 
 
 class Explanation(Report):
-    """What filters take of a model; made by ``explain``.
-
-    Args:
-      facts: the rows it shows.
+    """Which leaves of a model each filter takes; made by ``explain``.
 
     Attributes:
-      rows: one Taken for each leaf.
+      rows: one Match for each leaf.
       filters: one FilterRow for each filter.
       left_over: the leaves that no filter takes.
       notes: sentences about what may not be meant.
     """
 
     def __init__(self, facts: _rows.Facts):
-        self.rows: tuple[Taken, ...] = facts.taken
+        self.rows: tuple[Match, ...] = facts.taken
         self.filters: tuple[FilterRow, ...] = facts.filters
         self.notes = facts.notes
-        self.left_over: tuple[Leaf, ...] = tuple(
+        self.left_over: tuple[LeafRow, ...] = tuple(
             row.leaf for row in facts.taken if row.by is None and facts.filters
         )
 
@@ -63,15 +60,12 @@ class Explanation(Report):
 class Summary(Report):
     """A model counted by kind and by leaf; made by ``tabulate``.
 
-    Args:
-      leaves: the leaves.
-
     Attributes:
       rows: one KindRow for each kind.
-      leaves: one Leaf for each leaf.
+      leaves: one LeafRow for each leaf.
     """
 
-    def __init__(self, leaves: tuple[Leaf, ...]):
+    def __init__(self, leaves: tuple[LeafRow, ...]):
         self.leaves = leaves
         self.rows: tuple[KindRow, ...] = _rows.kinds(leaves)
 
@@ -104,9 +98,6 @@ class Summary(Report):
 
 class Changes(Report):
     """What differs between two states; made by ``changes``.
-
-    Args:
-      rows: the rows it shows.
 
     Attributes:
       rows: one KindChange for each kind.
@@ -190,13 +181,6 @@ def tabulate(model: Any, /) -> Summary:
 def changes(before: Any, after: Any, /) -> Changes:
     """Counts the leaves of each kind that differ, bit for bit, between two states.
 
-    Args:
-      before: a State, or anything that ``sortal.state`` takes.
-      after: the same, later.
-
-    Returns:
-      A Changes; print it, or read its ``rows``.
-
     Example:
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
@@ -210,12 +194,12 @@ def changes(before: Any, after: Any, /) -> Changes:
 
 
 # -------------------------------------------------------------------- cells
-def _leaf_table(leaves: Sequence[Leaf], notes: tuple[str, ...] = ()) -> Table:
+def _leaf_table(leaves: Sequence[LeafRow], notes: tuple[str, ...] = ()) -> Table:
     cells = [(_where(x), x.label, x.value, size(x.bytes)) for x in leaves]
     return Table("Leaves", ("path", "kind", "value", "bytes>"), tuple(cells), notes)
 
 
-def _where(leaf: Leaf) -> str:
+def _where(leaf: LeafRow) -> str:
     return "\n= ".join(map(show, (leaf.path, *leaf.aliases)))
 
 
@@ -230,12 +214,6 @@ def _some(names: Sequence[str]) -> str:
 
 def size(count: int) -> str:
     """A number of bytes with a unit.
-
-    Args:
-      count: bytes.
-
-    Returns:
-      The text.
 
     Example:
       >>> size(512), size(20_480), size(3 * 10**9)

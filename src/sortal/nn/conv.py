@@ -34,18 +34,7 @@ _WRAPPED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 def canonicalize_padding(padding: Padding, rank: int) -> str | Pairs:
-    """Padding as JAX takes it.
-
-    Args:
-      padding: a name; a number for both sides of every axis; or, for each axis, a
-        number for both sides or a pair (low, high).
-      rank: the number of spatial axes.
-
-    Returns:
-      The name, or a list of pairs.
-
-    Raises:
-      ArgumentError: it is none of these.
+    """Padding as JAX takes it: a name, or a pair (low, high) for each of ``rank`` axes.
 
     Example:
       >>> canonicalize_padding((1, (0, 2)), 2)

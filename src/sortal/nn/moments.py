@@ -93,7 +93,9 @@ class Norm(Module):
         return mean, jnp.maximum(0.0, square - _squared(mean))
 
     def _means(self, axes: tuple[int, ...], mask: Any, *arrays: Any) -> tuple[Any, ...]:
-        means = tuple(jnp.mean(a, axes, keepdims=True, where=mask) for a in arrays)
+        means = tuple(
+            jnp.expand_dims(jnp.mean(a, axes, where=mask), axes) for a in arrays
+        )
         if self.axis_name is None:
             return means
         # One collective for all means.

@@ -35,14 +35,6 @@ def modified_orthogonal(
 
     JAX makes none in half precision, so they are made in JAX's default dtype and cast.
 
-    Args:
-      key: the random key.
-      shape: the shape of the matrix.
-      dtype: its dtype.
-
-    Returns:
-      The matrix.
-
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
@@ -173,19 +165,9 @@ class _Cell(RNNCellBase):
         rngs: Rngs | RngStream | None = None,
         carry_init: Initializer | None = None,
     ) -> Any:
-        """The carry before the first step.
+        """The carry before the first step; a pair of arrays for LSTM cells.
 
-        Args:
-          input_shape: shape (*batch, in_features) of the input of one step.
-          rngs: streams, of which ``carry`` is taken, or a stream; those kept by the
-            cell if absent.
-          carry_init: its initialiser; that of the cell if absent, or else zeros.
-
-        Returns:
-          An array (*batch, hidden_features); a pair of such for LSTM cells.
-
-        Raises:
-          ArgumentError: there is no source of keys.
+        Without ``carry_init``, that of the cell is used, or else zeros.
         """
         rngs = self.rngs if rngs is None else rngs
         stream = rngs.carry if is_rngs(rngs) else rngs

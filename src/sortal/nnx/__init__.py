@@ -1,7 +1,7 @@
 """Flax NNX's names: `from sortal import nnx` in the place of `from flax import nnx`.
 
-Here stands what exists for NNX code alone, and what takes more keywords for its sake.
-Every other name is the one of ``sortal``: the classes of both are the same.
+This package has the names that exist for NNX code alone, and functions that take more
+keywords for NNX code. Every other name is that of ``sortal``, the same object.
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Flax Linen modules in models and models in Linen, where NNX code looks for them."""
+"""Flax Linen modules in models and models in Linen, by NNX's module name."""
 
 from sortal._engine.annotations import with_partitioning as with_partitioning
 from sortal.interop import linen

@@ -1,4 +1,4 @@
-"""What a call sows, returned instead of left in the model."""
+"""capture: returns what a call sows, instead of leaving it in the model."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from sortal.errors import PathAttributeError
 
 
 def _guarded(base: type, names: str) -> Callable[[type], type]:
-    """Makes methods that change a container refuse to in a trace of another's."""
+    """Makes methods refuse to change a container that another trace owns."""
 
     def method(name: str) -> Callable[..., Any]:
         change = getattr(base, name)
@@ -42,7 +42,7 @@ def _guarded(base: type, names: str) -> Callable[[type], type]:
     "__iadd__ __imul__",
 )
 class List(list):
-    """A list of modules, Variables or arrays; a plain list does just as well.
+    """A list of modules, Variables or arrays; a plain list works as well.
 
     Args:
       *args: one iterable of the elements; none if absent.
@@ -62,7 +62,7 @@ class List(list):
         return self
 
     def __reduce__(self) -> Any:
-        return (type(self), (list(self),))
+        return (type(self), (), None, iter(list(self)))
 
 
 _set_list_trace: Callable[[List, Any], None] = List.__dict__["_trace"].__set__
@@ -105,9 +105,9 @@ class Dict(dict):
             raise PathAttributeError(_no_item(self, name))
         del self[name]
 
-    # Items are attributes, so the instance needs and keeps no attributes of its own.
+    # Items are passed last, so that copies keep cycles. They are the only attributes.
     def __reduce__(self) -> Any:
-        return (type(self), (dict(self),))
+        return (type(self), (), None, None, iter(list(self.items())))
 
 
 _set_dict_trace: Callable[[Dict, Any], None] = Dict.__dict__["_trace"].__set__
@@ -115,14 +115,6 @@ _set_dict_trace: Callable[[Dict, Any], None] = Dict.__dict__["_trace"].__set__
 
 def _no_item(items: Dict, name: str) -> str:
     return f"Dict has no item {name!r}; it has {sorted(map(str, items))}."
-
-
-def _flatten_list(x: List) -> tuple[list[Any], None]:
-    return list(x), None
-
-
-def _flatten_list_with_keys(x: List) -> tuple[list[Any], None]:
-    return [(jtu.SequenceKey(i), v) for i, v in enumerate(x)], None
 
 
 def _flatten_dict(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
@@ -135,7 +127,12 @@ def _flatten_dict_with_keys(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
     return [(jtu.DictKey(k), x[k]) for k in keys], keys
 
 
-register_pytree(List, _flatten_list, _flatten_list_with_keys, lambda _, xs: List(xs))
+register_pytree(
+    List,
+    lambda x: (list(x), None),
+    lambda x: ([(jtu.SequenceKey(i), v) for i, v in enumerate(x)], None),
+    lambda _, xs: List(xs),
+)
 register_pytree(
     Dict,
     _flatten_dict,

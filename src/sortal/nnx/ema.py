@@ -1,4 +1,4 @@
-"""The moving average as NNX code makes it."""
+"""The moving average with NNX's keywords."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The filters, where NNX code looks for them."""
+"""The filters, by NNX's module name."""
 
 from sortal._engine.paths import Path
 from sortal.filters import All as All

@@ -1,4 +1,4 @@
-"""The verbs over live objects, where NNX code looks for them."""
+"""The verbs over live objects, by NNX's module name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Keywords of NNX that change nothing here: taken, and handed on to nothing.
+"""Keywords of NNX that are accepted and have no effect.
 
-Flax NNX has two modes, which ``graph`` and ``graph_updates`` choose between. Sortal has
-one: what modules share, and edits of their structure, always go through transforms.
+Flax NNX has two modes; ``graph`` and ``graph_updates`` choose one. Sortal has one mode:
+shared objects and edits of their structure always go through transforms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def ignoring(*names: str, empty: tuple[str, ...] = ()) -> Callable[[Any], Any]:
 
     Args:
       *names: the keywords.
-      empty: those that would have an effect, and are taken only where it is none.
+      empty: keywords that would have an effect in NNX; only empty values are taken.
 
     Returns:
       A decorator. What it makes has the function's name, its documentation and its
@@ -38,16 +38,16 @@ def ignoring(*names: str, empty: tuple[str, ...] = ()) -> Callable[[Any], Any]:
                         del kwargs[name]
             return function(*args, **kwargs)
 
-        face: Any = taking
-        face.__signature__ = _signature(function, (*names, *empty))
-        face.__doc__ = _documentation(function, names, empty)
-        return face
+        made: Any = taking
+        made.__signature__ = _signature(function, (*names, *empty))
+        made.__doc__ = _documentation(function, names, empty)
+        return made
 
     return decorate
 
 
 def _signature(function: Any, names: tuple[str, ...]) -> inspect.Signature:
-    """The function's, with the keywords where it refused what it did not know."""
+    """The function's signature, with the keywords in place of ``**_unknown``."""
     known = inspect.signature(function)
     parameters = list(known.parameters.values())
     last = []
@@ -64,7 +64,7 @@ def _signature(function: Any, names: tuple[str, ...]) -> inspect.Signature:
 def _documentation(
     function: Any, names: tuple[str, ...], empty: tuple[str, ...]
 ) -> str:
-    """The function's, with the keywords at the end of its section of arguments."""
+    """The function's docstring, with the keywords at the end of its Args section."""
     text = inspect.cleandoc(function.__doc__ or "")
     before, args, after = text.partition("Args:\n")
     told, gap, rest = after.partition("\n\n")

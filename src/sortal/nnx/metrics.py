@@ -1,4 +1,4 @@
-"""Metrics, where NNX code looks for them."""
+"""Metrics, by NNX's module name."""
 
 from sortal.training.metrics import Accuracy as Accuracy
 from sortal.training.metrics import Average as Average

@@ -1,4 +1,4 @@
-"""Modules and walks over them, where NNX code looks for them."""
+"""Modules and walks over them, by NNX's module name."""
 
 from sortal import module
 from sortal._engine.graphdef import GraphDef as GraphDef

@@ -1,8 +1,8 @@
-"""What NNX code also calls a Variable's value, kind and axes.
+"""Other names that NNX code has for a Variable's value, kind and axes.
 
-Layers make Variables of Sortal's own kinds, and NNX code that is given one knows it by
-these names. They are put on the class when ``sortal.nnx`` is imported, and only add to
-it: before, each is an error, or is looked for in the value and the metadata.
+Layers make Variables of Sortal's kinds, and NNX code uses them by these names. The
+import of ``sortal.nnx`` adds the names to the class. Until then each of them is an
+error, or an attribute of the value or the metadata.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sortal.nnx.keywords import ignoring
 
 
 class OldNames:
-    """The part of a Variable that NNX code alone knows."""
+    """The attributes of a Variable that only NNX code uses."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Optimizers as NNX code makes them."""
+"""Optimizers with NNX's keywords."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ModelAndOptimizer(Optimizer):
 
         Args:
           grads: a State or nested dict with exactly the leaves that ``wrt`` takes.
-          **kwargs: handed to ``tx.update``.
+          **kwargs: passed to ``tx.update``.
 
         Returns:
           The updates that were added to the parameters, as a State.

@@ -1,4 +1,4 @@
-"""Compiled functions with some arguments given beforehand."""
+"""Compiled functions with their first arguments bound."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def cached_partial(
     graph: bool | None = None,
     graph_updates: bool | None = None,
 ) -> Callable[..., Any]:
-    """A function with its first arguments given, as NNX code makes them.
+    """A function with its first arguments bound: ``functools.partial``.
 
-    It is ``functools.partial``: plans of models are kept anyway, so that nothing is
-    gained by it, and nothing forbidden inside the function.
+    Sortal keeps the plans of models in any case, so this is not faster, and does not
+    restrict what the function may do.
 
     Args:
       f: a function, such as ``jit`` returns.
@@ -44,7 +44,7 @@ def cached_partial(
 def jit_partial(
     fun: Callable[..., Any], *partial_args: Any, **options: Any
 ) -> Callable[..., Any]:
-    """``jit`` of a function with its first arguments given.
+    """``jit`` of a function with its first arguments bound.
 
     Args:
       fun: the function.

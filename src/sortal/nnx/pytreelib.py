@@ -1,4 +1,4 @@
-"""Pytree and its marks, where NNX code looks for them."""
+"""Pytree and its marks, by NNX's module name."""
 
 from sortal._engine.marks import data as data
 from sortal._engine.marks import static as static

@@ -1,4 +1,4 @@
-"""Random streams, where NNX code looks for them."""
+"""Random streams, by NNX's module name."""
 
 from sortal import random
 from sortal._engine.variable import RngCount as RngCount

@@ -1,4 +1,4 @@
-"""Partition specs and shardings of models, where NNX code looks for them."""
+"""Partition specs and shardings of models, by NNX's module name."""
 
 from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
 from sortal._engine.annotations import with_partitioning as with_partitioning

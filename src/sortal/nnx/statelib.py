@@ -1,4 +1,4 @@
-"""The State verbs of NNX as functions; each is the method of the same name."""
+"""NNX's functions of States; most call the State method of the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which trace is current, as NNX code asks."""
+"""Which trace is current, by NNX's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nested mappings flattened to one level and back, as NNX code does it."""
+"""Nested mappings flattened to one level and back, by NNX's names."""
 
 from __future__ import annotations
 

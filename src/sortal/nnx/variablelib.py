@@ -1,4 +1,4 @@
-"""Variables and kinds, where NNX code looks for them."""
+"""Variables and kinds, by NNX's module name."""
 
 from typing import TypeVar
 

@@ -1,13 +1,11 @@
-"""Views: modules of other settings around the same Variables."""
+"""Views: modules with other settings that hold the same Variables."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sortal.errors import ArgumentError
-from sortal.filters import to_filter
 from sortal.functional import clone
-from sortal.module import iter_modules
+from sortal.module import set_where_present
 
 
 def view(
@@ -43,17 +41,6 @@ def view(
       >>> frozen.mean is model.mean
       True
     """
-    new, chosen = clone(node, variables=False), to_filter(only)
-    modules = [m for path, m in iter_modules(new) if chosen(path, m)]
-    absent = [n for n in kwargs if not any(hasattr(m, n) for m in modules)]
-    if absent and raise_if_not_found:
-        raise ArgumentError(
-            f"no module of {len(modules)} chosen has the attribute "
-            f"{', '.join(map(repr, absent))}. Check the spelling and only=, or pass "
-            "raise_if_not_found=False."
-        )
-    for module in modules:
-        for name, value in kwargs.items():
-            if hasattr(module, name):
-                setattr(module, name, value)
+    new = clone(node, variables=False)
+    set_where_present(new, only, kwargs, raise_if_not_found)
     return new

@@ -19,10 +19,10 @@ View = Callable[[], Sequence[Any]]
 
 
 class Policy:
-    """The table from filter to Rule that every pipeline reads its own column of.
+    """A table from filter to Rule; each pipeline reads one column of it.
 
-    In each column the first row counts that takes the leaf and has an answer; so the
-    narrower filter comes first. A Variable's own metadata of the column's name comes
+    In each column the first row counts that takes the leaf and has an answer, so write
+    the narrower filter first. A Variable's own metadata of the column's name comes
     before all rows, an option of its kind (``class BatchStat(Variable, axis=0)``)
     after them. ``policy | other`` has the rows of both, those of ``policy`` first.
 
@@ -73,7 +73,7 @@ class Policy:
 
         Raises:
           PolicyError: there is no such column; a leaf has no answer and no default is
-            given; a kind or a Variable has an answer of the wrong sort; or a filter
+            given; a kind or a Variable has an answer of the wrong type; or a filter
             looks at values and ``view`` is None. All leaves concerned are listed.
         """
         found = self._find(name, schema, view)
@@ -117,8 +117,8 @@ class Policy:
         left = [i for i in asked if found.by[i] is None and trainable[i]]
         _check_answered("optimizer", schema, left)
         self._check_rows_train(found, schema)
-        mine = range(len(schema)) if wrt is UNSET else asked
-        groups = dict.fromkeys(found.answers[i] for i in mine if trainable[i])
+        at = range(len(schema)) if wrt is UNSET else asked
+        groups = dict.fromkeys(found.answers[i] for i in at if trainable[i])
         used = [tx for tx in groups if tx is not None and tx is not UNSET]
         if not used:
             raise PolicyError(
@@ -133,7 +133,7 @@ class Policy:
         return dict(zip(filters, used, strict=True))
 
     def table(self, model: Any) -> PolicyTable:
-        """What becomes of every leaf in every pipeline, before anything runs.
+        """What every pipeline does with every leaf, before anything runs.
 
         Args:
           model: a Module, a State, or a container of Modules, Variables and arrays.
@@ -142,7 +142,7 @@ class Policy:
           A PolicyTable; print it, or read its ``rows``.
 
         Raises:
-          PolicyError: a kind or a Variable has an answer of the wrong sort.
+          PolicyError: a kind or a Variable has an answer of the wrong type.
           StructureError: a static value in the model cannot be hashed.
         """
         plan = bind(model)
@@ -165,7 +165,7 @@ class Policy:
         return self._ask(name, schema, view())
 
     def is_structural(self, name: str) -> bool:
-        """Whether structure alone decides a column."""
+        """Whether the answers of a column depend on structure alone."""
         return all(f.structural for _, f, _ in self._answering(name))
 
     def _answering(self, name: str) -> Iterator[tuple[int, Filter, Any]]:
@@ -192,7 +192,7 @@ class Policy:
     def decide(
         self, name: str, path: Path, kind: Kind, metadata: Mapping, leaf: Any
     ) -> tuple[Any, Any]:
-        """The answer for one leaf in a column, and who gave it; UNSET and None."""
+        """The answer for one leaf and what gave it; UNSET and None if nothing did."""
         own = metadata.get(name, UNSET)
         if own is not UNSET:
             return own, "metadata"
@@ -264,7 +264,7 @@ def _rows(rules: Any) -> tuple[tuple[Filter, Rule], ...]:
 
 
 def _from_rows(rows: tuple[tuple[Filter, Rule], ...]) -> Policy:
-    # A mapping cannot hold one filter twice; two Policies joined may.
+    # A mapping cannot hold one filter twice, but two joined Policies can.
     made = Policy({})
     object.__setattr__(made, "rows", rows)
     object.__setattr__(made, "_hash", hash(rows))
@@ -281,21 +281,7 @@ def answers(
     view: View | None = None,
     default: Any = UNSET,
 ) -> list[Any]:
-    """One answer for each leaf, from a Policy or from kinds and metadata alone.
-
-    Args:
-      name: the column, a field of Rule.
-      schema: the leaves.
-      given: the Policy, or None where there is none.
-      view: gives the leaves themselves, for filters that look at values.
-      default: the answer for leaves that have none.
-
-    Returns:
-      The answers, in order.
-
-    Raises:
-      PolicyError: as ``Policy.column``.
-    """
+    """``Policy.column``; without a Policy, kinds and metadata alone give answers."""
     return (_EMPTY if given is None else given).column(name, schema, view, default)
 
 
@@ -321,11 +307,7 @@ def _check_answered(name: str, schema: Schema, left: Sequence[int]) -> None:
 
 @dataclass(frozen=True, repr=False)
 class TrainedBy(Filter):
-    """Takes the leaves that a Policy has one optax transformation train.
-
-    Args:
-      policy: the Policy.
-      tx: the transformation.
+    """Takes the leaves that one optax transformation of a Policy trains.
 
     Example:
       >>> import optax
@@ -341,8 +323,7 @@ class TrainedBy(Filter):
 
     @property
     def structural(self) -> bool:  # type: ignore[override]
-        asked = map(self.policy.is_structural, ("optimizer", "trainable"))
-        return all(asked)
+        return all(map(self.policy.is_structural, ("optimizer", "trainable")))
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         row = (path, kind, metadata, leaf)

@@ -1,4 +1,4 @@
-"""Rule: what each pipeline does with a leaf, and how that prints."""
+"""Rule: what each pipeline does with a leaf."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class _UnsetType:
 
 
 UNSET: Any = _UnsetType()
-"""Stands where a Rule gives no answer."""
+"""The value of a column in which a Rule gives no answer."""
 
 
 # ------------------------------------------------------------- what may be answered
 class Column(NamedTuple):
-    """What answers a column takes, in code and in words, and an example."""
+    """Which answers a column takes, as a test and as text, and an example."""
 
     fits: Callable[[Any], bool]
     expected: str
@@ -50,7 +50,7 @@ def _is_spec(x: Any) -> bool:
 
 
 def _is_transformation(x: Any) -> bool:
-    # The function `optax.adam` itself, not called, has neither.
+    # `optax.adam` without the call is a mistake; it has neither attribute.
     parts = (getattr(x, "init", None), getattr(x, "update", None))
     return x is None or (all(map(callable, parts)) and not isinstance(x, type))
 
@@ -87,14 +87,7 @@ COLUMNS: dict[str, Column] = {
 
 
 def fault(name: str, answer: Any) -> str:
-    """What is wrong with an answer.
-
-    Args:
-      name: the column.
-      answer: what was given there.
-
-    Returns:
-      The answer and what is expected; empty where nothing is wrong.
+    """What is wrong with an answer; empty where nothing is.
 
     Example:
       >>> fault("reduce", "avarage")[:32], fault("reduce", "mean")
@@ -115,12 +108,12 @@ class Rule:
     Args:
       axis: the axis that ``vmap`` or ``scan`` maps over: an int, None for what all
         replicas share, or in ``scan`` also ``Carry``.
-      reduce: what becomes of a leaf of axis None that replicas write with different
-        values: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a function from the
+      reduce: how the different values that replicas write to a leaf of axis None are
+        combined: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a function from the
         values, stacked along axis 0, to one. None refuses such a write.
       spec: a ``PartitionSpec`` or ``Sharding``; None leaves it to JAX.
       checkpoint: ``"keep"``, ``"drop"``, or ``"keep-last"`` for the newest one only.
-      donate: whether the buffer may be given away to a compiled function.
+      donate: whether the buffer may be donated to a compiled function.
       optimizer: the optax transformation that trains the leaf, or None for frozen.
       trainable: False freezes the leaf whatever its optimizer.
 
@@ -169,15 +162,7 @@ class Rule:
 
 # -------------------------------------------------------------------- answers as text
 def format_answer(name: str, answer: Any) -> str:
-    """An answer as code, or nearly.
-
-    Args:
-      name: the column.
-      answer: what a Rule, a kind or metadata says.
-
-    Returns:
-      The text. Of an optax transformation the type's name: it does not know what
-      made it.
+    """An answer as code, where it can be; an optax transformation as its type's name.
 
     Example:
       >>> format_answer("spec", jax.sharding.PartitionSpec(None, "model"))

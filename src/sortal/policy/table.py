@@ -18,7 +18,7 @@ Rows = Sequence[tuple[Filter, Rule]]
 
 
 class Found(NamedTuple):
-    """One column of some leaves: the answers, and who gives each.
+    """One column of some leaves: the answers, and what gives each.
 
     ``by`` holds the number of a row, ``"metadata"``, ``"kind"``, or None.
     """
@@ -28,15 +28,7 @@ class Found(NamedTuple):
 
 
 # In the order of a training program: trained, mapped, placed, saved.
-SHOWN = (
-    "optimizer",
-    "trainable",
-    "axis",
-    "reduce",
-    "spec",
-    "donate",
-    "checkpoint",
-)
+SHOWN = ("optimizer", "trainable", "axis", "reduce", "spec", "donate", "checkpoint")
 # Pipelines refuse a leaf without an answer in these; the others have a default, such as
 # to keep it and not to donate it.
 _NEEDED = frozenset({"axis", "optimizer", "spec"})
@@ -51,26 +43,20 @@ class PolicyRow(NamedTuple):
     """The kind's name, qualified where another kind here has the same one."""
     paths: tuple[Path, ...]
     answers: dict[str, Any]
-    """Column to answer; what has none is left out."""
+    """From column to answer; columns without an answer are left out."""
 
 
 class PolicyTable(Report):
     """What a Policy does with each leaf of a model; made by ``Policy.table``.
 
-    Args:
-      rules: the rows of the Policy.
-      graphdef: the structure of the model.
-      leaves: the leaves as filters see them.
-      every: each column's answers, and who gives them.
-
     Attributes:
       rows: one PolicyRow for leaves of one kind with equal answers.
       columns: the columns that have an answer for some leaf.
-      unanswered: column to the paths that need an answer there and have none.
-      idle: number of a row, from 1, to those of its columns that decide nothing.
+      unanswered: from column to the paths that need an answer there and have none.
+      idle: from the number of a row (1 is the first) to its columns without effect.
       notes: sentences about what is unanswered or idle.
-      optimizers: name of each optax transformation in the table to the filters whose
-        rows give it; ``"metadata"`` or ``"kind"`` where no row does.
+      optimizers: from the name of each optax transformation in the table to the
+        filters whose rows give it; ``"metadata"`` or ``"kind"`` where no row does.
     """
 
     def __init__(
@@ -171,11 +157,7 @@ def _left(name: str, schema: Schema, every: Mapping[str, Found]) -> list[int]:
         return left
     frozen = every["trainable"].answers
     kinds = schema.kinds
-    return [i for i in left if _is_param(kinds[i]) and frozen[i] is not False]
-
-
-def _is_param(kind: Kind) -> bool:
-    return kind is not None and is_kind(kind, Param)
+    return [i for i in left if is_kind(kinds[i], Param) and frozen[i] is not False]
 
 
 def _left_note(name: str, schema: Schema, at: Sequence[int]) -> str:
@@ -184,7 +166,7 @@ def _left_note(name: str, schema: Schema, at: Sequence[int]) -> str:
 
 
 def _idle(rules: Rows, every: Mapping[str, Found]) -> dict[int, tuple[str, ...]]:
-    """The rows that decide nothing in some column, or have none, and the columns."""
+    """The rows without effect in some column, or without a column, and the columns."""
     found = {}
     for number, (_, rule) in enumerate(rules, 1):
         given = [name for name, _ in rule.given()]
@@ -233,7 +215,7 @@ def _cell(name: str, answers: Mapping[str, Any], names: Mapping[Any, str]) -> st
 def _named(
     rules: Rows, found: Found
 ) -> tuple[dict[Any, str], dict[str, tuple[str, ...]]]:
-    """A name for each optax transformation, and who gives it."""
+    """A name for each optax transformation, and the rows that give it."""
     given: dict[Any, dict[str, None]] = {}
     for tx, by in zip(found.answers, found.by, strict=True):
         if tx is not None and tx is not UNSET:

@@ -1,4 +1,4 @@
-"""Names of array axes: the partition spec they stand for, and arrays put on a mesh."""
+"""Partition specs from names of array axes, and new arrays put on a mesh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _eager: contextvars.ContextVar[bool] = contextvars.ContextVar("eager", default=T
 
 @contextlib.contextmanager
 def logical_axis_rules(rules: Any) -> Iterator[None]:
-    """Says, within a ``with`` block, which mesh axes the names of array axes stand for.
+    """Maps names of array axes to mesh axes, within a ``with`` block.
 
     Args:
       rules: pairs of a name and a mesh axis, a tuple of mesh axes, or None.
@@ -45,10 +45,10 @@ def logical_axis_rules(rules: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_eager_sharding(value: bool, /) -> Iterator[None]:
-    """Says, within a ``with`` block, whether new Variables are put on the mesh.
+    """Sets, within a ``with`` block, whether new Variables are put on the mesh.
 
-    Outside of such a block they are, where their metadata names their axes and there is
-    a mesh to put them on.
+    Outside of such a block they are put there if their metadata names their axes and
+    there is a mesh.
 
     Args:
       value: whether they are.
@@ -81,23 +81,14 @@ def using_eager_sharding() -> bool:
 
 
 def in_force() -> tuple[Any, ...]:
-    """What the ``with`` blocks of this file, and those of Flax, say at the moment."""
+    """The current settings of the ``with`` blocks of this file and of Flax's."""
     return _rules.get(), _rules_of_flax(), _eager.get()
 
 
 def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
-    """The partition spec that names of axes stand for.
+    """The partition spec for names of axes; a name without a rule is a mesh axis.
 
-    Args:
-      names: a name, a tuple of names or None for each axis; or a PartitionSpec or
-        NamedSharding.
-      rules: pairs of name and mesh axis, besides those of ``logical_axis_rules``.
-
-    Returns:
-      The spec; names that no rule mentions are mesh axes.
-
-    Raises:
-      ArgumentError: two rules give one name different mesh axes.
+    The rules are those given here, of ``logical_axis_rules`` and of Flax.
     """
     spec = names.spec if isinstance(names, NamedSharding) else names
     known = _joined(_rules.get(), _rules_of_flax(), tuple(rules or ()))
@@ -109,7 +100,7 @@ def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:
 
 
 def _rules_of_flax() -> Rules:
-    # Linen's rules are those of Flax; code that sets them there has imported it.
+    # Rules can be set in Flax only after its module was imported.
     of_flax = sys.modules.get("flax.core.spmd")
     return of_flax.get_logical_axis_rules() if of_flax else ()
 
@@ -132,19 +123,11 @@ def _joined(*several: Rules) -> dict[str, Any]:
 
 
 def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
-    """A new Variable's value, on the mesh as its metadata says.
+    """A new Variable's value, put on the mesh if its metadata asks for it.
 
-    Args:
-      value: an array, or a pytree of arrays of one rank.
-      metadata: ``out_sharding`` names the axes, and ``sharding_rules`` what the names
-        stand for; ``mesh`` is the mesh, that of ``jax.set_mesh`` if absent.
-        ``eager_sharding=False`` leaves the value where it is.
-
-    Returns:
-      The value; as it was where no axes are named or there is no mesh.
-
-    Raises:
-      ArgumentError: the mesh has some Explicit and some Auto axes.
+    ``out_sharding`` names the axes and ``sharding_rules`` maps the names to mesh axes.
+    ``mesh`` is the mesh; that of ``jax.set_mesh`` if absent. With
+    ``eager_sharding=False``, without names or without a mesh the value is returned.
     """
     names = metadata.get("out_sharding")
     eager = metadata.get("eager_sharding")

@@ -42,7 +42,7 @@ def get_var_pspec(v: Variable) -> PartitionSpec | None:
     names = v.get_metadata("out_sharding", None)
     if names:
         return spec_of(names, v.get_metadata("sharding_rules", ()))
-    return _NO_AXES if hasattr(v._value, "shape") else None
+    return _spec_of_raw(v._value)
 
 
 def get_partition_spec(tree: Any) -> Any:
@@ -66,7 +66,11 @@ def get_partition_spec(tree: Any) -> Any:
       >>> list(nnx.get_partition_spec(state)["w"].value)
       [None, 'model']
     """
-    return _map(get_var_pspec, tree)
+    return _map(get_var_pspec, _spec_of_raw, tree)
+
+
+def _spec_of_raw(x: Any) -> PartitionSpec | None:
+    return _NO_AXES if hasattr(x, "shape") else None
 
 
 def get_named_sharding(tree: Any, mesh: Mesh) -> Any:
@@ -93,27 +97,30 @@ def get_named_sharding(tree: Any, mesh: Mesh) -> Any:
       ['data']
     """
 
-    def sharding(v: Variable) -> NamedSharding | None:
-        spec = get_var_pspec(v)
+    def on_mesh(spec: PartitionSpec | None) -> NamedSharding | None:
         return None if spec is None else NamedSharding(mesh, spec)
 
-    return _map(sharding, tree, NamedSharding(mesh, _NO_AXES))
+    return _map(
+        lambda v: on_mesh(get_var_pspec(v)), lambda x: on_mesh(_spec_of_raw(x)), tree
+    )
 
 
-def _map(of: Callable[[Variable], Any], tree: Any, of_array: Any = _NO_AXES) -> Any:
+def _map(of: Callable[[Variable], Any], of_raw: Callable[[Any], Any], tree: Any) -> Any:
+    """Maps over the Variables and raw leaves of a tree, inside of objects too."""
+
     def one(x: Any) -> Any:
         if isinstance(x, Variable):
             return x.replace(of(x))
         if isinstance(x, Node):
             graphdef, state = split(x)
-            return merge(graphdef, _map(of, state, of_array))
-        return of_array if hasattr(x, "shape") else None
+            return merge(graphdef, _map(of, of_raw, state))
+        return of_raw(x)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (Variable, Node)))
 
 
 def as_abstract(tree: Any, **_unknown: Never) -> Any:
-    """A tree of abstract values that know their sharding.
+    """A tree of abstract values that have shardings.
 
     Args:
       tree: a Module or State whose values are ``jax.ShapeDtypeStruct``s, such as
@@ -121,7 +128,7 @@ def as_abstract(tree: Any, **_unknown: Never) -> Any:
 
     Returns:
       The tree. Where a Variable's metadata names its axes, its value has the sharding
-      that they stand for on the Variable's mesh, or else that of ``jax.set_mesh``.
+      of these axes on the Variable's mesh, or else on that of ``jax.set_mesh``.
 
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
@@ -149,15 +156,7 @@ def as_abstract(tree: Any, **_unknown: Never) -> Any:
         mesh = v.get_metadata("mesh", None) or jax.sharding.get_abstract_mesh()
         return _abstract(value, NamedSharding(mesh, get_var_pspec(v) or _NO_AXES))
 
-    def one(x: Any) -> Any:
-        if isinstance(x, Variable):
-            return x.replace(with_sharding(x))
-        if isinstance(x, Node):
-            graphdef, state = split(x)
-            return merge(graphdef, as_abstract(state))
-        return x
-
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (Variable, Node)))
+    return _map(with_sharding, lambda x: x, tree)
 
 
 def _abstract(value: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -167,15 +166,15 @@ def _abstract(value: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 def get_abstract_model(
     init_fn: Callable[[], Any], mesh: Mesh, **_unknown: Never
 ) -> tuple[Any, Any]:
-    """The GraphDef of a model that is not made, and a State of shapes and shardings.
+    """The GraphDef of a model that is not built, and a State of shapes and shardings.
 
     Args:
       init_fn: a function of nothing that returns the model.
-      mesh: the mesh that the model is to live on.
+      mesh: the mesh on which the model is to be.
 
     Returns:
       ``(graphdef, state)``; the State's values are ``jax.ShapeDtypeStruct``s with the
-      sharding on the mesh that their axes' names stand for.
+      sharding on the mesh that follows from the names of their axes.
 
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.

@@ -26,8 +26,8 @@ class EMA(Pytree):
     """A moving average of a model's leaves: ``ema = decay * ema + (1 - decay) * x``.
 
     ``params`` is a State of Variables of the model's kinds at the model's paths. It
-    begins as a copy of the model's values, in buffers of its own, so that model and
-    average may be donated apart.
+    begins as a copy of the model's values in new buffers, so that the model and the
+    average can be donated separately.
 
     Args:
       model: a Module, a container of Modules and Variables, or a State.
@@ -62,7 +62,7 @@ class EMA(Pytree):
                 "keep all but a thousandth of the old average at each step."
             )
         only = tuple(only) if isinstance(only, list) else only
-        found = _taken(model, only)
+        found = _tracked_leaves(model, only)
         _check_averages(found, only)
         self.decay = decay
         self.filter = static(only)
@@ -80,7 +80,7 @@ class EMA(Pytree):
             another shape; all are listed and nothing is changed.
           TraceError: the average belongs to another trace than the current one.
         """
-        found = _taken(model, self.filter)
+        found = _tracked_leaves(model, self.filter)
         schema = self.params.schema
         _check_paths(schema, found.schema, wider=True)
         variables, at = self.params.leaves(), found.schema.index
@@ -121,7 +121,7 @@ class EMA(Pytree):
         return graphdef.build(leaves)[0]
 
 
-def _taken(model: Any, only: Any) -> State:
+def _tracked_leaves(model: Any, only: Any) -> State:
     if isinstance(model, (State, Mapping)):
         return as_state(model).filter(only)
     found, leaves = bind(model).pick((only,))

@@ -1,4 +1,4 @@
-"""Metrics: running averages and the like, kept in Variables, usable under ``jit``."""
+"""Metrics: running averages and statistics in Variables, usable under ``jit``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sortal.module import Pytree
 
 
 class MetricState(Variable):
-    """What a metric has gathered since it was reset."""
+    """What a metric has accumulated since its last reset."""
 
 
 class Metric(Pytree):
@@ -43,7 +43,7 @@ class Metric(Pytree):
     """
 
     def reset(self) -> None:
-        """Forgets everything gathered.
+        """Discards everything accumulated.
 
         Raises:
           NotImplementedError: the subclass has no ``reset``.
@@ -51,7 +51,7 @@ class Metric(Pytree):
         raise NotImplementedError(_lacks(self, "reset"))
 
     def update(self, **kwargs: Any) -> None:
-        """Takes in one batch.
+        """Adds one batch.
 
         Args:
           **kwargs: what the metric needs, by keyword.
@@ -62,7 +62,7 @@ class Metric(Pytree):
         raise NotImplementedError(_lacks(self, "update"))
 
     def compute(self) -> Any:
-        """The metric of everything gathered.
+        """The metric of everything accumulated.
 
         Returns:
           An array, or a pytree of arrays.
@@ -110,12 +110,12 @@ class Average(Metric):
         self.count = MetricState(jnp.array(0, jnp.int32))
 
     def reset(self) -> None:
-        """Forgets all values."""
+        """Discards all values."""
         self.total.value = jnp.array(0, jnp.float32)
         self.count.value = jnp.array(0, jnp.int32)
 
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
-        """Takes in values.
+        """Adds values.
 
         Args:
           mask: which values count, of a shape that broadcasts to theirs; all if absent.
@@ -216,13 +216,13 @@ class Welford(Metric):
         self.m2 = MetricState(jnp.array(0, jnp.float32))
 
     def reset(self) -> None:
-        """Forgets all values."""
+        """Discards all values."""
         self.count.value = jnp.array(0, jnp.int32)
         self.mean.value = jnp.array(0, jnp.float32)
         self.m2.value = jnp.array(0, jnp.float32)
 
     def update(self, **kwargs: Any) -> None:
-        """Takes in values.
+        """Adds values.
 
         Args:
           **kwargs: under ``argname`` an array of any shape, or a number; others are
@@ -296,7 +296,7 @@ class Accuracy(Average):
     def update(  # type: ignore[override]
         self, mask: jax.Array | None = None, **kwargs: Any
     ) -> None:
-        """Takes in one batch.
+        """Adds one batch.
 
         Args:
           mask: which labels count, of a shape that broadcasts to theirs; all if absent.
@@ -344,7 +344,7 @@ class MultiMetric(Metric):
       **metrics: metrics by name; each becomes an attribute.
 
     Raises:
-      ArgumentError: a name is one of a method, or a value is no Metric.
+      ArgumentError: a name is that of a method, or a value is no Metric.
 
     Example:
       >>> import jax.numpy as jnp

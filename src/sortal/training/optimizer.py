@@ -36,8 +36,8 @@ from sortal.policy.policy import UNSET, Policy
 class Hyperparam(OptArray):
     """A hyperparameter that optax keeps in its state, such as a learning rate.
 
-    A Python number written to it takes on the dtype that is there, so that compiled
-    steps stay valid. ``optax.inject_hyperparams`` makes them.
+    A Python number written to it gets the dtype of the old value, so that compiled
+    steps are used again. ``optax.inject_hyperparams`` makes them.
     """
 
     def set_value(self, value: Any, **options: Any) -> None:
@@ -62,10 +62,10 @@ class Hyperparam(OptArray):
 class Optimizer(Pytree):
     """Trains the parameters of a model by an optax transformation; keeps its state.
 
-    The transformation sees parameters, gradients and its own moments as States of one
-    and the same treedef, so that masks and labels may be made from
-    ``sortal.state(model, wrt)``. What it keeps is held by Variables: ``OptVariable`` at
-    a parameter's path, ``OptArray`` for everything else.
+    The transformation is given parameters, gradients and its own moments as States of
+    the same treedef, so that masks and labels may be made from
+    ``sortal.state(model, wrt)``. Variables hold its state: ``OptVariable`` at a
+    parameter's path, ``OptArray`` for everything else.
 
     Several transformations may share a model: ``Optimizer(model, {filter: tx, ...})``.
     Each parameter belongs to one group, and each group has its own optax state; a last
@@ -256,7 +256,7 @@ def _check_transformations(tx: Any, groups: Any) -> None:
 # ------------------------------------------------------------------------- groups
 def _groups(tx: Any) -> Any:
     """The (filter, transformation) pairs; None where there is one transformation."""
-    # A transformation may itself be a plain tuple, but one of functions.
+    # A transformation may itself be a plain tuple, but then of functions.
     pairs = type(tx) is tuple and tx and type(tx[0]) is tuple
     return tx if pairs else None
 
@@ -463,10 +463,8 @@ def _pairs(
 def _stored(tree: Any, shared: Any) -> Any:
     """An optax state with its arrays in Variables.
 
-    Args:
-      tree: what optax made.
-      shared: ids of arrays that must be copied, because the model holds them too and
-        one of the two may be donated.
+    Arrays whose ids are in ``shared`` are copied: the model holds them too, and one of
+    the two may be donated.
     """
 
     def own_buffer(x: Any) -> Any:
@@ -484,7 +482,7 @@ def _stored(tree: Any, shared: Any) -> Any:
 
 
 def _kept(schema: Schema) -> Schema:
-    """How a State of optax's is stored: the same paths, in kinds of OptState."""
+    """The Schema in which a State from optax is stored: the kinds are OptStates."""
     if None not in schema.kinds:
         return schema.of_kind(OptVariable)
     kinds = [OptArray if kind is None else OptVariable for kind in schema.kinds]
@@ -492,7 +490,7 @@ def _kept(schema: Schema) -> Schema:
 
 
 def _plain(x: Any, params: Schema) -> Any:
-    """What is stored, as optax made it."""
+    """A stored part of the optax state, in the form in which optax made it."""
     if isinstance(x, State):
         return snapshot(_seen(x.schema, params), x.values_list())
     return value_of(x)

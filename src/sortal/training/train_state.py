@@ -1,4 +1,4 @@
-"""TrainState: a model apart, its optax state and a step count, as one pytree."""
+"""TrainState: a split model, its optax state and a step count, as one pytree."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from sortal._engine.state import State
 from sortal.errors import ArgumentError
 from sortal.functional import merge, split
 
-_STATIC = {"tx"}
-
 
 @dataclass_transform(frozen_default=True)
 class TrainState:
-    """Everything a training step changes, as a value that steps return anew.
+    """Everything that a training step changes, as a value; a step returns a new one.
 
     A subclass is a dataclass of more fields, each a pytree. For live objects that are
     changed in place there is ``Optimizer``.
@@ -78,7 +76,7 @@ class TrainState:
         )
 
     def apply(self, state: Any, *states: Any) -> Any:
-        """The model, to be called without keeping what a call changes.
+        """The model as a pure function: what a call changes is returned.
 
         Args:
           state: a State, or the name of a field that is one.
@@ -86,7 +84,7 @@ class TrainState:
 
         Returns:
           A function that calls the model and returns ``(output, (graphdef, state))``.
-          Its attributes are the model's methods, likewise.
+          Its attributes are the model's methods, which return the same.
 
         Raises:
           ArgumentError: a field is no State.
@@ -149,17 +147,14 @@ class _Caller:
 
 def _register(cls: Any) -> None:
     made = dataclasses.dataclass(frozen=True)(cls)
-    static = {
+    fields = dataclasses.fields(made)
+    static = [
         f.name
-        for f in dataclasses.fields(made)
-        if f.name in _STATIC or f.metadata.get("pytree_node") is False
-    }
-    names = [f.name for f in dataclasses.fields(made)]
-    jax.tree_util.register_dataclass(
-        made,
-        data_fields=[n for n in names if n not in static],
-        meta_fields=[n for n in names if n in static],
-    )
+        for f in fields
+        if f.name == "tx" or f.metadata.get("pytree_node") is False
+    ]
+    data = [f.name for f in fields if f.name not in static]
+    jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=static)
 
 
 _register(TrainState)

@@ -24,12 +24,8 @@ from sortal.transforms._adapter.binding import (
     write_back,
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
-from sortal.transforms._adapter.tracing import (
-    Result,
-    find_flat_modules,
-    is_flat_module,
-    run,
-)
+from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.tracing import find_flat_modules, is_flat_module, run
 
 
 class DiffState(NamedTuple):

@@ -10,7 +10,7 @@ from sortal._engine.annotations import PARTITION_NAME
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.schema import Schema
 from sortal._engine.statics import Metadata
-from sortal.transforms._adapter.tracing import Effects
+from sortal.transforms._adapter.effects import Effects
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 _SHARDING = "out_sharding"

@@ -21,12 +21,8 @@ from sortal.transforms._adapter.binding import (
     write_back,
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
-from sortal.transforms._adapter.tracing import (
-    Result,
-    find_flat_modules,
-    replace_roots,
-    run,
-)
+from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded

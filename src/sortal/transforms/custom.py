@@ -19,10 +19,9 @@ from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
 from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.tracing import (
     Copies,
-    Effects,
-    Result,
     find_flat_modules,
     replace_flat_modules,
     replace_roots,

@@ -28,12 +28,8 @@ from sortal.transforms._adapter.binding import (
     write_back,
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
-from sortal.transforms._adapter.tracing import (
-    Ref,
-    Result,
-    replace_roots,
-    run,
-)
+from sortal.transforms._adapter.effects import Ref, Result
+from sortal.transforms._adapter.tracing import replace_roots, run
 from sortal.transforms.autodiff import (
     Chosen,
     DiffState,

@@ -22,7 +22,8 @@ from sortal._engine.jax_compat import only_differentiated
 from sortal._engine.statics import static_key
 from sortal.sharding.mesh_axes import in_force
 from sortal.transforms._adapter.binding import BoundArguments, write_back
-from sortal.transforms._adapter.tracing import Result, run
+from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.tracing import run
 
 _programs: Bounded[Program | None] = Bounded(64)
 

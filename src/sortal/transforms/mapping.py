@@ -27,6 +27,7 @@ from sortal.transforms._adapter.binding import (
     write_back,
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,
@@ -36,11 +37,7 @@ from sortal.transforms._adapter.prefixes import (
     given_for_objects,
     is_answer,
 )
-from sortal.transforms._adapter.tracing import (
-    Result,
-    is_flat_module,
-    run,
-)
+from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
 
 _OF_JAX = ("axis_names", "check_vma")

@@ -105,7 +105,10 @@ class History:
             raise ArgumentError(
                 f"on_retrace is 'ignore', 'warn' or 'raise'; found {on_retrace!r}."
             )
-        self.name = getattr(fn, "__qualname__", None) or repr(fn)
+        named: Any = fn
+        while isinstance(named, functools.partial):
+            named = named.func  # the text of what it holds may be long, or on a device
+        self.name = getattr(named, "__qualname__", None) or repr(named)
         self._static, self._on_retrace = static, on_retrace
         self._names, self._rest = _parameters(fn)
         self.forget()

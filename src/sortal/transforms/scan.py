@@ -18,6 +18,7 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.transforms._adapter.binding import unbind, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms._adapter.effects import Effects, Result, resolve
 from sortal.transforms._adapter.operands import (
     Operands,
     check_types,
@@ -30,13 +31,7 @@ from sortal.transforms._adapter.prefixes import (
     given_for_objects,
     is_answer,
 )
-from sortal.transforms._adapter.tracing import (
-    Effects,
-    Result,
-    is_flat_module,
-    resolve,
-    run,
-)
+from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
 from sortal.transforms.eager import kept
 from sortal.transforms.mapping import check_ranks, per_argument

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
+from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     all_answers,
@@ -22,7 +23,7 @@ from sortal.transforms._adapter.prefixes import (
     leaf_answers,
     new_leaves,
 )
-from sortal.transforms._adapter.tracing import FlatModule, Result, is_flat_module
+from sortal.transforms._adapter.tracing import FlatModule, is_flat_module
 
 _UNSET: Any = object()
 

@@ -48,7 +48,7 @@ def test_paths_and_leaves_that_do_not_fit_are_listed() -> None:
     ):
         from_linen({"params": {"a": 1}, "cache": {"a": 2}})
     with pytest.raises(
-        ArgumentError, match=r"these are no Variables:\n  a\nWrite Param"
+        ArgumentError, match=r"these are not Variables:\n  a\nWrite Param"
     ):
         to_linen([(("a",), jnp.ones(1))])
 

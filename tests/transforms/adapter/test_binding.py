@@ -715,3 +715,20 @@ def test_what_a_trace_adds_to_an_empty_module_is_seen_by_plans_made_before(where
     sortal.jit(add)(model)
     expected = ("w",) if where == "root" else ("child", "w")
     assert sortal.state(model).paths() == (expected,)
+
+
+def test_a_class_that_is_changed_inside_a_trace_is_changed_outside() -> None:
+    class Other(Holder):
+        pass
+
+    m = Holder(w=Param(jnp.ones(2)), child=Holder(w=Param(jnp.ones(2))))
+
+    @sortal.jit
+    def f(m: Any) -> None:
+        m.child.__class__ = Other
+        m.__class__ = Other
+
+    f(m)
+    assert (type(m), type(m.child)) == (Other, Other)
+    f(m)
+    assert sortal.state(m).paths() == (("child", "w"), ("w",))

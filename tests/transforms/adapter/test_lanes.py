@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
-from sortal.transforms._adapter.tracing import Effects, Result
 
 WRITTEN = (0, 2, 3)
 

@@ -11,8 +11,9 @@ import pytest
 from models import Count, Holder
 from sortal import Cache, Param
 from sortal.errors import LoopError
+from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.operands import Operands, check_types, moved, only_added
-from sortal.transforms._adapter.tracing import Result, run
+from sortal.transforms._adapter.tracing import run
 
 
 def model() -> Holder:

@@ -25,19 +25,17 @@ from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
+from sortal.transforms._adapter.effects import Edits, Result, resolve
 from sortal.transforms._adapter.tracing import (
     PASS,
     ROOT,
-    Edits,
     FlatModule,
     FlatModuleDef,
-    Result,
     flat_module_def,
     has_roots,
     mode_of,
     modes,
     replace_roots,
-    resolve,
 )
 
 
@@ -128,8 +126,15 @@ class BoundArguments:
         self.kwargs = kwargs and {
             k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
-        if self.roots:
-            self._number()
+        plans = self.plans
+        if plans:
+            self.alias_map = found = _alias_map(self.roots, plans)
+            # What each root is among all, without what others bring.
+            parts = zip(self.flat_modules, found.definitions, found.picks, strict=True)
+            for flat_module, mine, pick in parts:
+                flat_module.definition = mine
+                if pick is not None:
+                    flat_module.values = [flat_module.values[j] for j in pick]
 
     def _carry(self, root: Any) -> FlatModule:
         plan = plan_of(root) if isinstance(root, Node) else bind(root)
@@ -138,15 +143,6 @@ class BoundArguments:
         self.plans.append(plan)
         self.flat_modules.append(flat_module)
         return flat_module
-
-    def _number(self) -> None:
-        """Says of each root what it is among all, and takes out what others bring."""
-        self.alias_map = alias_map = _alias_map(self.roots, self.plans)
-        for i, flat_module in enumerate(self.flat_modules):
-            flat_module.definition = alias_map.definitions[i]
-            pick = alias_map.picks[i]
-            if pick is not None:
-                flat_module.values = [flat_module.values[j] for j in pick]
 
     def live_leaf(self, k: int) -> Any:
         """The live leaf that number ``k`` of the joint GraphDef stands for."""
@@ -226,7 +222,10 @@ def _carry_out(
     nodes: list[Any] = []
     for record, (origin, _) in zip(edits.graphdef.records, edits.nodes, strict=True):
         if origin is not None:
-            nodes.append(bound.live_node(origin))
+            live = bound.live_node(origin)
+            if type(live) is not record.cls:
+                live.__class__ = record.cls
+            nodes.append(live)
         elif record.handler.tracked:
             nodes.append(record.handler.shell(record.cls, record.spec.value))
         else:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 
-from sortal.transforms._adapter.tracing import Effects, Result
+from sortal.transforms._adapter.effects import Effects, Result
 
 
 class Sent(NamedTuple):

@@ -15,15 +15,8 @@ from sortal._engine.paths import Path, show
 from sortal._engine.variable import describe
 from sortal.errors import LoopError, listing
 from sortal.transforms._adapter.binding import BoundArguments, write_back
-from sortal.transforms._adapter.tracing import (
-    Effects,
-    FlatModule,
-    Ref,
-    Result,
-    is_flat_module,
-    resolve,
-    run,
-)
+from sortal.transforms._adapter.effects import Effects, Ref, Result, resolve
+from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
 
 
 class Operands:

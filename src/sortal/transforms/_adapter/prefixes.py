@@ -16,7 +16,8 @@ from sortal.filters import Filter, to_filter
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import BoundArguments, identity
-from sortal.transforms._adapter.tracing import Effects, FlatModule, Ref, is_flat_module
+from sortal.transforms._adapter.effects import Effects, Ref
+from sortal.transforms._adapter.tracing import FlatModule, is_flat_module
 
 
 class _CarryType:

@@ -1,0 +1,245 @@
+"""What a call did: values written, what became of the structure, what is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.tree_util as jtu
+
+from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.leaves import Slot, held
+from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of
+from sortal._engine.state import State
+from sortal._engine.variable import is_variable, value_of
+from sortal._engine.walk import Walk
+
+
+class Ref:
+    """Stands in an output for the object numbered ``k`` among the output's objects."""
+
+    __slots__ = ("k",)
+
+    def __init__(self, k: int):
+        self.k = k
+
+
+jtu.register_pytree_node(Ref, lambda r: ((), r.k), lambda k, _: Ref(k))
+
+
+def resolve(tree: Any, objects: Sequence[Any]) -> Any:
+    """``tree`` with each Ref in it replaced by the object that it stands for."""
+    if type(tree) is Ref:
+        return objects[tree.k]
+    return jax.tree.map(
+        lambda x: objects[x.k] if type(x) is Ref else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, (Ref, State)),
+    )
+
+
+class Edit(NamedTuple):
+    """What became of one node or leaf.
+
+    ``origin`` is the number it had on entry, None for a new one; ``changed`` whether
+    the content of a node, or the metadata of a leaf that was there, must be set anew.
+    """
+
+    origin: int | None
+    changed: bool
+
+
+class Edits(NamedTuple):
+    """A structure that came into being inside a trace, in terms of the one before.
+
+    ``nodes`` and ``leaves`` are those of ``graphdef``, in its order. ``roots`` is what
+    the GraphDef on entry has become, for comparison with it.
+    """
+
+    graphdef: GraphDef
+    roots: GraphDef | None
+    nodes: tuple[Edit, ...]
+    leaves: tuple[Edit, ...]
+
+
+class Effects:
+    """What a call did, apart from values: which leaves it wrote, edits, outputs."""
+
+    __slots__ = ("_routes", "closes_over", "edits", "outputs", "written")
+
+    def __init__(
+        self, written: tuple[int, ...], outputs: tuple[Entry, ...], edits: Edits | None
+    ):
+        self.written, self.outputs, self.edits = written, outputs, edits
+        # Whether the trace closed over arrays; None until somebody has looked.
+        self.closes_over: bool | None = None
+        self._routes: list[tuple[int, Callable[[Any], Any]]] | None = None
+
+    def routes(
+        self, leaf_at: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, Callable[[Any], Any]]]:
+        """Written leaves as (root, what picks its leaves), given where each is."""
+        if self._routes is None:
+            per_root: dict[int, list[int]] = {}
+            order = [leaf_at[k] for k in self.written]
+            for i, j in order:
+                per_root.setdefault(i, []).append(j)
+            flat = [(i, j) for i, js in per_root.items() for j in js]
+            if flat != order:
+                self._routes = [(i, _getter([j])) for i, j in order]
+            else:
+                self._routes = [(i, _getter(js)) for i, js in per_root.items()]
+        return self._routes
+
+
+def _getter(js: list[int]) -> Callable[[Any], Any]:
+    if len(js) == 1:
+        return lambda leaves: (leaves[js[0]],)
+    return itemgetter(*js)
+
+
+class Result:
+    """What leaves a trace: the output, written values, and values of new leaves."""
+
+    __slots__ = ("effects", "fresh", "out", "values")
+
+    def __init__(self, out: Any, values: Any, fresh: Any, effects: Effects):
+        self.out, self.values, self.fresh, self.effects = out, values, fresh, effects
+
+
+jtu.register_pytree_node(
+    Result,
+    lambda r: ((r.out, r.values, r.fresh), r.effects),
+    lambda effects, parts: Result(parts[0], parts[1], parts[2], effects),
+)
+
+
+def is_unedited(walk: Walk, copies: Any) -> bool:
+    """Whether the copies still have the structure, and the very objects, of entry."""
+    if walk.graphdef is not copies.graphdef:
+        return False
+    nodes = zip(walk.nodes, copies.nodes, strict=True)
+    return all(a is b for a, b in nodes if handler_of(a).tracked) and all(
+        held(a) is b
+        for a, b in zip(walk.leaves, copies.leaves, strict=True)
+        if type(a) is not Slot
+    )
+
+
+def current_values(walk: Walk | None, copies: Any) -> list[Any]:
+    """The values that the copies of the leaves hold now."""
+    if walk is not None:
+        return [x._value for x in walk.leaves]
+    return list(map(value_of, copies.leaves))
+
+
+def same_value(old: Any, new: Any) -> bool:
+    """Whether a value, or every leaf of it, is the same object as before."""
+    if old is new:
+        return True
+    if isinstance(old, jax.Array) or isinstance(new, jax.Array):
+        return False
+    olds, before = jax.tree.flatten(old)
+    news, after = jax.tree.flatten(new)
+    if before != after or jtu.treedef_is_leaf(before):
+        return False
+    return all(a is b for a, b in zip(olds, news, strict=True))
+
+
+def rigid_leaves(graphdef: GraphDef) -> frozenset[int]:
+    """Raw arrays in tuples and other values, which change only with their holder."""
+    return graphdef.memo(
+        "rigid",
+        lambda: frozenset(
+            e.ref
+            for record in graphdef.records
+            if not record.handler.tracked
+            for e in record.entries
+            if e.what == LEAF and graphdef.schema.kinds[e.ref] is None
+        ),
+    )
+
+
+def known_outputs(outputs: list[Any], copies: Any) -> tuple[Entry, ...] | None:
+    """The outputs as numbers of entry, or None where one of them is new."""
+    if not outputs:
+        return ()
+    numbers = {id(x): Entry(None, NODE, n) for n, x in enumerate(copies.nodes)}
+    for k, leaf in enumerate(copies.leaves):
+        if is_variable(leaf):
+            numbers[id(leaf)] = Entry(None, LEAF, k)
+    if any(id(x) not in numbers for x in outputs):
+        return None
+    return tuple(numbers[id(x)] for x in outputs)
+
+
+def edits_of(
+    copies: Any,
+    outputs: list[Any],
+    unedited: bool,
+    rigid: Collection[int],
+    became: GraphDef | None,
+) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
+    """What became of the structure, the values of new leaves, and the outputs."""
+    roots = copies.roots if copies is not None else ()
+    walk = Walk((roots, tuple(outputs)))
+    before: Any = copies.graphdef if copies is not None else None
+    entry_nodes = copies.nodes if copies is not None else []
+    numbers = {id(x): n for n, x in enumerate(entry_nodes) if handler_of(x).tracked}
+    node_from = tuple(
+        numbers.get(id(x)) if handler_of(x).tracked else None for x in walk.nodes
+    )
+    known: dict[int, int] = {}
+    if copies is not None:
+        for k, (leaf, value) in enumerate(
+            zip(copies.leaves, copies.values, strict=True)
+        ):
+            if k not in rigid:
+                known[id(leaf if is_variable(leaf) else value)] = k
+    currently = list(map(held, walk.leaves))
+    leaf_from = tuple(known.get(id(x)) for x in currently)
+    after = walk.graphdef
+    nodes = tuple(
+        Edit(
+            origin,
+            origin is None
+            or not (
+                unedited or _same_record(after, n, before, origin, node_from, leaf_from)
+            ),
+        )
+        for n, origin in enumerate(node_from)
+    )
+    leaves = tuple(
+        Edit(k, k is not None and before.schema.metadata[k] is not metadata)
+        for k, metadata in zip(leaf_from, after.schema.metadata, strict=True)
+    )
+    fresh = [
+        value_of(x) for x, k in zip(currently, leaf_from, strict=True) if k is None
+    ]
+    at = after.records[0].entries[1].ref
+    entries = after.records[at].entries if isinstance(at, int) else ()
+    return Edits(after, became, nodes, leaves), fresh, entries
+
+
+def _same_record(
+    after: GraphDef, n: int, before: Any, k: int, node_from: Any, leaf_from: Any
+) -> bool:
+    new, old = after.records[n], before.records[k]
+    if new[:3] != old[:3] or len(new.entries) != len(old.entries):
+        return False
+    for a, b in zip(new.entries, old.entries, strict=True):
+        if a[:2] != b[:2]:
+            return False
+        if a.what == STATIC:
+            same = a.ref == b.ref
+        elif a.what == LEAF:
+            same = leaf_from[a.ref] == b.ref
+        elif after.records[a.ref].handler.tracked:
+            same = node_from[a.ref] == b.ref
+        else:
+            same = _same_record(after, a.ref, before, b.ref, node_from, leaf_from)
+        if not same:
+            return False
+    return True
