@@ -50,7 +50,8 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
       >>> stats.paths()
       (('mean',), ('var',))
     """
-    refuse_unknown("state", _unknown)
+    if _unknown:
+        refuse_unknown("state", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
     if len(leaves) == 1:
         return snapshot(found.parts[0][0], leaves[0].snapshot())

@@ -29,11 +29,8 @@ _uids = itertools.count()
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type})
 
 
-class _Mark:
-    """Stands in a Record for what a plan must not keep alive, or may find exchanged."""
-
-
-_ROOT, _ARRAY = _Mark(), _Mark()
+_ROOT, _ARRAY = object(), object()
+"""Stand in a Record for what a plan must not keep alive, or may find exchanged."""
 
 
 def _marked(x: Any, root: Any) -> Any:
@@ -56,7 +53,7 @@ class Record:
         equal, now = handler.contents(nodes)
         self._equal = [dict(x) if type(x) is dict else x for x in equal]
         self.held = [_marked(x, root) for x in now]
-        self._marks = [i for i, x in enumerate(self.held) if type(x) is _Mark]
+        self._marks = [i for i, x in enumerate(self.held) if x is _ROOT or x is _ARRAY]
 
     def nodes(self, root: Any) -> list[Any]:
         """The nodes, of which the root may be one."""
@@ -100,13 +97,11 @@ class Plan:
         self._variables = [x for x in self.leaves if isinstance(x, Variable)]
         self._metadata = [x._metadata for x in self._variables]
         by_handler: dict[Any, list[Any]] = {}
-        for x in self.nodes_of(root):
-            handler = handler_of(x)
+        nodes = [(handler_of(x), x) for x in self.nodes_of(root)]
+        theirs = [(x.handler, x.held) for x in self.leaves if type(x) is Foreign]
+        for handler, x in nodes + theirs:
             if not handler.fixed:
                 by_handler.setdefault(handler, []).append(x)
-        for leaf in self.leaves:
-            if type(leaf) is Foreign:
-                by_handler.setdefault(leaf.handler, []).append(leaf.held)
         records = [Record(h, nodes, root) for h, nodes in by_handler.items()]
         self._noting = [r for r in records if r.handler.notes_edits]
         self._silent = [r for r in records if not r.handler.notes_edits]

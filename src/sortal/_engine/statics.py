@@ -151,11 +151,7 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         parts = self.parts()
-        return (
-            isinstance(other, type(self))
-            and parts is not None
-            and parts == other.parts()
-        )
+        return isinstance(other, _Key) and parts is not None and parts == other.parts()
 
     def __hash__(self) -> int:
         return self._hash

@@ -27,10 +27,7 @@ class Walk:
 
     def __init__(self, root: Any):
         self.nodes: list[Any] = []
-        self._leaves: list[Any] = []
-        self._paths: list[Path] = []
-        self._kinds: list[Any] = []
-        self._metadata: list[Any] = []
+        self._leaves: list[tuple[Any, Path, Any, Any]] = []
         self._records: list[Any] = []
         self._aliases: list[tuple[Path, int]] = []
         self._numbers: dict[int, int] = {}
@@ -38,25 +35,25 @@ class Walk:
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
-        root_entry = self._visit(root, None, (), False)
+        root_entry = self._visit(root, None, (), False, None)
         while self._open:
             self._take_apart()
         self._refuse()
-        schema = Schema.of(self._paths, self._kinds, self._metadata)
+        leaves, *parts = zip(*self._leaves, strict=True) if self._leaves else [()] * 4
+        schema = Schema.of(*parts)
         self.graphdef = GraphDef.of(root_entry, self._records, schema, self._aliases)
-        self.leaves = live_leaves(self.graphdef, self.nodes, self._leaves)
+        self.leaves = live_leaves(self.graphdef, self.nodes, leaves)
 
-    def _visit(self, obj: Any, key: Any, path: Path, data: bool) -> Entry:
+    def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
         """The Entry of one object; in what is marked data, numbers are leaves."""
-        found = handler_of(obj)
-        if found is LEAF:
-            return Entry(key, LEAF, self._leaf(obj, path))
-        if found is STATIC:
-            if data and isinstance(obj, _NUMBERS):
-                return Entry(key, LEAF, self._leaf(obj, path))
+        if role == "static":
             return Entry(key, STATIC, self._static(obj, path))
-        data = data and isinstance(obj, (list, dict, tuple))
-        if not data and _nodes.is_static_value(obj, found):
+        found = handler_of(obj)
+        number = found is STATIC and data and isinstance(obj, _NUMBERS)
+        if found is LEAF or number or (found is STATIC and role == "data"):
+            return Entry(key, LEAF, self._leaf(obj, path))
+        data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
+        if found is STATIC or (not data and _nodes.is_static_value(obj, found)):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
@@ -75,10 +72,7 @@ class Walk:
         metadata = obj._metadata if ours else EMPTY
         if theirs is not None and not self._is_refused(obj, path, theirs):
             metadata = metadata_of(obj)
-        self._leaves.append(obj)
-        self._paths.append(path)
-        self._kinds.append(type(obj) if boxed else None)
-        self._metadata.append(metadata)
+        self._leaves.append((obj, path, type(obj) if boxed else None, metadata))
         return number
 
     def _is_refused(self, obj: Any, path: Path, handler: VariableHandler) -> bool:
@@ -140,16 +134,9 @@ class Walk:
         roles = handler.roles(obj) or {}
         for key, child in children:
             below = path + key if handler.flat else (*path, key)
-            role = roles.get(key)
-            if role == "static":
-                entries.append(Entry(key, STATIC, self._static(child, below)))
-            elif role == "data" and handler_of(child) is STATIC:
-                entries.append(Entry(key, LEAF, self._leaf(child, below)))
-            else:
-                marked = data or role == "data"
-                entries.append(self._visit(child, key, below, marked))
-                if len(self._open) > depth:
-                    return
+            entries.append(self._visit(child, key, below, data, roles.get(key)))
+            if len(self._open) > depth:
+                return
         self._open.pop()
         spec = Static(handler.spec(obj))
         self._records[number] = Record(type(obj), handler, spec, tuple(entries))
