@@ -65,6 +65,8 @@ def refuse_unknown(
     name: str, options: Iterable[str], known: Collection[str] = ()
 ) -> None:
     """Refuses keywords that the function ``name`` does not have."""
+    if not options:
+        return
     unknown = sorted(set(options) - set(known))
     if not unknown:
         return

@@ -13,14 +13,13 @@ import numpy as np
 from sortal._engine.foreign import same_kind
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, store_all
-from sortal._engine.nodes import LEAF, NODE, STATIC
+from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
 from sortal._engine.state import State, as_state, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
-from sortal._engine.walk import Walk
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import FilterError, MergeError, StructureError, UpdateError, listing
 
@@ -86,8 +85,7 @@ def graphdef(node: Any, /, **_unknown: Never) -> GraphDef:
       >>> nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       GraphDef(Linear: 1 nodes, 2 leaves, 0 aliases)
     """
-    if _unknown:
-        refuse_unknown("graphdef", _unknown)
+    refuse_unknown("graphdef", _unknown)
     return bind(node).graphdef
 
 
@@ -112,8 +110,7 @@ def split(node: Any, *filters: Any, **_unknown: Never) -> tuple[Any, ...]:
       >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
       >>> copy = nnx.merge(graphdef, params, rest)
     """
-    if _unknown:
-        refuse_unknown("split", _unknown)
+    refuse_unknown("split", _unknown)
     plan = bind(node)
     found, leaves = plan.pick(filters or _ALL)
     check_exhaustive(plan.graphdef.schema, filters, found.rest)
@@ -148,16 +145,16 @@ def _matched(schema: Schema, given: tuple[Schema, ...]) -> _Match:
                 problems.append(f"unknown: {part.describe(i)}, in state {number}")
             elif places[at] != -1:
                 problems.append(f"given twice: {part.describe(i)}, again in {number}")
-            elif part.kinds[i] and not same_kind(part.kinds[i], schema.kinds[at]):
-                problems.append(
-                    f"wrong kind: {show(path)} is a {kind_name(schema.kinds[at])}, "
-                    f"found a {kind_name(part.kinds[i])}"
-                )
-                places[at] = offset + i
             else:
                 places[at] = offset + i
-                if part.kinds[i] is not None:
+                kind, expected = part.kinds[i], schema.kinds[at]
+                if kind is not None:
                     metadata[at] = part.metadata[i]
+                    if not same_kind(kind, expected):
+                        problems.append(
+                            f"wrong kind: {show(path)} is a {kind_name(expected)}, "
+                            f"found a {kind_name(kind)}"
+                        )
         offset += len(part)
     missing = [i for i, place in enumerate(places) if place == -1]
     found = [i for i, place in enumerate(places) if place != -1]
@@ -206,8 +203,7 @@ def merge(
       >>> nnx.merge(*nnx.split(model)).kernel
       Param(float32[2,3])
     """
-    if _unknown:
-        refuse_unknown("merge", _unknown)
+    refuse_unknown("merge", _unknown)
     given = [as_state(s) for s in (state, *states)]
     schema, match = graphdef.schema, _match(graphdef, given)
     filled: dict[int, Any] = {}
@@ -224,13 +220,9 @@ def merge(
 def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:
     if callable(source) and not isinstance(source, State):
         return {i: source(schema.paths[i], schema.kinds[i]) for i in missing}
-    other = as_state(source)
-    values = other.values_list()
-    return {
-        i: values[other.schema.index[schema.paths[i]]]
-        for i in missing
-        if schema.paths[i] in other.schema.index
-    }
+    other, paths = as_state(source), schema.paths
+    values = dict(zip(other.paths(), other.values_list(), strict=True))
+    return {i: values[paths[i]] for i in missing if paths[i] in values}
 
 
 def _check_merge(schema: Schema, match: _Match, filled: dict[int, Any]) -> None:
@@ -271,12 +263,9 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     leaves, new = plan.part(match.live), _values(given, match)
     problems, olds = list(match.problems), leaves.values()
     if leaves.slotted or (strict and not all(map(_fits, olds, new))):
-        rows = zip(match.found, leaves, olds, new, strict=True)
-        found = (
-            _misfit(schema.describe(i), leaf, old, x, strict)
-            for i, leaf, old, x in rows
-        )
-        problems += filter(None, found)
+        where, n = map(schema.describe, match.found), len(new)
+        misfits = map(_misfit, where, leaves, olds, new, [strict] * n)
+        problems += filter(None, misfits)
     if problems:
         raise UpdateError(
             f"the model was left as it was, because {len(problems)} of the given "
@@ -350,16 +339,17 @@ def pop(node: Any, *filters: Any) -> Any:
     """
     if not filters:
         raise FilterError("pop needs a filter that says which leaves to remove.")
-    taken = state(node, *filters)
-    states = [taken] if len(filters) == 1 else taken
-    gone = {path for s in states for path in s.paths()}
-    walk = Walk(node)
-    schema = walk.graphdef.schema
+    plan = bind(node)
+    found, leaves = plan.pick(filters)
+    states = _snapshots(found, leaves)
+    gone = {i for _, at in found.parts for i in at}
+    schema = plan.graphdef.schema
+    holders = zip(plan.graphdef.records, plan.nodes_of(node), strict=False)
     places = [
         (record, holder, entry)
-        for record, holder in zip(walk.graphdef.records, walk.nodes, strict=True)
+        for record, holder in holders
         for entry in record.entries
-        if entry.what == LEAF and schema.paths[entry.ref] in gone
+        if entry.what == LEAF and entry.ref in gone
     ]
     stuck = [
         f"{schema.describe(entry.ref)}, in a {record.cls.__name__}"
@@ -371,18 +361,14 @@ def pop(node: Any, *filters: Any) -> Any:
             "pop cannot take leaves out of lists and tuples, because the indices of "
             f"others would move; found:\n{listing(stuck)}\nNothing was removed."
         )
-    check_writable(walk.leaves[entry.ref] for _, _, entry in places)
+    check_writable(plan.leaves[entry.ref] for _, _, entry in places)
     for record, holder, entry in places:
         record.handler.remove(holder, entry.key)
-    return taken
+    return states[0] if len(states) == 1 else tuple(states)
 
 
 def clone(
-    node: Any,
-    variables: bool = True,
-    *,
-    arrays: bool = False,
-    **_unknown: Never,
+    node: Any, variables: bool = True, *, arrays: bool = False, **_unknown: Never
 ) -> Any:
     """A new model of the same structure and values.
 
@@ -401,8 +387,7 @@ def clone(
       >>> nnx.clone(model).kernel is model.kernel
       False
     """
-    if _unknown:
-        refuse_unknown("clone", _unknown)
+    refuse_unknown("clone", _unknown)
     plan = bind(node)
     if not variables:
         return plan.graphdef.build(plan.view())[0]
@@ -428,8 +413,7 @@ def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
       >>> nnx.variables(model, nnx.Param)["kernel"] is model.kernel
       True
     """
-    if _unknown:
-        refuse_unknown("variables", _unknown)
+    refuse_unknown("variables", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
     states = [
         State.from_flat_path(zip(schema.paths, map(held, mine), strict=True))
@@ -452,31 +436,28 @@ def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
       >>> [p for p, _ in nnx.iter_graph(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))]
       [('bias',), ('kernel',), ()]
     """
-    if _unknown:
-        refuse_unknown("iter_graph", _unknown)
-    walk = Walk(node)
+    refuse_unknown("iter_graph", _unknown)
+    plan = bind(node)
+    nodes = plan.nodes_of(node)
     seen: set[tuple[int, int]] = set()
     # A stack of (entry, path, whether its children were met), so that no depth is too
     # deep.
-    todo: list[tuple[Entry, Path, bool]] = [(walk.graphdef.root, (), False)]
+    todo: list[tuple[Entry, Path, bool]] = [(plan.graphdef.root, (), False)]
     while todo:
         entry, path, left = todo.pop()
+        _, what, ref = entry
         if left:
-            yield path, walk.nodes[entry.ref]
-        elif entry.what == STATIC or (entry.what, entry.ref) in seen:
+            yield path, nodes[ref]
+        elif what == STATIC or (what, ref) in seen:
             continue
-        elif entry.what == LEAF:
-            seen.add((LEAF, entry.ref))
-            leaf = walk.leaves[entry.ref]
-            yield path, held(leaf)
+        elif what == LEAF:
+            seen.add((what, ref))
+            yield path, held(plan.leaves[ref])
         else:
-            seen.add((NODE, entry.ref))
-            record = walk.graphdef.records[entry.ref]
-            todo.append((entry, path, True))
-            todo += [
-                (child, record.below(path, child.key), False)
-                for child in reversed(record.entries)
-            ]
+            seen.add((what, ref))
+            record = plan.graphdef.records[ref]
+            below = [(e, record.below(path, e.key), False) for e in record.entries]
+            todo += [(entry, path, True), *reversed(below)]
 
 
 def iter_nodes(node: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:

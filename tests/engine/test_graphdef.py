@@ -239,7 +239,6 @@ def test_a_schema_of_another_kind_keeps_the_paths():
     assert found.paths == SCHEMA.paths
     assert set(found.kinds) == {sortal.Cache}
     assert found.metadata == SCHEMA.metadata
-    assert set(SCHEMA.of_kind(None, EMPTY).metadata) == {EMPTY}
     assert SCHEMA.of_kind(sortal.Cache) is found
 
 

@@ -10,14 +10,6 @@ from sortal._engine.paths import Path, show
 from sortal._engine.schema import kind_name
 
 
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT = _Absent()
-
-
 class Difference(NamedTuple):
     """One place where two structures differ."""
 
@@ -39,8 +31,11 @@ class Fact(NamedTuple):
     details: Hashable
     text: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
+
+
+ABSENT = Fact(None, None, "absent")
 
 
 def _at_length(fact: Any) -> str:
@@ -60,21 +55,19 @@ def facts_of(graphdef: Any) -> dict[Path, Any]:
     pending: list[tuple[Any, Path]] = [(graphdef.root, ())]
     while pending:
         entry, path = pending.pop()
-        if entry.what == STATIC:
-            facts[path] = entry.ref
-        elif entry.what == LEAF:
-            owner, kind = schema.paths[entry.ref], schema.kinds[entry.ref]
-            meta = schema.metadata[entry.ref]
+        _, what, ref = entry
+        if what == STATIC:
+            facts[path] = ref
+            continue
+        owner = schema.paths[ref] if what == LEAF else seen.setdefault(ref, path)
+        if owner != path:
+            facts[path] = Fact(None, owner, f"alias of {show(owner)}")
+        elif what == LEAF:
+            kind, meta = schema.kinds[ref], schema.metadata[ref]
             shown = kind_name(kind) + (f" {dict(meta)}" if meta else "")
             facts[path] = Fact(kind, meta, shown)
-            if owner != path:
-                facts[path] = Fact(None, owner, f"alias of {show(owner)}")
-        elif entry.ref in seen:
-            owner = seen[entry.ref]
-            facts[path] = Fact(None, owner, f"alias of {show(owner)}")
         else:
-            seen[entry.ref] = path
-            record = graphdef.records[entry.ref]
+            record = graphdef.records[ref]
             facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
             children = [(c, record.below(path, c.key)) for c in record.entries]
             pending += reversed(children)

@@ -51,7 +51,7 @@ class GraphDef(Interned):
       True
     """
 
-    __slots__ = ("_memo", "_steps", "aliases", "records", "root", "schema")
+    __slots__ = ("_memo", "aliases", "records", "root", "schema")
 
     root: Entry
     records: tuple[Record, ...]
@@ -68,7 +68,6 @@ class GraphDef(Interned):
         self.root, self.records, self.schema = root, records, schema
         self.aliases = aliases
         self._memo: dict[Any, Any] = {}
-        self._steps: list[Step] | None = None
 
     memo = Schema.memo
     # Annotations name the model: `GraphDef[Model]`.
@@ -99,17 +98,12 @@ class GraphDef(Interned):
         Returns:
           The root, and all nodes in order.
         """
-        steps = self._steps
-        if steps is None:
-            steps = self._steps = list(map(Step, self.records))
+        steps = self.memo("steps", lambda: list(map(Step, self.records)))
         nodes = [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
         fill(steps, nodes, leaves, range(len(nodes)))
         what, ref = self.root[1:]
         root = ref.value if what is STATIC else (leaves if what else nodes)[ref]
         return root, nodes
-
-    def __reduce__(self) -> Any:
-        return (GraphDef.of, (self.root, self.records, self.schema, self.aliases))
 
     def __repr__(self) -> str:
         name = self.records[0].cls.__name__ if self.records else "leaf"
@@ -125,11 +119,8 @@ class Step:
     __slots__ = ("cls", "handler", "leaves", "nodes", "spec", "template", "tracked")
 
     def __init__(self, record: Record):
-        self.cls, self.handler, self.spec = (
-            record.cls,
-            record.handler,
-            record.spec.value,
-        )
+        self.cls, self.handler = record.cls, record.handler
+        self.spec = record.spec.value
         self.tracked = record.handler.tracked
         self.template = {
             e.key: e.ref.value if e.what == STATIC else None for e in record.entries

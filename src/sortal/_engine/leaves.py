@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ _LIST = ListHandler()
 class Slot:
     """A raw array where it hangs, as the engine reads and writes it."""
 
-    __slots__ = ("_trace", "handler", "holder", "key", "name", "node")
+    __slots__ = ("_indexed", "_trace", "handler", "holder", "key")
 
     def __init__(self, node: Any, handler: Handler, key: Any, trace: Any):
         self._trace, self.handler = trace, handler
-        self.node, self.name = id(node), key
         self.holder, self.key = handler.place(node, key)
+        self._indexed = isinstance(self.holder, (dict, list)) or type(node) is tuple
 
     @property
     def held(self) -> Any:
@@ -35,10 +34,8 @@ class Slot:
 
     @property
     def _value(self) -> Any:
-        holder = self.holder
-        if isinstance(holder, (dict, list)):
-            return holder[self.key]
-        return self.handler.read(holder, self.key)
+        holder = self.holder if self._indexed else self.handler.items(self.holder)
+        return holder[self.key]
 
     @property
     def writable(self) -> bool:
@@ -47,18 +44,20 @@ class Slot:
 
     def write(self, value: Any) -> None:
         """Puts ``value`` there; the holder must be writable."""
-        if isinstance(self.holder, (dict, list)):
-            self.holder[self.key] = value
-        else:
-            self.handler.write(self.holder, self.key, value)
+        holder, handler = self.holder, self.handler
+        if self._indexed:
+            holder[self.key] = value
+            return
+        items = {**handler.items(holder), self.key: value}
+        handler.fill(holder, handler.spec(holder), items)
 
     @property
     def _place(self) -> tuple[Any, Path, str]:
-        return self.holder, (self.name,), "unlabelled array"
+        return self.holder, (self.key,), "unlabelled array"
 
     @property
     def _id(self) -> tuple[int, Any]:
-        return (self.node, self.name)
+        return (id(self.holder), self.key)
 
 
 def live_leaves(
@@ -100,11 +99,9 @@ def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any]]:
                 above.setdefault(ref, n)
             elif what is LEAF and kinds[ref] is None:
                 raw.append((ref, key, n))
-    handlers = [None if k is None else handler_of_kind(k) for k in kinds]
-    return (
-        [(ref, key, list(_upward(above, n))) for ref, key, n in raw],
-        [(i, h) for i, h in enumerate(handlers) if h is not None],
-    )
+    handlers = ((i, handler_of_kind(k)) for i, k in enumerate(kinds) if k)
+    held_by = [(ref, key, list(_upward(above, n))) for ref, key, n in raw]
+    return held_by, [(i, handler) for i, handler in handlers if handler]
 
 
 def _upward(above: dict[int, int], n: int) -> Iterator[int]:
@@ -161,7 +158,7 @@ def identity(leaf: Any) -> Any:
 class Leaves(list[Any]):
     """Live leaves, Variables and Slots, that are read and written all at once."""
 
-    __slots__ = ("_cells", "_foreign", "_trace", "slotted")
+    __slots__ = ("_cells", "_theirs", "_trace", "slotted")
 
     def __init__(self, leaves: Iterable[Any]):
         super().__init__(leaves)
@@ -170,10 +167,8 @@ class Leaves(list[Any]):
         ours = not types & {Slot, Foreign}
         self._cells = [x._cell for x in self] if ours else None
         # Those of one other library can be read at once as well.
-        self._foreign: Callable[[], list[Any]] | None = None
-        if types == {Foreign} and len({x.handler for x in self}) == 1:
-            variables = [x.held for x in self]
-            self._foreign = functools.partial(self[0].handler.values, variables)
+        one_library = types == {Foreign} and len({x.handler for x in self}) == 1
+        self._theirs = [x.held for x in self] if one_library else None
         first = self[0]._trace if self else None
         self._trace = first if all(x._trace is first for x in self) else None
 
@@ -181,8 +176,8 @@ class Leaves(list[Any]):
         """The values of all, in order."""
         if self._cells is not None:
             return [value for (value,) in self._cells]
-        if self._foreign is not None:
-            return self._foreign()
+        if self._theirs is not None:
+            return self[0].handler.values(self._theirs)
         return [x._value for x in self]
 
     def snapshot(self) -> list[Any]:
@@ -226,6 +221,6 @@ def store_all(parts: Sequence[Leaves], values: Iterable[Any]) -> None:
 
 def own(values: list[Any]) -> list[Any]:
     """Copies the NumPy arrays among ``values``, which others could write to."""
-    if np.ndarray in set(map(type, values)):
+    if np.ndarray in map(type, values):
         return [v.copy() if type(v) is np.ndarray else v for v in values]
     return values

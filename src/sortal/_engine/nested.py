@@ -40,17 +40,14 @@ def flatten(
     Yields:
       Pairs of path and leaf; an empty mapping gives ``empty_node``.
     """
-    if is_leaf is not None and is_leaf(prefix, mapping):
+    nested = isinstance(mapping, Mapping)
+    if not nested or (is_leaf is not None and is_leaf(prefix, mapping)):
         yield prefix, mapping
     elif not mapping:
         yield prefix, empty_node
     else:
         for key, value in mapping.items():
-            path = (*prefix, key)
-            if isinstance(value, Mapping):
-                yield from flatten(value, is_leaf, path)
-            else:
-                yield path, value
+            yield from flatten(value, is_leaf, (*prefix, key))
 
 
 def nest(pairs: Iterable[tuple[Path, Any]]) -> dict:

@@ -19,7 +19,7 @@ from sortal._engine.foreign import handler_of_kind, note_class, register_library
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
-from sortal._engine.variable import Variable, foreign_write
+from sortal._engine.variable import Variable, foreign_write, is_variable
 
 Keys = Sequence[Any]
 
@@ -55,7 +55,7 @@ class Node:
         node = object.__new__(cls)
         _set_trace(node, current_trace())
         _set_version(node, 0)
-        _set_plans(node, ())
+        set_plans(node, ())
         _set_roles(node, cls._field_roles)
         return node
 
@@ -71,22 +71,18 @@ class Node:
             _set_roles(self, {**(self._roles or {}), name: value.role})
             value, old = value.value, _ABSENT
         object.__setattr__(self, name, value)
-        if type(old) in leaf_types and type(value) in leaf_types:
-            return
-        _set_version(self, self._version + 1)
-        edits.note()
+        if type(old) not in leaf_types or type(value) not in leaf_types:
+            _note_edit(self)
 
     def __delattr__(self, name: str) -> None:
         if self._trace is not current_trace():
             raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
         object.__delattr__(self, name)
         if self._roles and name in self._roles:
-            left = {k: role for k, role in self._roles.items() if k != name}
-            declared = self._field_roles or {}
-            left |= {k: role for k, role in declared.items() if k == name}
-            _set_roles(self, left or None)
-        _set_version(self, self._version + 1)
-        edits.note()
+            declared = (self._field_roles or {}).get(name)
+            left = {**self._roles, name: declared}
+            _set_roles(self, {k: v for k, v in left.items() if v} or None)
+        _note_edit(self)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         # What is compared by identity, such as a function or a setting, would as a
@@ -107,18 +103,21 @@ class Node:
         attributes, roles = state if isinstance(state, tuple) else (state, None)
         self.__dict__.update(attributes or {})
         _set_roles(self, roles)
-        _set_version(self, self._version + 1)
-        edits.note()
+        _note_edit(self)
+
+
+def _note_edit(node: Node) -> None:
+    _set_version(node, node._version + 1)
+    edits.note()
 
 
 _ABSENT: Any = object()
 _set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
-_set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
+set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _set_dict: Callable[[Node, Any], None] = Node.__dict__["__dict__"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
-set_plans = _set_plans
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
 leaf_types: set[type] = {np.ndarray}
@@ -134,8 +133,7 @@ class Handler:
     have keys that are paths. Nodes of a handler that ``notes_edits`` call
     ``statics.edits.note`` when their structure changes; those that ``counts_edits``
     also have a number of their own, ``_version``. ``root`` nodes are carried into
-    transforms whole, from wherever in an argument they are. In a ``plain`` container
-    that is marked data, numbers are leaves.
+    transforms whole, from wherever in an argument they are.
     """
 
     tracked = True
@@ -144,7 +142,6 @@ class Handler:
     notes_edits = False
     counts_edits = False
     root = False
-    plain = False
 
     def keys(self, obj: Any) -> Keys:
         """The keys of the children, in the order in which leaves are numbered."""
@@ -188,16 +185,10 @@ class Handler:
         """Puts a value together from its children; for untracked nodes."""
         raise NotImplementedError
 
-    def read(self, obj: Any, key: Any) -> Any:
-        """The child at ``key``."""
+    def items(self, obj: Any) -> dict[Any, Any]:
+        """The children by key."""
         keys = self.keys(obj)
-        return dict(zip(keys, self.children(obj, keys), strict=True))[key]
-
-    def write(self, obj: Any, key: Any, child: Any) -> None:
-        """Puts a raw array in the place of another; for tracked nodes."""
-        keys = self.keys(obj)
-        items = dict(zip(keys, self.children(obj, keys), strict=True))
-        self.fill(obj, self.spec(obj), {**items, key: child})
+        return dict(zip(keys, self.children(obj, keys), strict=True))
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         """The live object, and key in it, that hold the child at ``key``.
@@ -286,14 +277,11 @@ class ObjectHandler(Handler):
         attributes.clear()
         attributes.update(items)
         _set_roles(obj, dict(spec) if spec else None)
-        _set_version(obj, obj._version + 1)
-        edits.note()
+        _note_edit(obj)
 
 
 class ListHandler(Handler):
     """Lists: children at their indices."""
-
-    plain = True
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         return list(map(len, nodes)), itertools.chain(*nodes)
@@ -315,8 +303,6 @@ class DictHandler(Handler):
     transform, so two dicts that differ in order differ in structure.
     """
 
-    plain = True
-
     def keys(self, obj: Any) -> Keys:
         return sorted(obj, key=paths.order)
 
@@ -324,8 +310,7 @@ class DictHandler(Handler):
         return [obj[key] for key in keys]
 
     def spec(self, obj: Any) -> Hashable:
-        factory = getattr(obj, "default_factory", None)
-        return (tuple(obj), factory)
+        return (tuple(obj), getattr(obj, "default_factory", None))
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         factories = [getattr(x, "default_factory", None) for x in nodes]
@@ -338,34 +323,26 @@ class DictHandler(Handler):
     def can_remove(self, key: Any) -> bool:
         return True
 
-    def shell(self, cls: type, spec: Any) -> Any:
-        obj = super().shell(cls, spec)
-        if spec[1] is not None:
-            obj.default_factory = spec[1]
-        return obj
-
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj.clear()
         for key in spec[0]:
             obj[key] = items[key]
+        if spec[1] is not None:
+            obj.default_factory = spec[1]
 
 
 class TupleHandler(Handler):
     """Tuples and named tuples: values, rebuilt from their children."""
 
     tracked = False
-    fixed = plain = True
+    fixed = True
 
     def keys(self, obj: Any) -> Keys:
         return sorted(obj._fields) if hasattr(obj, "_fields") else range(len(obj))
 
     def children(self, obj: Any, keys: Keys) -> list[Any]:
-        if hasattr(obj, "_fields"):
-            return [getattr(obj, str(key)) for key in keys]
-        return list(obj)
-
-    def read(self, obj: Any, key: Any) -> Any:
-        return getattr(obj, key) if isinstance(key, str) else obj[key]
+        named = hasattr(obj, "_fields")
+        return [getattr(obj, str(key)) for key in keys] if named else list(obj)
 
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
@@ -414,19 +391,20 @@ class PytreeHandler(Handler):
     tracked = False
 
     def keys(self, obj: Any) -> Keys:
-        return [key for key, _ in self._level(obj)[0]]
+        return [key for key, _ in _level(obj)[0]]
 
     def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return [child for _, child in self._level(obj)[0]]
+        return [child for _, child in _level(obj)[0]]
 
     def spec(self, obj: Any) -> Hashable:
-        return self._level(obj)[1]
+        return _level(obj)[1]
 
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         return jax.tree_util.tree_unflatten(spec, items.values())
 
-    def _level(self, obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        return one_level(obj) or ([], None)
+
+def _level(obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    return one_level(obj) or ([], None)
 
 
 _OBJECT, _DATACLASS, _PYTREE = ObjectHandler(), DataclassHandler(), PytreeHandler()
@@ -445,7 +423,7 @@ def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
             continue
         seen[id(found)] = found  # held, so that no other object gets this id
         if handler is not STATIC and not is_static_value(found, handler):
-            stack += handler.children(found, handler.keys(found))
+            stack += handler.items(found).values()
         elif is_hashable(found):
             memo[id(found)] = found
 
@@ -500,10 +478,7 @@ def is_root(x: Any) -> bool:
     Returns:
       True for Variables, Modules and their like, of Sortal or of another library.
     """
-    handler = handler_of(x)
-    if handler is LEAF:
-        return isinstance(x, Variable) or handler_of_kind(type(x)) is not None
-    return handler is not STATIC and handler.root
+    return is_variable(x) or getattr(handler_of(x), "root", False)
 
 
 def _classify(cls: type, obj: Any) -> Any:
@@ -552,7 +527,7 @@ def is_static_value(obj: Any, handler: Any) -> bool:
     frozen = handler is _DATACLASS and type(obj).__dataclass_params__.frozen
     if not (handler is _tuple or frozen):
         return False
-    for child in handler.children(obj, handler.keys(obj)):
+    for child in handler.items(obj).values():
         inner = handler_of(child)
         if inner is LEAF or (inner is STATIC and hidden_state(child)):
             return False

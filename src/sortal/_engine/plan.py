@@ -15,34 +15,22 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sortal._engine import nodes as _nodes
-from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
-from sortal._engine.nodes import (
-    LEAF,
-    NODE,
-    Handler,
-    Node,
-    get_dict,
-    handler_of,
-    leaf_types,
-)
+from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
 from sortal._engine.walk import Walk
+from sortal.filters import to_filter
 
 _KEPT = 4
 _uids = itertools.count()
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type})
 
 
-class _Mark:
-    """Stands in a Record for what a plan must not keep alive, or may find exchanged."""
-
-
-_ROOT, _ARRAY = _Mark(), _Mark()
+_ROOT, _ARRAY = object(), object()
+"""Stand in a Record for what a plan must not keep alive, or may find exchanged."""
 
 
 def _marked(x: Any, root: Any) -> Any:
@@ -65,7 +53,7 @@ class Record:
         equal, now = handler.contents(nodes)
         self._equal = [dict(x) if type(x) is dict else x for x in equal]
         self.held = [_marked(x, root) for x in now]
-        self._marks = [i for i, x in enumerate(self.held) if type(x) is _Mark]
+        self._marks = [i for i, x in enumerate(self.held) if x is _ROOT or x is _ARRAY]
 
     def nodes(self, root: Any) -> list[Any]:
         """The nodes, of which the root may be one."""
@@ -94,23 +82,6 @@ class Plan:
     a ``uid``, and can say whether it is valid.
     """
 
-    __slots__ = (
-        "_checked",
-        "_dicts",
-        "_lengths",
-        "_metadata",
-        "_noting",
-        "_parts",
-        "_picked",
-        "_silent",
-        "_variables",
-        "_versions",
-        "graphdef",
-        "leaves",
-        "nodes",
-        "uid",
-    )
-
     def __init__(self, graphdef: GraphDef, nodes: Sequence[Any], leaves: Iterable[Any]):
         self.uid: int | None = None
         self.graphdef = graphdef
@@ -126,18 +97,16 @@ class Plan:
         self._variables = [x for x in self.leaves if isinstance(x, Variable)]
         self._metadata = [x._metadata for x in self._variables]
         by_handler: dict[Any, list[Any]] = {}
-        for x in (root, *self.nodes[1:]):
-            handler = handler_of(x)
+        nodes = [(handler_of(x), x) for x in self.nodes_of(root)]
+        theirs = [(x.handler, x.held) for x in self.leaves if type(x) is Foreign]
+        for handler, x in nodes + theirs:
             if not handler.fixed:
                 by_handler.setdefault(handler, []).append(x)
-        for leaf in self.leaves:
-            if type(leaf) is Foreign:
-                by_handler.setdefault(leaf.handler, []).append(leaf.held)
         records = [Record(h, nodes, root) for h, nodes in by_handler.items()]
         self._noting = [r for r in records if r.handler.notes_edits]
         self._silent = [r for r in records if not r.handler.notes_edits]
         self._versions = self._versions_now(root)
-        objects = (x for x in (root, *self.nodes) if isinstance(x, Node))
+        objects = (x for x in self.nodes_of(root) if isinstance(x, Node))
         self._dicts = list(map(get_dict, objects))
         self._lengths = list(map(len, self._dicts))
 
@@ -175,6 +144,10 @@ class Plan:
                 return False
         self._versions = versions
         return True
+
+    def nodes_of(self, root: Any) -> list[Any]:
+        """All live nodes in order, for the root that the plan is of."""
+        return [root, *self.nodes[1:]]
 
     def _held(self) -> Iterator[Any]:
         leaves = (held(x) for x in self.leaves if type(x) is not Slot)
@@ -234,15 +207,10 @@ class Plan:
         found = select(self.graphdef.schema, literals, self.view)
         leaves = [Leaves(self.leaves[i] for i in part[1]) for part in found.parts]
         # Only kinds and `...` are sure to be decided by structure and to be few.
-        if all(x is Ellipsis or _is_kind(x) for x in literals):
+        few = all(x is Ellipsis or isinstance(x, type) for x in literals)
+        if few and all(to_filter(x).structural for x in literals):
             self._picked[literals] = (found, leaves)
         return found, leaves
-
-
-def _is_kind(x: Any) -> bool:
-    return isinstance(x, type) and (
-        issubclass(x, Variable) or handler_of_kind(x) is not None
-    )
 
 
 _sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}
@@ -268,7 +236,7 @@ def _kept_plans(root: Any) -> tuple[Plan, ...]:
 
 def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
     if isinstance(root, Node):
-        _nodes.set_plans(root, plans)
+        set_plans(root, plans)
         return
     at = id(root)
     _sides[at] = (weakref.ref(root, lambda _: _sides.pop(at, None)), plans)
@@ -292,8 +260,7 @@ def plan_of(root: Any) -> Plan:
             if plan is not plans[0]:
                 _keep(root, (plan, *(p for p in plans if p is not plan)))
             return plan
-    walk = Walk(root)
-    plan = Plan(walk.graphdef, walk.nodes, walk.leaves)
+    plan = _planned(root)
     plan.watch(root)
     if not isinstance(root, Node) and plan.leads_to(root):
         _sides.pop(id(root), None)
@@ -320,38 +287,31 @@ def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> An
     """
     leaves = graphdef.build_leaves(values, metadata)
     root, nodes = graphdef.build(leaves)
-    raw = graphdef.memo("raw leaves if rebuilt", lambda: _raw_if_rebuilt(graphdef))
+    known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
     as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
-    if raw is None or not as_described:
-        return root
-    if all(handler_of(leaves[i]) is LEAF for i in raw):
+    raw = (x for x, kind in zip(leaves, graphdef.schema.kinds, strict=True) if not kind)
+    if known and as_described and all(handler_of(x) is LEAF for x in raw):
         plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
         plan.watch(root)
         _keep(root, (plan,))
     return root
 
 
-def _raw_if_rebuilt(graphdef: GraphDef) -> list[int] | None:
-    """The raw arrays of a Node whose objects are surely built as they were walked.
+def _built_as_walked(graphdef: GraphDef) -> bool:
+    """Whether this is a Node whose objects are surely built as they were walked.
 
     That holds for our own objects and Python's own containers. What another type does
-    when it is filled or built only a walk can tell: None.
+    when it is filled or built only a walk can tell.
     """
-    for record in graphdef.records:
-        known = record.cls in (list, dict, tuple, types.MethodType)
-        if not known and not issubclass(record.cls, Node):
-            return None
-    if graphdef.root.what is not NODE or not issubclass(graphdef.records[0].cls, Node):
-        return None
-    return [i for i, kind in enumerate(graphdef.schema.kinds) if kind is None]
+    classes = [record.cls for record in graphdef.records]
+    others = {x for x in classes if not issubclass(x, Node)}
+    of_python = others <= {list, dict, tuple, types.MethodType}
+    return of_python and bool(classes) and classes[0] not in others
 
 
 def has_plan(root: Any) -> bool:
     """Whether plans of ``root`` are kept: it is an object, and no mere container."""
-    if isinstance(root, Node):
-        return True
-    handler = handler_of(root)
-    return isinstance(handler, Handler) and handler.root
+    return isinstance(root, Node) or getattr(handler_of(root), "root", False)
 
 
 def bind(root: Any) -> Plan:
@@ -363,7 +323,9 @@ def bind(root: Any) -> Plan:
     Returns:
       The Plan.
     """
-    if isinstance(root, Node) or has_plan(root):
-        return plan_of(root)
+    return plan_of(root) if has_plan(root) else _planned(root)
+
+
+def _planned(root: Any) -> Plan:
     walk = Walk(root)
     return Plan(walk.graphdef, walk.nodes, walk.leaves)

@@ -21,7 +21,7 @@ def kind_name(kind: Kind) -> str:
 class Schema(Interned):
     """The leaves of a structure without their values: paths, kinds and metadata."""
 
-    __slots__ = ("_index", "_memo", "_tree", "kinds", "metadata", "paths")
+    __slots__ = ("_memo", "kinds", "metadata", "paths")
 
     paths: tuple[Path, ...]
     kinds: tuple[Kind, ...]
@@ -37,15 +37,12 @@ class Schema(Interned):
 
     def _setup(self, paths: Any, kinds: Any, metadata: Any) -> None:
         self.paths, self.kinds, self.metadata = paths, kinds, metadata
-        self._index: dict[Path, int] | None = None
         self._memo: dict[Any, Any] = {}
 
     @property
     def index(self) -> dict[Path, int]:
         """Path to position."""
-        if self._index is None:
-            self._index = {path: i for i, path in enumerate(self.paths)}
-        return self._index
+        return self.memo("index", lambda: {p: i for i, p in enumerate(self.paths)})
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -84,22 +81,19 @@ class Schema(Interned):
 
     def children(self, prefix: Path) -> tuple[Hashable, ...]:
         """The next entries that paths below ``prefix`` have, in order."""
-        below, _ = self.below(prefix)
-        return self.memo(
-            ("children", prefix),
-            lambda: tuple(dict.fromkeys(p[0] for p in below.paths)),
-        )
 
-    def of_kind(self, kind: Kind, metadata: Metadata | None = None) -> Schema:
+        def compute() -> tuple[Hashable, ...]:
+            return tuple(dict.fromkeys(p[0] for p in self.below(prefix)[0].paths))
+
+        return self.memo(("children", prefix), compute)
+
+    def of_kind(self, kind: Kind) -> Schema:
         """The same leaves, all of one kind."""
-        return self.memo(
-            ("kind", kind, metadata),
-            lambda: Schema.of(
-                self.paths,
-                [kind] * len(self),
-                self.metadata if metadata is None else [metadata] * len(self),
-            ),
-        )
+
+        def compute() -> Schema:
+            return Schema.of(self.paths, [kind] * len(self), self.metadata)
+
+        return self.memo(("kind", kind), compute)
 
     def rows(self, leaves: Sequence[Any] | None) -> Iterator[tuple[Any, ...]]:
         """Path, kind, metadata and leaf of each; leaves None where not at hand."""
@@ -109,9 +103,6 @@ class Schema(Interned):
     def describe(self, i: int) -> str:
         """``layers.0.kernel (Param)``."""
         return f"{show(self.paths[i])} ({kind_name(self.kinds[i])})"
-
-    def __reduce__(self) -> Any:
-        return (Schema.of, (self.paths, self.kinds, self.metadata))
 
     def __repr__(self) -> str:
         return f"Schema({', '.join(map(self.describe, range(len(self))))})"
@@ -140,31 +131,16 @@ def select(
     Raises:
       FilterError: a literal is no filter, or an earlier filter swallows a later one.
     """
-    try:
-        found = schema._memo.get(literals)
-    except TypeError:
-        found = None
-    if type(found) is Selection:
-        return found
     filters = tuple(map(to_filter, literals))
-    _check_order(filters)
     if all(f.structural for f in filters):
-        return schema.memo(filters, lambda: _remember(schema, literals, filters))
+        return schema.memo(filters, lambda: _divide(schema, filters, None))
     return _divide(schema, filters, leaves())
-
-
-def _remember(
-    schema: Schema, literals: tuple[Any, ...], filters: tuple[Filter, ...]
-) -> Selection:
-    found = _divide(schema, filters, None)
-    if all(isinstance(x, type) or x is Ellipsis for x in literals):
-        schema._memo[literals] = found
-    return found
 
 
 def _divide(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> Selection:
+    _check_order(filters)
     takes = [
         frozenset(i for i, row in enumerate(schema.rows(leaves)) if f.test(*row))
         for f in filters

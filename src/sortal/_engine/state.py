@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import (
-    Callable,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -21,7 +13,14 @@ from sortal._engine.leaves import own
 from sortal._engine.nested import Layout, empty_node, equal, flatten, nest, ordered
 from sortal._engine.nodes import Handler, register_node
 from sortal._engine.paths import Path, show
-from sortal._engine.schema import Schema, check_exhaustive, kind_name, select
+from sortal._engine.schema import (
+    Kind,
+    Schema,
+    Selection,
+    check_exhaustive,
+    kind_name,
+    select,
+)
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
     Variable,
@@ -94,28 +93,22 @@ class _Stored:
         edits.note()
 
 
-def _kinds(
-    leaves: Sequence[Any],
-) -> tuple[tuple[type | None, ...], tuple[Metadata, ...]]:
+def _kinds(leaves: list[Any]) -> tuple[tuple[Kind, ...], tuple[Metadata, ...]]:
     boxes = [x if is_variable(x) else None for x in leaves]
     kinds = [None if x is None else type(x) for x in boxes]
     return tuple(kinds), tuple(EMPTY if x is None else metadata_of(x) for x in boxes)
 
 
-def _from_leaves(paths: Sequence[Path], leaves: list[Any]) -> _Stored:
-    """Leaves with their paths, in order: Variables and raw arrays, kept as they are."""
-    kinds, metadata = _kinds(leaves)
-    return _Stored(Schema.of(paths, kinds, metadata), leaves, any(kinds))
-
-
 def _from_items(items: Iterable[tuple[Path, Any]]) -> _Stored:
-    """Pairs of path and leaf, in any order.
+    """Pairs of path and leaf, in any order: Variables and raw arrays, kept as they are.
 
     Raises:
       PathError: a path is there twice, or runs through a leaf; all are listed.
     """
-    found = ordered(items)
-    return _from_leaves([path for path, _ in found], [leaf for _, leaf in found])
+    found = dict(ordered(items))
+    leaves = list(found.values())
+    kinds, metadata = _kinds(leaves)
+    return _Stored(Schema.of(tuple(found), kinds, metadata), leaves, any(kinds))
 
 
 class State(MutableMapping[Any, Any]):
@@ -247,17 +240,14 @@ class State(MutableMapping[Any, Any]):
         key = next(iter(self), None)
         return key, self.pop(key)
 
-    def _keys(self) -> tuple[Hashable, ...]:
-        return self._stored.schema.children(self._prefix)
-
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._keys())
+        return iter(self._stored.schema.children(self._prefix))
 
     def __len__(self) -> int:
-        return len(self._keys())
+        return len(self._stored.schema.children(self._prefix))
 
     def __contains__(self, key: Any) -> bool:
-        return key in self._keys()
+        return key in self._stored.schema.children(self._prefix)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
@@ -273,10 +263,10 @@ class State(MutableMapping[Any, Any]):
         return State.merge(self, other)
 
     def __sub__(self, other: Any) -> State:
-        gone, schema = as_state(other).schema.index, self.schema
-        kept = [i for i, path in enumerate(schema.paths) if path not in gone]
+        gone = as_state(other).schema.index
+        kept = [i for i, path in enumerate(self.paths()) if path not in gone]
         values = own(self.values_list())
-        return snapshot(schema.pick(kept), [values[i] for i in kept])
+        return snapshot(self.schema.pick(kept), [values[i] for i in kept])
 
     def __repr__(self) -> str:
         schema, texts = self.schema, map(describe, self.values_list())
@@ -287,10 +277,7 @@ class State(MutableMapping[Any, Any]):
         return f"State(\n{listing(rows)}\n)" if rows else "State()"
 
     def __reduce__(self) -> Any:
-        return (snapshot, (self.schema, self.values_list()))
-
-    def __copy__(self) -> State:
-        return snapshot(self.schema, own(self.values_list()))
+        return (snapshot, (self.schema, own(self.values_list())))
 
     def __deepcopy__(self, memo: Any) -> State:
         values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
@@ -314,8 +301,9 @@ class State(MutableMapping[Any, Any]):
         Returns:
           The new State, with Variables of its own.
         """
-        leaves = [f(path, x) for path, x in _items(self)]
-        return copy.copy(_state(_from_leaves(self.paths(), leaves)))
+        leaves = list(map(f, self.paths(), self.leaves()))
+        schema = Schema.of(self.paths(), *_kinds(leaves))
+        return snapshot(schema, own(list(map(value_of, leaves))))
 
     # --------------------------------------------------- by filter
     def filter(self, *filters: Any) -> Any:
@@ -330,8 +318,7 @@ class State(MutableMapping[Any, Any]):
         Raises:
           FilterError: a filter is malformed, or swallowed by an earlier one.
         """
-        parts, _ = self._divide(filters)
-        return parts[0] if len(filters) == 1 else tuple(parts)
+        return self._parts(select(self.schema, filters, self.leaves))
 
     def split(self, *filters: Any) -> Any:
         """Divides all leaves among filters.
@@ -345,15 +332,14 @@ class State(MutableMapping[Any, Any]):
         Raises:
           FilterError: as ``filter``; or leaves are left over.
         """
-        parts, rest = self._divide(filters)
-        check_exhaustive(self.schema, filters, rest)
-        return parts[0] if len(filters) == 1 else tuple(parts)
-
-    def _divide(self, filters: tuple[Any, ...]) -> tuple[list[State], Sequence[int]]:
         found = select(self.schema, filters, self.leaves)
+        check_exhaustive(self.schema, filters, found.rest)
+        return self._parts(found)
+
+    def _parts(self, found: Selection) -> Any:
         values = own(self.values_list())
         parts = [snapshot(s, [values[i] for i in at]) for s, at in found.parts]
-        return parts, found.rest
+        return parts[0] if len(parts) == 1 else tuple(parts)
 
     @staticmethod
     def merge(state: Any, /, *states: Any) -> State:
@@ -381,10 +367,8 @@ class State(MutableMapping[Any, Any]):
         Returns:
           The dict, with integer keys where the paths have them.
         """
-        if extract_fn is None:
-            leaves = self.values_list()
-        else:
-            leaves = map(extract_fn, self.leaves())
+        mapped = extract_fn is not None
+        leaves = map(extract_fn, self.leaves()) if mapped else self.values_list()
         return nest(zip(self.paths(), leaves, strict=True))
 
     def replace_by_pure_dict(
@@ -533,13 +517,13 @@ class _StateHandler(Handler):
     flat = True
     notes_edits = True
 
-    def keys(self, obj: State) -> Sequence[Hashable]:
+    def keys(self, obj: State) -> tuple[Path, ...]:
         return obj.schema.paths
 
     def children(self, obj: State, keys: Any) -> list[Any]:
         return obj.leaves()
 
-    def contents(self, nodes: Sequence[State]) -> tuple[list[Any], Iterable[Any]]:
+    def contents(self, nodes: Any) -> tuple[list[Any], Iterable[Any]]:
         return [x.schema for x in nodes], (leaf for x in nodes for leaf in x.leaves())
 
     def shell(self, cls: type, spec: Any) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -151,11 +151,7 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         parts = self.parts()
-        return (
-            isinstance(other, type(self))
-            and parts is not None
-            and parts == other.parts()
-        )
+        return isinstance(other, _Key) and parts is not None and parts == other.parts()
 
     def __hash__(self) -> int:
         return self._hash
@@ -167,6 +163,7 @@ class Interned:
     __slots__ = ("__weakref__", "_key")
 
     _pool: ClassVar[weakref.WeakValueDictionary[_Key, Any]]
+    of: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls) -> None:
         cls._pool = weakref.WeakValueDictionary()
@@ -187,6 +184,9 @@ class Interned:
 
     def _setup(self, *given: Any) -> None:
         raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        return (type(self).of, self._key)
 
     def __copy__(self) -> Any:
         return self

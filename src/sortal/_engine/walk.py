@@ -27,10 +27,7 @@ class Walk:
 
     def __init__(self, root: Any):
         self.nodes: list[Any] = []
-        self._leaves: list[Any] = []
-        self._paths: list[Path] = []
-        self._kinds: list[Any] = []
-        self._metadata: list[Any] = []
+        self._leaves: list[tuple[Any, Path, Any, Any]] = []
         self._records: list[Any] = []
         self._aliases: list[tuple[Path, int]] = []
         self._numbers: dict[int, int] = {}
@@ -38,34 +35,32 @@ class Walk:
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
-        root_entry = self._visit(root, None, (), False)
+        root_entry = self._visit(root, None, (), False, None)
         while self._open:
-            self._take_apart(*self._open[-1])
+            self._take_apart()
         self._refuse()
-        schema = Schema.of(self._paths, self._kinds, self._metadata)
+        leaves, *parts = zip(*self._leaves, strict=True) if self._leaves else [()] * 4
+        schema = Schema.of(*parts)
         self.graphdef = GraphDef.of(root_entry, self._records, schema, self._aliases)
-        self.leaves = live_leaves(self.graphdef, self.nodes, self._leaves)
+        self.leaves = live_leaves(self.graphdef, self.nodes, leaves)
 
-    def _visit(self, obj: Any, key: Any, path: Path, data: bool) -> Entry:
+    def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
         """The Entry of one object; in what is marked data, numbers are leaves."""
-        found = handler_of(obj)
-        if found is LEAF:
-            return Entry(key, LEAF, self._leaf(obj, path))
-        if found is STATIC:
-            if data and isinstance(obj, _NUMBERS):
-                return Entry(key, LEAF, self._leaf(obj, path))
+        if role == "static":
             return Entry(key, STATIC, self._static(obj, path))
-        data = data and found.plain
-        if not data and _nodes.is_static_value(obj, found):
+        found = handler_of(obj)
+        number = found is STATIC and data and isinstance(obj, _NUMBERS)
+        if found is LEAF or number or (found is STATIC and role == "data"):
+            return Entry(key, LEAF, self._leaf(obj, path))
+        data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
+        if found is STATIC or (not data and _nodes.is_static_value(obj, found)):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
     def _leaf(self, obj: Any, path: Path) -> int:
-        theirs = None
-        boxed = isinstance(obj, Variable)
-        if not boxed:
-            theirs = handler_of_kind(type(obj))
-            boxed = theirs is not None
+        ours = isinstance(obj, Variable)
+        theirs = None if ours else handler_of_kind(type(obj))
+        boxed = ours or theirs is not None
         number = len(self._leaves)
         # Raw arrays are values: one met twice is two leaves, else the structure would
         # depend on which equal arrays happen to be one object.
@@ -74,15 +69,10 @@ class Walk:
             if first != number:
                 self._aliases.append((path, first))
                 return first
-        metadata = EMPTY
+        metadata = obj._metadata if ours else EMPTY
         if theirs is not None and not self._is_refused(obj, path, theirs):
             metadata = metadata_of(obj)
-        elif boxed and theirs is None:
-            metadata = obj._metadata
-        self._leaves.append(obj)
-        self._paths.append(path)
-        self._kinds.append(type(obj) if boxed else None)
-        self._metadata.append(metadata)
+        self._leaves.append((obj, path, type(obj) if boxed else None, metadata))
         return number
 
     def _is_refused(self, obj: Any, path: Path, handler: VariableHandler) -> bool:
@@ -99,30 +89,29 @@ class Walk:
         return bool(refusal)
 
     def _static(self, obj: Any, path: Path) -> Static | None:
+        name = type(obj).__name__
         if isinstance(obj, Marked):
-            self._bad.append(
-                f"{show(path)}: a value marked {obj.role} inside a container, where "
-                "the mark says nothing; mark the attribute that holds the container"
+            why = (
+                f"a value marked {obj.role} inside a container, where the mark says "
+                "nothing; mark the attribute that holds the container"
             )
-            return None
-        if _holds_leaves(obj):
-            self._bad.append(
-                f"{show(path)}: a {type(obj).__name__} in an attribute that is marked "
-                "static, where it would be no leaf; take the mark off, or mark it data"
+        elif _holds_leaves(obj):
+            why = (
+                f"a {name} in an attribute that is marked static, where it would be "
+                "no leaf; take the mark off, or mark it data"
             )
-            return None
-        hidden = _nodes.hidden_state(obj)
-        if hidden:
-            self._bad.append(
-                f"{show(path)}: a {type(obj).__name__} that is no Module but holds "
-                f"{hidden}; derive it from sortal.Module"
+        elif hidden := _nodes.hidden_state(obj):
+            why = (
+                f"a {name} that is no Module but holds {hidden}; derive it from "
+                "sortal.Module"
             )
-            return None
-        try:
-            return Static(obj)
-        except TypeError:
-            self._bad.append(f"{show(path)}: a {type(obj).__name__}, {obj!r:.60}")
-            return None
+        else:
+            try:
+                return Static(obj)
+            except TypeError:
+                why = f"a {name}, {obj!r:.60}"
+        self._bad.append(f"{show(path)}: {why}")
+        return None
 
     def _node(self, obj: Any, path: Path, handler: Handler, data: bool) -> int:
         number = len(self.nodes)
@@ -143,31 +132,16 @@ class Walk:
         self._open.append((number, obj, path, handler, data, children, []))
         return number
 
-    def _take_apart(
-        self,
-        number: int,
-        obj: Any,
-        path: Path,
-        handler: Handler,
-        data: bool,
-        children: Any,
-        entries: list[Entry],
-    ) -> None:
+    def _take_apart(self) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
+        number, obj, path, handler, data, children, entries = self._open[-1]
         depth = len(self._open)
         roles = handler.roles(obj) or {}
         for key, child in children:
             below = path + key if handler.flat else (*path, key)
-            role = roles.get(key)
-            if role == "static":
-                entries.append(Entry(key, STATIC, self._static(child, below)))
-            elif role == "data" and handler_of(child) is STATIC:
-                entries.append(Entry(key, LEAF, self._leaf(child, below)))
-            else:
-                marked = data or role == "data"
-                entries.append(self._visit(child, key, below, marked))
-                if len(self._open) > depth:
-                    return
+            entries.append(self._visit(child, key, below, data, roles.get(key)))
+            if len(self._open) > depth:
+                return
         self._open.pop()
         spec = Static(handler.spec(obj))
         self._records[number] = Record(type(obj), handler, spec, tuple(entries))
