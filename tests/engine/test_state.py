@@ -817,6 +817,17 @@ def test_a_flat_state_has_the_key_paths_of_flax():
 
 
 # --------------------------------------------------------- copies and pickles
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_share_a_variable_with_what_else_is_copied(copied):
+    state = sortal.State({"a": Param(jnp.ones(2)), "b": jnp.zeros(1)})
+    both = copied([state["a"], state])
+    assert both[0] is both[1]["a"]
+    assert both[0] is not state["a"]
+    assert both[1] == state
+
+
 @given(states())
 def test_states_survive_pickle_and_both_copies(state):
     for other in (

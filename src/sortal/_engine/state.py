@@ -45,6 +45,11 @@ class _Stored:
         self._schema, self._checked, self._trace = schema, -1, current_trace()
 
     @property
+    def boxed(self) -> bool:
+        """Whether Variables were read or given, which others may hold too."""
+        return self._cells[1]
+
+    @property
     def schema(self) -> Schema:
         """Paths, kinds and metadata, as they are now."""
         cells, boxed = self._cells
@@ -277,9 +282,16 @@ class State(MutableMapping[Any, Any]):
         return f"State(\n{listing(rows)}\n)" if rows else "State()"
 
     def __reduce__(self) -> Any:
+        if self._stored.boxed:  # another object may hold one of the Variables
+            return (_of_leaves, (self.schema, self.leaves()))
         return (snapshot, (self.schema, own(self.values_list())))
 
+    def __copy__(self) -> State:
+        return snapshot(self.schema, own(self.values_list()))
+
     def __deepcopy__(self, memo: Any) -> State:
+        if self._stored.boxed:
+            return _of_leaves(self.schema, copy.deepcopy(self.leaves(), memo))
         values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
         return snapshot(self.schema, values)
 
@@ -440,6 +452,10 @@ def _state(leaves: _Stored, prefix: Path = ()) -> State:
     _set_stored(state, leaves)
     _set_prefix(state, prefix)
     return state
+
+
+def _of_leaves(schema: Schema, leaves: list[Any]) -> State:
+    return _state(_Stored(schema, leaves, boxed=True))
 
 
 def snapshot(schema: Schema, values: list[Any]) -> State:
