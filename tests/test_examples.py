@@ -33,6 +33,8 @@ def load(file: str, library: str, name: str) -> types.ModuleType:
     assert source.count(OURS) == 1
     if library == "flax":
         source = source.replace(OURS, THEIRS)
+        # Flax takes a list of modules in a List of its own only.
+        source = re.sub(r"self.blocks = (.*)", r"self.blocks = nnx.List(\1)", source)
     module = types.ModuleType(name)
     sys.modules[name] = module
     exec(compile(source, file, "exec"), vars(module))  # noqa: S102 - our own file

@@ -571,6 +571,19 @@ def test_leaves_have_the_paths_order_kinds_and_values_of_flax() -> None:
         np.testing.assert_array_equal(mine, other, err_msg=str(path))
 
 
+def test_a_variable_in_an_attribute_marked_static_is_refused() -> None:
+    """It would be hidden in the structure, as a constant of compiled functions."""
+    model = sortal.Module()
+    model.rate, model.pair = nnx.static(3), nnx.static((1, 2))
+    model.rate, model.pair = sortal.Param(jnp.ones(2)), (1, sortal.Param(jnp.ones(2)))
+    with pytest.raises(StructureError) as refusal:
+        sortal.state(model)
+    for row in ("pair: a tuple", "rate: a Param"):
+        assert f"{row} in an attribute that is marked static" in str(refusal.value)
+    model.rate, model.pair = nnx.data(model.rate), nnx.data(model.pair)
+    assert sortal.state(model).paths() == (("pair", 0), ("pair", 1), ("rate",))
+
+
 def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:
     """``[nnx.data(x)]`` would else hide the value in the structure."""
     model = sortal.Module()

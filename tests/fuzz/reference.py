@@ -577,6 +577,8 @@ def _hides_state(x: Any) -> bool:
     """Whether a static holds what should be a node or leaf, directly or in tuples."""
     if isinstance(x, (tuple, frozenset)):
         return any(map(_hides_state, x))
+    if isinstance(x, Variable):
+        return True
     if isinstance(x, (type, types.FunctionType)):
         return False
     inside = getattr(x, "__dict__", {}).values()

@@ -95,6 +95,11 @@ class Walk:
                 f"a value marked {obj.role} inside a container, where the mark says "
                 "nothing; mark the attribute that holds the container"
             )
+        elif _holds_leaves(obj):
+            why = (
+                f"a {name} in an attribute that is marked static, where it would be "
+                "no leaf; take the mark off, or mark it data"
+            )
         elif hidden := _nodes.hidden_state(obj):
             why = (
                 f"a {name} that is no Module but holds {hidden}; derive it from "
@@ -155,3 +160,10 @@ class Walk:
                 + "\nUse a tuple or frozenset, "
                 "hold arrays in Variables, or give the class __eq__ and __hash__."
             )
+
+
+def _holds_leaves(obj: Any) -> bool:
+    """Whether a value marked static is a Variable or array, or a tuple of such."""
+    if isinstance(obj, (tuple, frozenset)):
+        return any(map(_holds_leaves, obj))
+    return handler_of(obj) is LEAF
