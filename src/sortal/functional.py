@@ -206,35 +206,29 @@ def merge(
     refuse_unknown("merge", _unknown)
     given = [as_state(s) for s in (state, *states)]
     schema, match = graphdef.schema, _match(graphdef, given)
-    filled: dict[int, Any] = {}
     if match.missing and missing is not None:
-        filled = _fill_missing(schema, match.missing, missing)
-    _check_merge(schema, match, filled)
-    values = _values(given, match)
-    if filled:
-        filled.update(zip(match.found, values, strict=True))
-        values = own([filled[i] for i in range(len(schema))])
-    return build(graphdef, values, match.metadata)
+        given.append(_taken_from(missing, schema, match.missing))
+        match = _match(graphdef, given)
+    if match.missing or match.problems:
+        absent = [f"missing: {schema.describe(i)}" for i in match.missing]
+        raise MergeError(
+            f"merge needs each of the {len(schema)} leaves of the GraphDef exactly "
+            f"once; found:\n{listing(absent + match.problems)}\n"
+            "Pass the remaining states too, or missing=another_state to fill a kind."
+        )
+    return build(graphdef, _values(given, match), match.metadata)
 
 
-def _fill_missing(schema: Schema, missing: list[int], source: Any) -> dict[int, Any]:
+def _taken_from(source: Any, schema: Schema, missing: list[int]) -> State:
+    """Values for the missing leaves, as far as the source has them."""
+    paths, kinds = schema.paths, schema.kinds
     if callable(source) and not isinstance(source, State):
-        return {i: source(schema.paths[i], schema.kinds[i]) for i in missing}
-    other, paths = as_state(source), schema.paths
-    values = dict(zip(other.paths(), other.values_list(), strict=True))
-    return {i: values[paths[i]] for i in missing if paths[i] in values}
-
-
-def _check_merge(schema: Schema, match: _Match, filled: dict[int, Any]) -> None:
-    absent = [i for i in match.missing if i not in filled]
-    if not absent and not match.problems:
-        return
-    rows = [f"missing: {schema.describe(i)}" for i in absent] + match.problems
-    raise MergeError(
-        f"merge needs each of the {len(schema)} leaves of the GraphDef exactly once; "
-        f"found:\n{listing(rows)}\n"
-        "Pass the remaining states too, or missing=another_state to fill a kind."
-    )
+        found = {paths[i]: source(paths[i], kinds[i]) for i in missing}
+    else:
+        other = as_state(source)
+        values = dict(zip(other.paths(), other.values_list(), strict=True))
+        found = {paths[i]: values[paths[i]] for i in missing if paths[i] in values}
+    return State.from_flat_path(found)
 
 
 def update(node: Any, /, *states: Any, strict: bool = True) -> None:

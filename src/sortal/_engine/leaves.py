@@ -55,10 +55,6 @@ class Slot:
     def _place(self) -> tuple[Any, Path, str]:
         return self.holder, (self.key,), "unlabelled array"
 
-    @property
-    def _id(self) -> tuple[int, Any]:
-        return (id(self.holder), self.key)
-
 
 def live_leaves(
     graphdef: GraphDef, nodes: Sequence[Any], leaves: Sequence[Any]
@@ -76,20 +72,17 @@ def live_leaves(
     found = list(leaves)
     if not graphdef.records and found and graphdef.schema.kinds[0] is None:
         return [Slot([found[0]], _LIST, 0, current_trace())]  # the root is an array
-    raw, theirs = graphdef.memo("odd leaves", lambda: _odd_leaves(graphdef))
+    theirs, raw, above = graphdef.memo("odd leaves", lambda: _odd_leaves(graphdef))
     for i, handler in theirs:
         found[i] = Foreign(found[i], handler)
-    for i, key, holders in raw:
-        n = holders[0]
-        owners = (graphdef.records[h].handler.owner(nodes[h]) for h in holders)
-        owner = next((x for x in owners if x is not None), None)
-        trace = current_trace() if owner is None else owner._trace
+    for i, key, n in raw:
+        trace = _trace_of(graphdef, nodes, above, n)
         found[i] = Slot(nodes[n], graphdef.records[n].handler, key, trace)
     return found
 
 
-def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any]]:
-    """Raw arrays with key and all holders, innermost first; other libraries' leaves."""
+def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any], dict[int, int]]:
+    """Other libraries' leaves; raw arrays with key and holder; each node's holder."""
     kinds = graphdef.schema.kinds
     above: dict[int, int] = {0: -1}
     raw = []
@@ -100,14 +93,17 @@ def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any]]:
             elif what is LEAF and kinds[ref] is None:
                 raw.append((ref, key, n))
     handlers = ((i, handler_of_kind(k)) for i, k in enumerate(kinds) if k)
-    held_by = [(ref, key, list(_upward(above, n))) for ref, key, n in raw]
-    return held_by, [(i, handler) for i, handler in handlers if handler]
+    return [(i, handler) for i, handler in handlers if handler], raw, above
 
 
-def _upward(above: dict[int, int], n: int) -> Iterator[int]:
+def _trace_of(graphdef: GraphDef, nodes: Any, above: dict[int, int], n: int) -> Any:
+    """The trace of the innermost object around a node that says who may edit it."""
     while n >= 0:
-        yield n
+        owner = graphdef.records[n].handler.owner(nodes[n])
+        if owner is not None:
+            return owner._trace
         n = above[n]
+    return current_trace()
 
 
 class Foreign:
@@ -140,10 +136,6 @@ class Foreign:
     def _place(self) -> tuple[Any, Path, str]:
         return self.held, (), type(self.held).__name__
 
-    @property
-    def _id(self) -> int:
-        return id(self.held)
-
 
 def held(leaf: Any) -> Any:
     """What a live leaf is to the user: a Variable of any library, or a raw array."""
@@ -152,7 +144,9 @@ def held(leaf: Any) -> Any:
 
 def identity(leaf: Any) -> Any:
     """What is equal for one and the same live leaf, seen from two plans."""
-    return leaf._id if isinstance(leaf, (Slot, Foreign)) else id(leaf)
+    if isinstance(leaf, Slot):
+        return id(leaf.holder), leaf.key
+    return id(held(leaf))
 
 
 class Leaves(list[Any]):

@@ -116,7 +116,6 @@ _set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
 set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
-_set_dict: Callable[[Node, Any], None] = Node.__dict__["__dict__"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
@@ -221,10 +220,6 @@ class Handler:
         return hash(type(self))
 
 
-_SHELL = -1
-"""The version of an object that was not filled yet, and that no plan knows."""
-
-
 class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
 
@@ -241,10 +236,7 @@ class ObjectHandler(Handler):
         return tuple(sorted(obj._roles.items())) if obj._roles else None
 
     def shell(self, cls: type, spec: Any) -> Any:
-        node = Node.__new__(cls)
-        _set_version(node, _SHELL)
-        _set_roles(node, dict(spec) if spec else None)
-        return node
+        return Node.__new__(cls)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         dicts = list(map(get_dict, nodes))
@@ -269,15 +261,13 @@ class ObjectHandler(Handler):
         return True
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        if obj._version == _SHELL:
-            _set_dict(obj, items)
-            _set_version(obj, 0)
-            return
         attributes = get_dict(obj)
+        edited = len(attributes) > 0  # else its plans see it by the number of them
         attributes.clear()
         attributes.update(items)
         _set_roles(obj, dict(spec) if spec else None)
-        _note_edit(obj)
+        if edited:
+            _note_edit(obj)
 
 
 class ListHandler(Handler):

@@ -236,7 +236,7 @@ class State(MutableMapping[Any, Any]):
             return default[0]
         found = self[key]
         if isinstance(found, State):  # a view, which would follow the removal
-            found = State.from_flat_path(_items(found))
+            found = State.from_flat_path(found.flat_state())
         del self[key]
         return found
 
@@ -366,7 +366,7 @@ class State(MutableMapping[Any, Any]):
         """
         merged: dict[Path, Any] = {}
         for x in (state, *states):
-            merged.update(_items(copy.copy(as_state(x))))
+            merged.update(copy.copy(as_state(x)).flat_state())
         return _state(_from_items(merged.items()))
 
     # --------------------------------------------------- nested dicts
@@ -494,15 +494,12 @@ def as_state(x: Any) -> State:
     )
 
 
-def _items(state: State) -> list[tuple[Path, Any]]:
-    return list(zip(state.paths(), state.leaves(), strict=True))
-
-
 def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:
     """The leaves of a nested mapping; of a State in it, copies of the leaves."""
     for path, leaf in flatten(mapping, lambda _, x: isinstance(x, State)):
         if isinstance(leaf, State):
-            yield from (((*path, *p), x) for p, x in _items(copy.copy(leaf)))
+            copied = copy.copy(leaf).flat_state()
+            yield from (((*path, *p), x) for p, x in copied)
         elif leaf is not empty_node:
             yield path, leaf
 
