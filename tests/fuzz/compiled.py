@@ -99,7 +99,7 @@ class Drawn(edits.Drawn):
     def role_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
         value = self.random.choice(
-            ("nnx.data(0.25)", "nnx.static(3)", "nnx.data((0.5, 0.25))", "0.75")
+            ("nnx.data(0.25)", "nnx.static(3)", "nnx.data([0.5, 0.25])", "0.75")
         )
         return f"{owner}.{self.random.choice('qr')} = {value}"
 

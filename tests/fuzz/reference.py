@@ -1170,7 +1170,7 @@ def _reset(variable: Variable, value: Any, metadata: Any) -> None:
 
 
 @contextlib.contextmanager
-def _inside(tree: Any) -> Iterator[Any]:
+def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
     """A trace that the objects in ``tree`` were passed to; undone by an error.
 
     Every value is another array in it, so that a write shows by identity.
@@ -1210,11 +1210,16 @@ def _inside(tree: Any) -> Iterator[Any]:
         raise
     _traces.now = outer
     kept = {id(inner): value for _, value, inner in entered}
-    _come_out(roots, owners, kept, outer)
+    _come_out(roots, owners, kept, outer, compiled)
 
 
-def _come_out(roots: Any, owners: list[Any], kept: dict[int, Any], outer: Any) -> None:
-    """What was only read has its own value again; numbers written are arrays now."""
+def _come_out(
+    roots: Any, owners: list[Any], kept: dict[int, Any], outer: Any, compiled: bool
+) -> None:
+    """What was only read has its own value again.
+
+    Numbers that a compiled function writes are arrays afterwards.
+    """
     objects = [*owners]
     for root in roots:
         objects += _reachable(root)
@@ -1227,7 +1232,7 @@ def _come_out(roots: Any, owners: list[Any], kept: dict[int, Any], outer: Any) -
         value = leaf.value
         if id(value) in kept:
             leaf.put(kept[id(value)])
-        elif value is not None and not is_array(value):
+        elif compiled and value is not None and not is_array(value):
             leaf.put(lift(value))
 
 
@@ -1403,7 +1408,7 @@ def value_and_grad(f: Any, wrt: Any = Param) -> Any:
     def wrapper(m: Any, *args: Any) -> Any:
         if not isinstance(m, (Module, Variable)):
             return _of_array(f, m, args)
-        with _inside((m, args)):
+        with _inside((m, args), compiled=False):
             walk = Walk(m)
             parts, _ = _divided(walk, (wrt,))
             chosen = [walk.leaves[i] for i in parts[0]]
