@@ -47,7 +47,7 @@ class Walk:
     def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
         """The Entry of one object; in what is marked data, numbers are leaves."""
         if role == "static":
-            return Entry(key, STATIC, self._static(obj, path))
+            return Entry(key, STATIC, self._static(obj, path, marked=True))
         found = handler_of(obj)
         number = found is STATIC and data and isinstance(obj, _NUMBERS)
         if found is LEAF or number or (found is STATIC and role == "data"):
@@ -88,14 +88,14 @@ class Walk:
             self._refused.append(f"{show(path)} ({type(obj).__name__}): {refusal}")
         return bool(refusal)
 
-    def _static(self, obj: Any, path: Path) -> Static | None:
+    def _static(self, obj: Any, path: Path, *, marked: bool = False) -> Static | None:
         name = type(obj).__name__
         if isinstance(obj, Marked):
             why = (
                 f"a value marked {obj.role} inside a container, where the mark says "
                 "nothing; mark the attribute that holds the container"
             )
-        elif _holds_leaves(obj):
+        elif marked and _holds_leaves(obj):
             why = (
                 f"a {name} in an attribute that is marked static, where it would be "
                 "no leaf; take the mark off, or mark it data"
