@@ -216,17 +216,20 @@ class Plan:
 _sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}
 """Plans of other libraries' objects, by id, with a weak reference that clears them.
 
-They are forgotten at each full garbage collection as well, for an edit made later may
-lead from what a plan keeps alive back to its root.
+An edit made later may lead from what a plan keeps alive back to its root, which would
+then never be freed. So each full garbage collection asks that again.
 """
 
 
-def _forget_sides(phase: str, info: dict[str, int]) -> None:
+def _forget_rooted(phase: str, info: dict[str, int]) -> None:
     if phase == "start" and info["generation"] == 2:
-        _sides.clear()
+        for at, (reference, plans) in list(_sides.items()):
+            root = reference()
+            if root is None or any(plan.leads_to(root) for plan in plans):
+                _sides.pop(at, None)
 
 
-gc.callbacks.append(_forget_sides)
+gc.callbacks.append(_forget_rooted)
 
 
 def _kept_plans(root: Any) -> tuple[Plan, ...]:
@@ -238,8 +241,8 @@ def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
     if isinstance(root, Node):
         set_plans(root, plans)
         return
-    at = id(root)
-    _sides[at] = (weakref.ref(root, lambda _: _sides.pop(at, None)), plans)
+    at, pop = id(root), _sides.pop  # the table's name may be gone at exit
+    _sides[at] = (weakref.ref(root, lambda _: pop(at, None)), plans)
 
 
 def plan_of(root: Any) -> Plan:
