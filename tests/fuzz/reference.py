@@ -1192,7 +1192,9 @@ def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
         if value is None:
             continue  # an empty tree to JAX
         if not isinstance(value, (Arr, np.ndarray, np.generic, numbers.Number)):
-            raise TypeError
+            if compiled:
+                raise TypeError
+            continue  # a gradient only closes over it
         inner = lift(value)
         inner = Arr(inner.val, inner.dot)
         leaf.put(inner)
