@@ -715,6 +715,17 @@ def test_older_plans_do_not_keep_what_has_left_the_model() -> None:
     assert not [x() for x in gone if x() is not None]
 
 
+def test_a_plan_that_comes_back_drops_those_that_keep_what_has_left() -> None:
+    model = Holder(w=sortal.Param(jnp.ones(1)))
+    sortal.state(model)
+    model.child = Holder(y=np.ones(2))
+    sortal.state(model)
+    gone = [weakref.ref(x) for x in (model.child, model.child.y)]
+    del model.child
+    sortal.state(model)
+    assert not [x() for x in gone if x() is not None]
+
+
 def test_statics_that_lead_back_to_their_model_do_not_keep_it() -> None:
     class Scaled(sortal.Module):
         def __init__(self) -> None:

@@ -87,6 +87,7 @@ class Plan:
         self.graphdef = graphdef
         self.leaves = Leaves(leaves)
         self.nodes: list[Any] = [None, *nodes[1:]]
+        self._ids: set[int] | None = None
         self._parts: dict[Any, Leaves] = {}
         self._picked: dict[Any, Any] = {}
 
@@ -156,7 +157,20 @@ class Plan:
 
     def holds(self) -> set[int]:
         """The ids of all that it keeps alive, numbers, strings and classes apart."""
-        return {id(x) for x in self._held() if type(x) not in _ATOMS}
+        if self._ids is None:
+            self._ids = {id(x) for x in self._held() if type(x) not in _ATOMS}
+        return self._ids
+
+    def before(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
+        """This plan and the older ones that may be kept beside it.
+
+        They may come back (train and eval). One that alone holds something may not, or
+        that would be kept alive after it has left the model.
+        """
+        if not plans:
+            return (self,)
+        kept = [p for p in plans if p is not self and p.holds() <= self.holds()]
+        return (self, *kept[: _KEPT - 1])
 
     def leads_to(self, root: Any) -> bool:
         """Whether anything that this plan keeps alive keeps its root alive.
@@ -261,19 +275,14 @@ def plan_of(root: Any) -> Plan:
     for plan in plans:
         if plan.valid(root):
             if plan is not plans[0]:
-                _keep(root, (plan, *(p for p in plans if p is not plan)))
+                _keep(root, plan.before(plans))
             return plan
     plan = _planned(root)
     plan.watch(root)
     if not isinstance(root, Node) and plan.leads_to(root):
         _sides.pop(id(root), None)
         return plan
-    # An older plan may come back (train and eval); one that alone holds something may
-    # not, or that would be kept alive after it has left the model.
-    if plans:
-        present = plan.holds()
-        plans = tuple(p for p in plans if p.holds() <= present)
-    _keep(root, (plan, *plans[: _KEPT - 1]))
+    _keep(root, plan.before(plans))
     return plan
 
 
