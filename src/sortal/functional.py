@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple, Never
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 from sortal._engine.foreign import same_kind
 from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.leaves import Leaves, Slot, held, own, store_all
+from sortal._engine.leaves import Leaves, Slot, held, own, picker, store_all
 from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
@@ -158,14 +157,8 @@ def _matched(schema: Schema, given: tuple[Schema, ...]) -> _Match:
         offset += len(part)
     missing = [i for i, place in enumerate(places) if place == -1]
     found = [i for i, place in enumerate(places) if place != -1]
-    live, new = _getter(found), _getter([places[i] for i in found])
+    live, new = picker(found), picker([places[i] for i in found])
     return _Match(found, missing, live, new, metadata, problems)
-
-
-def _getter(indices: list[int]) -> _Getter:
-    if len(indices) < 2:
-        return lambda items: [items[i] for i in indices]
-    return itemgetter(*indices)
 
 
 def _values(given: list[State], match: _Match) -> list[Any]:

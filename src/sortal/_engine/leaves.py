@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,13 @@ class Leaves(list[Any]):
             return
         for leaf, value in zip(self, values, strict=False):
             write(leaf, value) if isinstance(leaf, Variable) else leaf.write(value)
+
+
+def picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that takes the items at some indices out of a sequence."""
+    if len(indices) < 2:
+        return lambda items: [items[i] for i in indices]
+    return operator.itemgetter(*indices)
 
 
 def store_all(parts: Sequence[Leaves], values: Iterable[Any]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.tree_util as jtu
 
 from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.leaves import Slot, held
+from sortal._engine.leaves import Slot, held, picker
 from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of
 from sortal._engine.state import State
 from sortal._engine.variable import is_variable, value_of
@@ -88,16 +87,10 @@ class Effects:
                 per_root.setdefault(i, []).append(j)
             flat = [(i, j) for i, js in per_root.items() for j in js]
             if flat != order:
-                self._routes = [(i, _getter([j])) for i, j in order]
+                self._routes = [(i, picker([j])) for i, j in order]
             else:
-                self._routes = [(i, _getter(js)) for i, js in per_root.items()]
+                self._routes = [(i, picker(js)) for i, js in per_root.items()]
         return self._routes
-
-
-def _getter(js: list[int]) -> Callable[[Any], Any]:
-    if len(js) == 1:
-        return lambda leaves: (leaves[js[0]],)
-    return itemgetter(*js)
 
 
 class Result:
