@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
 from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
@@ -88,6 +89,9 @@ class Plan:
         self.leaves = Leaves(leaves)
         self.nodes: list[Any] = [None, *nodes[1:]]
         self._ids: set[int] | None = None
+        # What calls with several roots, this one first, know of their sharing. Kept
+        # here, so that it goes with the root: statics in it may lead to the root.
+        self.alias_maps: Bounded[Any] = Bounded(16)
         self._parts: dict[Any, Leaves] = {}
         self._picked: dict[Any, Any] = {}
 
@@ -179,7 +183,7 @@ class Plan:
         classes, modules and the globals of functions lead to no model.
         """
         seen: set[int] = set()
-        stack: list[Any] = [*self._held(), self.graphdef]
+        stack: list[Any] = [*self._held(), self.graphdef, self.alias_maps]
         while stack:
             x = stack.pop()
             if x is root:

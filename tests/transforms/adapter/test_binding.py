@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -732,3 +734,21 @@ def test_a_class_that_is_changed_inside_a_trace_is_changed_outside() -> None:
     assert (type(m), type(m.child)) == (Other, Other)
     f(m)
     assert sortal.state(m).paths() == (("child", "w"), ("w",))
+
+
+def test_what_is_known_of_several_roots_goes_with_them() -> None:
+    """A static may lead to its model, which nothing here may keep alive."""
+
+    class Scaled(sortal.Module):
+        def __init__(self) -> None:
+            self.w = Param(jnp.ones(2))
+            self.act = lambda x: x * self.w
+
+    def used() -> Any:
+        model = Scaled()
+        assert binding.BoundArguments((model, Net()), {}).alias_map.definitions
+        return weakref.ref(model)
+
+    model = used()
+    gc.collect()
+    assert model() is None

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import Entry, GraphDef, Step, fill
 from sortal._engine.leaves import held, identity, store_all
 from sortal._engine.nodes import NODE, Node, handler_of
@@ -54,19 +53,18 @@ class AliasMap(NamedTuple):
     node_at: dict[int, tuple[int, int]]
 
 
-_alias_maps: Bounded[AliasMap] = Bounded(256)
 _UNKNOWN: Any = None
 
 
 def _alias_map(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
     if len(plans) == 1:
         return plans[0].graphdef.memo("alias_map", lambda: _single(plans[0].graphdef))
-    key = tuple([plan.uid for plan in plans])
-    found = _alias_maps.get(key)
+    kept, key = plans[0].alias_maps, tuple([plan.uid for plan in plans])
+    found = kept.get(key)
     if found is None:
         found = _several(roots, plans)
         if None not in key:  # all are kept, and so can be known again
-            _alias_maps.put(key, found)
+            kept.put(key, found)
     return found
 
 
