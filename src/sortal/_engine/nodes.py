@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
@@ -300,12 +301,11 @@ class DictHandler(Handler):
         return [obj[key] for key in keys]
 
     def spec(self, obj: Any) -> Hashable:
-        return (tuple(obj), getattr(obj, "default_factory", None))
+        return tuple(obj)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        factories = [getattr(x, "default_factory", None) for x in nodes]
         values = [x.values() for x in nodes]
-        return list(map(len, nodes)), itertools.chain(factories, *nodes, *values)
+        return [*map(len, nodes)], itertools.chain(*nodes, *values)
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
@@ -315,10 +315,23 @@ class DictHandler(Handler):
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj.clear()
-        for key in spec[0]:
+        for key in spec:
             obj[key] = items[key]
-        if spec[1] is not None:
-            obj.default_factory = spec[1]
+
+
+class DefaultDictHandler(DictHandler):
+    """Dicts that make what is missing: the factory is static."""
+
+    def spec(self, obj: Any) -> Hashable:
+        return (tuple(obj), obj.default_factory)
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        lengths, same = super().contents(nodes)
+        return lengths, itertools.chain(same, [x.default_factory for x in nodes])
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        super().fill(obj, spec[0], items)
+        obj.default_factory = spec[1]
 
 
 class TupleHandler(Handler):
@@ -499,6 +512,7 @@ def _classify(cls: type, obj: Any) -> Any:
 _tuple = TupleHandler()
 register_node(list, ListHandler())
 register_node(dict, DictHandler())
+register_node(collections.defaultdict, DefaultDictHandler())
 register_node(tuple, _tuple)
 
 

@@ -128,9 +128,9 @@ class BoundArguments:
         if plans:
             self.alias_map = found = _alias_map(self.roots, plans)
             # What each root is among all, without what others bring.
-            parts = zip(self.flat_modules, found.definitions, found.picks, strict=True)
-            for flat_module, mine, pick in parts:
-                flat_module.definition = mine
+            definitions, picks = found.definitions, found.picks
+            for k, flat_module in enumerate(self.flat_modules):
+                flat_module.definition, pick = definitions[k], picks[k]
                 if pick is not None:
                     flat_module.values = [flat_module.values[j] for j in pick]
 
