@@ -175,9 +175,16 @@ def edits_of(
     rigid: Collection[int],
     became: GraphDef | None,
 ) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
-    """What became of the structure, the values of new leaves, and the outputs."""
+    """What became of the structure, the values of new leaves, and the outputs.
+
+    The third part of the structure is what no longer hangs in the roots: whoever holds
+    it outside must see what was done to it before it was taken out.
+    """
     roots = copies.roots if copies is not None else ()
     walk = Walk((roots, tuple(outputs)))
+    left = _left(walk, copies) if copies is not None and not unedited else ()
+    if any(left):
+        walk = Walk((roots, tuple(outputs), left))
     before: Any = copies.graphdef if copies is not None else None
     entry_nodes = copies.nodes if copies is not None else []
     numbers = {id(x): n for n, x in enumerate(entry_nodes) if handler_of(x).tracked}
@@ -214,6 +221,29 @@ def edits_of(
     at = after.records[0].entries[1].ref
     entries = after.records[at].entries if isinstance(at, int) else ()
     return Edits(after, became, nodes, leaves), fresh, entries
+
+
+def _left(walk: Walk, copies: Any) -> tuple[tuple[Any, ...], ...]:
+    """For each root what came in with it, and hangs nowhere in a walk any more."""
+    reached = {*map(id, walk.nodes), *(id(held(x)) for x in walk.leaves)}
+    left: list[list[Any]] = [[] for _ in copies.roots]
+    records = copies.graphdef.records
+    tops = records[0].entries if len(left) > 1 else [copies.graphdef.root]
+    met: set[Any] = set()
+    for mine, top in zip(left, tops, strict=True):
+        stack = [top]
+        while stack:
+            _, what, ref = stack.pop()
+            if what is STATIC or (what, ref) in met:
+                continue
+            met.add((what, ref))
+            x = (copies.nodes if what is NODE else copies.leaves)[ref]
+            known = is_variable(x) if what is LEAF else handler_of(x).tracked
+            if known and id(x) not in reached:
+                mine.append(x)
+            if what is NODE:
+                stack += records[ref].entries
+    return tuple(map(tuple, left))
 
 
 def _same_record(
