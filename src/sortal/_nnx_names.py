@@ -13,21 +13,31 @@ from sortal.errors import ArgumentError
 TABLE = contents(
     {
         "sortal.nnx": (
-            "bridge filterlib graph graphlib metrics module optimizer pytreelib "
-            "rnglib spmd statelib tracers transforms traversals variablelib"
+            "bridge compat filterlib graph graphlib helpers metrics module optimizer "
+            "pytreelib rnglib spmd statelib tracers transforms traversals variablelib"
         ),
+        "sortal.nnx.calls": "call",
         "sortal.nnx.capturing": "capture",
+        "sortal.nnx.checking": "checkify pmap transform_metadata",
         "sortal.nnx.containers": "Dict List",
-        "sortal.nnx.ema": "EMA",
-        "sortal.nnx.graphlib": (
-            "GraphState clone graphdef iter_graph merge split state variables"
+        "sortal.nnx.contexts": (
+            "MergeContext SplitContext UpdateContext current_update_context "
+            "merge_context split_context update_context"
         ),
-        "sortal.nnx.module": "iter_children iter_modules",
+        "sortal.nnx.ema": "EMA",
+        "sortal.nnx.graphlib": ("PureState clone graphdef iter_graph state variables"),
+        "sortal.nnx.helpers": "TrainState",
+        "sortal.nnx.modes": "set_graph_mode set_graph_updates var_defaults",
+        "sortal.nnx.module": "M iter_children iter_modules",
         "sortal.nnx.optimizer": "ModelAndOptimizer Optimizer",
+        "sortal.nnx.packing": "GraphState flatten merge split unflatten unpack",
         "sortal.nnx.partial": "cached_partial jit_partial",
-        "sortal.nnx.pytreelib": "data static",
-        "sortal.nnx.rnglib": "fork_rngs reseed split_rngs",
-        "sortal.nnx.spmd": "as_abstract get_abstract_model",
+        "sortal.nnx.pytreelib": (
+            "Data Object Static check_pytree data has_data is_data "
+            "register_data_type static"
+        ),
+        "sortal.nnx.rnglib": "fork_rngs reseed split_rngs with_rngs",
+        "sortal.nnx.spmd": "abstract_with_sharding as_abstract get_abstract_model",
         "sortal.nnx.statelib": (
             "filter_state from_flat_state map_state merge_state "
             "replace_by_pure_dict restore_int_paths split_state to_flat_state "
@@ -35,17 +45,23 @@ TABLE = contents(
         ),
         "sortal.nnx.tracers": "TraceContextError",
         "sortal.nnx.transforms": (
-            "StateSpecs checkpoint cond custom_vjp eval_shape fori_loop grad jit "
-            "jvp make_jaxpr remat scan shard_map switch value_and_grad vjp vmap "
-            "while_loop"
+            "StateAxes StateSharding StateSpecs checkpoint cond custom_vjp eval_shape "
+            "fori_loop grad jit jvp make_jaxpr remat scan shard_map switch "
+            "value_and_grad vjp vmap while_loop"
         ),
+        "sortal.nnx.trees": "NodeStates from_tree prefix to_tree",
         "sortal.nnx.variablelib": (
             "A VariableMetadata VariableState register_variable_name "
             "variable_name_from_type variable_type_from_name"
         ),
-        "sortal.nnx.views": "view",
+        "sortal.nnx.views": "view view_info with_attributes",
+        "sortal.nnx.walks": (
+            "as_pure find_duplicates iter_module_children map pure recursive_map "
+            "set_metadata vars_as with_vars"
+        ),
     }
 )
+TABLE["object"] = "sortal.nnx.pytreelib"
 """Names of ``sortal.nnx`` that are not those of ``sortal``, and what each is."""
 
 KEYWORDS = frozenset({"copy", "graph", "graph_updates"})

@@ -96,7 +96,9 @@ VERBS = {
         nnx.ModelAndOptimizer(model(), optax.sgd(1.0), **on)
     ),
     "EMA": lambda **on: nnx.EMA(model(), 0.5, **on).params,
-    "view": lambda **on: nnx.state(nnx.view(model(), use_bias=True, **on)),
+    "with_attributes": lambda **on: nnx.state(
+        nnx.with_attributes(model(), use_bias=True, **on)
+    ),
 }
 
 

@@ -76,8 +76,8 @@ DIFFERENT = {
     ("filterlib.to_predicate", "filter"): "by position, as real code gives it",
     ("VariableMetadata", "metadata"): "by keyword, for there are no hooks before it",
     **{("VariableMetadata", hook): "hooks are refused" for hook in HOOKS},
-    ("GraphState", "_graphdef"): "private; the name is State's, as annotations use it",
-    ("GraphState", "_state"): "private; likewise",
+    ("GraphState", "_graphdef"): "by position, for it is private",
+    ("GraphState", "_state"): "likewise",
 }
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _BY_PLACE = (

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from sortal.nnx import checking
+from sortal.nnx.checking import checkify as checkify
+from sortal.nnx.checking import pmap as pmap
+from sortal.nnx.checking import transform_metadata as transform_metadata
 from sortal.nnx.keywords import ignoring
 from sortal.transforms import autodiff, control, custom, derivatives, mapping
 from sortal.transforms import compile as compiling
@@ -13,6 +17,8 @@ from sortal.transforms._adapter.prefixes import StateSharding as StateSharding
 from sortal.transforms.autodiff import DiffState as DiffState
 
 StateSpecs = StateSharding
+for _table in (StateAxes, StateSharding):
+    _table.map_prefix = checking.map_prefix  # type: ignore[attr-defined]
 
 _transform = ignoring("graph", "graph_updates")
 _derivative = ignoring("graph", "graph_updates", empty=("reduce_axes",))

@@ -19,6 +19,8 @@ from sortal._engine.variable import Intermediate as Intermediate
 from sortal._engine.variable import Param as Param
 from sortal._engine.variable import Perturbation as Perturbation
 from sortal._engine.variable import Variable as Variable
+from sortal.nnx.modes import VarDefaults as VarDefaults
+from sortal.nnx.modes import var_defaults as var_defaults
 from sortal.sharding.mesh_axes import use_eager_sharding as use_eager_sharding
 from sortal.sharding.mesh_axes import using_eager_sharding as using_eager_sharding
 

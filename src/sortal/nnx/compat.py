@@ -1,0 +1,36 @@
+"""The functions that in NNX have ``graph=True``: here they are those of ``nnx``."""
+
+from sortal.nnx.graphlib import cached_partial as cached_partial
+from sortal.nnx.graphlib import clone as clone
+from sortal.nnx.graphlib import flatten as flatten
+from sortal.nnx.graphlib import graphdef as graphdef
+from sortal.nnx.graphlib import iter_graph as iter_graph
+from sortal.nnx.graphlib import recursive_map as recursive_map
+from sortal.nnx.graphlib import split as split
+from sortal.nnx.graphlib import state as state
+from sortal.nnx.module import iter_children as iter_children
+from sortal.nnx.module import iter_modules as iter_modules
+from sortal.nnx.rnglib import backup_keys as backup_keys
+from sortal.nnx.rnglib import fork_rngs as fork_rngs
+from sortal.nnx.rnglib import reseed as reseed
+from sortal.nnx.rnglib import split_rngs as split_rngs
+from sortal.nnx.spmd import get_abstract_model as get_abstract_model
+from sortal.nnx.transforms import checkify as checkify
+from sortal.nnx.transforms import cond as cond
+from sortal.nnx.transforms import custom_vjp as custom_vjp
+from sortal.nnx.transforms import eval_shape as eval_shape
+from sortal.nnx.transforms import fori_loop as fori_loop
+from sortal.nnx.transforms import grad as grad
+from sortal.nnx.transforms import jit as jit
+from sortal.nnx.transforms import jvp as jvp
+from sortal.nnx.transforms import pmap as pmap
+from sortal.nnx.transforms import remat as remat
+from sortal.nnx.transforms import scan as scan
+from sortal.nnx.transforms import shard_map as shard_map
+from sortal.nnx.transforms import switch as switch
+from sortal.nnx.transforms import value_and_grad as value_and_grad
+from sortal.nnx.transforms import vjp as vjp
+from sortal.nnx.transforms import vmap as vmap
+from sortal.nnx.transforms import while_loop as while_loop
+from sortal.nnx.views import view as view
+from sortal.nnx.views import view_info as view_info

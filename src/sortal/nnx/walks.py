@@ -1,0 +1,299 @@
+"""Functions of every node and leaf of a model: map, recursive_map, find_duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from sortal._engine.nodes import LEAF, STATIC, handler_of, is_root
+from sortal._engine.paths import Path, show
+from sortal._engine.variable import Variable, is_variable
+from sortal.errors import StructureError, UnsupportedError, listing
+from sortal.filters import to_filter
+from sortal.functional import clone, merge, split, variables
+from sortal.module import Module
+
+
+def map(
+    f: Callable[[Path, Any], Any],
+    node: Any,
+    /,
+    *,
+    graph: bool | None = None,
+    recreate_variables: bool = True,
+) -> Any:
+    """A new model whose leaves are what ``f`` makes of each path and leaf.
+
+    Args:
+      f: takes a path and a Variable or array; returns the new leaf.
+      node: a Module, or a container of Modules, Variables and arrays.
+      graph: ignored; for NNX compatibility.
+      recreate_variables: ignored; the new model has Variables of its own.
+
+    Returns:
+      The new model.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sortal import nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> zeros = nnx.map(lambda path, v: v.replace(jnp.zeros_like(v)), model)
+      >>> float(zeros.kernel.sum())
+      0.0
+    """
+    graphdef, leaves = split(node)
+    return merge(graphdef, leaves.map(f))
+
+
+def recursive_map(
+    f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None
+) -> Any:
+    """A new model made by ``f`` from each node, leaf and static value, children first.
+
+    What is shared is given to ``f`` once. The Variables are those of the old model.
+
+    Args:
+      f: takes a path and an object; returns what to put in its place. A node is one of
+        the new model and may be changed.
+      node: a Module, or a container of Modules, Variables and arrays.
+      graph: ignored; for NNX compatibility.
+
+    Returns:
+      What ``f`` returns for the root.
+
+    Raises:
+      StructureError: an object holds itself.
+
+    Example:
+      >>> from sortal import nnx
+      >>> def show(path, x):
+      ...     if isinstance(x, nnx.Module):
+      ...         print(path, type(x).__name__)
+      ...     return x
+      >>> _ = nnx.recursive_map(show, [nnx.Linear(2, 3, rngs=nnx.Rngs(0))])
+      (0,) Linear
+    """
+    done: dict[int, Any] = {}
+    held: list[Any] = []  # so that no other object gets an id that is in `done`
+
+    def visit(path: Path, x: Any) -> Any:
+        handler = handler_of(x)
+        leaf = handler is LEAF or handler is STATIC
+        shared = is_variable(x) if leaf else handler.tracked
+        if shared and id(x) in done:
+            if done[id(x)] is _OPEN:
+                raise StructureError(
+                    f"recursive_map: {show(path)} is the {type(x).__name__} that holds "
+                    "it. Take such references out of the model, or use iter_graph."
+                )
+            return done[id(x)]
+        new = x
+        if shared:
+            held.append(x)
+            done[id(x)] = _OPEN
+        if not leaf:
+            items = handler.items(x)
+            made = {k: visit(_below(handler, path, k), v) for k, v in items.items()}
+            if any(made[k] is not v for k, v in items.items()):
+                if handler.tracked:
+                    handler.fill(x, handler.spec(x), made)
+                else:
+                    new = handler.build(type(x), handler.spec(x), made)
+        new = f(path, new)
+        if shared:
+            done[id(x)] = new
+        return new
+
+    return visit((), clone(node, variables=False))
+
+
+_OPEN: Any = object()
+
+
+def _below(handler: Any, path: Path, key: Any) -> Path:
+    return (*path, *key) if handler.flat else (*path, key)
+
+
+def find_duplicates(node: Any, /, *, only: Any = ...) -> list[list[Path]]:
+    """The paths of each object and Variable that is met more than once.
+
+    Args:
+      node: a Module, or a container of Modules, Variables and arrays.
+      only: which of the later places to list; all if absent.
+
+    Returns:
+      A list of the paths of each, for those that have several.
+
+    Example:
+      >>> from sortal import nnx
+      >>> layer = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> nnx.find_duplicates([layer, layer])
+      [[(0,), (1,)]]
+    """
+    chosen = to_filter(only)
+    places: dict[int, list[Path]] = {}
+    entered: set[int] = set()
+
+    def visit(path: Path, x: Any) -> None:
+        handler = handler_of(x)
+        if handler is STATIC:
+            return
+        if is_root(x):
+            if id(x) not in places:
+                places[id(x)] = [path]
+            elif chosen(path, x):
+                places[id(x)].append(path)
+        if handler is LEAF or id(x) in entered:
+            return
+        if handler.tracked:
+            entered.add(id(x))
+        for key, child in handler.items(x).items():
+            visit(_below(handler, path, key), child)
+
+    visit((), node)
+    return [found for found in places.values() if len(found) > 1]
+
+
+def iter_module_children(
+    node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Any, Module]]:
+    """The modules directly in a module or container.
+
+    Args:
+      node: a Module, or a container of Modules.
+      graph: ignored; for NNX compatibility.
+
+    Yields:
+      Pairs of key and Module.
+
+    Raises:
+      StructureError: ``node`` is no node.
+
+    Example:
+      >>> from sortal import nnx
+      >>> model = [nnx.Linear(2, 5, rngs=nnx.Rngs(0)), nnx.Param(1)]
+      >>> [key for key, _ in nnx.iter_module_children(model)]
+      [0]
+    """
+    handler = handler_of(node)
+    if handler is LEAF or handler is STATIC:
+        raise StructureError(
+            f"iter_module_children takes a Module or a container; found a "
+            f"{type(node).__name__}."
+        )
+    for key, child in handler.items(node).items():
+        if isinstance(child, Module):
+            yield key, child
+
+
+def set_metadata(node: Any, /, *, only: Any = Variable, **metadata: Any) -> None:
+    """Sets metadata of Variables in place.
+
+    Args:
+      node: a Module, or a container of Modules and Variables.
+      only: a filter that says which Variables; all if absent.
+      **metadata: names and values.
+
+    Example:
+      >>> from sortal import nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.set_metadata(model, frozen=True, only=nnx.Param)
+      >>> model.kernel.get_metadata("frozen")
+      True
+    """
+    for _, leaf in variables(node, only).flat_state():
+        if is_variable(leaf):
+            leaf.set_metadata(**metadata)
+
+
+def as_pure(tree: Any) -> Any:
+    """A tree with bare values in the place of Variables.
+
+    Args:
+      tree: a State, or another pytree of Variables.
+
+    Returns:
+      The new tree; a State of bare arrays for a State.
+
+    Example:
+      >>> import jax
+      >>> from sortal import nnx
+      >>> state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> nnx.as_pure(state)["kernel"].shape
+      (2, 3)
+    """
+
+    def bare(x: Any) -> Any:
+        return as_pure(x.get_raw_value()) if isinstance(x, Variable) else x
+
+    return jax.tree.map(bare, tree, is_leaf=lambda x: isinstance(x, Variable))
+
+
+pure = as_pure
+
+
+def with_vars(
+    node: Any,
+    /,
+    *,
+    hijax: bool | None = None,
+    ref: bool | None = None,
+    mutable: bool | None = None,
+    only: Any = ...,
+    allow_duplicates: bool = False,
+) -> Any:
+    """A new model whose Variables are plain mutable objects, as they always are here.
+
+    Args:
+      node: a Module, or a container of Modules and Variables.
+      hijax: only False, which changes nothing.
+      ref: only False, which changes nothing.
+      mutable: only True, which changes nothing.
+      only: which Variables are meant; all if absent.
+      allow_duplicates: whether a Variable may be met more than once.
+
+    Returns:
+      The new model, with Variables of its own.
+
+    Raises:
+      UnsupportedError: ``hijax=True``, ``ref=True`` or ``mutable=False``.
+      StructureError: Variables are shared and ``allow_duplicates`` is False.
+
+    Example:
+      >>> from sortal import nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.with_vars(model, ref=False).kernel is model.kernel
+      False
+    """
+    if mutable is False:
+        raise UnsupportedError(
+            "Variables can always be written. To keep values as they are, pass "
+            "nnx.state(model), or nnx.as_pure(nnx.state(model)), to what reads them."
+        )
+    refuse_other_boxes(hijax, ref)
+    chosen = to_filter(only)
+    found = [] if allow_duplicates else find_duplicates(node, only=Variable)
+    places = dict(variables(node).flat_state())
+    shared = [p for p in found if p[0] in places and chosen(p[0], places[p[0]])]
+    if shared:
+        raise StructureError(
+            "with_vars: these Variables are met at several places:\n"
+            + listing([" and ".join(show(x) for x in p) for p in shared])
+            + "\nPass allow_duplicates=True."
+        )
+    return clone(node)
+
+
+def refuse_other_boxes(hijax: bool | None, ref: bool | None) -> None:
+    """Refuses the kinds of storage for a Variable that Sortal does not have."""
+    if hijax or ref:
+        raise UnsupportedError(
+            f"Variables hold their value themselves, and not in a "
+            f"{'hijax type' if hijax else 'jax.Ref'}. Leave the option out: nnx.jit "
+            "and the other transforms of nnx carry what a function writes out of it."
+        )
+
+
+vars_as = with_vars
