@@ -30,8 +30,10 @@ NO_EXAMPLE: dict[str, str] = {
     for names, why in (
         ("Data Static", "annotations, which have no docstring of their own"),
         (
-            "MergeContext SplitContext UpdateContext current_update_context "
-            "merge_context pmap split_context update_context",
+            (
+                "MergeContext SplitContext UpdateContext current_update_context "
+                "merge_context pmap split_context update_context"
+            ),
             "refused by a sentence that says what to write",
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Never, dataclass_transform
 
@@ -140,14 +141,17 @@ class Module(Pytree):
           init_fn: what is recorded before the first call.
 
         Returns:
-          True.
+          Whether it was recorded; not where only other kinds are being captured.
 
         Raises:
-          VariableError: the attribute is there and is not of this kind.
+          VariableError: the attribute is there and is not of this kind, or would hide
+            a method.
         """
-        kind, found = _recorded(self, name, variable_type)
+        kind, found, keep = _recorded(self, name, variable_type)
+        if keep is None:
+            return False
         if found is None:
-            setattr(self, name, kind(reduce_fn(init_fn(), value)))
+            keep(kind(reduce_fn(init_fn(), value)))
         else:
             found.value = reduce_fn(found.value, value)
         return True
@@ -171,10 +175,12 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
-        kind, found = _recorded(self, name, variable_type)
+        kind, found, keep = _recorded(self, name, variable_type)
+        if keep is None:
+            return value
         if found is None:
             found = kind(jax.tree.map(jnp.zeros_like, value))
-            setattr(self, name, found)
+            keep(found)
         return jax.tree.map(jnp.add, found.value, value)
 
     def iter_modules(self) -> Iterator[tuple[Path, Module]]:
@@ -232,17 +238,33 @@ register_pytree(Pytree, _flatten, _flatten_with_keys, _unflatten)
 
 def _recorded(
     module: Module, name: str, kind: type[Variable] | str
-) -> tuple[type[Variable], Any]:
-    """A kind by itself or by its name, and the attribute of that kind or None."""
+) -> tuple[type[Variable], Any, Callable[[Any], None] | None]:
+    """A kind by itself or by its name, the record of it or None, and what keeps one."""
     if isinstance(kind, str):
         kind = variable_type_from_name(kind, allow_register=True)
-    found = get_dict(module).get(name)
+    records = get_dict(module).get(RECORDS)
+    bases = [b.__qualname__ for b in kind.__mro__ if b.__qualname__ in (records or {})]
+    if records is not None and not bases:
+        return kind, None, None
+    apart = get_dict(module) if records is None else records[bases[0]]
+    found = apart.get(name)
     if found is not None and type(found) is not kind:
         raise VariableError(
             f"{type(module).__name__}.{name} is a {type(found).__name__}, not the "
             f"{kind.__name__} to be recorded there. Choose another name."
         )
-    return kind, found
+    if records is not None:
+        return kind, found, functools.partial(apart.__setitem__, name)
+    if found is None and callable(getattr(type(module), name, None)):
+        raise VariableError(
+            f"{type(module).__name__}.{name} is a method, which the {kind.__name__} to "
+            "be recorded there would hide. Choose another name."
+        )
+    return kind, found, functools.partial(setattr, module, name)
+
+
+RECORDS = "_records"
+"""The attribute with what calls record apart from attributes: by kind, then name."""
 
 
 def set_where_present(

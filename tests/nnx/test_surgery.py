@@ -495,7 +495,7 @@ def test_a_circle_is_refused_by_recursive_map() -> None:
     model = block(nnx)
     model.linear.parent = model
     with pytest.raises(
-        StructureError, match=r"linear/parent is the Block that holds it"
+        StructureError, match=r"linear\.parent is the Block that holds it"
     ):
         nnx.recursive_map(lambda path, x: x, model)
 
@@ -538,7 +538,7 @@ def test_a_stream_that_two_rules_take_is_refused() -> None:
 
 
 def test_a_leaf_that_no_filter_takes_has_no_prefix() -> None:
-    with pytest.raises(FilterError, match=r"take these leaves:\n.*b \(BatchStat\)"):
+    with pytest.raises(FilterError, match=r"takes these leaves:\n  b \(BatchStat\)"):
         nnx.prefix({"b": nnx.BatchStat(1)}, {nnx.Param: 0})
 
 
@@ -586,5 +586,5 @@ def test_other_stores_of_values_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="Variables can always be written"):
         nnx.with_vars(block(nnx), mutable=False)
     layer = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    with pytest.raises(StructureError, match="0/bias and 1"):
+    with pytest.raises(StructureError, match=r"0\.bias and 1"):
         nnx.with_vars([layer, layer.bias], ref=False)

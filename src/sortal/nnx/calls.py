@@ -53,7 +53,7 @@ def call(graphdef_state: tuple[GraphDef, Any], /) -> ApplyCaller:
     return ApplyCaller(tuple(graphdef_state))
 
 
-def apply(
+def apply(  # noqa: D417
     self: GraphDef, state: Any, *states: Any, graph: bool | None = None
 ) -> ApplyCaller:
     """Calls the model of this GraphDef; ``nnx.GraphDef.apply``.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sortal._engine.nodes import Node
+from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path
-from sortal._engine.state import as_state
+from sortal._engine.state import State, as_state
 from sortal._engine.variable import Variable
-from sortal.errors import ArgumentError
-from sortal.filters import Any_
-from sortal.functional import pop, variables
-from sortal.module import Module
+from sortal.errors import ArgumentError, PathError, listing
+from sortal.module import RECORDS, Module, iter_modules
+from sortal.nnx.containers import Dict
+
+_METHODS = "methods"
+"""Where records say that methods sow: another structure, so another program."""
 
 
 def capture(
@@ -22,12 +25,16 @@ def capture(
 ) -> Callable[..., Any]:
     """A function that also returns what its module sows or perturbs in a call.
 
+    While the function runs, modules keep what they sow apart from their attributes: a
+    method ``features`` may sow ``'features'``.
+
     Args:
       fn: a Module, a method of one, or a function whose first argument is one. A kind
         gives a decorator.
       *var_types: the kinds to return.
-      init: a State that is put into the module before the call, such as perturbations.
-      method_outputs: would sow what each method returns, which Sortal does not do.
+      init: a State of what has been sown before the call, such as perturbations.
+      method_outputs: a kind; what each public method and ``__call__`` returns is sown
+        as it, by the method's name. Those of base classes are left out.
 
     Returns:
       The function; it returns ``(output, state, ...)`` with a State for each kind, or
@@ -35,8 +42,8 @@ def capture(
       calls have sown is there again afterwards.
 
     Raises:
-      ArgumentError: ``method_outputs`` is given; or, at a call, the first argument is
-        no Module.
+      ArgumentError: at a call, the first argument is no Module.
+      PathError: at a call, ``init`` has leaves of modules that are not there.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,12 +60,6 @@ def capture(
         return lambda f: capture(
             f, fn, *var_types, init=init, method_outputs=method_outputs
         )
-    if method_outputs is not None:
-        raise ArgumentError(
-            "capture does not sow the outputs of methods. Write in the method "
-            f"self.sow({getattr(method_outputs, '__name__', method_outputs)}, 'name', "
-            "output)."
-        )
     owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
     owner = owner if isinstance(owner, Module) else None
 
@@ -72,34 +73,90 @@ def capture(
                 f"{type(module).__name__}."
             )
         given = [] if init is None else list(as_state(init).flat_state())
-        kinds = tuple(dict.fromkeys([*var_types, *(type(x) for _, x in given)]))
-        if not kinds:
-            return fn(*args, **kwargs)
-        before = _take_out(module, kinds)
-        try:
-            _put_in(module, [(path, x.replace()) for path, x in given])
+        asked = () if method_outputs is None else (method_outputs,)
+        kinds = dict.fromkeys([*var_types, *(type(x) for _, x in given), *asked])
+        recorded: dict[type, dict[Path, Any]] = {kind: {} for kind in kinds}
+        with _recording(module, given, recorded, method_outputs):
             out = fn(*args, **kwargs)
-        finally:
-            found = pop(module, *kinds) if len(kinds) > 1 else (pop(module, *kinds),)
-            _put_in(module, before)
-        return (out, *found[: len(var_types)]) if var_types else out
+        states = [State.from_flat_path(recorded[kind]) for kind in var_types]
+        return (out, *states) if states else out
 
     return wrapper
 
 
-def _take_out(module: Module, kinds: tuple[Any, ...]) -> list[tuple[Path, Any]]:
-    old = list(variables(module, Any_(*kinds)).flat_state())
-    pop(module, Any_(*kinds))
-    return old
+@contextlib.contextmanager
+def _recording(
+    module: Module,
+    given: Sequence[tuple[Path, Any]],
+    recorded: dict[type, dict[Path, Any]],
+    method_outputs: Any,
+) -> Iterator[None]:
+    """Has modules record kinds apart; afterwards ``recorded`` has them by path."""
+    modules = list(iter_modules(module))
+    homes = {path: {kind: Dict() for kind in recorded} for path, _ in modules}
+    homeless = [path for path, _ in given if path[:-1] not in homes]
+    if homeless:
+        raise PathError(
+            "init has leaves for modules that the model does not have:\n"
+            + listing([str(path) for path in homeless])
+        )
+    for path, leaf in given:
+        homes[path[:-1]][type(leaf)][path[-1]] = leaf.replace()
+    before = [(m, get_dict(m).get(RECORDS)) for _, m in modules]
+    for path, m in modules:
+        records = Dict({kind.__qualname__: x for kind, x in homes[path].items()})
+        if method_outputs is not None:
+            records[_METHODS] = method_outputs.__qualname__
+        setattr(m, RECORDS, records)
+    try:
+        with _sowing_methods({type(m) for _, m in modules}, method_outputs):
+            yield
+    finally:
+        for path, m in list(iter_modules(module)):
+            _collect(path, m, recorded)
+        for m, old in before:
+            if old is not None:
+                setattr(m, RECORDS, old)
+            elif RECORDS in get_dict(m):
+                delattr(m, RECORDS)
 
 
-def _put_in(module: Module, leaves: list[tuple[Path, Any]]) -> None:
-    for path, leaf in leaves:
-        holder: Any = module
-        for key in path[:-1]:
-            attribute = isinstance(holder, Node)
-            holder = getattr(holder, str(key)) if attribute else holder[key]
-        if isinstance(holder, Node):
-            setattr(holder, str(path[-1]), leaf)
-        else:
-            holder[path[-1]] = leaf
+def _collect(path: Path, module: Module, recorded: dict[type, Any]) -> None:
+    """Takes what a module recorded; one that is new has it in its attributes."""
+    records = get_dict(module).get(RECORDS)
+    if records is not None:
+        for kind, found in recorded.items():
+            mine = records.get(kind.__qualname__, {})
+            found.update({(*path, name): x for name, x in mine.items()})
+        return
+    for name, x in list(get_dict(module).items()):
+        if type(x) in recorded:
+            recorded[type(x)][(*path, name)] = x
+            delattr(module, name)
+
+
+@contextlib.contextmanager
+def _sowing_methods(classes: set[type], kind: Any) -> Iterator[None]:
+    """Has the methods of classes sow what they return, if there is a kind for it."""
+    replaced = []
+    for cls in classes if kind is not None else ():
+        for name, method in list(vars(cls).items()):
+            public = not name.startswith("_") or name == "__call__"
+            if public and isinstance(method, types.FunctionType):
+                replaced.append((cls, name, method))
+                setattr(cls, name, _sowing(method, name, kind))
+    try:
+        yield
+    finally:
+        for cls, name, method in replaced:
+            setattr(cls, name, method)
+
+
+def _sowing(method: Any, name: str, kind: Any) -> Any:
+    @functools.wraps(method)
+    def sowing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = method(self, *args, **kwargs)
+        self.sow(kind, name, out)
+        return out
+
+    return sowing

@@ -170,7 +170,7 @@ def _axes_of(tree: Any, axes: Any) -> list[tuple[Any, Any]]:
     return [(axes, x) for _, x in leaves]
 
 
-def map_prefix(self: Any, path: Any, variable: Any) -> Any:
+def map_prefix(self: Any, path: Any, variable: Any) -> Any:  # noqa: D417
     """The answer for a Variable at a path; ``StateAxes.map_prefix``.
 
     Args:

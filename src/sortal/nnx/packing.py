@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, Never
 
 import jax
 
@@ -15,7 +15,6 @@ from sortal.errors import ArgumentError, MergeError
 from sortal.nnx.keywords import ignoring
 
 split = ignoring("graph")(functional.split)
-_merge = ignoring("copy", "recreate_variables")(functional.merge)
 
 
 class GraphState(MutableMapping[Any, Any]):
@@ -128,15 +127,22 @@ def unpack(node: Any, *filters: Any, graph: bool | None = None) -> Any:
     return packed[0] if len(packed) == 1 else packed
 
 
-def merge(graphdef: Any, state: Any = None, /, *states: Any, **options: Any) -> Any:
+@ignoring("copy", "recreate_variables")
+def merge(
+    graphdef: Any,
+    state: Any = None,
+    /,
+    *states: Any,
+    missing: Any = None,
+    **_unknown: Never,
+) -> Any:
     """``sortal.merge``, which also takes what ``unpack`` returns.
 
     Args:
       graphdef: what ``split`` returned first; or a GraphState, and then all are.
       state: a State or nested dict of leaves.
       *states: more of them.
-      **options: ``missing``, as for ``sortal.merge``; ``copy`` and
-        ``recreate_variables``, which are ignored.
+      missing: where leaves that no state holds come from, as for ``sortal.merge``.
 
     Returns:
       The new model.
@@ -152,7 +158,7 @@ def merge(graphdef: Any, state: Any = None, /, *states: Any, **options: Any) -> 
     """
     given = [x for x in (graphdef, state, *states) if x is not None]
     if not isinstance(graphdef, GraphState):
-        return _merge(graphdef, *given[1:], **options)
+        return functional.merge(graphdef, *given[1:], missing=missing, **_unknown)
     others = [x for x in given if not isinstance(x, GraphState)]
     if others or any(x._graphdef != graphdef._graphdef for x in given):
         raise MergeError(
@@ -160,7 +166,8 @@ def merge(graphdef: Any, state: Any = None, /, *states: Any, **options: Any) -> 
             f"{', '.join(type(x).__name__ for x in given)}"
             f"{'' if others else ' of different structures'}."
         )
-    return _merge(graphdef._graphdef, *(x._state for x in given), **options)
+    states = tuple(x._state for x in given)
+    return functional.merge(graphdef._graphdef, *states, missing=missing, **_unknown)
 
 
 def flatten(

@@ -21,9 +21,7 @@ from sortal.random import Rngs as Rngs
 from sortal.random import RngStream as RngStream
 from sortal.random import restore_rngs as restore_rngs
 
-fork_rngs = ignoring("graph", "graph_updates")(random.fork_rngs)
 reseed = ignoring("graph")(random.reseed)
-split_rngs = ignoring("graph", "graph_updates")(random.split_rngs)
 
 _ABSENT: Any = object()
 
@@ -67,16 +65,7 @@ def with_rngs(
     """
     options = {"split": split, "fork": fork, "broadcast": broadcast, "only": only}
     if node is _ABSENT:
-
-        def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(f)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                new_args, new_kwargs = with_rngs((args, kwargs), **options)
-                return f(*new_args, **new_kwargs)
-
-            return wrapper
-
-        return decorate
+        return _of_arguments(lambda x: with_rngs(x, **options))
     several = isinstance(fork, list | tuple)
     forks = [] if fork is None else list(fork) if several else [fork]
     rules = {
@@ -105,8 +94,8 @@ def _by_filter(shapes: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def _takes(chosen: Any, path: Path, stream: Any) -> bool:
-    """Whether a filter takes a stream, by itself or, as for a tag, by its key."""
-    return chosen(path, stream) or chosen((*path, "key"), stream.key)
+    key, count = (*path, "key"), (*path, "count")
+    return chosen(key, stream.key) and chosen(count, stream.count)
 
 
 def _rule(path: Path, stream: Any, rules: dict[str, Any]) -> tuple[Any, Any]:
@@ -124,6 +113,128 @@ def _rule(path: Path, stream: Any, rules: dict[str, Any]) -> tuple[Any, Any]:
     for name, (_, shape) in found.items():
         return name, shape
     return None, None
+
+
+def split_rngs(
+    node: Any = _ABSENT,
+    /,
+    *,
+    splits: int | tuple[int, ...],
+    only: Any = ...,
+    squeeze: bool = False,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """``sortal.split_rngs``, which returns a copy where NNX's keywords ask for one.
+
+    Args:
+      node: whatever contains random streams; without it a decorator is returned.
+      splits: how many keys each stream gets, a number or shape.
+      only: which streams.
+      squeeze: whether to take the first of the keys.
+      graph: False returns a copy with split streams, and leaves the streams of
+        ``node`` one key further.
+      graph_updates: as ``graph``.
+
+    Returns:
+      What restores the streams, the copy, or the decorator.
+
+    Example:
+      >>> from sortal import nnx
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> new = nnx.split_rngs(rngs, splits=5, only="params", graph_updates=False)
+      >>> new.params.key.shape, rngs.params.key.shape
+      ((5,), ())
+    """
+    options = {"splits": splits, "only": only, "squeeze": squeeze}
+    if graph is not False and graph_updates is not False:
+        first = () if node is _ABSENT else (node,)
+        return random.split_rngs(*first, **options)
+    if node is _ABSENT:
+        return _of_arguments(lambda x: split_rngs(x, graph=False, **options))
+    chosen = to_filter(only)
+
+    def change(path: Path, x: Any) -> Any:
+        if not isinstance(x, RngStream) or not _takes(chosen, path, x):
+            return x
+        new = x.split(splits)
+        return RngStream(new.key[0], tag=x.tag) if squeeze else new
+
+    return recursive_map(change, node)
+
+
+def fork_rngs(
+    node: Any = _ABSENT,
+    /,
+    *,
+    split: Any = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """``sortal.fork_rngs``, which returns a copy where NNX's keywords ask for one.
+
+    Args:
+      node: whatever contains random streams; without it a decorator is returned.
+      split: how many keys the new streams get: a number or shape, or a mapping from
+        filter to one.
+      graph: False returns a copy with new streams, and leaves the streams of ``node``
+        one key further.
+      graph_updates: as ``graph``.
+
+    Returns:
+      What restores the streams, the copy, or the decorator.
+
+    Example:
+      >>> from sortal import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> nnx.fork_rngs(rngs, graph=False).default is rngs.default
+      False
+    """
+    if graph is not False and graph_updates is not False:
+        return (
+            _forked(split) if node is _ABSENT else random.fork_rngs(node, split=split)
+        )
+    if node is _ABSENT:
+        return _of_arguments(lambda x: fork_rngs(x, split=split, graph=False))
+    table = split if isinstance(split, Mapping) else {...: split}
+    rules = [(to_filter(f), shape) for f, shape in table.items()]
+
+    def change(path: Path, x: Any) -> Any:
+        if isinstance(x, RngStream):
+            for takes, shape in rules:
+                if _takes(takes, path, x):
+                    return x.fork(split=shape)
+        return x
+
+    return recursive_map(change, node)
+
+
+def _forked(split: Any) -> Callable[[Any], Any]:
+    """A decorator that forks the streams in arguments for as long as a call lasts."""
+
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with random.fork_rngs((args, kwargs), split=split):
+                return f(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def _of_arguments(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that changes the arguments of a function."""
+
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            new_args, new_kwargs = change((args, kwargs))
+            return f(*new_args, **new_kwargs)
+
+        return wrapper
+
+    return decorate
 
 
 def backup_keys(node: Any, /, *, graph: bool | None = None) -> list[tuple[Any, ...]]:
