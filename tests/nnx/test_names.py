@@ -64,7 +64,6 @@ NAMES = """
 # Layers that are being written. A name that is there is compared like any other.
 # What Flax's signature has and ours has not, by name and argument, and why.
 DIFFERENT = {
-    ("merge", "recreate_variables"): "merge always makes new Variables",
     ("State", "_copy"): "private",
     ("statelib.State", "_copy"): "private",
     ("merge_state", "cls"): "there is one class of States",
@@ -72,7 +71,6 @@ DIFFERENT = {
     ("from_flat_state", "cls"): "there is one class of States",
     ("as_abstract", "graph"): "by name",
     ("eval_shape", "f"): "by position, for f may have an argument of that name",
-    ("graph.merge", "recreate_variables"): "merge always makes new Variables",
     ("filterlib.to_predicate", "filter"): "by position, as real code gives it",
     ("VariableMetadata", "metadata"): "by keyword, for there are no hooks before it",
     **{("VariableMetadata", hook): "hooks are refused" for hook in HOOKS},

@@ -47,7 +47,7 @@ def to_linen(
     """
     from flax.core import FrozenDict
 
-    return _wrapper()(
+    return linen_class()(
         nnx_class=nnx_class,
         args=args,
         kwargs=FrozenDict(kwargs),
@@ -57,9 +57,70 @@ def to_linen(
     )
 
 
+def to_linen_class(
+    base_nnx_class: Any,
+    base_metadata_fn: Any = collections.boxed,
+    base_skip_rng: bool = False,
+    **partial_kwargs: Any,
+) -> Any:
+    """A Linen class whose instances are what ``to_linen`` makes of one Module class.
+
+    Args:
+      base_nnx_class: the class of the Module.
+      base_metadata_fn: as ``metadata_fn`` of ``to_linen``.
+      base_skip_rng: as ``skip_rng`` of ``to_linen``.
+      **partial_kwargs: arguments of the Module's constructor; those that an instance
+        is made with come before them.
+
+    Returns:
+      The class.
+
+    Example:
+      >>> import jax
+      >>> import sortal as nnx
+      >>> from sortal.interop.linen import to_linen_class
+      >>> Dense = to_linen_class(nnx.Linear, use_bias=False)
+      >>> dense = Dense(in_features=2, out_features=3)
+      >>> sorted(dense.init(jax.random.key(0), jax.numpy.ones((1, 2)))["params"])
+      ['kernel']
+    """
+    from flax.core import FrozenDict
+
+    base = linen_class()
+
+    class ToLinenPartial(base):
+        def __init__(
+            self,
+            args: Any = (),
+            kwargs: Any = None,
+            nnx_class: Any = base_nnx_class,
+            skip_rng: bool = base_skip_rng,
+            metadata_fn: Any = base_metadata_fn,
+            *,
+            name: str | None = None,
+            **others: Any,
+        ):
+            known = {k: others.pop(k) for k in ("parent",) if k in others}
+            base.__init__(
+                self,
+                nnx_class=nnx_class,
+                args=args,
+                kwargs=FrozenDict({**partial_kwargs, **(kwargs or {}), **others}),
+                skip_rng=skip_rng,
+                metadata_fn=metadata_fn,
+                name=name,
+                **known,
+            )
+
+    return ToLinenPartial
+
+
 @functools.cache
-def _wrapper() -> Any:
-    # Made at the first use, so that Flax is imported only where it is used.
+def linen_class() -> Any:
+    """The class of what ``to_linen`` makes.
+
+    It is made at the first use, so that Flax is imported only where it is used.
+    """
     from flax import linen
     from flax.core import FrozenDict, meta, unfreeze
 
