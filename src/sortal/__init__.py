@@ -166,6 +166,12 @@ if _TYPE_CHECKING:
     from sortal.sharding.mesh_axes import logical_axis_rules as logical_axis_rules
     from sortal.sharding.mesh_axes import use_eager_sharding as use_eager_sharding
     from sortal.sharding.mesh_axes import using_eager_sharding as using_eager_sharding
+    from sortal.sharding.placing import abstract as abstract
+    from sortal.sharding.placing import constrain as constrain
+    from sortal.sharding.placing import init_sharded as init_sharded
+    from sortal.sharding.placing import named_shardings as named_shardings
+    from sortal.sharding.placing import shard as shard
+    from sortal.sharding.placing import specs as specs
     from sortal.sharding.specs import as_abstract as as_abstract
     from sortal.sharding.specs import get_abstract_model as get_abstract_model
     from sortal.sharding.specs import get_named_sharding as get_named_sharding

@@ -79,6 +79,9 @@ TABLE = contents(
         "sortal.policy.policy": "Policy",
         "sortal.policy.rule": "Rule",
         "sortal.random": "RngStream Rngs fork_rngs reseed restore_rngs split_rngs",
+        "sortal.sharding.placing": (
+            "abstract constrain init_sharded named_shardings shard specs"
+        ),
         "sortal.sharding.mesh_axes": (
             "logical_axis_rules use_eager_sharding using_eager_sharding"
         ),
