@@ -86,6 +86,8 @@ ORDER = (
     "sortal.transforms.control",
     "sortal.transforms",
     "sortal.sharding.placing",
+    "sortal.sharding.presets",
+    "sortal.sharding.report",
     "sortal.sharding.specs",
     "sortal.training.optimizer",
     "sortal.training.ema",
