@@ -148,8 +148,9 @@ def spec_for(answer: Any, value: Any, mesh: Any, name: Callable[[], str]) -> Any
 def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
     """A new value where the metadata says that ``shard`` put the like of it."""
     sharding = metadata.get(PLACEMENT)
-    here = sharding is not None and isinstance(value, jax.Array)
-    return put(value, sharding) if here else value
+    if sharding is None or not isinstance(value, jax.Array):
+        return value
+    return put(value, sharding)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
