@@ -220,6 +220,16 @@ def test_another_policy_moves_a_model_again():
     assert spec_at(model, ("stat",)) == ("b",)
 
 
+def test_another_policy_moves_the_moments_with_their_parameters():
+    model = Net()
+    both = model, sortal.Optimizer(model, optax.adam(1e-3), wrt=sortal.Param)
+    for policy, spec in ((None, ()), (ROWS, ("d",)), ({}, ("d",))):
+        sortal.shard(both, MESH, policy)
+        moments = sortal.state(both[1], sortal.At("**.kernel")).leaves()
+        assert len(moments) == 4
+        assert {_short(x.value.sharding.spec) for x in moments} == {spec}
+
+
 def test_without_a_policy_a_model_stays_as_it_was_put():
     model = sortal.shard(Net(), MESH, ROWS)
     assert sortal.specs(model)["linear"]["kernel"].value == P("d")
