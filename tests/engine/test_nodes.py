@@ -290,11 +290,8 @@ def test_a_type_taught_to_the_engine_and_its_subclasses_are_nodes():
         pass
 
     class Shelves(Handler):
-        def keys(self, obj):
-            return range(len(obj.items))
-
-        def children(self, obj, keys):
-            return list(obj.items)
+        def items(self, obj):
+            return dict(enumerate(obj.items))
 
         def spec(self, obj):
             return len(obj.items)
@@ -318,8 +315,7 @@ def test_a_type_taught_to_the_engine_and_its_subclasses_are_nodes():
 def test_a_handler_says_what_it_lacks():
     handler = Handler()
     for call in (
-        lambda: handler.keys(1),
-        lambda: handler.children(1, ()),
+        lambda: handler.items(1),
         lambda: handler.fill(1, None, {}),
         lambda: handler.build(int, None, {}),
     ):
@@ -429,7 +425,7 @@ def test_filling_a_node_again_replaces_all_that_it_holds():
         handler = handler_of(node)
         spec = handler.spec({"a": None}) if isinstance(node, dict) else None
         handler.fill(node, spec, {"a": 5})
-        assert handler.children(node, handler.keys(node)) == [5]
+        assert list(handler.items(node).values()) == [5]
     cell = Cell(1, 2)
     cell.old = 3
     handler_of(cell).fill(cell, None, {"weight": 4, "note": 5})

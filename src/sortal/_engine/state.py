@@ -530,11 +530,8 @@ class _StateHandler(Handler):
     flat = True
     notes_edits = True
 
-    def keys(self, obj: State) -> tuple[Path, ...]:
-        return obj.schema.paths
-
-    def children(self, obj: State, keys: Any) -> list[Any]:
-        return obj.leaves()
+    def items(self, obj: State) -> dict[Any, Any]:
+        return dict(obj.flat_state())
 
     def contents(self, nodes: Any) -> tuple[list[Any], Iterable[Any]]:
         return [x.schema for x in nodes], (leaf for x in nodes for leaf in x.leaves())
@@ -544,9 +541,6 @@ class _StateHandler(Handler):
 
     def remove(self, obj: State, key: Any) -> None:
         obj._write({}, {key})
-
-    def can_remove(self, key: Any) -> bool:
-        return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
         obj._write(items, set(obj.schema.paths) - items.keys())

@@ -127,8 +127,7 @@ class Walk:
             )
         self.nodes.append(obj)
         self._records.append(None)
-        keys = handler.keys(obj)
-        children = zip(keys, handler.children(obj, keys), strict=True)
+        children = iter(handler.items(obj).items())
         self._open.append((number, obj, path, handler, data, children, []))
         return number
 
