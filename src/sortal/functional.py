@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sortal._engine.foreign import same_kind
-from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, picker, store_all
 from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
@@ -426,25 +426,14 @@ def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
     refuse_unknown("iter_graph", _unknown)
     plan = bind(node)
     nodes = plan.nodes_of(node)
-    seen: set[tuple[int, int]] = set()
-    # A stack of (entry, path, whether its children were met), so that no depth is too
-    # deep.
-    todo: list[tuple[Entry, Path, bool]] = [(plan.graphdef.root, (), False)]
-    while todo:
-        entry, path, left = todo.pop()
-        _, what, ref = entry
-        if left:
-            yield path, nodes[ref]
-        elif what == STATIC or (what, ref) in seen:
+    around: list[tuple[Path, Any]] = []  # what the next place may still lie in
+    for path, (_, what, ref), first in plan.graphdef.places():
+        if what == STATIC or first != path:
             continue
-        elif what == LEAF:
-            seen.add((what, ref))
-            yield path, held(plan.leaves[ref])
-        else:
-            seen.add((what, ref))
-            record = plan.graphdef.records[ref]
-            below = [(e, record.below(path, e.key), False) for e in record.entries]
-            todo += [(entry, path, True), *reversed(below)]
+        while around and path[: len(around[-1][0])] != around[-1][0]:
+            yield around.pop()
+        around.append((path, held(plan.leaves[ref]) if what == LEAF else nodes[ref]))
+    yield from reversed(around)
 
 
 def iter_nodes(node: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,10 +32,6 @@ class Record(NamedTuple):
     spec: Static
     entries: tuple[Entry, ...]
 
-    def below(self, path: Path, key: Any) -> Path:
-        """The path of the child at ``key``, where the node's own is ``path``."""
-        return path + key if self.handler.flat else (*path, key)
-
 
 class GraphDef(Interned):
     """An immutable, interned description of everything but the values.
@@ -51,27 +47,58 @@ class GraphDef(Interned):
       True
     """
 
-    __slots__ = ("_memo", "aliases", "records", "root", "schema")
+    __slots__ = ("_memo", "records", "root", "schema")
 
     root: Entry
     records: tuple[Record, ...]
     schema: Schema
-    aliases: tuple[tuple[Path, int], ...]
 
     @classmethod
-    def of(cls, root: Any, records: Any, schema: Any, aliases: Any) -> GraphDef:
+    def of(cls, root: Any, records: Any, schema: Any) -> GraphDef:
         """The one GraphDef of this structure."""
-        parts = root, tuple(records), schema, tuple(aliases)
+        parts = root, tuple(records), schema
         return cls._intern(parts, *parts)
 
-    def _setup(self, root: Any, records: Any, schema: Any, aliases: Any) -> None:
+    def _setup(self, root: Any, records: Any, schema: Any) -> None:
         self.root, self.records, self.schema = root, records, schema
-        self.aliases = aliases
         self._memo: dict[Any, Any] = {}
 
     memo = Schema.memo
     # Annotations name the model: `GraphDef[Model]`.
     __class_getitem__ = classmethod(types.GenericAlias)
+
+    def places(self) -> Iterator[tuple[Path, Entry, Path]]:
+        """Each Entry from the root down, in the order of the walk.
+
+        Yields:
+          Its path, the Entry, and the path at which its node or leaf was met first.
+        """
+        seen: dict[int, Path] = {}
+        # With a stack of its own, so that no depth is too deep.
+        todo: list[tuple[Path, Entry]] = [((), self.root)]
+        while todo:
+            path, entry = todo.pop()
+            first = path
+            if entry.what == LEAF:
+                first = self.schema.paths[entry.ref]
+            elif entry.what == NODE and entry.ref in seen:
+                first = seen[entry.ref]
+            elif entry.what == NODE:
+                seen[entry.ref] = path
+                record = self.records[entry.ref]
+                for e in reversed(record.entries):
+                    key = e.key if record.handler.flat else (e.key,)
+                    todo.append((path + key, e))
+            yield path, entry, first
+
+    @property
+    def aliases(self) -> tuple[tuple[Path, int], ...]:
+        """The other paths of leaves, with the leaves' numbers."""
+        return tuple(
+            (path, entry.ref)
+            for path, entry, first in self.places()
+            if entry.what == LEAF and first != path
+        )
 
     def diff(self, other: GraphDef) -> list[Difference]:
         """What differs from ``other``, path by path.

@@ -29,7 +29,6 @@ class Walk:
         self.nodes: list[Any] = []
         self._leaves: list[tuple[Any, Path, Any, Any]] = []
         self._records: list[Any] = []
-        self._aliases: list[tuple[Path, int]] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
         self._refused: list[str] = []
@@ -41,7 +40,7 @@ class Walk:
         self._refuse()
         leaves, *parts = zip(*self._leaves, strict=True) if self._leaves else [()] * 4
         schema = Schema.of(*parts)
-        self.graphdef = GraphDef.of(root_entry, self._records, schema, self._aliases)
+        self.graphdef = GraphDef.of(root_entry, self._records, schema)
         self.leaves = live_leaves(self.graphdef, self.nodes, leaves)
 
     def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
@@ -67,7 +66,6 @@ class Walk:
         if boxed:
             first = self._numbers.setdefault(id(obj), number)
             if first != number:
-                self._aliases.append((path, first))
                 return first
         metadata = obj._metadata if ours else EMPTY
         if theirs is not None and not self._is_refused(obj, path, theirs):
