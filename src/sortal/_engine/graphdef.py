@@ -116,6 +116,33 @@ class GraphDef(Interned):
         schema = self.schema
         return make_all(schema.kinds, values, metadata or schema.metadata)
 
+    def _steps(self) -> list[_Step]:
+        return self.memo("steps", lambda: list(map(_Step, self.records)))
+
+    def shells(self) -> list[Any]:
+        """All nodes in order, still empty; None for values, which ``fill`` builds."""
+        steps = self._steps()
+        return [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
+
+    def fill(self, nodes: list[Any], leaves: Any, which: Sequence[int]) -> None:
+        """Gives the nodes numbered ``which`` their children.
+
+        Children have higher numbers than the value-like nodes that hold them, so going
+        backwards every value is complete before its holder asks for it.
+        """
+        steps = self._steps()
+        for n in reversed(which):
+            step = steps[n]
+            items = step.template.copy()
+            for key, ref in step.leaves:
+                items[key] = leaves[ref]
+            for key, ref in step.nodes:
+                items[key] = nodes[ref]
+            if step.tracked:
+                step.handler.fill(nodes[n], step.spec, items)
+            else:
+                nodes[n] = step.handler.build(step.cls, step.spec, items)
+
     def build(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Builds the objects around ``leaves``.
 
@@ -125,9 +152,8 @@ class GraphDef(Interned):
         Returns:
           The root, and all nodes in order.
         """
-        steps = self.memo("steps", lambda: list(map(Step, self.records)))
-        nodes = [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
-        fill(steps, nodes, leaves, range(len(nodes)))
+        nodes = self.shells()
+        self.fill(nodes, leaves, range(len(nodes)))
         what, ref = self.root[1:]
         root = ref.value if what is STATIC else (leaves if what else nodes)[ref]
         return root, nodes
@@ -140,7 +166,7 @@ class GraphDef(Interned):
         )
 
 
-class Step:
+class _Step:
     """What building one node takes, laid out for speed."""
 
     __slots__ = ("cls", "handler", "leaves", "nodes", "spec", "template", "tracked")
@@ -154,29 +180,6 @@ class Step:
         }
         self.nodes = [(e.key, e.ref) for e in record.entries if e.what == NODE]
         self.leaves = [(e.key, e.ref) for e in record.entries if e.what == LEAF]
-
-
-def fill(
-    steps: Sequence[Step], nodes: list[Any], leaves: Any, which: Sequence[int]
-) -> None:
-    """Gives the nodes numbered ``which`` their children; values are built on the way.
-
-    Children have higher numbers than the value-like nodes that hold them, so going
-    backwards every value is complete before its holder asks for it.
-    """
-    for n in reversed(which):
-        step = steps[n]
-        items = step.template.copy()
-        for key, ref in step.leaves:
-            items[key] = leaves[ref]
-        for key, ref in step.nodes:
-            items[key] = nodes[ref]
-        if step.tracked:
-            if type(nodes[n]) is not step.cls:  # edited inside a trace
-                object.__setattr__(nodes[n], "__class__", step.cls)
-            step.handler.fill(nodes[n], step.spec, items)
-        else:
-            nodes[n] = step.handler.build(step.cls, step.spec, items)
 
 
 jax.tree_util.register_static(GraphDef)

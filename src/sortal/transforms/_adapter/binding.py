@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-from sortal._engine.graphdef import Entry, GraphDef, Step, fill
+from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import held, identity, store_all
 from sortal._engine.nodes import NODE, Node, handler_of
 from sortal._engine.paths import show
@@ -203,7 +203,7 @@ def _edited(bound: BoundArguments, edits: Edits) -> list[Any]:
 def _carry_out(
     bound: BoundArguments, edits: Edits, outputs: Sequence[Entry], fresh: Sequence[Any]
 ) -> list[Any]:
-    schema = edits.graphdef.schema
+    graphdef, schema = edits.graphdef, edits.graphdef.schema
     new = iter(fresh)
     leaves: list[Any] = []
     for i, (k, changed) in enumerate(edits.leaves):
@@ -217,21 +217,14 @@ def _carry_out(
                 live.set_metadata(dict(schema.metadata[i]))
             leaf = held(live)
         leaves.append(leaf)
-    nodes: list[Any] = []
-    for record, (origin, _) in zip(edits.graphdef.records, edits.nodes, strict=True):
+    nodes = graphdef.shells()
+    for n, (origin, _) in enumerate(edits.nodes):
         if origin is not None:
-            live = bound.live_node(origin)
-            if type(live) is not record.cls:
-                live.__class__ = record.cls
-            nodes.append(live)
-        elif record.handler.tracked:
-            nodes.append(record.handler.shell(record.cls, record.spec.value))
-        else:
-            nodes.append(None)
-    steps = list(map(Step, edits.graphdef.records))
-    fill(
-        steps, nodes, leaves, [n for n, edit in enumerate(edits.nodes) if edit.changed]
-    )
+            nodes[n] = live = bound.live_node(origin)
+            if type(live) is not graphdef.records[n].cls:
+                live.__class__ = graphdef.records[n].cls
+    changed = [n for n, edit in enumerate(edits.nodes) if edit.changed]
+    graphdef.fill(nodes, leaves, changed)
     return [(nodes if e.what == NODE else leaves)[e.ref] for e in outputs]
 
 

@@ -121,13 +121,6 @@ def is_unedited(walk: Walk, copies: Any) -> bool:
     )
 
 
-def current_values(walk: Walk | None, copies: Any) -> list[Any]:
-    """The values that the copies of the leaves hold now."""
-    if walk is not None:
-        return [x._value for x in walk.leaves]
-    return list(map(value_of, copies.leaves))
-
-
 def same_value(old: Any, new: Any) -> bool:
     """Whether a value, or every leaf of it, is the same object as before."""
     if old is new:
@@ -155,19 +148,6 @@ def rigid_leaves(graphdef: GraphDef) -> frozenset[int]:
     )
 
 
-def known_outputs(outputs: list[Any], copies: Any) -> tuple[Entry, ...] | None:
-    """The outputs as numbers of entry, or None where one of them is new."""
-    if not outputs:
-        return ()
-    numbers = {id(x): Entry(None, NODE, n) for n, x in enumerate(copies.nodes)}
-    for k, leaf in enumerate(copies.leaves):
-        if is_variable(leaf):
-            numbers[id(leaf)] = Entry(None, LEAF, k)
-    if any(id(x) not in numbers for x in outputs):
-        return None
-    return tuple(numbers[id(x)] for x in outputs)
-
-
 def edits_of(
     copies: Any,
     outputs: list[Any],
@@ -180,35 +160,22 @@ def edits_of(
     The third part of the structure is what no longer hangs in the roots: whoever holds
     it outside must see what was done to it before it was taken out.
     """
-    roots = copies.roots if copies is not None else ()
-    walk = Walk((roots, tuple(outputs)))
-    left = _left(walk, copies) if copies is not None and not unedited else ()
+    roots, returned = copies.roots, tuple(outputs)
+    walk = Walk((roots, returned))
+    left = () if unedited else _left(walk, copies)
     if any(left):
-        walk = Walk((roots, tuple(outputs), left))
-    before: Any = copies.graphdef if copies is not None else None
-    entry_nodes = copies.nodes if copies is not None else []
-    numbers = {id(x): n for n, x in enumerate(entry_nodes) if handler_of(x).tracked}
-    node_from = tuple(
-        numbers.get(id(x)) if handler_of(x).tracked else None for x in walk.nodes
-    )
-    known: dict[int, int] = {}
-    if copies is not None:
-        for k, (leaf, value) in enumerate(
-            zip(copies.leaves, copies.values, strict=True)
-        ):
-            if k not in rigid:
-                known[id(leaf if is_variable(leaf) else value)] = k
+        walk = Walk((roots, returned, left))
+    before, after = copies.graphdef, walk.graphdef
     currently = list(map(held, walk.leaves))
-    leaf_from = tuple(known.get(id(x)) for x in currently)
-    after = walk.graphdef
+    node_from = list(map(copies.number, walk.nodes))
+    leaf_from = [None if k in rigid else k for k in map(copies.number, currently)]
+
+    def changed(n: int, origin: int) -> bool:
+        same = _same_record(after, n, before, origin, node_from, leaf_from)
+        return not (unedited or same)
+
     nodes = tuple(
-        Edit(
-            origin,
-            origin is None
-            or not (
-                unedited or _same_record(after, n, before, origin, node_from, leaf_from)
-            ),
-        )
+        Edit(origin, origin is None or changed(n, origin))
         for n, origin in enumerate(node_from)
     )
     leaves = tuple(
@@ -227,22 +194,13 @@ def _left(walk: Walk, copies: Any) -> tuple[tuple[Any, ...], ...]:
     """For each root what came in with it, and hangs nowhere in a walk any more."""
     reached = {*map(id, walk.nodes), *(id(held(x)) for x in walk.leaves)}
     left: list[list[Any]] = [[] for _ in copies.roots]
-    records = copies.graphdef.records
-    tops = records[0].entries if len(left) > 1 else [copies.graphdef.root]
-    met: set[Any] = set()
-    for mine, top in zip(left, tops, strict=True):
-        stack = [top]
-        while stack:
-            _, what, ref = stack.pop()
-            if what is STATIC or (what, ref) in met:
-                continue
-            met.add((what, ref))
-            x = (copies.nodes if what is NODE else copies.leaves)[ref]
-            known = is_variable(x) if what is LEAF else handler_of(x).tracked
-            if known and id(x) not in reached:
-                mine.append(x)
-            if what is NODE:
-                stack += records[ref].entries
+    for path, (_, what, ref), first in copies.graphdef.places():
+        if what is STATIC or first != path:
+            continue
+        x = (copies.nodes if what is NODE else copies.leaves)[ref]
+        known = is_variable(x) if what is LEAF else handler_of(x).tracked
+        if known and id(x) not in reached:
+            left[path[0] if len(left) > 1 else 0].append(x)
     return tuple(map(tuple, left))
 
 
