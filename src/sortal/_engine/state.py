@@ -350,8 +350,7 @@ class State(MutableMapping[Any, Any]):
 
     def _parts(self, found: Selection) -> Any:
         values = own(self.values_list())
-        parts = [snapshot(s, [values[i] for i in at]) for s, at in found.parts]
-        return parts[0] if len(parts) == 1 else tuple(parts)
+        return one_or_all(snapshot(s, [values[i] for i in at]) for s, at in found.parts)
 
     @staticmethod
     def merge(state: Any, /, *states: Any) -> State:
@@ -469,6 +468,12 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
       The State.
     """
     return _state(_Stored(schema, values, False))
+
+
+def one_or_all(states: Iterable[State]) -> Any:
+    """The State where there is one, as for one filter; else a tuple of them."""
+    states = tuple(states)
+    return states[0] if len(states) == 1 else states
 
 
 def as_state(x: Any) -> State:

@@ -170,9 +170,11 @@ def edits_of(
     node_from = list(map(copies.number, walk.nodes))
     leaf_from = [None if k in rigid else k for k in map(copies.number, currently)]
 
+    numbers = range(len(before.records)), range(len(before.schema))
+
     def changed(n: int, origin: int) -> bool:
-        same = _same_record(after, n, before, origin, node_from, leaf_from)
-        return not (unedited or same)
+        now = _content(after, n, node_from, leaf_from)
+        return not unedited and now != _content(before, origin, *numbers)
 
     nodes = tuple(
         Edit(origin, origin is None or changed(n, origin))
@@ -204,23 +206,19 @@ def _left(walk: Walk, copies: Any) -> tuple[tuple[Any, ...], ...]:
     return tuple(map(tuple, left))
 
 
-def _same_record(
-    after: GraphDef, n: int, before: Any, k: int, node_from: Any, leaf_from: Any
-) -> bool:
-    new, old = after.records[n], before.records[k]
-    if new[:3] != old[:3] or len(new.entries) != len(old.entries):
-        return False
-    for a, b in zip(new.entries, old.entries, strict=True):
-        if a[:2] != b[:2]:
-            return False
-        if a.what == STATIC:
-            same = a.ref == b.ref
-        elif a.what == LEAF:
-            same = leaf_from[a.ref] == b.ref
-        elif after.records[a.ref].handler.tracked:
-            same = node_from[a.ref] == b.ref
-        else:
-            same = _same_record(after, a.ref, before, b.ref, node_from, leaf_from)
-        if not same:
-            return False
-    return True
+def _content(
+    graphdef: GraphDef, n: int, nodes: Sequence[Any], leaves: Sequence[Any]
+) -> tuple[Any, ...]:
+    """A node's record by the given numbers of its children; values in it in full."""
+
+    def number(entry: Entry) -> Any:
+        _, what, ref = entry
+        if what == STATIC:
+            return ref
+        if what == LEAF:
+            return leaves[ref]
+        tracked = graphdef.records[ref].handler.tracked
+        return nodes[ref] if tracked else _content(graphdef, ref, nodes, leaves)
+
+    *about, entries = graphdef.records[n]
+    return *about, [(e.key, e.what, number(e)) for e in entries]
