@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from sortal._engine import paths
-from sortal._engine.foreign import handler_of_kind, note_class, register_library_of
+from sortal._engine.foreign import note_class
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
-from sortal._engine.variable import Variable, foreign_write, is_variable
+from sortal._engine.variable import foreign_write, is_variable
 
 
 class Child(enum.IntEnum):
@@ -446,10 +446,7 @@ def is_root(x: Any) -> bool:
 
 
 def _classify(cls: type, obj: Any) -> Any:
-    if issubclass(cls, Variable):
-        return LEAF
-    register_library_of(cls)
-    if handler_of_kind(cls) is not None:
+    if is_variable(obj):
         return LEAF
     if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         leaf_types.add(cls)

@@ -99,9 +99,9 @@ class _Stored:
 
 
 def _kinds(leaves: list[Any]) -> tuple[tuple[Kind, ...], tuple[Metadata, ...]]:
-    boxes = [x if is_variable(x) else None for x in leaves]
-    kinds = [None if x is None else type(x) for x in boxes]
-    return tuple(kinds), tuple(EMPTY if x is None else metadata_of(x) for x in boxes)
+    kinds = tuple(type(x) if is_variable(x) else None for x in leaves)
+    pairs = zip(kinds, leaves, strict=True)
+    return kinds, tuple(EMPTY if k is None else metadata_of(x) for k, x in pairs)
 
 
 def _from_items(items: Iterable[tuple[Path, Any]]) -> _Stored:

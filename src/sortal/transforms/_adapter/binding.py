@@ -103,9 +103,6 @@ class BoundArguments:
 
     __slots__ = ("alias_map", "args", "flat_modules", "kwargs", "plans", "roots")
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
     def __init__(
         self,
         args: Sequence[Any],

@@ -9,7 +9,7 @@ import jax
 import jax.tree_util as jtu
 
 from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.leaves import Slot, held, picker
+from sortal._engine.leaves import held, picker
 from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of
 from sortal._engine.state import State
 from sortal._engine.variable import is_variable, value_of
@@ -113,12 +113,14 @@ def is_unedited(walk: Walk, copies: Any) -> bool:
     """Whether the copies still have the structure, and the very objects, of entry."""
     if walk.graphdef is not copies.graphdef:
         return False
-    nodes = zip(walk.nodes, copies.nodes, strict=True)
-    return all(a is b for a, b in nodes if handler_of(a).tracked) and all(
-        held(a) is b
-        for a, b in zip(walk.leaves, copies.leaves, strict=True)
-        if type(a) is not Slot
-    )
+    now = [*walk.nodes, *map(held, walk.leaves)]
+    before = [*copies.nodes, *copies.leaves]
+    return all(a is b for a, b in zip(now, before, strict=True) if _has_identity(a))
+
+
+def _has_identity(x: Any) -> bool:
+    """Whether a node or leaf is one object, wherever it is met."""
+    return is_variable(x) or getattr(handler_of(x), "tracked", False)
 
 
 def same_value(old: Any, new: Any) -> bool:
@@ -200,8 +202,7 @@ def _left(walk: Walk, copies: Any) -> tuple[tuple[Any, ...], ...]:
         if what is STATIC or first != path:
             continue
         x = (copies.nodes if what is NODE else copies.leaves)[ref]
-        known = is_variable(x) if what is LEAF else handler_of(x).tracked
-        if known and id(x) not in reached:
+        if _has_identity(x) and id(x) not in reached:
             left[path[0] if len(left) > 1 else 0].append(x)
     return tuple(map(tuple, left))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from operator import is_
@@ -32,6 +33,7 @@ _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None
 modes: dict[type, str] = {}
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class FlatModuleDef:
     """Says of a FlatModule which root it is, of how many, of which joint GraphDef.
 
@@ -40,16 +42,10 @@ class FlatModuleDef:
     the leaves whose values are carried, None for all leaves of the root.
     """
 
-    __slots__ = ("graphdef", "number", "of", "some")
-
-    def __init__(
-        self,
-        graphdef: GraphDef,
-        number: int,
-        of: int,
-        some: tuple[int, ...] | None = None,
-    ):
-        self.graphdef, self.number, self.of, self.some = graphdef, number, of, some
+    graphdef: GraphDef
+    number: int
+    of: int
+    some: tuple[int, ...] | None = None
 
     @property
     def leaves(self) -> Sequence[int]:
