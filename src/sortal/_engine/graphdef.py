@@ -47,7 +47,7 @@ class GraphDef(Interned):
       True
     """
 
-    __slots__ = ("_memo", "records", "root", "schema")
+    __slots__ = ("records", "root", "schema")
 
     root: Entry
     records: tuple[Record, ...]
@@ -61,9 +61,7 @@ class GraphDef(Interned):
 
     def _setup(self, root: Any, records: Any, schema: Any) -> None:
         self.root, self.records, self.schema = root, records, schema
-        self._memo: dict[Any, Any] = {}
 
-    memo = Schema.memo
     # Annotations name the model: `GraphDef[Model]`.
     __class_getitem__ = classmethod(types.GenericAlias)
 

@@ -21,7 +21,7 @@ def kind_name(kind: Kind) -> str:
 class Schema(Interned):
     """The leaves of a structure without their values: paths, kinds and metadata."""
 
-    __slots__ = ("_memo", "kinds", "metadata", "paths")
+    __slots__ = ("kinds", "metadata", "paths")
 
     paths: tuple[Path, ...]
     kinds: tuple[Kind, ...]
@@ -37,7 +37,6 @@ class Schema(Interned):
 
     def _setup(self, paths: Any, kinds: Any, metadata: Any) -> None:
         self.paths, self.kinds, self.metadata = paths, kinds, metadata
-        self._memo: dict[Any, Any] = {}
 
     @property
     def index(self) -> dict[Path, int]:
@@ -46,16 +45,6 @@ class Schema(Interned):
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, computed once for this schema and ``key``."""
-        try:
-            return self._memo[key]
-        except KeyError:
-            if len(self._memo) > 256:
-                self._memo.clear()
-            found = self._memo[key] = compute()
-            return found
 
     def pick(self, indices: Sequence[int]) -> Schema:
         """The schema of some of the leaves."""

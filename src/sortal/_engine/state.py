@@ -16,7 +16,6 @@ from sortal._engine.paths import Path, show
 from sortal._engine.schema import (
     Kind,
     Schema,
-    Selection,
     check_exhaustive,
     kind_name,
     select,
@@ -269,9 +268,8 @@ class State(MutableMapping[Any, Any]):
 
     def __sub__(self, other: Any) -> State:
         gone = as_state(other).schema.index
-        kept = [i for i, path in enumerate(self.paths()) if path not in gone]
-        values = own(self.values_list())
-        return snapshot(self.schema.pick(kept), [values[i] for i in kept])
+        kept = tuple(i for i, path in enumerate(self.paths()) if path not in gone)
+        return self._parts([(self.schema.pick(kept), kept)])
 
     def __repr__(self) -> str:
         schema, texts = self.schema, map(describe, self.values_list())
@@ -330,7 +328,7 @@ class State(MutableMapping[Any, Any]):
         Raises:
           FilterError: a filter is malformed, or swallowed by an earlier one.
         """
-        return self._parts(select(self.schema, filters, self.leaves))
+        return self._parts(select(self.schema, filters, self.leaves).parts)
 
     def split(self, *filters: Any) -> Any:
         """Divides all leaves among filters.
@@ -346,11 +344,11 @@ class State(MutableMapping[Any, Any]):
         """
         found = select(self.schema, filters, self.leaves)
         check_exhaustive(self.schema, filters, found.rest)
-        return self._parts(found)
+        return self._parts(found.parts)
 
-    def _parts(self, found: Selection) -> Any:
+    def _parts(self, parts: Iterable[tuple[Schema, tuple[int, ...]]]) -> Any:
         values = own(self.values_list())
-        return one_or_all(snapshot(s, [values[i] for i in at]) for s, at in found.parts)
+        return one_or_all(snapshot(s, [values[i] for i in at]) for s, at in parts)
 
     @staticmethod
     def merge(state: Any, /, *states: Any) -> State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -81,15 +83,9 @@ class Effects:
     ) -> list[tuple[int, Callable[[Any], Any]]]:
         """Written leaves as (root, what picks its leaves), given where each is."""
         if self._routes is None:
-            per_root: dict[int, list[int]] = {}
-            order = [leaf_at[k] for k in self.written]
-            for i, j in order:
-                per_root.setdefault(i, []).append(j)
-            flat = [(i, j) for i, js in per_root.items() for j in js]
-            if flat != order:
-                self._routes = [(i, picker([j])) for i, j in order]
-            else:
-                self._routes = [(i, picker(js)) for i, js in per_root.items()]
+            places = [leaf_at[k] for k in self.written]
+            runs = itertools.groupby(places, key=operator.itemgetter(0))
+            self._routes = [(i, picker([j for _, j in run])) for i, run in runs]
         return self._routes
 
 
