@@ -545,6 +545,21 @@ def test_state_hidden_in_a_callable_object_is_refused_too():
         sortal.state(Box(layers=(Plain(), 1)))
 
 
+def test_state_hidden_behind_a_bound_method_is_refused_too():
+    class Plain:
+        def __init__(self):
+            self.inner = Param(jnp.ones(2))
+
+        def scale(self, x):
+            return x * self.inner
+
+    where = r"{}__self__: a Plain .* inner \(Param\)"
+    with pytest.raises(StructureError, match=where.format("act.")):
+        sortal.state(Box(act=Plain().scale))
+    with pytest.raises(StructureError, match=where.format("acts.0.")):
+        sortal.jit(lambda m, x: m.acts[0](x))(Box(acts=(Plain().scale,)), 1.0)
+
+
 def test_a_mark_set_or_ended_inside_a_trace_is_there_afterwards():
     @sortal.jit
     def mark(model):

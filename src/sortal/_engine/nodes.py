@@ -482,7 +482,8 @@ def is_static_value(obj: Any, handler: Any) -> bool:
       True for tuples, methods and frozen dataclasses with no leaf or mutable inside.
     """
     if isinstance(handler, MethodHandler):
-        return handler_of(obj.__self__) is STATIC
+        held = obj.__self__
+        return handler_of(held) is STATIC and not hidden_state(held)
     frozen = handler is _dataclass and type(obj).__dataclass_params__.frozen
     if not (handler is _tuple or frozen):
         return False
