@@ -170,8 +170,6 @@ class Plan:
         They may come back (train and eval). One that alone holds something may not, or
         that would be kept alive after it has left the model.
         """
-        if not plans:
-            return (self,)
         kept = [p for p in plans if p is not self and p.holds <= self.holds]
         return (self, *kept[: _KEPT - 1])
 

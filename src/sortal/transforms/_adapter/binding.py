@@ -258,10 +258,8 @@ def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Any:
         return fn(*args[n:], **{**dict(zip(names, args, strict=False)), **kwargs})
 
-    try:
-        given = functools.partial(fn, **dict.fromkeys(names))
-        signature = inspect.signature(given)
-    except (TypeError, ValueError):
+    signature = _signature(functools.partial(fn, **dict.fromkeys(names)))
+    if signature is None:
         return call
     only = inspect.Parameter.POSITIONAL_ONLY
     first = [inspect.Parameter(f"_{name}", only) for name in names]
@@ -270,7 +268,7 @@ def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     return call
 
 
-def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
+def named_positions(fn: Any, nums: Any, names: Any) -> set[Any]:
     """Positions and names that ``argnums`` and ``argnames`` together mean.
 
     Args:
@@ -279,29 +277,29 @@ def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
       names: a string, or several, or None.
 
     Returns:
-      A set of non-negative positions and of names, and the number of positional
-      parameters (0 where unknown).
+      Non-negative positions, and names.
     """
     # As in JAX: where both are given, neither says anything about the other.
     one_spelling = nums is None or names is None
     nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
     names = (names,) if isinstance(names, str) else tuple(names or ())
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    signature = _signature(fn)
+    parameters = signature.parameters.values() if signature else ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.name for p in parameters if p.kind in kinds]
     n = len(positional)
     found: set[Any] = {i + n if i < 0 else i for i in nums} | set(names)
-    if not one_spelling:
-        return found, n
-    found |= {i for i, name in enumerate(positional) if name in found}
-    found |= {positional[i] for i in list(found) if isinstance(i, int) and i < n}
-    return found, n
+    for i, name in enumerate(positional if one_spelling else ()):
+        if i in found or name in found:
+            found |= {i, name}
+    return found
+
+
+def _signature(fn: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(fn)
+    except (TypeError, ValueError):
+        return None
 
 
 def stale_buffers(flat_modules: Sequence[FlatModule]) -> list[str]:
