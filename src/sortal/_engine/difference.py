@@ -62,13 +62,3 @@ def facts_of(graphdef: Any) -> dict[Path, Any]:
             record = graphdef.records[ref]
             facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
     return facts
-
-
-def differences(old: Any, new: Any) -> list[Difference]:
-    """One Difference for each path where two GraphDefs disagree."""
-    before, after = facts_of(old), facts_of(new)
-    return [
-        Difference(path, before.get(path, ABSENT), after.get(path, ABSENT))
-        for path in dict.fromkeys([*before, *after])
-        if before.get(path, ABSENT) != after.get(path, ABSENT)
-    ]

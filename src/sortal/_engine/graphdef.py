@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sortal._engine.difference import Difference, differences
+from sortal._engine.difference import ABSENT, Difference, facts_of
 from sortal._engine.nodes import LEAF, NODE, STATIC, Child, Handler
 from sortal._engine.paths import Path
 from sortal._engine.schema import Schema
@@ -107,7 +107,12 @@ class GraphDef(Interned):
         Returns:
           One Difference for each path where the two disagree.
         """
-        return differences(self, other)
+        old, new = facts_of(self), facts_of(other)
+        rows = (
+            Difference(path, old.get(path, ABSENT), new.get(path, ABSENT))
+            for path in dict.fromkeys([*old, *new])
+        )
+        return [row for row in rows if row.old != row.new]
 
     def build_leaves(self, values: Sequence[Any], metadata: Any = None) -> list[Any]:
         """Wraps values, given in order, in new Variables of their kinds."""

@@ -151,12 +151,13 @@ def edits_of(
     outputs: list[Any],
     unedited: bool,
     rigid: Collection[int],
-    became: GraphDef | None,
+    entered: Walk,
 ) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
     """What became of the structure, the values of new leaves, and the outputs.
 
-    The third part of the structure is what no longer hangs in the roots: whoever holds
-    it outside must see what was done to it before it was taken out.
+    ``entered`` is a walk of what came in, made after the call. The third part of the
+    structure is what no longer hangs in the roots: whoever holds it outside must see
+    what was done to it before it was taken out.
     """
     roots, returned = copies.roots, tuple(outputs)
     walk = Walk((roots, returned))
@@ -167,15 +168,14 @@ def edits_of(
     currently = list(map(held, walk.leaves))
     node_from = list(map(copies.number, walk.nodes))
     leaf_from = [None if k in rigid else k for k in map(copies.number, currently)]
-
     numbers = range(len(before.records)), range(len(before.schema))
 
     def changed(n: int, origin: int) -> bool:
-        now = _content(after, n, node_from, leaf_from)
-        return not unedited and now != _content(before, origin, *numbers)
+        old = _content(before, origin, *numbers)
+        return old != _content(after, n, node_from, leaf_from)
 
     nodes = tuple(
-        Edit(origin, origin is None or changed(n, origin))
+        Edit(origin, origin is None or (not unedited and changed(n, origin)))
         for n, origin in enumerate(node_from)
     )
     leaves = tuple(
@@ -187,6 +187,7 @@ def edits_of(
     ]
     at = after.records[0].entries[1].ref
     entries = after.records[at].entries if isinstance(at, int) else ()
+    became = entered.graphdef if roots else None
     return Edits(after, became, nodes, leaves), fresh, entries
 
 

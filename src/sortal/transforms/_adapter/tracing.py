@@ -257,11 +257,9 @@ def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
     }
     rigid = changed.keys() & rigid_leaves(copies.graphdef)
     written = {k: new for k, new in changed.items() if k not in rigid}
-    entries = tuple(copies.origins.get(id(x)) for x in outputs) if outputs else ()
-    edits, fresh = None, []
-    if not unedited or rigid or None in entries:
-        became = walk.graphdef if copies.roots else None
-        unedited = unedited and not rigid
-        edits, fresh, entries = edits_of(copies, outputs, unedited, rigid, became)
+    entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
+    edits, fresh, unedited = None, [], unedited and not rigid
+    if not unedited or None in entries:
+        edits, fresh, entries = edits_of(copies, outputs, unedited, rigid, walk)
     effects = Effects(tuple(written), entries, edits)
     return Result(out, list(written.values()), fresh, effects)
