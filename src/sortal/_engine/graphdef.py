@@ -114,6 +114,24 @@ class GraphDef(Interned):
         )
         return [row for row in rows if row.old != row.new]
 
+    def leaves_below(self, top: Entry) -> dict[Path, int]:
+        """The numbers of the leaves below one Entry, by their path from there."""
+        found: dict[Path, int] = {}
+        met: set[Any] = set()
+        stack: list[tuple[Entry, Path]] = [(top, ())]
+        while stack:
+            (_, what, ref), path = stack.pop()
+            if what is STATIC or (what, ref) in met:
+                continue
+            met.add((what, ref))
+            if what is LEAF:
+                found[path] = ref
+            else:
+                record = self.records[ref]
+                below = [(e, record.below(path, e.key)) for e in record.entries]
+                stack += reversed(below)
+        return found
+
     def build_leaves(self, values: Sequence[Any], metadata: Any = None) -> list[Any]:
         """Wraps values, given in order, in new Variables of their kinds."""
         schema = self.schema

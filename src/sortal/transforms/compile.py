@@ -25,7 +25,7 @@ from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
-from sortal.transforms.shardings import Sharded
+from sortal.transforms.shardings import Sharded, as_declared
 
 _OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
@@ -165,7 +165,7 @@ def _recorded(
     history: History, fn: Any, args: Any, kwargs: Any, keep: Collection[int] = ()
 ) -> Result:
     seen = history.see(args, kwargs)
-    result = run(fn, args, kwargs, keep)
+    result = as_declared(run(fn, args, kwargs, keep), (args, kwargs))
     history.add(seen)
     return result
 
