@@ -65,28 +65,24 @@ class GraphDef(Interned):
     # Annotations name the model: `GraphDef[Model]`.
     __class_getitem__ = classmethod(types.GenericAlias)
 
-    def places(self) -> Iterator[tuple[Path, Entry, Path]]:
-        """Each Entry from the root down, in the order of the walk.
+    def places(self, top: Entry | None = None) -> Iterator[tuple[Path, Entry, Path]]:
+        """Each Entry from the root, or another, down, in the order of the walk.
 
         Yields:
           Its path, the Entry, and the path at which its node or leaf was met first.
         """
-        seen: dict[int, Path] = {}
+        seen: dict[Any, Path] = {}
         # With a stack of its own, so that no depth is too deep.
-        todo: list[tuple[Path, Entry]] = [((), self.root)]
+        todo: list[tuple[Path, Entry]] = [((), top or self.root)]
         while todo:
             path, entry = todo.pop()
-            first = path
-            if entry.what == LEAF:
-                first = self.schema.paths[entry.ref]
-            elif entry.what == NODE and entry.ref in seen:
-                first = seen[entry.ref]
-            elif entry.what == NODE:
-                seen[entry.ref] = path
-                record = self.records[entry.ref]
+            _, what, ref = entry
+            if what == NODE and (what, ref) not in seen:
+                record = self.records[ref]
                 for e in reversed(record.entries):
                     key = e.key if record.handler.flat else (e.key,)
                     todo.append((path + key, e))
+            first = path if what == STATIC else seen.setdefault((what, ref), path)
             yield path, entry, first
 
     @property
@@ -116,21 +112,11 @@ class GraphDef(Interned):
 
     def leaves_below(self, top: Entry) -> dict[Path, int]:
         """The numbers of the leaves below one Entry, by their path from there."""
-        found: dict[Path, int] = {}
-        met: set[Any] = set()
-        stack: list[tuple[Entry, Path]] = [(top, ())]
-        while stack:
-            (_, what, ref), path = stack.pop()
-            if what is STATIC or (what, ref) in met:
-                continue
-            met.add((what, ref))
-            if what is LEAF:
-                found[path] = ref
-            else:
-                record = self.records[ref]
-                below = [(e, record.below(path, e.key)) for e in record.entries]
-                stack += reversed(below)
-        return found
+        return {
+            path: entry.ref
+            for path, entry, first in self.places(top)
+            if entry.what == LEAF and first == path
+        }
 
     def build_leaves(self, values: Sequence[Any], metadata: Any = None) -> list[Any]:
         """Wraps values, given in order, in new Variables of their kinds."""
