@@ -132,7 +132,8 @@ def tensor_parallel(axis: str = "model") -> Policy:
     For layers of the names that ``MultiHeadAttention``, ``DecoderAttention`` and the
     Llama of the demonstration use: ``query``, ``key``, ``value``, ``gate`` and ``up``
     are divided by their outputs, ``out`` and ``down`` by their inputs, ``embedding``
-    and ``table`` by the vocabulary. Where the mesh axis does not divide them, ``shard`` refuses.
+    and ``table`` by the vocabulary. Where the mesh axis does not divide them,
+    ``shard`` refuses.
 
     Args:
       axis: the mesh axis.

@@ -3,7 +3,8 @@
 The rule, in one place for every pipeline: a Variable's metadata, then the first row of
 the Policy that takes the leaf, then the option of its kind, then where ``shard`` put
 it; what nothing speaks of is replicated. Optimizer state has the metadata of its
-parameters, so that there the row comes first, and then the spec of the parameter.
+parameters, so that there a row of its own comes first, and then the spec of the
+parameter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sortal._engine.variable import OptState, Param
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
-from sortal.sharding.mesh_axes import PLACEMENT, more_rules
+from sortal.sharding.mesh_axes import PLACEMENT, more_rules, put
 
 WHOLE = PartitionSpec()
 UNRULED = "no rule"
@@ -141,10 +142,18 @@ def spec_for(answer: Any, value: Any, mesh: Any, name: Callable[[], str]) -> Any
                 "mesh, and there is none. Pass mesh=, or call it within "
                 "jax.set_mesh(mesh)."
             )
-    return answer(_shape(value), mesh)
+    return answer(shape_of(value), mesh)
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
+    """A new value where the metadata says that ``shard`` put the like of it."""
+    sharding = metadata.get(PLACEMENT)
+    if sharding is None or not isinstance(value, jax.Array):
+        return value
+    return put(value, sharding)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
     """The shape of an array; () for a small pytree, which can only be replicated."""
     return tuple(getattr(value, "shape", ()))
 
@@ -169,16 +178,18 @@ def _follow_parameters(
                 owners.setdefault(schema.paths[i][k:], i)
     for i in moments:
         path, (_, by) = schema.paths[i], made[i]
-        if by == "placement" or by.startswith("row"):
-            continue
         ends = (owners.get(path[k:]) for k in range(1, len(path)))
         owner = next((o for o in ends if o is not None), None)
+        # A row by path that takes the parameter too was written for the parameter.
+        spoken = by.startswith("row") and (owner is None or by != made[owner].by)
+        if spoken or by == "placement":
+            continue
         if owner is not None:
-            shape, full = _shape(values[i]), _shape(values[owner])
+            shape, full = shape_of(values[i]), shape_of(values[owner])
             spec = like_parameter(made[owner].spec, full, shape)
             by = "parameter" if made[owner].by != UNRULED else UNRULED
             made[i] = Resolved(spec, by)
-        elif by == "metadata" and len(made[i].spec) > len(_shape(values[i])):
+        elif by == "metadata" and len(made[i].spec) > len(shape_of(values[i])):
             made[i] = Resolved(WHOLE, "parameter")
 
 

@@ -31,7 +31,7 @@ from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
-from sortal.sharding.resolution import SPECS, with_spec_like
+from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
 
 
 class Hyperparam(OptArray):
@@ -475,7 +475,8 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
     def store(path: Any, x: Any) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
-            return snapshot(_fitting(_kept(x.schema), values, owners), values)
+            schema = _fitting(_kept(x.schema), values, owners)
+            return snapshot(schema, list(map(placed, values, schema.metadata)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
@@ -496,7 +497,7 @@ def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
     metadata = list(schema.metadata)
     for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
         if old.keys() & SPECS and path in owners:
-            full, shape = jnp.shape(owners[path]), jnp.shape(values[i])
+            full, shape = shape_of(owners[path]), shape_of(values[i])
             if full != shape:
                 metadata[i] = Metadata.of(with_spec_like(old, full, shape))
     if metadata == list(schema.metadata):
