@@ -12,6 +12,7 @@ import jax
 from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sortal._engine.statics import PLACEMENT
 from sortal.errors import ArgumentError, listing
 
 Rules = tuple[tuple[str, Any], ...]
@@ -115,10 +116,6 @@ def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
     spec = names.spec if isinstance(names, NamedSharding) else names
     known = _joined(_rules.value, _rules_of_flax(), tuple(rules or ()))
     return PartitionSpec(*(_on_mesh(name, known) for name in spec))
-
-
-PLACEMENT = "placement"
-"""The metadata under which ``shard`` keeps the NamedSharding that it put a leaf in."""
 
 
 def own_spec(metadata: Mapping[str, Any]) -> Any:

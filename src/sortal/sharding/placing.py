@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from sortal._engine.leaves import Slot, store_all
 from sortal._engine.plan import Plan, bind
 from sortal._engine.state import State, snapshot
+from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import check_writable
 from sortal.errors import ShardingError, listing
 from sortal.policy.policy import Policy
-from sortal.sharding.mesh_axes import PLACEMENT, put, use_eager_sharding
+from sortal.sharding.mesh_axes import put, use_eager_sharding
 from sortal.sharding.resolution import Resolved, check_specs, resolve
 from sortal.transforms.compile import eval_shape
 
