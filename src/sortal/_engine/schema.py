@@ -174,10 +174,15 @@ def _is_rest(last: Filter, earlier: Filter) -> bool:
 
 
 def _swallowed(filters: tuple[Filter, ...], earlier: int, later: int) -> str:
+    one, two = filters[earlier], filters[later]
+    advice = (
+        "Write it once."
+        if one == two
+        else f"Write the narrower one first: {two!r}, {one!r}."
+    )
     return (
-        f"filter {later + 1}, {filters[later]!r}, can take nothing: filter "
-        f"{earlier + 1}, {filters[earlier]!r}, comes first and takes all of it. Write "
-        f"the narrower one first: {filters[later]!r}, {filters[earlier]!r}."
+        f"filter {later + 1}, {two!r}, can take nothing: filter {earlier + 1}, "
+        f"{one!r}, comes first and takes all of it. {advice}"
     )
 
 
