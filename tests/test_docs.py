@@ -142,7 +142,7 @@ def test_the_verbs_and_transforms_that_the_readme_names_take_flax_objects(
     def leaves(out: Any) -> list[Any]:
         return [x for x in jax.tree.leaves(out) if hasattr(x, "shape")]
 
-    theirs = flax_nnx.Linear(2, 1, rngs=flax_nnx.Rngs(0))
+    theirs: Any = flax_nnx.Linear(2, 1, rngs=flax_nnx.Rngs(0))
     before = theirs.kernel.get_value()
     ours = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     nnx.update(ours, {"kernel": before, "bias": theirs.bias.get_value()})

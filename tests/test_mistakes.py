@@ -215,7 +215,7 @@ def a_class_for_a_model() -> None:
 
 
 def merge_of_a_tuple() -> None:
-    sortal.merge(sortal.split(Model()))
+    sortal.merge(sortal.split(Model()))  # type: ignore[arg-type]
 
 
 def merge_of_a_part() -> None:
@@ -435,7 +435,7 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
     (
         update_by_an_array,
         ARGUMENT,
-        ("expected a State or a nested dict of leaves; found float32[4,2].",),
+        ("expected a State or a nested dict of leaves, found float32[4,2].",),
     ),
     (
         save_of_the_model_first,

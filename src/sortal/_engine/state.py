@@ -493,7 +493,7 @@ def as_state(x: Any) -> State:
     if isinstance(x, Mapping):
         return State(x)
     raise ArgumentError(
-        f"expected a State or a nested dict of leaves; found {_shown(x)}."
+        f"expected a State or a nested dict of leaves, found {_shown(x)}."
     )
 
 
