@@ -248,6 +248,10 @@ class _Scan:
         carry = self.operands.same_objects(out, result.effects)
         return (carry, [new[k] for k in self.carried]), ys
 
+    def _found(self, out: Any, effects: Effects) -> str:
+        array = hasattr(out, "dtype")
+        return describe(out) if array else self.operands.outline(out, effects)
+
     def _divide(self, out: Any, effects: Effects) -> tuple[Any, Any]:
         """The carry, and what is stacked."""
         if self.out_at is None:
@@ -257,7 +261,7 @@ class _Scan:
         if not isinstance(out, tuple) or len(out) != len(self.out_axes):
             raise ArgumentError(
                 f"out_axes={self.out_axes!r} asks for a tuple of {len(self.out_axes)}; "
-                f"the step of scan returned {self.operands.outline(out, effects)}."
+                f"the step of scan returned {self._found(out, effects)}."
             )
         i = self.out_at[0]
         return out[i], (*out[:i], None, *out[i + 1 :])
