@@ -190,7 +190,7 @@ def test_what_is_newest_does_not_depend_on_the_clock(tmp_path, monkeypatch):
 
 
 def test_steps_of_an_older_format_come_before_those_saved_now(tmp_path):
-    """Their folders of arrays have no number; among them, the number of the step says."""
+    """Their folders have no number; among them, the number of the step says."""
     for step in (7, 9, 8):
         as_of_old(nnx.save(tmp_path, model(step), step=step).path)
     assert nnx.restore(tmp_path, model()).step == 9

@@ -17,7 +17,13 @@ from sortal.checkpoint.layout import Layout, check_json, lay_out
 from sortal.checkpoint.manifest import Manifest, now
 from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.processes import Group, not_in_a_trace
-from sortal.checkpoint.store import Writer, fingerprints, prepare, sync_tree
+from sortal.checkpoint.store import (
+    Writer,
+    fingerprints,
+    prepare,
+    refuse_fork,
+    sync_tree,
+)
 from sortal.checkpoint.values import arrays
 from sortal.errors import CheckpointError, SaveError
 from sortal.policy.policy import Policy
@@ -100,6 +106,7 @@ def begin(
     committed.
     """
     not_in_a_trace("save")
+    refuse_fork(SaveError)
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
     layout, folder, fault = None, "", ""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from sortal.checkpoint.files import Syncs
+from sortal.checkpoint.files import Syncs, open_file, read_file
 from sortal.checkpoint.manifest import (
     File,
     Manifest,
@@ -25,7 +25,7 @@ from sortal.checkpoint.manifest import (
     storage_dtype,
 )
 from sortal.checkpoint.values import Array, numpy_dtype
-from sortal.errors import DamagedError
+from sortal.errors import CheckpointError, DamagedError, RestoreError
 
 CHUNK = 4 << 20
 """Bytes of a chunk, unless the array is very large; see decision 0021."""
@@ -118,9 +118,24 @@ def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
     return opened.result()
 
 
+_users: set[int] = set()
+"""The processes that used TensorStore: this one, or one that it was forked from."""
+
+
+def refuse_fork(error: type[CheckpointError]) -> None:
+    """Refuses a process forked from one that used TensorStore, which would abort."""
+    if _users and os.getpid() not in _users:
+        raise error(
+            "this process was forked from one that had used TensorStore, whose threads "
+            "do not live on in it. Start processes with the method 'spawn', as in "
+            "multiprocessing.get_context('spawn')."
+        )
+
+
 def _context(**more: Any) -> Any:
     import tensorstore as ts
 
+    _users.add(os.getpid())
     return ts.Context({"file_io_concurrency": {"limit": _IN_FLIGHT}, **more})
 
 
@@ -303,9 +318,12 @@ def fingerprints(
 
 
 def _chunk(file: Path) -> File:
-    with file.open("rb", buffering=0) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        tail = os.pread(opened.fileno(), 4, max(size - 4, 0))
+    at = open_file(file)
+    try:
+        size = os.fstat(at).st_size
+        tail = os.pread(at, 4, max(size - 4, 0))
+    finally:
+        os.close(at)
     return File(size, f"crc32c:{int.from_bytes(tail, 'little'):08x}")
 
 
@@ -314,6 +332,7 @@ class Reader:
     """Reads arrays of one step, and refuses files that differ from the manifest."""
 
     def __init__(self, root: Path, manifest: Manifest):
+        refuse_fork(RestoreError)
         self._root, self._manifest = root, manifest
         self._context = _context()
         self._opened: dict[str, Any] = {}
@@ -343,12 +362,12 @@ class Reader:
                 size = file.stat().st_size
                 if size != expected.size:
                     return f"{size:,} bytes, not {expected.size:,}"
-                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest = hashlib.sha256(read_file(file)).hexdigest()
                 found = File(size, f"sha256:{digest}")
         except FileNotFoundError:
             return "missing"
         except OSError as e:
-            return f"cannot be read ({e.strerror})"
+            return f"cannot be read ({e.strerror or e})"
         if found.size != expected.size:
             return f"{found.size:,} bytes, not {expected.size:,}"
         return "" if found == expected else "not what was written: another checksum"
