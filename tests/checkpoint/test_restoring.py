@@ -491,7 +491,7 @@ def test_a_pipe_in_the_place_of_a_file_is_damage_and_does_not_hang(tmp_path, whe
 
 def test_the_folder_of_a_step_is_answered_with_what_to_write(tmp_path):
     saving = nnx.save(tmp_path, nnx.Rngs(0), step=7)
-    with pytest.raises(NoCheckpointError, match="It is a step itself: write .*step=7"):
+    with pytest.raises(NoCheckpointError, match=r"It is a step itself: write .*step=7"):
         nnx.restore(saving.path, nnx.Rngs(0))
 
 

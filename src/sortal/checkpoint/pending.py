@@ -14,8 +14,10 @@ from sortal.errors import SaveError
 
 _known: list[Saving] = []
 _changes = threading.Lock()
-_ending = not threading.main_thread().is_alive()
-"""Whether the program ends and ``_tell``, a handler at exit, was called or will not be."""
+_told = threading.Event()
+"""Set once ``_tell``, a handler at exit, was called or will not be."""
+if not threading.main_thread().is_alive():
+    _told.set()
 
 
 class Saving:
@@ -89,7 +91,7 @@ class Saving:
             self._guarded()
             with _changes:
                 _known.append(self)
-            if _ending:
+            if _told.is_set():
                 _tell()
             return self
         thread = threading.Thread(target=self._guarded, name="sortal save")
@@ -137,8 +139,7 @@ def _release(error: BaseException | None) -> None:
 
 
 def _tell() -> None:
-    global _ending
-    _ending = True
+    _told.set()
     with _changes:
         left = list(_known)
     failed = False

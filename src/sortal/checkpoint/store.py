@@ -60,22 +60,40 @@ def stored_array(array: Array, shard: Sequence[int] | None = None) -> Stored:
     for axis, n in enumerate(whole):
         rest = math.prod(chunks[axis + 1 :]) * itemsize
         chunks[axis] = _part(n, most // rest, divide=shard is not None)
-        if math.prod(chunks) * itemsize <= most:
+        if rest <= most:
             break
     return Stored(storage_dtype(array.dtype), shape, tuple(chunks))
 
 
 def _part(n: int, most: int, divide: bool) -> int:
+    """A length of about ``most`` for the parts of an axis, of which few are padded.
+
+    With ``divide`` they have exactly this length. Else the last is written in full like
+    the others, and may take two per cent of the axis for nothing.
+    """
     most = max(1, min(n, most))
-    if not divide:
-        return most
-    found = next(d for d in range(most, 0, -1) if n % d == 0)
-    return found if found * 8 >= most else n
+    if divide:
+        found = next(d for d in range(most, 0, -1) if n % d == 0)
+        return found if found * 8 >= most else n
+    lengths = (-(-n // count) for count in range(max(1, n // (2 * most)), n + 1))
+    fitting = (x for x in lengths if x <= 2 * most and -(-n // x) * x <= 1.02 * n)
+    return _nearest(fitting, most)
+
+
+def _nearest(lengths: Iterable[int], to: int) -> int:
+    """The one nearest to a number by ratio, of falling lengths down to 1."""
+    above = 0
+    for x in lengths:
+        if x <= to:
+            return above if 0 < above * x < to * to else x
+        above = x
+    raise AssertionError  # parts of length 1 always fit
 
 
 def packed(size: int) -> Stored:
-    """How a pack of ``size`` bytes is stored."""
-    return Stored("uint8", (size,), (min(size, CHUNK),))
+    """How a pack of ``size`` bytes is stored: in chunks of nearly equal sizes."""
+    chunk = -(-size // -(-size // CHUNK))
+    return Stored("uint8", (size,), (min(-(-chunk // ALIGN) * ALIGN, size),))
 
 
 def zarr_json(stored: Stored) -> dict[str, Any]:
