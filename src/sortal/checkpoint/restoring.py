@@ -24,7 +24,7 @@ from sortal.checkpoint.layout import bases_of, qualified
 from sortal.checkpoint.loading import Want, load, wanted
 from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
-from sortal.checkpoint.processes import Group, not_in_a_trace
+from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype
 from sortal.errors import (
@@ -146,10 +146,11 @@ def restore(
         plan = plan or bind(root)
         manifest, read_from = None, ""
         try:
-            manifest = files.read_manifest(directory, number)
-            found, leaves, values = _read_into(
-                plan, directory, manifest, options, kinds or {}, sharding
-            )
+            with uncollected():
+                manifest = files.read_manifest(directory, number)
+                found, leaves, values = _read_into(
+                    plan, directory, manifest, options, kinds or {}, sharding
+                )
             read_from = manifest.folder
         except SortalError as e:
             again = left and _changed(e, directory, step, number, manifest)
@@ -355,8 +356,9 @@ def load_state(
     for left in reversed(range(_TRIES)):
         number, manifest = find_step(directory, step), None
         try:
-            manifest = files.read_manifest(directory, number)
-            return _read_state(directory, manifest, only, kinds or {}, sharding)
+            with uncollected():
+                manifest = files.read_manifest(directory, number)
+                return _read_state(directory, manifest, only, kinds or {}, sharding)
         except SortalError as e:
             if not left or not _changed(e, directory, step, number, manifest):
                 raise
