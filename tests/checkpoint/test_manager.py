@@ -320,3 +320,39 @@ def test_a_manager_whose_directory_was_removed_saves_again(tmp_path):
         assert kept.steps() == (2,)
         with pytest.raises(WriterError):
             nnx.save(run, model(), step=3)
+
+
+def test_the_best_step_says_why_it_lacks_keep_last_leaves(tmp_path):
+    root = {**model(), "t": nnx.Cache(jnp.ones(1), checkpoint="keep-last")}
+    with nnx.Checkpoints(tmp_path, best="score") as kept:
+        for step, score in ((1, 0.9), (2, 0.1)):
+            kept.save(root, step=step, metrics={"score": score})
+        with pytest.raises(nnx.errors.RestoreError, match="Only the step saved last"):
+            kept.restore(root, step="best")
+        assert kept.restore(root, step="best", partial=True).step == 1
+
+
+def test_a_best_step_that_another_takes_the_place_of_is_looked_for_again(
+    tmp_path, monkeypatch
+):
+    kept = nnx.Checkpoints(tmp_path, best="score", keep=1)
+    kept.save(model(1), step=1, metrics={"score": 0.1})
+    real, due = kept._find, [1]
+
+    def slow(step):
+        found = real(step)
+        for _ in due[:1]:
+            due.clear()
+            kept.save(model(2), step=2, metrics={"score": 0.2})
+        return found
+
+    monkeypatch.setattr(kept, "_find", slow)
+    assert kept.restore(model(), step="best").step == 2
+
+
+def test_metrics_that_are_no_numbers_are_refused_all_at_once(tmp_path):
+    kept = nnx.Checkpoints(tmp_path)
+    with pytest.raises(SaveError, match=r"(?s)loss: None.*'high': '1'") as caught:
+        kept.save(model(), step=0, metrics={"loss": None, "high": "1", "x": 1})
+    assert "'x'" not in str(caught.value)
+    assert kept.steps() == ()

@@ -13,7 +13,13 @@ from sortal.checkpoint.manifest import Manifest
 from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.restoring import Restored, find_step, restore
 from sortal.checkpoint.saving import begin
-from sortal.errors import ArgumentError, CheckpointError, NoCheckpointError, SaveError
+from sortal.errors import (
+    ArgumentError,
+    CheckpointError,
+    NoCheckpointError,
+    SaveError,
+    listing,
+)
 from sortal.policy.policy import Policy
 
 
@@ -25,7 +31,8 @@ class Checkpoints:
 
     Args:
       directory: where the steps are; it is made if need be.
-      keep: how many of the newest steps stay; None for all.
+      keep: how many of the steps saved last stay; None for all. Steps that cannot be
+        read, or that no ``Checkpoints`` saved, do not count and are never deleted.
       keep_every: steps that are multiples of this are never deleted.
       best: the name of a metric; the step that is best by it stays too.
       mode: ``"max"`` if more of the metric is better, else ``"min"``.
@@ -99,11 +106,12 @@ class Checkpoints:
           A Saving.
 
         Raises:
-          SaveError: as ``save``; or ``metrics`` lacks what ``best`` asks for.
+          SaveError: as ``save``; ``metrics`` lacks what ``best`` asks for, or has
+            something that is no number.
           WriterError: another writer is at work in the directory.
         """
         number = files.step_number(step)
-        found = {name: float(x) for name, x in (metrics or {}).items()}
+        found = _numbers(metrics or {})
         if self._best is not None and self._best not in found:
             raise SaveError(
                 f"the best step is that of the {self._mode} {self._best!r}, which is "
@@ -185,12 +193,15 @@ class Checkpoints:
         self.close()
 
     # ----------------------------------------------------------------------- reading
-    def restore(self, root: Any, /, *, step: int | str = "latest", **how: Any) -> Any:
+    def restore(
+        self, root: Any, /, *, step: int | str = "latest", **how: Any
+    ) -> Restored:
         """Reads a step into a live model, as the function ``restore`` does.
 
         Args:
           root: what was given to ``save``.
-          step: a number, ``"latest"`` or ``"best"``.
+          step: a number; ``"latest"``, the step saved last; or ``"best"``, an older
+            step perhaps, which has no ``keep-last`` leaves: give ``partial=True``.
           **how: the other arguments of ``restore``.
 
         Returns:
@@ -202,11 +213,15 @@ class Checkpoints:
           RestoreError: the checkpoint does not fit the model.
         """
         settle(self.directory)
-        if step == "best":
-            step = self._find(step)
         how.setdefault("policy", self._policy)
-        found: Restored = restore(self.directory, root, step=step, **how)
-        return found
+        number = self._find(step) if step == "best" else step
+        while True:
+            try:
+                return restore(self.directory, root, step=number, **how)
+            except NoCheckpointError:  # deleted just now, if there is a better one
+                if step != "best" or (now := self._find(step)) == number:
+                    raise
+                number = now
 
     def steps(self) -> tuple[int, ...]:
         """The numbers of all committed steps, in rising order."""
@@ -258,3 +273,21 @@ class Checkpoints:
                 return body["metrics"]
             self._metrics[step.folder] = body["metrics"]
         return self._metrics[step.folder]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found, faults = {}, []
+    for name, x in metrics.items():
+        try:
+            found[name] = float(x)
+        except (TypeError, ValueError, OverflowError):
+            faults.append(f"{name}: {x!r:.60}")
+            continue
+        if type(name) is not str or isinstance(x, str):
+            faults.append(f"{name!r}: {x!r:.60}")
+    if faults:
+        raise SaveError(
+            "metrics are numbers by name, as in metrics={'loss': 0.5}; found:\n"
+            f"{listing(faults)}"
+        )
+    return found

@@ -158,7 +158,7 @@ def restore(
                 raise
             fault = "" if again else str(e)
         all_from = group.decide(f"read {left}", read_from, fault)
-        if all_from[0] and len(set(all_from)) == 1:
+        if manifest and read_from and len(set(all_from)) == 1:
             break
     else:
         raise DamagedError(f"step {number} of {directory} was replaced again and again")
