@@ -74,6 +74,7 @@ ORDER = (
     "sortal.transforms.donate",
     "sortal.transforms.retrace",
     "sortal.transforms.compile",
+    "sortal.transforms.export",
     "sortal.transforms.eager",
     "sortal.transforms.remat",
     "sortal.transforms.autodiff",

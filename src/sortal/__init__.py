@@ -203,6 +203,8 @@ if _TYPE_CHECKING:
     from sortal.transforms.derivatives import linearize as linearize
     from sortal.transforms.derivatives import make_jaxpr as make_jaxpr
     from sortal.transforms.derivatives import vjp as vjp
+    from sortal.transforms.export import Exported as Exported
+    from sortal.transforms.export import export as export
     from sortal.transforms.mapping import shard_map as shard_map
     from sortal.transforms.mapping import vmap as vmap
     from sortal.transforms.remat import remat as remat

@@ -100,6 +100,7 @@ TABLE = contents(
         "sortal.transforms.control": "cond fori_loop switch while_loop",
         "sortal.transforms.custom": "custom_jvp custom_vjp",
         "sortal.transforms.derivatives": "jvp linearize make_jaxpr vjp",
+        "sortal.transforms.export": "Exported export",
         "sortal.transforms.mapping": "shard_map vmap",
         "sortal.transforms.remat": "remat",
         "sortal.transforms.retrace": "RetraceWarning explain_retrace",

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal.errors import ArgumentError, PolicyError, ShardingError
-from sortal.sharding.placing import on_mesh
+from sortal.sharding.placing import making, on_mesh
 
 
 def mesh_of(kind=AxisType.Auto, **axes):
@@ -220,6 +220,16 @@ def test_another_policy_moves_a_model_again():
     assert spec_at(model, ("stat",)) == ("b",)
 
 
+def test_another_policy_moves_the_moments_with_their_parameters():
+    model = Net()
+    both = model, sortal.Optimizer(model, optax.adam(1e-3), wrt=sortal.Param)
+    for policy, spec in ((None, ()), (ROWS, ("d",)), ({}, ("d",))):
+        sortal.shard(both, MESH, policy)
+        moments = sortal.state(both[1], sortal.At("**.kernel")).leaves()
+        assert len(moments) == 4
+        assert {_short(x.value.sharding.spec) for x in moments} == {spec}
+
+
 def test_without_a_policy_a_model_stays_as_it_was_put():
     model = sortal.shard(Net(), MESH, ROWS)
     assert sortal.specs(model)["linear"]["kernel"].value == P("d")
@@ -242,6 +252,18 @@ def test_init_sharded_makes_model_and_optimizer_where_they_belong():
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_no_device_holds_a_whole_array_while_a_model_is_made():
+    """The program's own count of bytes on each device: far below the kernel's 16 MB."""
+
+    def make():
+        return sortal.Linear(2048, 2048, rngs=sortal.Rngs(0))
+
+    shardings = on_mesh(sortal.abstract(make), MESH, ROWS, ()).shardings()
+    memory = making(make, shardings).lower().compile().memory_analysis()
+    most = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert most < 0.6 * 2048 * 2048 * 4
 
 
 def test_an_abstract_model_has_shardings_and_no_arrays():

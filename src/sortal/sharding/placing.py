@@ -288,9 +288,13 @@ def init_sharded(
         found = on_mesh(model, mesh, policy, rules)
         _check_places(found.plan)
         shardings = found.shardings()
-        compiled = jax.jit(lambda: bind(fn()).values(), out_shardings=shardings)
-        _store(found.plan, compiled(), shardings)
+        _store(found.plan, making(fn, shardings)(), shardings)
     return model
+
+
+def making(fn: Callable[[], Any], shardings: Sequence[NamedSharding]) -> Any:
+    """The compiled program that gives the values of what ``fn`` builds, in order."""
+    return jax.jit(lambda: bind(fn()).values(), out_shardings=shardings)
 
 
 def abstract(

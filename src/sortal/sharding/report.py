@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -178,7 +179,8 @@ def sharding_report(
         parts = math.prod(sizes[axis] for _, axis in axes_of(spec))
         count = sum(map(nbytes, jax.tree.leaves(value)))
         sharding = getattr(value, "sharding", None)
-        on_it = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        named = sharding if isinstance(sharding, NamedSharding) else None
+        lies = named.spec if named is not None and named.mesh == mesh else None
         rows.append(
             ShardingRow(
                 schema.paths[i],
@@ -189,7 +191,7 @@ def sharding_report(
                 by,
                 count,
                 count // parts,
-                short(sharding.spec) if on_it else None,
+                None if lies is None else short(lies),
             )
         )
     return ShardingReport(rows, mesh)
@@ -198,14 +200,14 @@ def sharding_report(
 def nbytes(x: Any) -> int:
     """The bytes of an array, real or abstract; of keys, those of their words."""
     dtype = getattr(x, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         x = jax.eval_shape(jax.random.key_data, x)
     if dtype is None:
         return np.asarray(x).nbytes
     return math.prod(x.shape) * x.dtype.itemsize
 
 
-def short(spec: Sequence[Any]) -> PartitionSpec:
+def short(spec: Any) -> PartitionSpec:
     """A spec without Nones at its end, which say nothing."""
     entries = list(spec)
     while entries and entries[-1] is None:

@@ -148,8 +148,9 @@ def spec_for(answer: Any, value: Any, mesh: Any, name: Callable[[], str]) -> Any
 def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
     """A new value where the metadata says that ``shard`` put the like of it."""
     sharding = metadata.get(PLACEMENT)
-    here = sharding is not None and isinstance(value, jax.Array)
-    return put(value, sharding) if here else value
+    if sharding is None or not isinstance(value, jax.Array):
+        return value
+    return put(value, sharding)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -180,8 +181,9 @@ def _follow_parameters(
         ends = (owners.get(path[k:]) for k in range(1, len(path)))
         owner = next((o for o in ends if o is not None), None)
         # A row by path that takes the parameter too was written for the parameter.
-        spoken = by.startswith("row") and (owner is None or by != made[owner].by)
-        if spoken or by == "placement":
+        its = "" if owner is None else made[owner].by
+        stays = by == "placement" and its in ("", "placement", UNRULED)
+        if stays or (by.startswith("row") and by != its):
             continue
         if owner is not None:
             shape, full = shape_of(values[i]), shape_of(values[owner])

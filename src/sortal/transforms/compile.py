@@ -45,10 +45,10 @@ class Jitted:
         options = _shift(options, len(self._first))
         for name in {"in_shardings", "out_shardings"} & options.keys():
             options[name] = to_native(options[name])
-        self._static, _ = named_positions(
+        self._static = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )
-        donated, _ = named_positions(
+        donated = named_positions(
             self._fn, options.get("donate_argnums"), options.get("donate_argnames")
         )
         self._history = History(self._fn, self._static, on_retrace)
