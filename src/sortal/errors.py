@@ -105,7 +105,7 @@ class ShardingError(SortalError, ValueError):
 
 
 class GradientError(SortalError, TypeError):
-    """A leaf chosen for differentiation cannot be differentiated."""
+    """A loss, or what it is to be differentiated by, has no gradient."""
 
 
 class OptimizerError(SortalError, ValueError):

@@ -20,7 +20,14 @@ from sortal._engine.state import State, as_state, one_or_all, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import FilterError, MergeError, StructureError, UpdateError, listing
+from sortal.errors import (
+    ArgumentError,
+    FilterError,
+    MergeError,
+    StructureError,
+    UpdateError,
+    listing,
+)
 
 _Getter = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -165,7 +172,6 @@ def _values(given: list[State], match: _Match) -> list[Any]:
 
 def merge(
     graphdef: GraphDef,
-    state: Any,
     /,
     *states: Any,
     missing: Any = None,
@@ -175,8 +181,7 @@ def merge(
 
     Args:
       graphdef: what ``split`` returned first.
-      state: a State or nested dict of leaves.
-      *states: more of them.
+      *states: States or nested dicts of leaves.
       missing: where leaves that no state holds come from: a State, or a function of
         (path, kind) that returns a value. Without it a missing leaf is an error.
 
@@ -184,6 +189,7 @@ def merge(
       The new model.
 
     Raises:
+      ArgumentError: the first argument is no GraphDef, or another no State.
       MergeError: leaves are missing, unknown, given twice or of the wrong kind; all
         of them are listed.
 
@@ -194,7 +200,13 @@ def merge(
       Param(float32[2,3])
     """
     refuse_unknown("merge", _unknown)
-    given = [as_state(s) for s in (state, *states)]
+    if not isinstance(graphdef, GraphDef):
+        raise ArgumentError(
+            f"merge takes a GraphDef first; found a {type(graphdef).__name__}. Write "
+            "merge(graphdef, state, ...), or merge(*parts) for the tuple of parts that "
+            "split returned."
+        )
+    given = [as_state(s) for s in states]
     schema, match = graphdef.schema, _match(graphdef, given)
     if match.missing and missing is not None:
         given.append(_taken_from(missing, schema, match.missing))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -270,6 +272,15 @@ def test_an_abstract_model_has_shardings_and_no_arrays():
     model = sortal.abstract(Net, MESH, ROWS)
     assert isinstance(model.linear.kernel.value, jax.ShapeDtypeStruct)
     assert model.linear.kernel.value.sharding == NamedSharding(MESH, P("d"))
+
+
+def test_a_sharded_model_can_be_pickled_and_comes_back_on_no_mesh():
+    model = sortal.shard(Net(), MESH, ROWS)
+    pickle.loads(pickle.dumps(sortal.split(model)))
+    back = pickle.loads(pickle.dumps(model))
+    same_numbers(back, model)
+    assert "placement" not in back.linear.kernel.get_metadata()
+    assert back.linear.kernel.value.sharding.device_set == {jax.devices()[0]}
 
 
 def test_constrain_acts_inside_a_compiled_function():

@@ -24,6 +24,7 @@ from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
 from sortal._engine.walk import Walk
+from sortal.errors import ArgumentError
 from sortal.filters import to_filter
 
 _KEPT = 4
@@ -339,5 +340,11 @@ def bind(root: Any) -> Plan:
 
 
 def _planned(root: Any) -> Plan:
+    if isinstance(root, (type, types.FunctionType)):
+        what = "class" if isinstance(root, type) else "function"
+        raise ArgumentError(
+            f"a model is an object; found the {what} {root.__name__}. Write "
+            f"{root.__name__}(...)."
+        )
     walk = Walk(root)
     return Plan(walk.graphdef, walk.nodes, walk.leaves)

@@ -154,8 +154,12 @@ def _check_order(filters: tuple[Filter, ...], takes: list[frozenset[int]]) -> No
             if covered or (takes[n] and takes[n] < takes[k]):
                 raise FilterError(
                     f"filter {n + 1}, {later!r}, can take nothing: filter {k + 1}, "
-                    f"{earlier!r}, comes first and takes all of it. Write the narrower "
-                    f"one first: {later!r}, {earlier!r}."
+                    f"{earlier!r}, comes first and takes all of it. "
+                    + (
+                        "Write it once."
+                        if earlier == later
+                        else f"Write the narrower one first: {later!r}, {earlier!r}."
+                    )
                 )
 
 

@@ -493,8 +493,14 @@ def as_state(x: Any) -> State:
     if isinstance(x, Mapping):
         return State(x)
     raise ArgumentError(
-        f"expected a State or a nested dict of leaves, found a {type(x).__name__}."
+        f"expected a State or a nested dict of leaves, found {_shown(x)}."
     )
+
+
+def _shown(x: Any) -> str:
+    if hasattr(x, "dtype"):
+        return describe(x)
+    return repr(x) if x is None else f"a {type(x).__name__}"
 
 
 def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:

@@ -205,6 +205,10 @@ class Interned:
         return self
 
 
+PLACEMENT = "placement"
+"""The metadata under which ``shard`` keeps the NamedSharding that it put a leaf in."""
+
+
 class Metadata(Interned, Mapping[str, Any]):
     """The immutable metadata of a Variable; equal metadata is one object.
 
@@ -250,7 +254,9 @@ class Metadata(Interned, Mapping[str, Any]):
         return f"Metadata({self._items!r})"
 
     def __reduce__(self) -> Any:
-        return (Metadata.of, (self._items,))
+        # Devices cannot be pickled, and arrays come back on the first one.
+        items = {k: x for k, x in self._items.items() if k != PLACEMENT}
+        return (Metadata.of, (items,))
 
 
 EMPTY: Metadata = Metadata._intern(frozenset(), {})

@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from sortal._engine.leaves import Slot, store_all
 from sortal._engine.plan import Plan, bind
 from sortal._engine.state import State, snapshot
+from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import check_writable
 from sortal.errors import ShardingError, listing
 from sortal.policy.policy import Policy
-from sortal.sharding.mesh_axes import PLACEMENT, put
+from sortal.sharding.mesh_axes import put, use_eager_sharding
 from sortal.sharding.resolution import Resolved, check_specs, resolve
 from sortal.transforms.compile import eval_shape
 
@@ -283,7 +284,8 @@ def init_sharded(
       >>> list(sortal.init_sharded(make, mesh, policy).kernel.sharding.spec)
       [None, 'data']
     """
-    with jax.set_mesh(mesh):
+    # What does not fit is refused below by path, and not where it is made.
+    with jax.set_mesh(mesh), use_eager_sharding(False):
         model = eval_shape(fn)
         found = on_mesh(model, mesh, policy, rules)
         _check_places(found.plan)
@@ -327,7 +329,8 @@ def abstract(
       >>> model.kernel.value
       ShapeDtypeStruct(shape=(2, 4), dtype=float32)
     """
-    model = eval_shape(fn)
+    with use_eager_sharding(False):
+        model = eval_shape(fn)
     if mesh is None:
         return model
     found = on_mesh(model, mesh, policy, rules)

@@ -20,12 +20,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sortal._engine.foreign import is_kind
 from sortal._engine.paths import Path
 from sortal._engine.schema import Schema
-from sortal._engine.statics import EMPTY
+from sortal._engine.statics import EMPTY, PLACEMENT
 from sortal._engine.variable import OptState, Param
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
-from sortal.sharding.mesh_axes import PLACEMENT, more_rules, put
+from sortal.sharding.mesh_axes import more_rules, put
 
 WHOLE = PartitionSpec()
 UNRULED = "no rule"

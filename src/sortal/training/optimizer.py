@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Never
 
@@ -126,7 +127,7 @@ class Optimizer(Pytree):
         )
         self.opt_state = states[0] if groups is None else states
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
+    def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> State:
         """One step: changes the model's parameters and this optimizer's state.
 
         Args:
@@ -152,6 +153,13 @@ class Optimizer(Pytree):
             raise OptimizerError(
                 "update(model, grads) was given a State as the model. Write "
                 "optimizer.update(model, grads), with the live model first."
+            )
+        if grads is None or type(grads) is tuple:
+            found = "None" if grads is None else f"a tuple of {len(grads)}"
+            raise OptimizerError(
+                f"update needs the gradients; found {found}. Write "
+                "loss, grads = value_and_grad(f)(model), and then "
+                "optimizer.update(model, grads)."
             )
         targets, params = _chosen(model, self.wrt)
         _check_paths(
@@ -243,7 +251,7 @@ def _check_transformations(tx: Any, groups: Any) -> None:
         raise OptimizerError("the dict of groups is empty; write {filter: tx, ...}.")
     named = [("tx", tx)] if groups is None else groups
     bad = [
-        f"{name if groups is None else repr(to_filter(name))}: {t!r:.60}"
+        f"{name if groups is None else repr(to_filter(name))}: {_shown(t)}"
         for name, t in named
         if not (hasattr(t, "init") and hasattr(t, "update"))
     ]
@@ -252,6 +260,14 @@ def _check_transformations(tx: Any, groups: Any) -> None:
             "an optax transformation, such as optax.adam(1e-3), is expected; found:\n"
             + listing(bad)
         )
+
+
+def _shown(tx: Any) -> str:
+    if isinstance(tx, Pytree):
+        return f"a {type(tx).__name__}; the model comes first, Optimizer(model, tx)"
+    if inspect.isfunction(tx):
+        return f"the function {tx.__name__}; call it, as in {tx.__name__}(1e-3)"
+    return describe(tx)
 
 
 # ------------------------------------------------------------------------- groups

@@ -24,6 +24,7 @@ from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
+from sortal.errors import ArgumentError
 from sortal.transforms._adapter.effects import Edits, Result, resolve
 from sortal.transforms._adapter.tracing import (
     PASS,
@@ -235,10 +236,13 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
     Returns:
       A plain function, and the arguments to put before those of each call.
+
+    Raises:
+      ArgumentError: it cannot be called.
     """
     if isinstance(fn, types.MethodType) and has_plan(fn.__self__):
         return fn.__func__, (fn.__self__,)
-    if has_plan(fn):
+    if has_plan(fn) and callable(fn):
         return type(fn).__call__, (fn,)
     if isinstance(fn, functools.partial):
         inner, first = unbind(fn.func)
@@ -248,6 +252,11 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
             inner = functools.partial(inner, **rest) if rest else inner
             inner = _by_position(inner, names) if names else inner
             return inner, (*[fn.keywords[k] for k in names], *first, *fn.args)
+    if not callable(fn):
+        raise ArgumentError(
+            f"a function is expected; found {describe(fn)}. Pass the function itself, "
+            "not what a call of it returned."
+        )
     return fn, ()
 
 
