@@ -131,8 +131,5 @@ def test_every_mutation_is_refused_or_read_right(tmp_path):
             except DamagedError:
                 continue
             for (name, *_), x in found.items():
-                if name in value and x.dtype == value[name].dtype:
-                    assert (
-                        x.tobytes("A") == value[name].tobytes()
-                        or x.shape != value[name].shape
-                    )
+                if name in value:
+                    assert x.tobytes() == value[name].tobytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -140,3 +142,61 @@ def encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+_BATCH = 64 << 20
+
+
+def in_batches(opened: Opened, entries: Sequence[Entry]) -> list[Entry]:
+    """The same entries, whose arrays are read with their neighbours, by 64 MiB.
+
+    They are to be read in order, each once.
+    """
+    batches: list[list[Entry]] = []
+    room = 0
+    for e in entries:
+        if not batches or e.nbytes > room:
+            batches.append([])
+            room = _BATCH
+        batches[-1].append(e)
+        room -= e.nbytes
+    return [e for batch in batches for e in _batched(opened, batch)]
+
+
+def _batched(opened: Opened, batch: list[Entry]) -> list[Entry]:
+    values: dict[int, Any] = {}
+    arrays = [e for e in batch if not e.plain]
+
+    def get(i: int) -> Any:
+        if i not in values:
+            values.update(enumerate(opened.values(arrays)))
+        return values.pop(i)
+
+    number = itertools.count()
+    return [
+        e if e.plain else e._replace(read=functools.partial(get, next(number)))
+        for e in batch
+    ]
+
+
+def as_array(e: Entry) -> Entry | None:
+    """An entry as an array alone: keys as their words, and numbers as NumPy has them.
+
+    None for a plain value that no array holds.
+    """
+    if e.dtype.startswith("key<"):
+        words = e.nbytes // 4 // max(1, e.elements)
+        return e._replace(dtype="uint32", shape=(*e.shape, words))
+    if not e.plain:
+        return e
+    value = e.read()
+    if type(value) not in (bool, int, float, complex):
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind not in "bifc":  # an integer of more than 64 bits
+        return None
+    read = e.read
+    return e._replace(
+        dtype=dtype_name(array.dtype), nbytes=array.nbytes, plain=False,
+        read=lambda: np.asarray(read()),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from sortal.errors import (
     listing,
 )
 from sortal.interop.files import gguf, npz, orbax, safetensors, steps
-from sortal.interop.files.entries import Entry, Opened, dotted, of_arrays
+from sortal.interop.files.entries import Entry, Opened, dotted, in_batches, of_arrays
 
 Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
+_ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9_]*")
 _SUFFIXES: dict[str, Callable[[Path], Opened]] = {
     ".safetensors": safetensors.read,
     ".npz": npz.read,
@@ -102,10 +104,9 @@ def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> 
       (('layers', 0, 'kernel'),)
     """
     opened = open_arrays(path)
-    entries = list(_renamed(opened.entries, names or {}, str(path)))
-    values = opened.values(entries)
+    entries = in_batches(opened, opened.entries)
     return State.from_flat_path(
-        [(e.name, x) for e, x in zip(entries, values, strict=True)]
+        [(e.name, e.read()) for e in _renamed(entries, names or {}, str(path))]
     )
 
 
@@ -321,16 +322,21 @@ def _exported(e: Entry, names: Names) -> Entry:
     return e
 
 
-def write_arrays(path: Path, entries: list[Entry]) -> None:
-    """Writes entries in the format of the path's suffix; without one, as Orbax."""
-    if path.suffix == ".safetensors":
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path has the ending of a file; that of ``run-v1.5`` is none."""
+    return bool(_ENDING.fullmatch(Path(path).suffix))
+
+
+def write_arrays(path: Path, entries: list[Entry], folder: bool = False) -> None:
+    """Writes entries in the format of the path's ending, or in a folder as Orbax."""
+    if folder or not is_file(path):
+        orbax.write(path, entries)
+    elif path.suffix == ".safetensors":
         safetensors.write(path, entries)
     elif path.suffix == ".npz":
         npz.write(path, entries)
-    elif path.suffix:
+    else:
         raise SaveError(
             f"{path.name}: no format of this ending is written; use .safetensors, "
             ".npz, or a folder for Orbax."
         )
-    else:
-        orbax.write(path, entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +47,25 @@ def read(path: Path) -> Opened:
     names = [info.filename for info in infos]
     if len(set(names)) < len(names):
         raise DamagedError(f"{path} is damaged: two of its arrays have one name")
-    return Opened(path, "npz", {}, entries)
+    by_entry = dict(zip((e.name for e in entries), infos, strict=True))
+
+    def together(chosen: Sequence[Entry]) -> list[np.ndarray]:
+        return _read(path, [by_entry[e.name] for e in chosen])
+
+    return Opened(path, "npz", {}, entries, together=together)
+
+
+def _read(path: Path, infos: Sequence[zipfile.ZipInfo]) -> list[np.ndarray]:
+    found, name = [], ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in infos:
+                name = info.filename
+                with archive.open(info) as file:
+                    found.append(np.lib.format.read_array(file, allow_pickle=False))
+    except Exception as e:
+        raise DamagedError(f"{path}: {name} is damaged: {e}") from e
+    return found
 
 
 def _entry(
@@ -72,11 +90,7 @@ def _entry(
         raise ValueError(f"{name} has the dtype {dtype}, which is not read")
 
     def get() -> np.ndarray:
-        try:
-            with zipfile.ZipFile(path) as again, again.open(info) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        except Exception as e:
-            raise DamagedError(f"{path}: {name} is damaged: {e}") from e
+        return _read(path, [info])[0]
 
     return Entry(parts(name), dtype_name(dtype), shape, nbytes, get)
 

@@ -13,6 +13,7 @@ from sortal.checkpoint.restoring import read as read_wants
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.values import Array, Nest, Plain, Tree
 from sortal.checkpoint.verifying import read_step
+from sortal.errors import DamagedError
 from sortal.interop.files.entries import Entry, Opened
 
 
@@ -21,18 +22,15 @@ def read(folder: Path) -> Opened:
     m = read_step(folder)
     reader = Reader(folder / m.folder, m)
 
-    def together(entries: Sequence[Entry]) -> list[Any]:
-        at = [i for i, e in enumerate(entries) if not e.plain]
-        found = [e.read() if e.plain else None for e in entries]
-        wants = [wanted[entries[i].name] for i in at]
-        for i, value in zip(at, read_wants(reader, wants), strict=True):
-            found[i] = value
-        return found
+    def together(arrays: Sequence[Entry]) -> list[Any]:
+        return read_wants(reader, [wanted[e.name] for e in arrays])
 
     wanted: dict[Any, Want] = {}
     entries: list[Entry] = []
+    names: list[Any] = []
     for leaf in m.leaves:
         for name, x in _parts(leaf.path, leaf.value):
+            names.append(name)
             if isinstance(x, Plain):
                 entries.append(_plain(name, x, m.kind_of(leaf).name))
                 continue
@@ -43,6 +41,8 @@ def read(folder: Path) -> Opened:
     def get(name: Any) -> Any:
         return read_wants(reader, [wanted[name]])[0]
 
+    if len(set(names)) < len(names):
+        raise DamagedError(f"{folder}: two arrays have one path")
     about = {
         "step": m.step, "created": m.created, "metadata": m.metadata,
         "metrics": dict(m.metrics), "versions": dict(m.versions),
