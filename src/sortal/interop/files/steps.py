@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sortal._engine.paths import show
 from sortal.checkpoint.loading import Want
-from sortal.checkpoint.manifest import Leaf, Manifest
 from sortal.checkpoint.restoring import read as read_wants
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.values import Array, Nest, Plain, Tree
@@ -23,9 +23,12 @@ def read(folder: Path) -> Opened:
     reader = Reader(folder / m.folder, m)
 
     def together(arrays: Sequence[Entry]) -> list[Any]:
-        return read_wants(reader, [wanted[e.name] for e in arrays])
+        return read_wants(reader, [_want(*found[e.name]) for e in arrays])
 
-    wanted: dict[Any, Want] = {}
+    def get(name: Any) -> Any:
+        return read_wants(reader, [_want(*found[name])])[0]
+
+    found: dict[Any, tuple[Any, Array]] = {}
     entries: list[Entry] = []
     names: list[Any] = []
     for leaf in m.leaves:
@@ -34,13 +37,9 @@ def read(folder: Path) -> Opened:
             if isinstance(x, Plain):
                 entries.append(_plain(name, x, m.kind_of(leaf).name))
                 continue
-            words = x._replace(key=None, shape=x.stored_shape)
-            wanted[name] = Want(leaf.path, words, "numpy", x.dtype)
-            entries.append(_array(name, x, m, leaf, lambda n=name: get(n)))
-
-    def get(name: Any) -> Any:
-        return read_wants(reader, [wanted[name]])[0]
-
+            found[name] = (leaf.path, x)
+            reading = functools.partial(get, name)
+            entries.append(_array(name, x, m.kind_of(leaf).name, reading))
     if len(set(names)) < len(names):
         raise DamagedError(f"{folder}: two arrays have one path")
     about = {
@@ -57,9 +56,13 @@ def _plain(name: Any, x: Plain, kind: str | None) -> Entry:
     return Entry(name, x.shown, (), 0, lambda: value, kind, plain=True)
 
 
-def _array(name: Any, x: Array, m: Manifest, leaf: Leaf, get: Any) -> Entry:
+def _want(path: Any, x: Array) -> Want:
+    words = x if x.key is None else x._replace(key=None, shape=x.stored_shape)
+    return Want(path, words, "numpy", x.dtype)
+
+
+def _array(name: Any, x: Array, kind: str | None, get: Any) -> Entry:
     dtype = x.dtype if x.key is None else f"key<{x.key.impl}>"
-    kind = m.kind_of(leaf).name
     return Entry(name, dtype, x.shape, x.nbytes, get, kind, x.sharding)
 
 
