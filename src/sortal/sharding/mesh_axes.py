@@ -44,6 +44,18 @@ def logical_axis_rules(rules: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def more_rules(rules: Any) -> Iterator[None]:
+    """Adds to the rules in force, within a ``with`` block; two may not disagree."""
+    given = tuple((name, axis) for name, axis in rules)
+    _joined(_rules.get(), given)
+    token = _rules.set((*_rules.get(), *given))
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+@contextlib.contextmanager
 def use_eager_sharding(value: bool, /) -> Iterator[None]:
     """Sets, within a ``with`` block, whether new Variables are put on the mesh.
 
@@ -93,6 +105,53 @@ def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
     spec = names.spec if isinstance(names, NamedSharding) else names
     known = _joined(_rules.get(), _rules_of_flax(), tuple(rules or ()))
     return PartitionSpec(*(_on_mesh(name, known) for name in spec))
+
+
+PLACEMENT = "placement"
+"""The metadata under which ``shard`` keeps the NamedSharding that it put a leaf in."""
+
+
+def own_spec(metadata: Mapping[str, Any]) -> Any:
+    """What a Variable's own metadata says of its spec; None where it says nothing.
+
+    That is its ``spec``, or else the names of axes in its ``out_sharding``, of which
+    those that have a rule become mesh axes.
+    """
+    declared = metadata.get("spec")
+    if declared is not None:
+        return declared
+    names = metadata.get("out_sharding")
+    if not names or isinstance(names, Format):
+        return None
+    return spec_of(names, metadata.get("sharding_rules") or ())
+
+
+def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
+    """The sharding that a leaf is to keep when a compiled function writes it.
+
+    It is where ``shard`` put the leaf, or else what its metadata or kind declares, on
+    the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh.
+    """
+    if PLACEMENT in metadata:
+        return metadata[PLACEMENT]
+    spec = own_spec(metadata)
+    if spec is None:
+        spec = getattr(kind, "options", {}).get("spec")
+    mesh: Any = metadata.get("mesh") or getattr(spec, "mesh", None)
+    if spec is None or not isinstance(spec, (PartitionSpec, NamedSharding)):
+        return None
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    on_it: Any = getattr(spec, "spec", spec)
+    return None if mesh.empty else NamedSharding(mesh, on_it)
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """``value`` with a sharding, inside of a trace or outside."""
+    mesh = sharding.mesh
+    if mesh.are_all_axes_explicit:
+        return jax.sharding.reshard(value, sharding)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:

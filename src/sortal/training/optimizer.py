@@ -31,6 +31,7 @@ from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
+from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
 
 
 class Hyperparam(OptArray):
@@ -120,7 +121,7 @@ class Optimizer(Pytree):
         self._trained = static(plain_leaf_schema(params.schema.paths))
         shared = set(map(id, jax.tree.leaves(params)))
         states = tuple(
-            _stored(t.init(_part(params, at)), shared)
+            _stored(t.init(_part(params, at)), shared, params)
             for t, at in _divide(self.tx, groups, params)
         )
         self.opt_state = states[0] if groups is None else states
@@ -425,7 +426,7 @@ def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
     changed: Any = optax.apply_updates(params, updates)
     new, after = _flatten(state)
     pairs = _pairs(old, new, params.schema) if after == treedef else None
-    replaced = _stored(state, ()) if pairs is None else None
+    replaced = _stored(state, (), params) if pairs is None else None
     targets, values = pairs or ([], [])
     return _Step(
         updates.values_list(), changed.values_list(), targets, values, replaced
@@ -460,12 +461,13 @@ def _pairs(
     return targets, values
 
 
-def _stored(tree: Any, shared: Any) -> Any:
-    """An optax state with its arrays in Variables.
+def _stored(tree: Any, shared: Any, params: State) -> Any:
+    """An optax state of ``params`` with its arrays in Variables.
 
     Arrays whose ids are in ``shared`` are copied: the model holds them too, and one of
     the two may be donated.
     """
+    owners = dict(zip(params.paths(), params.values_list(), strict=True))
 
     def own_buffer(x: Any) -> Any:
         return jnp.copy(x) if id(x) in shared else x
@@ -473,7 +475,8 @@ def _stored(tree: Any, shared: Any) -> Any:
     def store(path: Any, x: Any) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
-            return snapshot(_kept(x.schema), values)
+            schema = _fitting(_kept(x.schema), values, owners)
+            return snapshot(schema, list(map(placed, values, schema.metadata)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
@@ -487,6 +490,19 @@ def _kept(schema: Schema) -> Schema:
         return schema.of_kind(OptVariable)
     kinds = [OptArray if kind is None else OptVariable for kind in schema.kinds]
     return Schema.of(schema.paths, kinds, schema.metadata)
+
+
+def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
+    """The Schema with the declared specs of what has not its parameter's shape."""
+    metadata = list(schema.metadata)
+    for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
+        if old.keys() & SPECS and path in owners:
+            full, shape = shape_of(owners[path]), shape_of(values[i])
+            if full != shape:
+                metadata[i] = Metadata.of(with_spec_like(old, full, shape))
+    if metadata == list(schema.metadata):
+        return schema
+    return Schema.of(schema.paths, schema.kinds, metadata)
 
 
 def _plain(x: Any, params: Schema) -> Any:

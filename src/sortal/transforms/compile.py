@@ -25,7 +25,7 @@ from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
-from sortal.transforms.shardings import Sharded
+from sortal.transforms.shardings import Sharded, as_declared
 
 _OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
@@ -45,10 +45,10 @@ class Jitted:
         options = _shift(options, len(self._first))
         for name in {"in_shardings", "out_shardings"} & options.keys():
             options[name] = to_native(options[name])
-        self._static, _ = named_positions(
+        self._static = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )
-        donated, _ = named_positions(
+        donated = named_positions(
             self._fn, options.get("donate_argnums"), options.get("donate_argnames")
         )
         self._history = History(self._fn, self._static, on_retrace)
@@ -165,7 +165,7 @@ def _recorded(
     history: History, fn: Any, args: Any, kwargs: Any, keep: Collection[int] = ()
 ) -> Result:
     seen = history.see(args, kwargs)
-    result = run(fn, args, kwargs, keep)
+    result = as_declared(run(fn, args, kwargs, keep), (args, kwargs))
     history.add(seen)
     return result
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.sharding import NamedSharding
 
+from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
-from sortal.transforms._adapter.effects import Result
+from sortal.errors import PolicyError
+from sortal.sharding.mesh_axes import declared_sharding, put
+from sortal.sharding.resolution import check_specs, spec_for
+from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     all_answers,
@@ -23,9 +29,66 @@ from sortal.transforms._adapter.prefixes import (
     leaf_answers,
     new_leaves,
 )
-from sortal.transforms._adapter.tracing import FlatModule, is_flat_module
+from sortal.transforms._adapter.tracing import (
+    FlatModule,
+    find_flat_modules,
+    is_flat_module,
+)
 
-_UNSET: Any = object()
+
+def as_declared(result: Result, given: Any) -> Result:
+    """What a compiled function did, with its leaves where they are declared to be.
+
+    A leaf whose metadata or kind declares a spec leaves each compiled function with
+    it; XLA would otherwise choose what is cheapest there. What has fewer dimensions
+    than its spec is part of something mapped, and left to JAX.
+
+    Args:
+      result: what ``run`` returned; for use inside its trace.
+      given: the arguments, with FlatModules in the place of roots.
+
+    Returns:
+      The Result.
+    """
+    effects = result.effects
+    values, fresh = result.values, result.fresh
+    if effects.written:
+        (first, *_) = find_flat_modules(given)
+        schema = first.definition.graphdef.schema
+        values = _as_declared(schema.pick(effects.written), values)
+    if fresh and effects.edits is not None:
+        edits = effects.edits
+        new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
+        fresh = _as_declared(edits.graphdef.schema.pick(new), fresh)
+    return Result(result.out, values, fresh, effects)
+
+
+def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
+    found = list(map(declared_sharding, schema.kinds, schema.metadata))
+    for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
+        if sharding is not None:
+            n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
+            found[i] = None if n < len(sharding.spec) else sharding
+    meshes = {sharding.mesh for sharding in found if sharding is not None}
+    for mesh in meshes:
+        mine = [s.spec if s is not None and s.mesh == mesh else None for s in found]
+        check_specs(schema, values, mine, mesh)
+    return [
+        x if sharding is None else jax.tree.map(lambda a, s=sharding: put(a, s), x)
+        for x, sharding in zip(values, found, strict=True)
+    ]
+
+
+def _of(flat_module: FlatModule) -> Iterable[tuple[int, Any]]:
+    """The values of a FlatModule by number of leaf."""
+    return zip(flat_module.definition.leaves, flat_module.values, strict=True)
+
+
+def _no_values() -> Any:
+    raise PolicyError(
+        "out_shardings has filters that look at values, which are not known before the "
+        "call; use kinds, tags and paths there."
+    )
 
 
 class Sharded:
@@ -124,10 +187,31 @@ class _Answers:
             [whole.kinds[k] for k in definition.leaves],
             [whole.metadata[k] for k in definition.leaves],
         )
-        found = leaf_answers(given, "spec", schema, lambda: flat_module.values)
+        values = flat_module.values
+        found = leaf_answers(given, "spec", schema, lambda: values)
+        found = [_for_jit(*x) for x in zip(found, values, schema.paths, strict=True)]
+        _check(schema, values, found)
         self.given[definition.number] = given
         self.of_leaf.update(zip(definition.leaves, found, strict=True))
         return FlatModule(list(found), definition)
+
+
+def _for_jit(answer: Any, value: Any, path: Path) -> Any:
+    """An answer as ``jax.jit`` takes it: functions of the mesh become specs."""
+    fixed = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
+    known = answer is None or isinstance(answer, fixed)
+    return answer if known else spec_for(answer, value, None, lambda: show(path))
+
+
+def _check(schema: Schema, values: Sequence[Any], found: Sequence[Any]) -> None:
+    """Refuses what does not fit, before JAX does so one leaf at a time."""
+    meshes = {x.mesh for x in found if isinstance(x, NamedSharding)}
+    for mesh in meshes:
+        mine = [x.spec if getattr(x, "mesh", None) == mesh else None for x in found]
+        check_specs(schema, values, mine, mesh)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        check_specs(schema, values, found, mesh)
 
 
 class _Packed:
@@ -152,10 +236,45 @@ class _Packed:
 
     def _sorted(self, *args: Any, **kwargs: Any) -> Any:
         result = self._traced(*args, **kwargs)
-        answers = [self._answers.of_leaf.get(k) for k in result.effects.written]
-        answers += self._of_new(result)
-        values = [*result.values, *result.fresh]
-        return self._lanes.sort(result, map(Sent, answers, values))
+        moved = self._moved(result, (args, kwargs))
+        written = dict(zip(result.effects.written, result.values, strict=True))
+        values = {k: x for c in find_flat_modules((args, kwargs)) for k, x in _of(c)}
+        written |= {k: values[k] for k in moved.keys() - written.keys()}
+        effects = result.effects
+        effects = Effects(tuple(written), effects.outputs, effects.edits)
+        of_leaf = {**self._answers.of_leaf, **moved}
+        answers = [of_leaf.get(k) for k in written] + self._of_new(result)
+        result = Result(result.out, [*written.values()], result.fresh, effects)
+        sent = map(Sent, answers, [*result.values, *result.fresh])
+        return self._lanes.sort(result, sent)
+
+    def _moved(self, result: Result, given: Any) -> dict[int, Any]:
+        """The answers for leaves that came in and are returned, by their number."""
+        outs = given_for_objects(self._out, result.out)
+        outs = {n: x for n, x in outs.items() if x is not None}
+        if not outs:
+            return {}
+        effects, edits = result.effects, result.effects.edits
+        if edits is None:
+            (first, *_) = find_flat_modules(given)
+            graphdef = first.definition.graphdef
+            origins: Sequence[Any] = range(len(graphdef.schema))
+        else:
+            graphdef = edits.graphdef
+            origins = [leaf.origin for leaf in edits.leaves]
+        moved = {}
+        for number, answer in outs.items():
+            at = graphdef.leaves_below(effects.outputs[number])
+            at = {path: i for path, i in at.items() if origins[i] is not None}
+            whole = graphdef.schema
+            schema = Schema.of(
+                list(at),
+                [whole.kinds[i] for i in at.values()],
+                [whole.metadata[i] for i in at.values()],
+            )
+            found = leaf_answers(answer, "spec", schema, _no_values)
+            moved.update(zip([origins[i] for i in at.values()], found, strict=True))
+        return moved
 
     def _of_new(self, result: Result) -> list[Any]:
         outs = given_for_objects(self._out, result.out)
