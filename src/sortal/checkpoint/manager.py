@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from sortal.checkpoint import files
+from sortal.checkpoint.manifest import Manifest
 from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.restoring import Restored, find_step, restore
 from sortal.checkpoint.saving import begin
@@ -70,6 +71,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._best, self._mode, self._policy = best, mode, policy
         self._lock: files.Lock | None = None
+        self._metrics: dict[str, Mapping[str, float]] = {}
 
     # ----------------------------------------------------------------------- writing
     def save(
@@ -115,7 +117,7 @@ class Checkpoints:
         )  # fmt: skip
 
     def _take_lock(self) -> Callable[[], None]:
-        if self._lock is None:
+        if self._lock is None or not self._lock.holds:
             self._lock = files.Lock(self.directory)
             # A manager that is dropped must release the lock.
             weakref.finalize(self, self._lock.release)
@@ -139,18 +141,29 @@ class Checkpoints:
         with files.as_save_error(f"deleting step {number} of {self.directory}"):
             files.forget(self.directory, number)
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, saved: Manifest) -> None:
+        """Deletes what need not stay, of the steps that managers saved.
+
+        Only whole steps count as kept, and one that cannot be read is not deleted.
+        """
         if self._keep is None:
             return
-        found = files.steps(self.directory)
-        stay = set(found[-self._keep :])
-        if self._keep_every is not None:
-            stay |= {n for n in found if n % self._keep_every == 0}
-        if self._best is not None and (best := self._best_of(found)) is not None:
-            stay.add(best)
-        for number in found:
-            if number not in stay:
-                files.forget(self.directory, number)
+        self._metrics[saved.folder] = saved.metrics
+        older = [step for step in files.by_age(self.directory) if step.kept]
+        found, left = list(older), self._keep
+        while older and left:
+            step = older.pop()
+            left -= step.number == saved.step or files.is_whole(self.directory, step)
+        every = self._keep_every
+        older = [x for x in older if every is None or x.number % every]
+        if older and self._best is not None:
+            best = self._ranked(found)
+            whole = (x for x in best if files.is_whole(self.directory, x))
+            stays = next(whole, None)
+            older = [x for x in older if x != stays]
+        for step in older:
+            if self._metrics_of(step) is not None:
+                files.forget(self.directory, step.number)
 
     def close(self) -> None:
         """Waits for saves under way, and lets other writers in.
@@ -200,12 +213,14 @@ class Checkpoints:
         return tuple(files.steps(self.directory))
 
     def latest(self) -> int | None:
-        """The number of the newest step; None where there is none."""
-        return next(reversed(self.steps()), None)
+        """The number of the step saved last; None where there is none."""
+        found = files.by_age(self.directory)
+        return found[-1].number if found else None
 
     def best(self) -> int | None:
         """The number of the best step; None where no step has the metric."""
-        return self._best_of(files.steps(self.directory))
+        found = self._ranked(files.by_age(self.directory))
+        return found[0].number if found else None
 
     def _find(self, step: int | str) -> int:
         if step != "best":
@@ -217,18 +232,29 @@ class Checkpoints:
             )
         return found
 
-    def _best_of(self, steps: list[int]) -> int | None:
-        scores = [(score, n) for n in steps if (score := self._score(n)) is not None]
-        return max(scores)[1] if scores else None
+    def _ranked(self, steps: list[files.Step]) -> list[files.Step]:
+        """The steps that have the metric, best first; of equal ones the higher."""
+        name, sign = self._best or "", 1 if self._mode == "max" else -1
+        scores = [
+            (sign * metrics.get(name, math.nan), step.number, step)
+            for step in steps
+            if (metrics := self._metrics_of(step)) is not None
+        ]
+        scores = [x for x in scores if not math.isnan(x[0])]
+        return [step for *_, step in sorted(scores, reverse=True)]
 
-    def _score(self, step: int) -> float | None:
-        """The score of a step, higher is better; None where it is unknown."""
-        try:
-            value = files.read_manifest(self.directory, step).metrics.get(
-                self._best or "", math.nan
-            )
-        except CheckpointError:
-            return None
-        if math.isnan(value):
-            return None
-        return value if self._mode == "max" else -value
+    def _metrics_of(self, step: files.Step) -> Mapping[str, float] | None:
+        """The metrics of a step; None where its manifest cannot be read.
+
+        They are kept by the name of its folder, which only one save has and whose
+        metrics never change.
+        """
+        if step.folder not in self._metrics:
+            try:
+                body = files.glance(self.directory, step.number)
+            except CheckpointError:
+                return None
+            if body["folder"] != step.folder:  # replaced meanwhile
+                return body["metrics"]
+            self._metrics[step.folder] = body["metrics"]
+        return self._metrics[step.folder]

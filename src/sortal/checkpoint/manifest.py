@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import hashlib
 import itertools
@@ -10,7 +11,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sortal._engine.paths import show
@@ -215,8 +216,27 @@ def from_bytes(data: bytes, where: str) -> Manifest:
     Raises:
       DamagedError: it is damaged, of a newer version, or contradicts itself.
     """
-    try:
+    with _as_damage(where):
         return _read(_body(data))
+
+
+def body(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON of a manifest whose bytes are as written; few of its parts are checked.
+
+    Raises:
+      DamagedError: it is damaged or of a newer version.
+    """
+    with _as_damage(where):
+        found = _of_this_version(_body(data))
+        _natural(found["step"]), _segment(found["folder"]), _a(dict, found["files"])
+        found["metrics"] = _read_metrics(found["metrics"])
+        return found
+
+
+@contextlib.contextmanager
+def _as_damage(where: str) -> Iterator[None]:
+    try:
+        yield
     except _FormError as e:
         raise DamagedError(f"{where}: {e}") from None
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as e:
@@ -240,7 +260,7 @@ def _body(data: bytes) -> Any:
     return json.loads(body)
 
 
-def _read(x: Any) -> Manifest:
+def _of_this_version(x: Any) -> dict[str, Any]:
     if type(x) is not dict or x.get("format") != FORMAT:
         raise _FormError("not a manifest of Sortal")
     if x["version"] != VERSION:
@@ -248,6 +268,11 @@ def _read(x: Any) -> Manifest:
             f"written in version {x['version']!r} of the format, this Sortal reads "
             f"{VERSION}; install a newer Sortal"
         )
+    return x
+
+
+def _read(x: Any) -> Manifest:
+    x = _of_this_version(x)
     kinds = tuple(_read_kind(k) for k in _a(list, x["kinds"]))
     stored = {_name(n): _read_stored(a) for n, a in _a(dict, x["arrays"]).items()}
     files = {_name(n): _read_file(f) for n, f in _a(dict, x["files"]).items()}
@@ -262,12 +287,16 @@ def _read(x: Any) -> Manifest:
         files,
         _a(str, x["graphdef"]),
         x["metadata"],
-        {_a(str, k): float.fromhex(v) for k, v in _a(dict, x["metrics"]).items()},
+        _read_metrics(x["metrics"]),
         {_a(str, k): _a(str, v) for k, v in _a(dict, x["versions"]).items()},
         _a(str, x["created"]),
     )
     _check_whole(manifest)
     return manifest
+
+
+def _read_metrics(x: Any) -> dict[str, float]:
+    return {_a(str, k): float.fromhex(v) for k, v in _a(dict, x).items()}
 
 
 def _check_whole(m: Manifest) -> None:

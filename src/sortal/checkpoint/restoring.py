@@ -22,7 +22,7 @@ from sortal.checkpoint import files
 from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
 from sortal.checkpoint.layout import bases_of, qualified
 from sortal.checkpoint.loading import Want, load, wanted
-from sortal.checkpoint.manifest import Kind, Leaf, Manifest, short
+from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
 from sortal.checkpoint.processes import Group, not_in_a_trace
 from sortal.checkpoint.store import Reader
@@ -170,11 +170,23 @@ def find_step(directory: Path, step: int | str) -> int:
     """The number of a step; ``step`` may be ``"latest"``."""
     if step != "latest":
         return files.step_number(step)
-    found = files.steps(directory)
+    found = files.by_age(directory)
     if not found:
         there = "" if directory.is_dir() else ", which is no folder"
-        raise NoCheckpointError(f"no checkpoint in {directory}{there}.")
-    return found[-1]
+        raise NoCheckpointError(
+            f"no checkpoint in {directory}{there}.{_above(directory)}"
+        )
+    return found[-1].number
+
+
+def _above(directory: Path) -> str:
+    """Advice where a step was given instead of the directory of steps."""
+    if directory.name.isdecimal() and (directory / NAME).exists():
+        return (
+            f" It is a step itself: write {str(directory.parent)!r}, "
+            f"step={directory.name}."
+        )
+    return ""
 
 
 def candidates(manifest: Manifest, known: _Kinds) -> list[Candidate]:
