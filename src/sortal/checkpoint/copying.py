@@ -47,11 +47,13 @@ def copy_step(
     lock = files.Lock(directory)
     try:
         refuse_existing(directory, manifest.step)
-        new = manifest._replace(folder=files.new_folder())
+        new = manifest._replace(folder=files.new_folder(directory, kept=False))
         to = directory / str(manifest.step)
         with files.as_save_error(f"copying {folder} to {to}"):
             try:
                 _copy(folder / manifest.folder, to / new.folder, new)
+                if any(leaf.passing for leaf in new.leaves):
+                    files.write_file(files.mark(to, new.folder), b"")
                 files.commit(directory, new)
             except BaseException:
                 shutil.rmtree(to / new.folder, ignore_errors=True)

@@ -246,10 +246,21 @@ class _Putter:
         array = put_pieces(like, sharding, made, devices, want.committed)
         if want.array.key is None:
             return array
-        keys = jax.random.wrap_key_data(array, impl=want.array.key.impl)
+        keys = _keys(want, array)
         if want.sharding is not None and sharding is not want.sharding:
             return jax.device_put(keys, want.sharding)
         return keys
+
+
+def _keys(want: Want, words: Any) -> Any:
+    impl = want.array.key.impl if want.array.key else ""
+    try:
+        return jax.random.wrap_key_data(words, impl=impl)
+    except (TypeError, ValueError) as e:
+        raise RestoreError(
+            f"{show(want.path)}: PRNG keys of {impl!r:.60}, which this program does "
+            f"not have in that form: {e}"
+        ) from None
 
 
 class _Like(NamedTuple):
