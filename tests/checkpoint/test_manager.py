@@ -271,7 +271,7 @@ def test_nothing_outside_the_directory_is_deleted(tmp_path):
         leaves=(last,),
         arrays={"Documents": Stored("float32", (2,), (2,))},
         files={
-            name: File(1, "crc32c:00000000")
+            name: File(12, "crc32c:00000000")
             for name in ("zarr.json", "Documents/zarr.json", "Documents/c.0",
                          "Param/zarr.json")
         },
@@ -320,3 +320,13 @@ def test_a_manager_whose_directory_was_removed_saves_again(tmp_path):
         assert kept.steps() == (2,)
         with pytest.raises(WriterError):
             nnx.save(run, model(), step=3)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"a": None}, {"a": "high"}, {"a": [1]}, {1: 2.0}, 5]
+)
+def test_metrics_that_are_no_numbers_are_refused(tmp_path, metrics):
+    with nnx.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(SaveError, match="metrics= are numbers by name"):
+            checkpoints.save({"w": jnp.ones(1)}, step=0, metrics=metrics)
+        checkpoints.save({"w": jnp.ones(1)}, step=0, metrics={"a": jnp.ones(())})

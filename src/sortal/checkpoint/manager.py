@@ -13,7 +13,13 @@ from sortal.checkpoint.manifest import Manifest
 from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.restoring import Restored, find_step, restore
 from sortal.checkpoint.saving import begin
-from sortal.errors import ArgumentError, CheckpointError, NoCheckpointError, SaveError
+from sortal.errors import (
+    ArgumentError,
+    CheckpointError,
+    NoCheckpointError,
+    SaveError,
+    listing,
+)
 from sortal.policy.policy import Policy
 
 
@@ -103,7 +109,7 @@ class Checkpoints:
           WriterError: another writer is at work in the directory.
         """
         number = files.step_number(step)
-        found = {name: float(x) for name, x in (metrics or {}).items()}
+        found = _numbers(metrics)
         if self._best is not None and self._best not in found:
             raise SaveError(
                 f"the best step is that of the {self._mode} {self._best!r}, which is "
@@ -258,3 +264,26 @@ class Checkpoints:
                 return body["metrics"]
             self._metrics[step.folder] = body["metrics"]
         return self._metrics[step.folder]
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """Metrics as floats; refuses all that are none."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise SaveError(f"metrics= are numbers by name; found {metrics!r:.60}.")
+    found, odd = {}, []
+    for name, x in metrics.items():
+        try:
+            number = float("no number" if isinstance(x, str) else x)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None or type(name) is not str:
+            odd.append(f"{name!r}: {x!r:.60}")
+        else:
+            found[name] = number
+    if odd:
+        raise SaveError(
+            f"metrics= are numbers by name; nothing was saved. Found:\n{listing(odd)}"
+        )
+    return found

@@ -389,7 +389,7 @@ def _read_kind(x: Any) -> Kind:
 def _class_name(x: Any) -> str:
     """A name that Python can give to a class."""
     _a(str, x).encode()
-    if "\0" in x or not x.rpartition(".")[2]:
+    if "\0" in x:
         raise _FormError(f"{x!r:.60} where the name of a class is expected")
     return x
 

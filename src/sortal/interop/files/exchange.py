@@ -21,7 +21,7 @@ from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
 from sortal.checkpoint.layout import encode_path
-from sortal.checkpoint.loading import host_value, wanted
+from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
 from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import Array, Plain, arrays, describe
 from sortal.checkpoint.verifying import open_step
@@ -174,16 +174,19 @@ def restore_from(
     options = Options(only, None, partial, None, cast, fill)
     found = fit(plan, given, None, options, str(opened.path))
     places = shardings(sharding, schema, plan)
-    new = []
+    wants: list[Want | None] = []
     for pair in found.pairs:
-        at_path = schema.paths[pair.at]
-        source = sources[encode_path(at_path)]
         if isinstance(pair.stored, Plain):
-            new.append(source.read())
+            wants.append(None)
             continue
         (stored,), (live,) = arrays(pair.stored), arrays(pair.live)
-        want = wanted(at_path, stored, pair.like[0], live, places[pair.at])
-        new.append(host_value(want, source.read()))
+        path_here = schema.paths[pair.at]
+        wants.append(wanted(path_here, stored, pair.like[0], live, places[pair.at]))
+    check_shardings(w for w in wants if w is not None)
+    new = []
+    for pair, want in zip(found.pairs, wants, strict=True):
+        value = sources[encode_path(schema.paths[pair.at])].read()
+        new.append(value if want is None else host_value(want, value))
     at = [p.at for p in found.pairs] + list(found.filled)
     store_all([Leaves(plan.leaves[i] for i in at)], [*new, *found.filled.values()])
     return tuple(schema.paths[p.at] for p in found.pairs)
