@@ -260,17 +260,17 @@ class _Putter:
             return self.pieces(want, places, pieces)
         if want.form == "jax":
             devices = list(self._default.device_set)
-            return self._array(want, self._default, [_cast(want, host)], devices)
+            return self._array(want, self._default, [cast(want, host)], devices)
         return self.pieces(want, {None: ()}, {(): host})
 
     def pieces(self, want: Want, places: Any, pieces: dict[Any, np.ndarray]) -> Any:
         """The wanted array, from the parts of its devices."""
-        cast = {part: _cast(want, host) for part, host in pieces.items()}
+        new = {part: cast(want, host) for part, host in pieces.items()}
         if want.form != "jax":
-            (host,) = cast.values()
+            (host,) = new.values()
             own = np.array(host, order="C", copy=True)
             return own if want.form == "numpy" else own[()]
-        made = [np.ascontiguousarray(cast[p]).reshape(cast[p].shape)
+        made = [np.ascontiguousarray(new[p]).reshape(new[p].shape)
                 for p in places.values()]  # fmt: skip
         return self._array(want, self._sharding(want), made, list(places))
 
@@ -302,7 +302,7 @@ class _Like(NamedTuple):
     weak_type: bool
 
 
-def _cast(want: Want, host: np.ndarray) -> np.ndarray:
+def cast(want: Want, host: np.ndarray) -> np.ndarray:
     """The values in the wanted dtype; refuses a cast that would change them."""
     if want.dtype == want.array.dtype:
         return host

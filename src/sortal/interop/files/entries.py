@@ -23,7 +23,8 @@ class Entry(NamedTuple):
 
     ``kind`` is the full name, where the format has kinds. ``dtype`` is named as in the
     format, ``nbytes`` is the size there, and ``read`` returns the whole array. The
-    ``dtype`` of a plain value is its Python type, and ``read`` returns it.
+    ``dtype`` of a plain value is its Python type, and ``read`` returns it. ``mapped``
+    returns the array as a view of the file, of which only what is used is read.
     """
 
     name: tuple[Any, ...]
@@ -34,6 +35,7 @@ class Entry(NamedTuple):
     kind: str | None = None
     spec: Any = None
     plain: bool = False
+    mapped: Callable[[], np.ndarray] | None = None
 
     @property
     def elements(self) -> int:

@@ -32,7 +32,7 @@ from sortal.errors import (
     SortalError,
     listing,
 )
-from sortal.interop.files import gguf, npz, orbax, safetensors, steps
+from sortal.interop.files import gguf, huggingface, npz, orbax, safetensors, steps
 from sortal.interop.files.entries import Entry, Opened, dotted, in_batches, of_arrays
 
 Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
@@ -71,11 +71,13 @@ def _opened(path: Path, step: int | str) -> Opened:
         return _SUFFIXES[path.suffix](path)
     if (path / _manifest.NAME).is_file() or files.steps(path):
         return steps.read(open_step(path, step))
+    if huggingface.is_folder(path):
+        return huggingface.read(path)
     if orbax.folder_of(path) is not None:
         return orbax.read(path)
     raise NoCheckpointError(
-        f"{path} is nothing that Sortal can read: a checkpoint of Sortal or Orbax, or "
-        "a file .safetensors, .npz or .gguf."
+        f"{path} is nothing that Sortal can read: a checkpoint of Sortal or Orbax, a "
+        "folder of Hugging Face, or a file .safetensors, .npz or .gguf."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -78,10 +79,24 @@ def _read(path: Path) -> Opened:
             raise ValueError(f"{name!r} has {len(shape)} axes")
         end = last
         get = _reader(path, name, dtype, shape, start + first, last - first)
-        entries.append(Entry(parts(name), ours or dtype, shape, last - first, get))
+        view = None
+        if ours is not None and last > first:
+            view = functools.partial(_mapped, path, ours, shape, start + first)
+        entry = Entry(parts(name), ours or dtype, shape, last - first, get, mapped=view)
+        entries.append(entry)
     if start + end != size:
         raise ValueError(f"{size:,} bytes where {start + end:,} are expected")
     return Opened(path, "safetensors", {"metadata": about}, entries)
+
+
+def _mapped(path: Path, dtype: str, shape: tuple[int, ...], at: int) -> np.ndarray:
+    try:
+        # As bytes: a file of others need not align its numbers.
+        nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
+        found = np.memmap(path, np.uint8, "r", offset=at, shape=(nbytes,))
+        return found.view(np.ndarray).view(numpy_dtype(dtype)).reshape(shape)
+    except (OSError, ValueError) as e:
+        raise DamagedError(f"{path} cannot be read: {e}") from e
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
