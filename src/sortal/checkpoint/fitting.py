@@ -403,8 +403,9 @@ def _entries(pattern: str) -> tuple[str | _Literal, ...]:
     while at < len(pattern):
         part = _PART.match(pattern, at) if pattern[0] != "." else None
         literal = None if part is None else part["literal"]
+        key = ""
         try:
-            key = None if literal is None else ast.literal_eval(literal)
+            key = "" if literal is None else ast.literal_eval(literal)
         except (ValueError, SyntaxError):
             part = None
         if part is None:

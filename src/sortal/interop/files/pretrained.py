@@ -297,8 +297,8 @@ class _Axes(NamedTuple):
 
     def joined(self, axis: int, leaf: Sequence[int]) -> tuple[int, int]:
         """The leaf's axis along an axis of the tensor, and how many go in one of it."""
-        size, (first, *rest) = self.sizes(leaf), self.tensor[axis]
-        return self.leaf.index(first), math.prod(size[x] for x in rest)
+        size, inside = self.sizes(leaf), self.tensor[axis]
+        return self.leaf.index(inside[0]), math.prod(size[x] for x in inside[1:])
 
 
 @functools.lru_cache(maxsize=4096)
