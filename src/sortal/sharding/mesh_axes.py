@@ -16,7 +16,9 @@ from sortal.errors import ArgumentError, listing
 
 Rules = tuple[tuple[str, Any], ...]
 
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=())
+# JAX keeps compiled programs by these two, since what is traced depends on them.
+_rules: Any = jax.make_user_context(())
+_mapped: Any = jax.make_user_context(False)
 _eager: contextvars.ContextVar[bool] = contextvars.ContextVar("eager", default=True)
 
 
@@ -36,23 +38,31 @@ def logical_axis_rules(rules: Any) -> Iterator[None]:
       ...     list(nnx.spmd.get_var_pspec(kernel))
       [None, 'model']
     """
-    token = _rules.set(tuple((name, axis) for name, axis in rules))
-    try:
+    with _rules(_pairs(rules)):
         yield
-    finally:
-        _rules.reset(token)
 
 
 @contextlib.contextmanager
 def more_rules(rules: Any) -> Iterator[None]:
     """Adds to the rules in force, within a ``with`` block; two may not disagree."""
-    given = tuple((name, axis) for name, axis in rules)
-    _joined(_rules.get(), given)
-    token = _rules.set((*_rules.get(), *given))
-    try:
+    given = _pairs(rules)
+    _joined(_rules.value, given)
+    with _rules((*_rules.value, *given)):
         yield
-    finally:
-        _rules.reset(token)
+
+
+def _pairs(rules: Any) -> Rules:
+    pairs = ((name, axis) for name, axis in rules)
+    return tuple((n, tuple(x) if isinstance(x, list) else x) for n, x in pairs)
+
+
+def mapped_over(declared: bool) -> Any:
+    """A ``with`` block for functions of parts of leaves, some with declared specs.
+
+    A declared spec speaks of a whole leaf, so compiled functions that are called on
+    parts leave them where they are.
+    """
+    return _mapped(_mapped.value or declared)
 
 
 @contextlib.contextmanager
@@ -94,7 +104,7 @@ def using_eager_sharding() -> bool:
 
 def in_force() -> tuple[Any, ...]:
     """The current settings of the ``with`` blocks of this file and of Flax's."""
-    return _rules.get(), _rules_of_flax(), _eager.get()
+    return _rules.value, _rules_of_flax(), _eager.get()
 
 
 def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
@@ -103,7 +113,7 @@ def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
     The rules are those given here, of ``logical_axis_rules`` and of Flax.
     """
     spec = names.spec if isinstance(names, NamedSharding) else names
-    known = _joined(_rules.get(), _rules_of_flax(), tuple(rules or ()))
+    known = _joined(_rules.value, _rules_of_flax(), tuple(rules or ()))
     return PartitionSpec(*(_on_mesh(name, known) for name in spec))
 
 
@@ -130,8 +140,11 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
     """The sharding that a leaf is to keep when a compiled function writes it.
 
     It is where ``shard`` put the leaf, or else what its metadata or kind declares, on
-    the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh.
+    the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh,
+    and for parts of leaves inside of ``mapped_over(True)``.
     """
+    if _mapped.value:
+        return None
     if PLACEMENT in metadata:
         return metadata[PLACEMENT]
     spec = own_spec(metadata)

@@ -14,7 +14,7 @@ from sortal._engine.state import State, snapshot
 from sortal._engine.variable import check_writable
 from sortal.errors import ShardingError, listing
 from sortal.policy.policy import Policy
-from sortal.sharding.mesh_axes import PLACEMENT, put
+from sortal.sharding.mesh_axes import PLACEMENT, put, use_eager_sharding
 from sortal.sharding.resolution import Resolved, check_specs, resolve
 from sortal.transforms.compile import eval_shape
 
@@ -283,7 +283,8 @@ def init_sharded(
       >>> list(sortal.init_sharded(make, mesh, policy).kernel.sharding.spec)
       [None, 'data']
     """
-    with jax.set_mesh(mesh):
+    # What does not fit is refused below by path, and not where it is made.
+    with jax.set_mesh(mesh), use_eager_sharding(False):
         model = eval_shape(fn)
         found = on_mesh(model, mesh, policy, rules)
         _check_places(found.plan)
@@ -327,7 +328,8 @@ def abstract(
       >>> model.kernel.value
       ShapeDtypeStruct(shape=(2, 4), dtype=float32)
     """
-    model = eval_shape(fn)
+    with use_eager_sharding(False):
+        model = eval_shape(fn)
     if mesh is None:
         return model
     found = on_mesh(model, mesh, policy, rules)

@@ -14,7 +14,7 @@ from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
 from sortal.errors import PolicyError
-from sortal.sharding.mesh_axes import declared_sharding, put
+from sortal.sharding.mesh_axes import declared_sharding, in_force, put
 from sortal.sharding.resolution import check_specs, spec_for
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
@@ -61,6 +61,16 @@ def as_declared(result: Result, given: Any) -> Result:
         new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
         fresh = _as_declared(edits.graphdef.schema.pick(new), fresh)
     return Result(result.out, values, fresh, effects)
+
+
+def declares(given: Any) -> bool:
+    """Whether some leaf of the FlatModules in ``given`` has a declared sharding."""
+    schemas = {c.definition.graphdef.schema for c in find_flat_modules(given)}
+    return any(
+        declared_sharding(*pair) is not None
+        for schema in schemas
+        for pair in zip(schema.kinds, schema.metadata, strict=True)
+    )
 
 
 def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
@@ -137,7 +147,9 @@ class Sharded:
     def _packed(self, args: Sequence[Any], kwargs: Any) -> _Packed:
         dynamic = [x for i, x in enumerate(args) if i not in self._static]
         named = {k: x for k, x in kwargs.items() if k not in self._static}
-        leaves, key = jtu.tree_flatten((dynamic, named))
+        leaves, tree = jtu.tree_flatten((dynamic, named))
+        # Names of axes, and specs that are functions, depend on rules and mesh.
+        key: Any = (tree, jax.sharding.get_abstract_mesh(), in_force())
         if self._by_value:
             key = key, tuple(map(jax.typeof, leaves))
         found = self._made.get(key)
@@ -196,10 +208,20 @@ class _Answers:
         return FlatModule(list(found), definition)
 
 
+_FIXED = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
+
+
+def _of_one(given: Any, schema: Schema, value: Any) -> Any:
+    """The answer of a Policy for a new leaf, whose Schema is of it alone."""
+    (answer,) = leaf_answers(given, "spec", schema, alone(schema, value))
+    answer = _for_jit(answer, value, schema.paths[0])
+    _check(schema, [value], [answer])
+    return answer
+
+
 def _for_jit(answer: Any, value: Any, path: Path) -> Any:
     """An answer as ``jax.jit`` takes it: functions of the mesh become specs."""
-    fixed = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
-    known = answer is None or isinstance(answer, fixed)
+    known = answer is None or isinstance(answer, _FIXED)
     return answer if known else spec_for(answer, value, None, lambda: show(path))
 
 
@@ -227,6 +249,7 @@ class _Packed:
         self._traced, self._answers, self._out = traced, answers, out
         given = [out, *answers.given.values()]
         every = [None, *answers.of_leaf.values(), *all_answers(given, "spec")]
+        every = [x for x in every if x is None or isinstance(x, _FIXED)]
         self._lanes = Lanes(every)
         plain = jtu.tree_map(
             lambda x: None if by_kind(x) else x, out, is_leaf=is_answer
@@ -236,19 +259,28 @@ class _Packed:
 
     def _sorted(self, *args: Any, **kwargs: Any) -> Any:
         result = self._traced(*args, **kwargs)
-        moved = self._moved(result, (args, kwargs))
-        written = dict(zip(result.effects.written, result.values, strict=True))
         values = {k: x for c in find_flat_modules((args, kwargs)) for k, x in _of(c)}
+        written = dict(zip(result.effects.written, result.values, strict=True))
+        moved = self._moved(result, (args, kwargs), values | written)
         written |= {k: values[k] for k in moved.keys() - written.keys()}
         effects = result.effects
         effects = Effects(tuple(written), effects.outputs, effects.edits)
         of_leaf = {**self._answers.of_leaf, **moved}
         answers = [of_leaf.get(k) for k in written] + self._of_new(result)
         result = Result(result.out, [*written.values()], result.fresh, effects)
-        sent = map(Sent, answers, [*result.values, *result.fresh])
+        sent = map(self._send, answers, [*result.values, *result.fresh])
         return self._lanes.sort(result, sent)
 
-    def _moved(self, result: Result, given: Any) -> dict[int, Any]:
+    def _send(self, answer: Any, value: Any) -> Sent:
+        if answer in self._lanes.answers:
+            return Sent(answer, value)
+        # A function of shape and mesh made it while the lanes were already there.
+        on_mesh = NamedSharding(jax.sharding.get_abstract_mesh(), answer)
+        return Sent(None, jax.tree.map(lambda x: put(x, on_mesh), value))
+
+    def _moved(
+        self, result: Result, given: Any, values: dict[int, Any]
+    ) -> dict[int, Any]:
         """The answers for leaves that came in and are returned, by their number."""
         outs = given_for_objects(self._out, result.out)
         outs = {n: x for n, x in outs.items() if x is not None}
@@ -273,6 +305,9 @@ class _Packed:
                 [whole.metadata[i] for i in at.values()],
             )
             found = leaf_answers(answer, "spec", schema, _no_values)
+            mine = [values[origins[i]] for i in at.values()]
+            found = list(map(_for_jit, found, mine, schema.paths))
+            _check(schema, mine, found)
             moved.update(zip([origins[i] for i in at.values()], found, strict=True))
         return moved
 
@@ -281,9 +316,7 @@ class _Packed:
         roots = self._answers.given
         return [
             # One sharding for a whole root speaks of the leaves that were there.
-            leaf_answers(given, "spec", one, alone(one, value))[0]
-            if by_kind(given)
-            else None
+            _of_one(given, one, value) if by_kind(given) else None
             for one, given, value in new_leaves(
                 result.effects, roots, outs, result.fresh
             )
