@@ -190,7 +190,7 @@ def test_what_is_newest_does_not_depend_on_the_clock(tmp_path, monkeypatch):
 
 
 def test_steps_of_an_older_format_come_before_those_saved_now(tmp_path):
-    """Their folders of arrays have no number; among them, the number of the step says."""
+    """Their folders have no number; among them, the number of the step says."""
     for step in (7, 9, 8):
         as_of_old(nnx.save(tmp_path, model(step), step=step).path)
     assert nnx.restore(tmp_path, model()).step == 9
@@ -322,11 +322,37 @@ def test_a_manager_whose_directory_was_removed_saves_again(tmp_path):
             nnx.save(run, model(), step=3)
 
 
-@pytest.mark.parametrize(
-    "metrics", [{"a": None}, {"a": "high"}, {"a": [1]}, {1: 2.0}, 5]
-)
-def test_metrics_that_are_no_numbers_are_refused(tmp_path, metrics):
-    with nnx.Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(SaveError, match="metrics= are numbers by name"):
-            checkpoints.save({"w": jnp.ones(1)}, step=0, metrics=metrics)
-        checkpoints.save({"w": jnp.ones(1)}, step=0, metrics={"a": jnp.ones(())})
+def test_the_best_step_says_why_it_lacks_keep_last_leaves(tmp_path):
+    root = {**model(), "t": nnx.Cache(jnp.ones(1), checkpoint="keep-last")}
+    with nnx.Checkpoints(tmp_path, best="score") as kept:
+        for step, score in ((1, 0.9), (2, 0.1)):
+            kept.save(root, step=step, metrics={"score": score})
+        with pytest.raises(nnx.errors.RestoreError, match="Only the step saved last"):
+            kept.restore(root, step="best")
+        assert kept.restore(root, step="best", partial=True).step == 1
+
+
+def test_a_best_step_that_another_takes_the_place_of_is_looked_for_again(
+    tmp_path, monkeypatch
+):
+    kept = nnx.Checkpoints(tmp_path, best="score", keep=1)
+    kept.save(model(1), step=1, metrics={"score": 0.1})
+    real, due = kept._find, [1]
+
+    def slow(step):
+        found = real(step)
+        for _ in due[:1]:
+            due.clear()
+            kept.save(model(2), step=2, metrics={"score": 0.2})
+        return found
+
+    monkeypatch.setattr(kept, "_find", slow)
+    assert kept.restore(model(), step="best").step == 2
+
+
+def test_metrics_that_are_no_numbers_are_refused_all_at_once(tmp_path):
+    kept = nnx.Checkpoints(tmp_path)
+    with pytest.raises(SaveError, match=r"(?s)loss: None.*'high': '1'") as caught:
+        kept.save(model(), step=0, metrics={"loss": None, "high": "1", "x": 1})
+    assert "'x'" not in str(caught.value)
+    assert kept.steps() == ()

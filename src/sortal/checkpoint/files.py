@@ -183,7 +183,7 @@ def open_file(file: Path) -> int:
     if stat.S_ISREG(os.fstat(at).st_mode):
         return at
     os.close(at)
-    raise OSError(None, "not a regular file")
+    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def read_file(file: Path) -> bytes:
@@ -456,7 +456,7 @@ class Lock:
         at = os.open(self._path, flags, 0o666)
         if not stat.S_ISREG(os.fstat(at).st_mode):
             os.close(at)
-            raise OSError(None, f"{self._path} is not a regular file")
+            raise OSError(errno.EINVAL, f"{self._path} is not a regular file")
         return os.fdopen(at, "r+b", buffering=0)
 
     def _take(self, directory: Path) -> None:

@@ -326,7 +326,8 @@ _ADVICE: tuple[tuple[set[str], str], ...] = (
         {"missing", "unknown"},
         (
             "If leaves have other names, say rename={'old.**': 'new.**'}; if they are "
-            "to be left as they are, partial=True; if they come from elsewhere, fill=."
+            "to be left as they are, partial=True; if they come from elsewhere, fill=. "
+            "Only the step saved last has keep-last leaves; for others, partial=True."
         ),
     ),
     ({"dtype"}, "cast=True converts floats to floats and integers to integers."),

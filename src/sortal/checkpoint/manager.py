@@ -31,7 +31,8 @@ class Checkpoints:
 
     Args:
       directory: where the steps are; it is made if need be.
-      keep: how many of the newest steps stay; None for all.
+      keep: how many of the steps saved last stay; None for all. Steps that cannot be
+        read, or that no ``Checkpoints`` saved, do not count and are never deleted.
       keep_every: steps that are multiples of this are never deleted.
       best: the name of a metric; the step that is best by it stays too.
       mode: ``"max"`` if more of the metric is better, else ``"min"``.
@@ -105,11 +106,12 @@ class Checkpoints:
           A Saving.
 
         Raises:
-          SaveError: as ``save``; or ``metrics`` lacks what ``best`` asks for.
+          SaveError: as ``save``; ``metrics`` lacks what ``best`` asks for, or has
+            something that is no number.
           WriterError: another writer is at work in the directory.
         """
         number = files.step_number(step)
-        found = _numbers(metrics)
+        found = _numbers(metrics or {})
         if self._best is not None and self._best not in found:
             raise SaveError(
                 f"the best step is that of the {self._mode} {self._best!r}, which is "
@@ -191,12 +193,15 @@ class Checkpoints:
         self.close()
 
     # ----------------------------------------------------------------------- reading
-    def restore(self, root: Any, /, *, step: int | str = "latest", **how: Any) -> Any:
+    def restore(
+        self, root: Any, /, *, step: int | str = "latest", **how: Any
+    ) -> Restored:
         """Reads a step into a live model, as the function ``restore`` does.
 
         Args:
           root: what was given to ``save``.
-          step: a number, ``"latest"`` or ``"best"``.
+          step: a number; ``"latest"``, the step saved last; or ``"best"``, an older
+            step perhaps, which has no ``keep-last`` leaves: give ``partial=True``.
           **how: the other arguments of ``restore``.
 
         Returns:
@@ -208,11 +213,15 @@ class Checkpoints:
           RestoreError: the checkpoint does not fit the model.
         """
         settle(self.directory)
-        if step == "best":
-            step = self._find(step)
         how.setdefault("policy", self._policy)
-        found: Restored = restore(self.directory, root, step=step, **how)
-        return found
+        number = self._find(step) if step == "best" else step
+        while True:
+            try:
+                return restore(self.directory, root, step=number, **how)
+            except NoCheckpointError:  # deleted just now, if there is a better one
+                if step != "best" or (now := self._find(step)) == number:
+                    raise
+                number = now
 
     def steps(self) -> tuple[int, ...]:
         """The numbers of all committed steps, in rising order."""
@@ -266,24 +275,19 @@ class Checkpoints:
         return self._metrics[step.folder]
 
 
-def _numbers(metrics: Any) -> dict[str, float]:
-    """Metrics as floats; refuses all that are none."""
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
-        raise SaveError(f"metrics= are numbers by name; found {metrics!r:.60}.")
-    found, odd = {}, []
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found, faults = {}, []
     for name, x in metrics.items():
         try:
-            number = float("no number" if isinstance(x, str) else x)
+            found[name] = float(x)
         except (TypeError, ValueError, OverflowError):
-            number = None
-        if number is None or type(name) is not str:
-            odd.append(f"{name!r}: {x!r:.60}")
-        else:
-            found[name] = number
-    if odd:
+            faults.append(f"{name}: {x!r:.60}")
+            continue
+        if type(name) is not str or isinstance(x, str):
+            faults.append(f"{name!r}: {x!r:.60}")
+    if faults:
         raise SaveError(
-            f"metrics= are numbers by name; nothing was saved. Found:\n{listing(odd)}"
+            "metrics are numbers by name, as in metrics={'loss': 0.5}; found:\n"
+            f"{listing(faults)}"
         )
     return found

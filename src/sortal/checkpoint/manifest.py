@@ -232,7 +232,9 @@ def body(data: bytes, where: str) -> dict[str, Any]:
     """
     with _as_damage(where):
         found = _of_this_version(_body(data))
-        _natural(found["step"]), _segment(found["folder"]), _a(dict, found["files"])
+        _natural(found["step"])
+        _segment(found["folder"])
+        _a(dict, found["files"])
         found["metrics"] = _read_metrics(found["metrics"])
         return found
 

@@ -16,8 +16,14 @@ from sortal.checkpoint import files
 from sortal.checkpoint.layout import Layout, check_json, lay_out
 from sortal.checkpoint.manifest import Manifest, now
 from sortal.checkpoint.pending import Saving, settle
-from sortal.checkpoint.processes import Group, not_in_a_trace
-from sortal.checkpoint.store import Writer, fingerprints, prepare, sync_tree
+from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
+from sortal.checkpoint.store import (
+    Writer,
+    fingerprints,
+    prepare,
+    refuse_fork,
+    sync_tree,
+)
 from sortal.checkpoint.values import arrays
 from sortal.errors import CheckpointError, SaveError
 from sortal.policy.policy import Policy
@@ -100,6 +106,7 @@ def begin(
     committed.
     """
     not_in_a_trace("save")
+    refuse_fork(SaveError)
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
     layout, folder, fault = None, "", ""
@@ -107,7 +114,8 @@ def begin(
     try:
         check_json("metadata", metadata)
         metadata = copy.deepcopy(metadata)  # the caller may change it meanwhile
-        layout = lay_out(root, only, policy, pin=not wait)
+        with uncollected():
+            layout = lay_out(root, only, policy, pin=not wait)
         if group.leads:
             held.callback(lock())
             folder = files.new_folder(directory, kept=afterwards is not None)
@@ -229,7 +237,8 @@ def _commit(directory: Path, layout: Layout, manifest: Manifest, group: Group) -
     groups = [k.group for k in layout.kinds]
     sync_tree(root, layout.arrays, groups)
     found = fingerprints(root, layout.arrays, groups)
-    files.commit(directory, manifest._replace(files=found))
+    with uncollected():
+        files.commit(directory, manifest._replace(files=found))
 
 
 def _retire(directory: Path, manifest: Manifest) -> None:
