@@ -462,12 +462,14 @@ def _read(want: Want, source: _Source) -> Any:
     every = tuple(slice(0, n) for n in source.shape)
     if want.form != "jax" or want.sharding is None:
         return host_value(want, source.read(every))
-    return jax.make_array_from_callback(
+    made = jax.make_array_from_callback(
         source.shape,
         want.sharding,
         lambda index: cast(want, source.read(index or every)),
         dtype=jnp.dtype(want.dtype),
     )
+    # Until it is on its devices, the host holds it too.
+    return jax.block_until_ready(made)
 
 
 # --------------------------------------------------------------------------- writing
