@@ -308,7 +308,7 @@ def _axes(text: str) -> _Axes:
     tensor = tuple(tuple((many or one).split()) for many, one in groups)
     leaf = tuple(right.split())
     flat = [x for group in tensor for x in group]
-    said = " ".join(f"({' '.join(g)})" if len(g) > 1 else g[0] for g in tensor)
+    said = " ".join(f"({' '.join(g)})" if g[1:] else "".join(g) for g in tensor)
     same = sorted(flat) == sorted(leaf) and len(set(leaf)) == len(leaf)
     if not arrow or not same or said.split() != left.split():
         raise ArgumentError(
