@@ -298,7 +298,7 @@ class _Axes(NamedTuple):
     def joined(self, axis: int, leaf: Sequence[int]) -> tuple[int, int]:
         """The leaf's axis along an axis of the tensor, and how many go in one of it."""
         size, inside = self.sizes(leaf), self.tensor[axis]
-        return self.leaf.index(next(iter(inside))), math.prod(size[x] for x in inside[1:])
+        return self.leaf.index(inside[0]), math.prod(size[x] for x in inside[1:])
 
 
 @functools.lru_cache(maxsize=4096)
