@@ -108,6 +108,7 @@ ORDER = (
     "sortal.checkpoint.restoring",
     "sortal.checkpoint.manager",
     "sortal.checkpoint.verifying",
+    "sortal.checkpoint.copying",
     "sortal.checkpoint",
     "sortal.inspect.naming",
     "sortal.inspect.rows",

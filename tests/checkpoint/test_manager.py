@@ -271,7 +271,7 @@ def test_nothing_outside_the_directory_is_deleted(tmp_path):
         leaves=(last,),
         arrays={"Documents": Stored("float32", (2,), (2,))},
         files={
-            name: File(1, "crc32c:00000000")
+            name: File(12, "crc32c:00000000")
             for name in ("zarr.json", "Documents/zarr.json", "Documents/c.0",
                          "Param/zarr.json")
         },

@@ -321,8 +321,9 @@ def test_64_bit_numbers_of_jax_are_not_cut_short(tmp_path):
 
 
 def test_a_value_that_needs_a_model_is_refused_without_one(tmp_path):
-    nnx.save(tmp_path, {"x": nnx.Cache(Moment(jnp.ones(1), 2))}, step=0)
-    with pytest.raises(RestoreError, match=r"x \(Cache\): .*Moment"):
+    partial = jax.tree_util.Partial(jnp.add, jnp.ones(1))
+    nnx.save(tmp_path, {"x": nnx.Cache(partial)}, step=0)
+    with pytest.raises(RestoreError, match=r"x \(Cache\): .*Partial"):
         nnx.load_state(tmp_path)
 
 

@@ -187,8 +187,11 @@ def open_file(file: Path) -> int:
 
 
 def read_file(file: Path) -> bytes:
-    """The bytes of a regular file."""
+    """The bytes of a regular file, no larger than any manifest."""
     with os.fdopen(open_file(file), "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > _manifest.LARGEST:
+            raise OSError(errno.EFBIG, f"larger than any manifest: {size:,} bytes")
         return opened.read()
 
 

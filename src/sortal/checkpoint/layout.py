@@ -85,6 +85,7 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
         metadata = {k: v for k, v in schema.metadata[i].items() if type(v) in METADATA}
         leaves.append(Leaf(path, kind, new, metadata, passing))
     _refuse_namesakes(leaves)
+    _refuse_addresses([schema.paths[i] for i in chosen])
     return Layout(
         kinds,
         tuple(leaves),
@@ -160,6 +161,24 @@ def _refuse_namesakes(leaves: list[Leaf]) -> None:
             "several leaves have one path once their keys are text; found:\n"
             f"{listing(found)}\nUse strings or integers as keys."
         )
+
+
+def _refuse_addresses(paths: Iterable[Any]) -> None:
+    """A key whose text holds its address has another one in the next process."""
+    found = [
+        show(path)
+        for path in paths
+        if any(type(k) not in (str, int) and _ADDRESS.search(repr(k)) for k in path)
+    ]
+    if found:
+        raise SaveError(
+            "keys whose repr holds an address in memory, under which no other process "
+            f"would find them; found:\n{listing(found)}\nUse strings or integers as "
+            "keys, or give their class a __repr__."
+        )
+
+
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 
 
 def namesakes(paths: Iterable[Any]) -> list[str]:

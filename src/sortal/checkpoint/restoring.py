@@ -21,12 +21,19 @@ from sortal._engine.variable import Variable, make
 from sortal.checkpoint import files
 from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
 from sortal.checkpoint.layout import bases_of, qualified
-from sortal.checkpoint.loading import Want, load, wanted
+from sortal.checkpoint.loading import Want, check_shardings, load, wanted
 from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
 from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
 from sortal.checkpoint.store import Reader
-from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype
+from sortal.checkpoint.values import (
+    Nest,
+    Tree,
+    arrays,
+    build,
+    numpy_dtype,
+    tuple_of,
+)
 from sortal.errors import (
     CheckpointError,
     DamagedError,
@@ -261,6 +268,7 @@ def read_fit(
 
 def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
     """Reads arrays, after a check of the files that they are in."""
+    check_shardings(wants)
     lost = [
         f"{show(w.path)}: {w.array.dtype}"
         for w in wants
@@ -303,7 +311,12 @@ def _sharding(given: Any) -> Any:
                 f"{given} is a spec, and no mesh is set; use jax.set_mesh(mesh), or "
                 "give a NamedSharding."
             )
-        return jax.sharding.NamedSharding(mesh, given)
+        try:
+            return jax.sharding.NamedSharding(mesh, given)
+        except ValueError as e:
+            raise RestoreError(
+                f"{given} does not fit the mesh; the model was left as it was: {e}"
+            ) from None
     return given
 
 
@@ -384,7 +397,7 @@ def _read_state(
     alone = [
         f"{manifest.describe(x)}: {x.value.shown}"
         for x in leaves
-        if any(nest.what == "node" for nest in _nests(x.value))
+        if any(nest.what == "node" and not tuple_of(nest) for nest in _nests(x.value))
     ]
     if alone:
         raise RestoreError(
