@@ -12,9 +12,10 @@ import numpy as np
 
 from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.marks import static
-from sortal._engine.plan import bind
+from sortal._engine.paths import Path
+from sortal._engine.plan import bind, has_plan
 from sortal._engine.schema import Kind, Schema, plain_leaf_schema
-from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
     OptArray,
@@ -29,6 +30,7 @@ from sortal._engine.variable import (
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
+from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
 
@@ -118,12 +120,14 @@ class Optimizer(Pytree):
         self.tx = static(tx if groups is None else groups)
         self.wrt = static(wrt)
         self._trained = static(plain_leaf_schema(params.schema.paths))
+        self._dtypes = static(tuple(map(_dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
         states = tuple(
             _stored(t.init(_part(params, at)), shared)
             for t, at in _divide(self.tx, groups, params)
         )
         self.opt_state = states[0] if groups is None else states
+        self._odd = static(frozenset(_odd_shapes(params, self.opt_state)))
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
         """One step: changes the model's parameters and this optimizer's state.
@@ -131,7 +135,7 @@ class Optimizer(Pytree):
         Args:
           model: the model that the optimizer was made for.
           grads: a State or nested dict with exactly the leaves that ``wrt`` takes, of
-            the parameters' shapes.
+            the parameters' shapes; or what ``grad`` gives for a container of models.
           **kwargs: handed to ``tx.update``, such as ``value``, ``grad``, ``value_fn``;
             a State among them is given the parameters' treedef. Of several groups,
             those get them that take extra arguments.
@@ -142,8 +146,8 @@ class Optimizer(Pytree):
         Raises:
           ArgumentError: ``grads`` is neither a State nor a nested dict.
           OptimizerError: gradients are missing, unknown or of the wrong shape, or the
-            model has other trainable leaves than at the start; all are listed and
-            nothing is changed.
+            model's trainable leaves are others than at the start or have another shape
+            or dtype; all are listed and nothing is changed.
           TraceError: the model or this optimizer belongs to another trace than the
             current one; nothing is changed.
         """
@@ -157,12 +161,13 @@ class Optimizer(Pytree):
             "the model's trainable leaves",
             params.schema,
             self._trained,
-            "Make a new Optimizer after changing the model, or pass the model that "
-            "this one was made for.",
+            _ANEW,
         )
+        _check_dtypes(params, self._dtypes)
         gradients = _gradients(grads, params)
         several = _groups(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
+        _check_shapes(params, self.opt_state, self._odd)
         updates: list[Any] = [None] * len(targets)
         values: list[Any] = [None] * len(targets)
         steps = []
@@ -178,6 +183,7 @@ class Optimizer(Pytree):
             targets += step.targets
             values += step.values
             steps.append(step)
+        _check_updates(params.schema, params.values_list(), updates)
         # All in one write, so that an error leaves model and optimizer unchanged.
         store_all([Leaves([*targets, self.step])], [*values, self.step.value + 1])
         if any(step.replaced is not None for step in steps):
@@ -186,7 +192,52 @@ class Optimizer(Pytree):
                 for step, kept in zip(steps, stored, strict=True)
             )
             self.opt_state = now[0] if several is None else now
+            self._odd = static(frozenset(_odd_shapes(params, self.opt_state)))
         return snapshot(params.schema, updates)
+
+    def optax_state(self, model: Any) -> Any:
+        """The state in the form in which optax made it, for functions of optax.
+
+        Such functions look at it beside parameters: ``optax.tree_map_params``,
+        ``optax.tree.get``, ``optax.contrib.schedule_free_eval_params``.
+
+        Args:
+          model: the model that the optimizer was made for.
+
+        Returns:
+          What ``tx.init(sortal.state(model, wrt))`` would return, with the values of
+          now; of several groups a tuple, each over the parameters of its own.
+
+        Raises:
+          OptimizerError: the model has other trainable leaves than at the start.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax
+          >>> import sortal as nnx
+          >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+          >>> optimizer = nnx.Optimizer(model, optax.adam(0.1))
+          >>> int(optax.tree.get(optimizer.optax_state(model), "count"))
+          0
+        """
+        _, params = _chosen(model, self.wrt)
+        _check_paths(
+            "the model's trainable leaves", params.schema, self._trained, _ANEW
+        )
+        several = _groups(self.tx)
+        stored = (self.opt_state,) if several is None else self.opt_state
+        divided = _divide(self.tx, several, params)
+        states = tuple(
+            _as_optax_made(kept, _part(params, at).schema)
+            for (_, at), kept in zip(divided, stored, strict=True)
+        )
+        return states[0] if several is None else states
+
+
+_ANEW = (
+    "Make a new Optimizer after changing the model, or pass the model that this one "
+    "was made for."
+)
 
 
 # ------------------------------------------------------------------ what is trained
@@ -235,6 +286,10 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
 
 def _dtype(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _dtypes(value: Any) -> tuple[Any, ...]:
+    return tuple(map(_dtype, jax.tree.leaves(value)))
 
 
 def _check_transformations(tx: Any, groups: Any) -> None:
@@ -335,8 +390,8 @@ def _takes_extra(tx: Any) -> bool:
 
 # ---------------------------------------------------------------------- gradients
 def _gradients(grads: Any, params: State) -> State:
-    given = as_state(grads)
     schema = params.schema
+    given = as_state(_as_mapping(grads, (), schema))
     if given.schema is not schema:
         _check_paths(
             "the gradients",
@@ -360,6 +415,23 @@ def _gradients(grads: Any, params: State) -> State:
     return given
 
 
+def _as_mapping(grads: Any, path: Path, params: Schema) -> Any:
+    """What ``grad`` returns for a container of models, as nested dicts of States."""
+    if isinstance(grads, (State, FlatState)) or path in params.index:
+        return grads
+    if has_plan(grads):
+        return state_of(grads)
+    if isinstance(grads, (list, tuple)) and not any(map(_is_array, grads)):
+        grads = dict(enumerate(grads))
+    if not isinstance(grads, Mapping):
+        return grads
+    return {k: _as_mapping(x, (*path, k), params) for k, x in grads.items()}
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (bool, int, float, complex)) or hasattr(x, "dtype")
+
+
 def _same_shape(p: Any, g: Any) -> bool:
     try:
         return p.shape == g.shape
@@ -369,6 +441,64 @@ def _same_shape(p: Any, g: Any) -> bool:
         return False
     pairs = zip(jax.tree.leaves(p), jax.tree.leaves(g), strict=True)
     return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs)
+
+
+def _check_dtypes(params: State, made_for: tuple[Any, ...]) -> None:
+    rows = [
+        f"{params.schema.describe(i)} is {describe(p)}, was {', '.join(map(str, was))}"
+        for i, (p, was) in enumerate(zip(params.values_list(), made_for, strict=True))
+        if _dtypes(p) != was
+    ]
+    if rows:
+        raise OptimizerError(
+            "the model's trainable leaves have other dtypes than when the optimizer "
+            f"was made:\n{listing(rows)}\n{_ANEW}"
+        )
+
+
+def _odd_shapes(params: State, opt_state: Any) -> dict[tuple[int, Path], str]:
+    """The leaves of optax's State at a parameter's path that have another shape.
+
+    They are known by their places. What optax makes in the parameter's shape it keeps
+    so; but shapes themselves differ inside ``vmap`` and ``shard_map`` from those at the
+    start.
+    """
+    values, index = params.values_list(), params.schema.index
+    found = {}
+    parts, _ = jtu.tree_flatten_with_path(opt_state, is_leaf=_is_leaf)
+    for n, (keys, part) in enumerate(parts):
+        if not isinstance(part, State):
+            continue
+        for path, kept in zip(part.schema.paths, part.values_list(), strict=True):
+            at = index.get(path)
+            if at is not None and not _same_shape(values[at], kept):
+                found[n, path] = (
+                    f"{params.schema.describe(at)} is {describe(values[at])}, its "
+                    f"state in opt_state{jtu.keystr(keys)} is {describe(kept)}"
+                )
+    return found
+
+
+def _check_shapes(params: State, opt_state: Any, odd: frozenset[Any]) -> None:
+    rows = [row for at, row in _odd_shapes(params, opt_state).items() if at not in odd]
+    if rows:
+        raise OptimizerError(
+            "the model's trainable leaves have other shapes than when the optimizer "
+            f"was made:\n{listing(rows)}\n{_ANEW}"
+        )
+
+
+def _check_updates(schema: Schema, values: list[Any], updates: list[Any]) -> None:
+    bad = [
+        f"{schema.describe(i)} is {describe(p)}, its update {describe(u)}"
+        for i, (p, u) in enumerate(zip(values, updates, strict=True))
+        if not _same_shape(p, u)
+    ]
+    if bad:
+        raise OptimizerError(
+            "updates must have the shapes of their parameters; the transformation "
+            f"made:\n{listing(bad)}\nNothing was changed."
+        )
 
 
 def _check_paths(what: str, found: Schema, expected: Schema, advice: str) -> None:
@@ -420,7 +550,7 @@ def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
     import optax
 
     old, treedef = _flatten(kept)
-    plain = treedef.unflatten([_plain(x, params.schema) for x in old])
+    plain = _as_optax_made(kept, params.schema)
     updates, state = tx.update(grads, plain, params, **extra)
     changed: Any = optax.apply_updates(params, updates)
     new, after = _flatten(state)
@@ -489,8 +619,13 @@ def _kept(schema: Schema) -> Schema:
     return Schema.of(schema.paths, kinds, schema.metadata)
 
 
+def _as_optax_made(kept: Any, params: Schema) -> Any:
+    """A stored optax state in the form in which optax made it."""
+    parts, treedef = _flatten(kept)
+    return treedef.unflatten([_plain(x, params) for x in parts])
+
+
 def _plain(x: Any, params: Schema) -> Any:
-    """A stored part of the optax state, in the form in which optax made it."""
     if isinstance(x, State):
         return snapshot(_seen(x.schema, params), x.values_list())
     return value_of(x)
