@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Never
 
@@ -122,9 +123,11 @@ class Optimizer(Pytree):
         self._trained = static(plain_leaf_schema(params.schema.paths))
         self._dtypes = static(tuple(map(_dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
+        divided = _divide(self.tx, groups, params)
+        parts = _parts(params, [at for _, at in divided])
         states = tuple(
-            _stored(t.init(_part(params, at)), shared)
-            for t, at in _divide(self.tx, groups, params)
+            _stored(t.init(part), shared)
+            for (t, _), part in zip(divided, parts, strict=True)
         )
         self.opt_state = states[0] if groups is None else states
         self._odd = static(frozenset(_odd_shapes(params, self.opt_state)))
@@ -171,13 +174,18 @@ class Optimizer(Pytree):
         updates: list[Any] = [None] * len(targets)
         values: list[Any] = [None] * len(targets)
         steps = []
-        for (tx, at), kept in zip(
-            _divide(self.tx, several, params), stored, strict=True
+        divided = _divide(self.tx, several, params)
+        at_all = [at for _, at in divided]
+        for (tx, at), kept, part, mine in zip(
+            divided,
+            stored,
+            _parts(params, at_all),
+            _parts(gradients, at_all),
+            strict=True,
         ):
-            part = _part(params, at)
             takes = several is None or _takes_extra(tx)
             extra = {k: _extra(v, part) for k, v in kwargs.items()} if takes else {}
-            step = _step(tx, _part(gradients, at), kept, part, extra)
+            step = _step(tx, mine, kept, part, extra)
             _scatter(updates, at, step.updates)
             _scatter(values, at, step.params)
             targets += step.targets
@@ -227,9 +235,10 @@ class Optimizer(Pytree):
         several = _groups(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
         divided = _divide(self.tx, several, params)
+        parts = _parts(params, [at for _, at in divided])
         states = tuple(
-            _as_optax_made(kept, _part(params, at).schema)
-            for (_, at), kept in zip(divided, stored, strict=True)
+            _as_optax_made(kept, part.schema)
+            for kept, part in zip(stored, parts, strict=True)
         )
         return states[0] if several is None else states
 
@@ -365,12 +374,18 @@ def _assign(
     return parts
 
 
-def _part(state: State, at: Any) -> State:
-    if at is None:
-        return state
-    values = state.values_list()
-    schema = state.schema.memo(("part", at), lambda: state.schema.pick(at))
-    return snapshot(schema, [values[i] for i in at])
+def _parts(state: State, positions: Sequence[Any]) -> list[State]:
+    """A State for each group, of the leaves at its positions; None is all of them."""
+    values, whole = state.values_list(), state.schema
+    return [
+        state
+        if at is None
+        else snapshot(
+            whole.memo(("part", at), functools.partial(whole.pick, at)),
+            [values[i] for i in at],
+        )
+        for at in positions
+    ]
 
 
 def _scatter(into: list[Any], at: Any, values: list[Any]) -> None:
