@@ -123,4 +123,5 @@ def behind_view(s: Any) -> list[Any]:
 
 
 def collect() -> None:
-    gc.collect()
+    while gc.collect():  # what is freed may have kept a cycle
+        pass

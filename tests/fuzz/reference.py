@@ -83,6 +83,11 @@ class Arr:
         if val.size and val.dtype.kind == "f" and not np.abs(val).max() < _LIMIT:
             raise Left
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__slots__ and _traces.now is not None:
+            raise Left  # some of JAX's tracers have attributes, others have not
+        object.__setattr__(self, name, value)
+
     shape = property(lambda self: self.val.shape)
     dtype = property(lambda self: self.val.dtype)
     ndim = property(lambda self: self.val.ndim)
@@ -1212,7 +1217,9 @@ def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
         raise
     _traces.now = outer
     kept = {id(inner): value for _, value, inner in entered}
-    _come_out(roots, owners, kept, outer, compiled)
+    # What was taken out of the arguments has been edited as well.
+    every = [x for _, x in walk.every if isinstance(x, (Variable, Module, list, dict))]
+    _come_out((*roots, *every), owners, kept, outer, compiled)
 
 
 def _come_out(
@@ -1368,6 +1375,8 @@ def vmap(f: Any, in_axes: Any) -> Any:
 
     def wrapper(m: Any, xs: Any) -> Any:
         if in_axes[0] is None:
+            if any(isinstance(x.value, str) for x in Walk(m).leaves):
+                raise Left  # JAX looks at no value that is not mapped
             with _inside(m):
                 ys = [f(m, xs[i]) for i in range(len(xs.val))]
             return stack(ys)

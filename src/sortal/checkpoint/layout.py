@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from sortal._engine.foreign import handler_of_kind
-from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.nodes import NODE
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
 from sortal._engine.plan import bind
 from sortal._engine.schema import Schema, kind_name, select
@@ -239,23 +238,11 @@ def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
 
 
 def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
-    paths = graphdef.schema.paths
-    found = [(path, paths[number]) for path, number in graphdef.aliases]
-    seen: dict[int, Path] = {}
-    # In the order of the walk: the first path to a node is its own.
-    todo: list[tuple[Entry, Path]] = [(graphdef.root, ())]
-    while todo:
-        entry, path = todo.pop()
-        if entry.what != NODE:
-            continue
-        if entry.ref in seen:
-            found.append((path, seen[entry.ref]))
-            continue
-        seen[entry.ref] = path
-        record = graphdef.records[entry.ref]
-        below = [(e, record.below(path, e.key)) for e in record.entries]
-        todo += reversed(below)
-    pairs = ((encode_path(a), encode_path(b)) for a, b in found)
+    pairs = (
+        (encode_path(path), encode_path(first))
+        for path, _, first in graphdef.places()
+        if first != path
+    )
     return tuple(sorted(pairs, key=lambda pair: tuple(map(show, pair))))
 
 

@@ -186,6 +186,12 @@ class _Call:
                 f"{type(model).__name__} has no KVCache to decode with. Make them with "
                 "init_cache(model, batch, length)."
             )
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(caches)):
+            raise ArgumentError(
+                "generate and stream are loops of compiled programs and cannot be "
+                "called inside jit or another transform. Call them outside; inside, "
+                "call model.next_logits(tokens, lengths) and decoding.sample."
+            )
         batches = {cache.position.shape[0] for cache in caches}
         if batches != {len(self.lengths)}:
             raise CacheError(

@@ -102,6 +102,13 @@ def _step(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"must be a number or 'latest', found {text}")
 
 
+class _OneStep(argparse.Action):
+    """Refuses ``diff --step``, which does not say of which side."""
+
+    def __call__(self, parser: Any, *_: Any, **__: Any) -> None:
+        parser.error("two are compared: write A B --step-a 1 --step-b 2 for --step")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sortal",
@@ -139,6 +146,7 @@ def _add_file_commands(commands: Any) -> None:
         "--step", **which
     )
     made = add("diff", "how two differ; exit code 1 if so", ("a", any_file), ("b", ""))
+    made.add_argument("--step", nargs="*", action=_OneStep, help=argparse.SUPPRESS)
     made.add_argument("--step-a", **which)
     made.add_argument("--step-b", **which)
     add(

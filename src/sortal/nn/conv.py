@@ -17,6 +17,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -219,7 +220,7 @@ class Conv(_Conv):
         conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
@@ -386,7 +387,7 @@ class ConvTranspose(_Conv):
         transpose_kernel: bool = False,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):

@@ -15,6 +15,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -92,7 +93,7 @@ class LoRA(Module):
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable] = LoRAParam,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         a_metadata: Metadata = NO_METADATA,
         b_metadata: Metadata = NO_METADATA,
     ):
@@ -191,7 +192,7 @@ class LoRALinear(Linear):
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable] = LoRAParam,
         lora_promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         a_metadata: Metadata = NO_METADATA,
         b_metadata: Metadata = NO_METADATA,
         **kwargs: Any,

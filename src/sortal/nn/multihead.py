@@ -20,6 +20,7 @@ from sortal.nn import dtypes
 from sortal.nn.attention import combine_masks, dot_product_attention
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -155,7 +156,7 @@ class MultiHeadAttention(Module):
         out_dot_general: Callable[..., Any] | None = None,
         qkv_dot_general_cls: Any = None,
         out_dot_general_cls: Any = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         keep_rngs: bool = True,
         kernel_metadata: Metadata = NO_METADATA,
         out_kernel_metadata: Metadata = NO_METADATA,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Never
 
@@ -34,6 +35,7 @@ from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
+from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
 
 
 class Hyperparam(OptArray):
@@ -126,13 +128,13 @@ class Optimizer(Pytree):
         divided = _divide(self.tx, groups, params)
         parts = _parts(params, [at for _, at in divided])
         states = tuple(
-            _stored(t.init(part), shared)
+            _stored(t.init(part), shared, params)
             for (t, _), part in zip(divided, parts, strict=True)
         )
         self.opt_state = states[0] if groups is None else states
         self._odd = static(frozenset(_odd_shapes(params, self.opt_state)))
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
+    def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> State:
         """One step: changes the model's parameters and this optimizer's state.
 
         Args:
@@ -158,6 +160,13 @@ class Optimizer(Pytree):
             raise OptimizerError(
                 "update(model, grads) was given a State as the model. Write "
                 "optimizer.update(model, grads), with the live model first."
+            )
+        if grads is None or type(grads) is tuple:
+            found = "None" if grads is None else f"a tuple of {len(grads)}"
+            raise OptimizerError(
+                f"update needs the gradients; found {found}. Write "
+                "loss, grads = value_and_grad(f)(model), and then "
+                "optimizer.update(model, grads)."
             )
         targets, params = _chosen(model, self.wrt)
         _check_paths(
@@ -306,7 +315,7 @@ def _check_transformations(tx: Any, groups: Any) -> None:
         raise OptimizerError("the dict of groups is empty; write {filter: tx, ...}.")
     named = [("tx", tx)] if groups is None else groups
     bad = [
-        f"{name if groups is None else repr(to_filter(name))}: {t!r:.60}"
+        f"{name if groups is None else repr(to_filter(name))}: {_shown(t)}"
         for name, t in named
         if not (hasattr(t, "init") and hasattr(t, "update"))
     ]
@@ -315,6 +324,14 @@ def _check_transformations(tx: Any, groups: Any) -> None:
             "an optax transformation, such as optax.adam(1e-3), is expected; found:\n"
             + listing(bad)
         )
+
+
+def _shown(tx: Any) -> str:
+    if isinstance(tx, Pytree):
+        return f"a {type(tx).__name__}; the model comes first, Optimizer(model, tx)"
+    if inspect.isfunction(tx):
+        return f"the function {tx.__name__}; call it, as in {tx.__name__}(1e-3)"
+    return describe(tx)
 
 
 # ------------------------------------------------------------------------- groups
@@ -570,7 +587,7 @@ def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
     changed: Any = optax.apply_updates(params, updates)
     new, after = _flatten(state)
     pairs = _pairs(old, new, params.schema) if after == treedef else None
-    replaced = _stored(state, ()) if pairs is None else None
+    replaced = _stored(state, (), params) if pairs is None else None
     targets, values = pairs or ([], [])
     return _Step(
         updates.values_list(), changed.values_list(), targets, values, replaced
@@ -605,12 +622,13 @@ def _pairs(
     return targets, values
 
 
-def _stored(tree: Any, shared: Any) -> Any:
-    """An optax state with its arrays in Variables.
+def _stored(tree: Any, shared: Any, params: State) -> Any:
+    """An optax state of ``params`` with its arrays in Variables.
 
     Arrays whose ids are in ``shared`` are copied: the model holds them too, and one of
     the two may be donated.
     """
+    owners = dict(zip(params.paths(), params.values_list(), strict=True))
 
     def own_buffer(x: Any) -> Any:
         return jnp.copy(x) if id(x) in shared else x
@@ -618,7 +636,8 @@ def _stored(tree: Any, shared: Any) -> Any:
     def store(path: Any, x: Any) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
-            return snapshot(_kept(x.schema), values)
+            schema = _fitting(_kept(x.schema), values, owners)
+            return snapshot(schema, list(map(placed, values, schema.metadata)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
@@ -638,6 +657,19 @@ def _as_optax_made(kept: Any, params: Schema) -> Any:
     """A stored optax state in the form in which optax made it."""
     parts, treedef = _flatten(kept)
     return treedef.unflatten([_plain(x, params) for x in parts])
+
+
+def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
+    """The Schema with the declared specs of what has not its parameter's shape."""
+    metadata = list(schema.metadata)
+    for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
+        if old.keys() & SPECS and path in owners:
+            full, shape = shape_of(owners[path]), shape_of(values[i])
+            if full != shape:
+                metadata[i] = Metadata.of(with_spec_like(old, full, shape))
+    if metadata == list(schema.metadata):
+        return schema
+    return Schema.of(schema.paths, schema.kinds, metadata)
 
 
 def _plain(x: Any, params: Schema) -> Any:

@@ -15,7 +15,7 @@ from sortal._engine.foreign import to_native
 from sortal._engine.paths import PathKey
 from sortal._engine.schema import Schema, select
 from sortal._engine.state import snapshot
-from sortal._engine.variable import Param, describe
+from sortal._engine.variable import Param, describe, is_variable
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
@@ -61,7 +61,8 @@ def grad(f: Any = NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
 
     Raises:
       FilterError: at a call: ``wrt`` takes no leaf of a module.
-      GradientError: at a call: a leaf chosen is not of a floating or complex dtype.
+      GradientError: at a call: a leaf chosen, or an array to differentiate by, is not
+        of a floating or complex dtype; or the loss is no such number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,7 +115,8 @@ def value_and_grad(
     Raises:
       ArgumentError: ``argnums`` is malformed; or, at a call, out of range.
       FilterError: at a call: ``wrt`` takes no leaf of a module.
-      GradientError: at a call: a leaf chosen is not of a floating or complex dtype.
+      GradientError: at a call: a leaf chosen, or an array to differentiate by, is not
+        of a floating or complex dtype; or the loss is no such number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -135,7 +137,14 @@ def value_and_grad(
         chosen = [_resolve(d, len(bound.args), f) for d in wanted]
         call = FlatCall(bound, chosen, allow_int=allow_int)
         call.refuse_untaken(each=True)
-        paired = with_aux(fn, has_aux, "loss")
+        if not allow_int:
+            _refuse_integers(call, chosen)
+        with_loss = with_aux(fn, has_aux, "loss")
+
+        def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            value, aux = with_loss(*args, **kwargs)
+            _check_loss(value)
+            return value, aux
 
         def pure(inputs: list[Any]) -> tuple[Any, Any]:
             result = call.run(paired, inputs)
@@ -151,6 +160,20 @@ def value_and_grad(
         return value, tuple(found) if _several(argnums) else found[0]
 
     return wrapper
+
+
+def _refuse_integers(call: FlatCall, chosen: list[DiffState]) -> None:
+    bad = [
+        f"argument {diff.argnum}{jtu.keystr(path)}: {describe(call.leaves[k])}"
+        for diff, layout in zip(chosen, call.chosen.layouts, strict=True)
+        for path, k in jtu.tree_leaves_with_path(layout, is_leaf=_is_taken)
+        if not _is_taken(k) and not differentiable(call.leaves[k])
+    ]
+    if bad:
+        raise GradientError(
+            "only models and floating-point arrays can be differentiated by; found:\n"
+            f"{listing(bad)}\nPut the model first, or say with argnums= where it is."
+        )
 
 
 def _several(argnums: Any) -> bool:
@@ -415,12 +438,45 @@ def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[...,
             return out, None
         if not (isinstance(out, (tuple, list)) and len(out) == 2):
             raise ArgumentError(
-                f"with has_aux=True the function must return ({first}, aux); found a "
-                f"{type(out).__name__}."
+                f"with has_aux=True the function must return ({first}, aux); found "
+                f"{_named(out)}."
             )
         return out[0], out[1]
 
     return paired
+
+
+def _check_loss(loss: Any) -> None:
+    if is_variable(loss):
+        raise GradientError(
+            f"the loss is a {type(loss).__name__}, which is a Variable, and must be a "
+            "number. Write variable[...] for its value, and .sum() or .mean() of many."
+        )
+    if loss is None:
+        raise GradientError(
+            "the function returned None, and must return the loss. Is there a `return`?"
+        )
+    if not _is_number(loss):
+        raise GradientError(
+            f"the loss must be a number; the function returned {_named(loss)}. Return "
+            "the number, or (loss, anything else) with has_aux=True."
+        )
+    if jnp.shape(loss):
+        raise GradientError(
+            f"the loss must be one number; the function returned {describe(loss)}. "
+            "Write loss.mean() or loss.sum()."
+        )
+    if not differentiable(loss):
+        raise GradientError(
+            f"the loss must be a floating-point number; the function returned "
+            f"{describe(loss)}, which has no gradient."
+        )
+
+
+def _named(x: Any) -> str:
+    if isinstance(x, (tuple, list)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return describe(x) if hasattr(x, "dtype") else f"a {type(x).__name__}"
 
 
 def _is_number(x: Any) -> bool:

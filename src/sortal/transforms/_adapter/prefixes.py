@@ -356,6 +356,7 @@ def new_leaves(
         if leaf.origin is None:
             part, number, *path = tuple[Any, ...](schema.paths[i])
             given = outs[number] if part == 1 else roots[number]
+            path = path[1:] if part == 2 else path  # below the object that left
             one = Schema.of([tuple(path)], [schema.kinds[i]], [schema.metadata[i]])
             yield one, given, next(values)
 
