@@ -36,6 +36,19 @@ from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
 from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
+from sortal.training.fitting import (
+    ANEW,
+    check_dtypes,
+    check_paths,
+    check_shapes,
+    check_updates,
+    dtype,
+    dtypes,
+    is_array,
+    is_leaf,
+    odd_shapes,
+    same_shape,
+)
 
 
 class Hyperparam(OptArray):
@@ -123,7 +136,7 @@ class Optimizer(Pytree):
         self.tx = static(tx if groups is None else groups)
         self.wrt = static(wrt)
         self._trained = static(plain_leaf_schema(params.schema.paths))
-        self._dtypes = static(tuple(map(_dtypes, params.values_list())))
+        self.dtypes = static(tuple(map(dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
         divided = _divide(self.tx, groups, params)
         parts = _parts(params, [at for _, at in divided])
@@ -132,7 +145,7 @@ class Optimizer(Pytree):
             for (t, _), part in zip(divided, parts, strict=True)
         )
         self.opt_state = states[0] if groups is None else states
-        self._odd = static(frozenset(_odd_shapes(params, self.opt_state)))
+        self._odd = static(frozenset(odd_shapes(params, self.opt_state)))
 
     def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> State:
         """One step: changes the model's parameters and this optimizer's state.
@@ -169,17 +182,17 @@ class Optimizer(Pytree):
                 "optimizer.update(model, grads)."
             )
         targets, params = _chosen(model, self.wrt)
-        _check_paths(
+        check_paths(
             "the model's trainable leaves",
             params.schema,
             self._trained,
-            _ANEW,
+            ANEW,
         )
-        _check_dtypes(params, self._dtypes)
+        check_dtypes(params, self.dtypes)
         gradients = _gradients(grads, params)
         several = _groups(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
-        _check_shapes(params, self.opt_state, self._odd)
+        check_shapes(params, self.opt_state, self._odd)
         updates: list[Any] = [None] * len(targets)
         values: list[Any] = [None] * len(targets)
         steps = []
@@ -200,7 +213,7 @@ class Optimizer(Pytree):
             targets += step.targets
             values += step.values
             steps.append(step)
-        _check_updates(params.schema, params.values_list(), updates)
+        check_updates(params.schema, params.values_list(), updates)
         # All in one write, so that an error leaves model and optimizer unchanged.
         store_all([Leaves([*targets, self.step])], [*values, self.step.value + 1])
         if any(step.replaced is not None for step in steps):
@@ -209,7 +222,7 @@ class Optimizer(Pytree):
                 for step, kept in zip(steps, stored, strict=True)
             )
             self.opt_state = now[0] if several is None else now
-            self._odd = static(frozenset(_odd_shapes(params, self.opt_state)))
+            self._odd = static(frozenset(odd_shapes(params, self.opt_state)))
         return snapshot(params.schema, updates)
 
     def optax_state(self, model: Any) -> Any:
@@ -238,9 +251,7 @@ class Optimizer(Pytree):
           0
         """
         _, params = _chosen(model, self.wrt)
-        _check_paths(
-            "the model's trainable leaves", params.schema, self._trained, _ANEW
-        )
+        check_paths("the model's trainable leaves", params.schema, self._trained, ANEW)
         several = _groups(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
         divided = _divide(self.tx, several, params)
@@ -250,12 +261,6 @@ class Optimizer(Pytree):
             for kept, part in zip(stored, parts, strict=True)
         )
         return states[0] if several is None else states
-
-
-_ANEW = (
-    "Make a new Optimizer after changing the model, or pass the model that this one "
-    "was made for."
-)
 
 
 # ------------------------------------------------------------------ what is trained
@@ -280,7 +285,7 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
         f"{schema.describe(i)}: {describe(value)}"
         for i, value in enumerate(params.values_list())
         if not all(
-            jnp.issubdtype(_dtype(x), jnp.inexact) for x in jax.tree.leaves(value)
+            jnp.issubdtype(dtype(x), jnp.inexact) for x in jax.tree.leaves(value)
         )
     ]
     if bad:
@@ -300,14 +305,6 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
             f"{listing(stuck)}\nHold them in Variables, such as Param(array)."
         )
     return leaves, params
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-
-
-def _dtypes(value: Any) -> tuple[Any, ...]:
-    return tuple(map(_dtype, jax.tree.leaves(value)))
 
 
 def _check_transformations(tx: Any, groups: Any) -> None:
@@ -425,7 +422,7 @@ def _gradients(grads: Any, params: State) -> State:
     schema = params.schema
     given = as_state(_as_mapping(grads, (), schema))
     if given.schema is not schema:
-        _check_paths(
+        check_paths(
             "the gradients",
             given.schema,
             schema,
@@ -437,7 +434,7 @@ def _gradients(grads: Any, params: State) -> State:
         for i, (p, g) in enumerate(
             zip(params.values_list(), given.values_list(), strict=True)
         )
-        if not _same_shape(p, g)
+        if not same_shape(p, g)
     ]
     if bad:
         raise OptimizerError(
@@ -453,103 +450,11 @@ def _as_mapping(grads: Any, path: Path, params: Schema) -> Any:
         return grads
     if has_plan(grads):
         return state_of(grads)
-    if isinstance(grads, (list, tuple)) and not any(map(_is_array, grads)):
+    if isinstance(grads, (list, tuple)) and not any(map(is_array, grads)):
         grads = dict(enumerate(grads))
     if not isinstance(grads, Mapping):
         return grads
     return {k: _as_mapping(x, (*path, k), params) for k, x in grads.items()}
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (bool, int, float, complex)) or hasattr(x, "dtype")
-
-
-def _same_shape(p: Any, g: Any) -> bool:
-    try:
-        return p.shape == g.shape
-    except AttributeError:
-        pass  # numbers, and small pytrees of arrays
-    if jax.tree.structure(p) != jax.tree.structure(g):
-        return False
-    pairs = zip(jax.tree.leaves(p), jax.tree.leaves(g), strict=True)
-    return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs)
-
-
-def _check_dtypes(params: State, made_for: tuple[Any, ...]) -> None:
-    rows = [
-        f"{params.schema.describe(i)} is {describe(p)}, was {', '.join(map(str, was))}"
-        for i, (p, was) in enumerate(zip(params.values_list(), made_for, strict=True))
-        if _dtypes(p) != was
-    ]
-    if rows:
-        raise OptimizerError(
-            "the model's trainable leaves have other dtypes than when the optimizer "
-            f"was made:\n{listing(rows)}\n{_ANEW}"
-        )
-
-
-def _odd_shapes(params: State, opt_state: Any) -> dict[tuple[int, Path], str]:
-    """The leaves of optax's State at a parameter's path that have another shape.
-
-    They are known by their places. What optax makes in the parameter's shape it keeps
-    so; but shapes themselves differ inside ``vmap`` and ``shard_map`` from those at the
-    start.
-    """
-    values, index = params.values_list(), params.schema.index
-    found = {}
-    parts, _ = jtu.tree_flatten_with_path(opt_state, is_leaf=_is_leaf)
-    for n, (keys, part) in enumerate(parts):
-        if not isinstance(part, State):
-            continue
-        for path, kept in zip(part.schema.paths, part.values_list(), strict=True):
-            at = index.get(path)
-            if at is not None and not _same_shape(values[at], kept):
-                found[n, path] = (
-                    f"{params.schema.describe(at)} is {describe(values[at])}, its "
-                    f"state in opt_state{jtu.keystr(keys)} is {describe(kept)}"
-                )
-    return found
-
-
-def _check_shapes(params: State, opt_state: Any, odd: frozenset[Any]) -> None:
-    rows = [row for at, row in _odd_shapes(params, opt_state).items() if at not in odd]
-    if rows:
-        raise OptimizerError(
-            "the model's trainable leaves have other shapes than when the optimizer "
-            f"was made:\n{listing(rows)}\n{_ANEW}"
-        )
-
-
-def _check_updates(schema: Schema, values: list[Any], updates: list[Any]) -> None:
-    bad = [
-        f"{schema.describe(i)} is {describe(p)}, its update {describe(u)}"
-        for i, (p, u) in enumerate(zip(values, updates, strict=True))
-        if not _same_shape(p, u)
-    ]
-    if bad:
-        raise OptimizerError(
-            "updates must have the shapes of their parameters; the transformation "
-            f"made:\n{listing(bad)}\nNothing was changed."
-        )
-
-
-def _check_paths(what: str, found: Schema, expected: Schema, advice: str) -> None:
-    if found.paths == expected.paths or found.index.keys() == expected.index.keys():
-        return
-    rows = [
-        f"missing: {expected.describe(i)}"
-        for i, path in enumerate(expected.paths)
-        if path not in found.index
-    ]
-    rows += [
-        f"unknown: {found.describe(i)}"
-        for i, path in enumerate(found.paths)
-        if path not in expected.index
-    ]
-    raise OptimizerError(
-        f"{what} are not those that the optimizer trains; found:\n{listing(rows)}\n"
-        f"{advice}"
-    )
 
 
 def _reordered(state: State, schema: Schema) -> State:
@@ -594,12 +499,8 @@ def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
     )
 
 
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, State) or is_variable(x)
-
-
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    return jtu.tree_flatten(tree, is_leaf=_is_leaf)
+    return jtu.tree_flatten(tree, is_leaf=is_leaf)
 
 
 def _pairs(
@@ -642,7 +543,7 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
 
-    return jtu.tree_map_with_path(store, tree, is_leaf=_is_leaf)
+    return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
 
 
 def _kept(schema: Schema) -> Schema:
