@@ -90,6 +90,7 @@ ORDER = (
     "sortal.sharding.presets",
     "sortal.sharding.report",
     "sortal.sharding.specs",
+    "sortal.training.fitting",
     "sortal.training.optimizer",
     "sortal.training.ema",
     "sortal.training.metrics",

@@ -29,6 +29,7 @@ from sortal._engine.nodes import Handler, Node, register_node
 from sortal._engine.state import State
 from sortal._engine.statics import Metadata, is_hashable
 from sortal.errors import UnsupportedError
+from sortal.module import Module
 from sortal.nn.lora import LoRAParam
 from sortal.transforms import autodiff
 from sortal.transforms._adapter import prefixes
@@ -254,6 +255,7 @@ def register() -> None:
         for name in names:
             pair(getattr(_kinds, name), getattr(theirs, name))
     pair(LoRAParam, nnx.LoRAParam)
+    pair(Module, nnx.Module)
     register_native(nnx.Carry, lambda _: prefixes.Carry)
     register_native(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
     register_native(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))

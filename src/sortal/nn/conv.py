@@ -461,6 +461,7 @@ def _folded(y: Any, periods: list[int], odd_last: bool) -> jax.Array:
         sides.append((less, more) if odd_last else (more, less))
     y = jnp.pad(y, [(0, 0), *sides, (0, 0)])
     for axis, period in enumerate(periods, 1):
-        shape = (*y.shape[:axis], -1, period, *y.shape[axis + 1 :])
+        periods_there = y.shape[axis] // period
+        shape = (*y.shape[:axis], periods_there, period, *y.shape[axis + 1 :])
         y = y.reshape(shape).sum(axis=axis)
     return y

@@ -227,3 +227,27 @@ class LoRALinear(Linear):
           ArgumentError: the last axis has another size.
         """
         return super().__call__(x, out_sharding) + self.lora(x)
+
+    def merge(self) -> Linear:
+        """A Linear whose kernel holds the update: what to deploy after fine-tuning.
+
+        Returns:
+          A Linear with Variables of its own; this layer is left as it is.
+
+        Example:
+          >>> import sortal as nnx
+          >>> layer = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
+          >>> nnx.state(layer.merge()).paths()
+          (('bias',), ('kernel',))
+        """
+        made = Linear.__new__(Linear)
+        for name, value in vars(self).items():
+            if name not in ("kernel", "bias", "lora"):
+                setattr(made, name, value)
+        old: Any = self.kernel[...]
+        wide = jnp.promote_types(old.dtype, jnp.float32)
+        a, b = (jnp.asarray(x[...], wide) for x in (self.lora.lora_a, self.lora.lora_b))
+        new = old.astype(wide) + jnp.matmul(a, b, precision="highest")
+        made.kernel = self.kernel.replace(new.astype(old.dtype))
+        made.bias = None if self.bias is None else self.bias.replace()
+        return made

@@ -67,7 +67,7 @@ class MultiHeadAttention(Module):
         promote to.
       param_dtype: dtype of the parameters.
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
-      dropout_rate: the probability that a weight is dropped; less than 1.
+      dropout_rate: the probability that a weight is dropped; 1 drops all.
       deterministic: True disables dropout; None leaves it to the call.
         ``model.train()`` and ``model.eval()`` set it.
       precision: as for ``jax.lax.dot_general``.

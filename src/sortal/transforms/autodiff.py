@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from sortal._engine.foreign import to_native
+from sortal._engine.paths import PathKey
+from sortal._engine.schema import Schema, select
 from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe, is_variable
 from sortal._nnx_names import refuse_unknown
@@ -296,24 +298,32 @@ class FlatCall:
             for c in find_flat_modules(numbers)
             for k, at in zip(c.definition.leaves, c.values, strict=True)
         }
-        self.taken: list[tuple[DiffState, Any, bool]] = []
+        self.taken: list[tuple[DiffState, Schema, bool]] = []
         layouts = [self._layout(numbers[0][diff.argnum], diff) for diff in chosen]
         self._refuse_others(layouts, [diff.argnum for diff in chosen])
         self.chosen = Chosen(layouts, self.leaves)
         self.inputs = [self.leaves[k] for k in self.chosen.order]
 
     def _layout(self, numbers: Any, diff: DiffState) -> Any:
-        return jtu.tree_map(
-            lambda x: self._take(x.definition.number, diff) if is_flat_module(x) else x,
+        return jtu.tree_map_with_path(
+            lambda keys, x: (
+                self._take(x.definition.number, diff, keys) if is_flat_module(x) else x
+            ),
             numbers,
             is_leaf=is_flat_module,
         )
 
-    def _take(self, number: int, diff: DiffState) -> Taken:
+    def _take(self, number: int, diff: DiffState, keys: tuple[Any, ...]) -> Taken:
         plan = self.bound.plans[number]
-        selection, _ = plan.pick((diff.filter,))
-        schema, mine = selection.parts[0]
-        self.taken.append((diff, plan, bool(mine)))
+        whole = plan.graphdef.schema
+        if keys:
+            # A container of modules is a model: filters see paths from it.
+            whole = whole.memo(("at", keys), lambda: _moved(whole, keys))
+            found = select(whole, (diff.filter,), plan.view)
+        else:
+            found, _ = plan.pick((diff.filter,))
+        schema, mine = found.parts[0]
+        self.taken.append((diff, whole, bool(mine)))
         values = plan.values()
         bad = [
             f"{schema.describe(i)}: {describe(values[j])}"
@@ -325,7 +335,8 @@ class FlatCall:
                 f"wrt={diff.filter!r} takes leaves that cannot be differentiated:\n"
                 f"{listing(bad)}\nGive them another kind than Param, or narrow wrt."
             )
-        return Taken(schema, [self._numbers[identity(plan.leaves[j])] for j in mine])
+        own = plan.graphdef.schema.pick(mine) if keys else schema
+        return Taken(own, [self._numbers[identity(plan.leaves[j])] for j in mine])
 
     def _refuse_others(self, layouts: list[Any], argnums: list[int]) -> None:
         bad = [
@@ -341,22 +352,24 @@ class FlatCall:
             )
 
     def refuse_untaken(self, *, each: bool) -> None:
-        """Refuses filters that take nothing: of any module, or of all together.
+        """Refuses filters that take nothing: of any argument, or of all together.
 
         Args:
-          each: whether every module must have a leaf that is taken, or just one.
+          each: whether every argument with modules must have a leaf that is taken, or
+            just one.
 
         Raises:
           FilterError: the leaves that there are instead are listed.
         """
-        without = [(diff, plan) for diff, plan, some in self.taken if not some]
-        if not without or not (each or len(without) == len(self.taken)):
+        taking = {diff.argnum for diff, _, some in self.taken if some}
+        without = [(d, s) for d, s, _ in self.taken if d.argnum not in taking]
+        if not without or (taking and not each):
             return
         diff, _ = without[0]
         rows = {
             f"{d.argnum}: {schema.describe(i)}": schema.describe(i)
-            for d, plan in without[: 1 if each else None]
-            for schema in (plan.graphdef.schema,)
+            for d, schema in without
+            if not each or d.argnum == diff.argnum
             for i in range(len(schema))
         }
         of = f"argument {diff.argnum}" if each else "the modules among the primals"
@@ -387,6 +400,21 @@ class FlatCall:
             leaves[k] = x
         args, kwargs = self.treedef.unflatten(leaves)
         return run(fn, args, kwargs)
+
+
+def _moved(schema: Schema, keys: tuple[Any, ...]) -> Schema:
+    """The schema of a module as it is seen from the container that holds it."""
+    at: list[Any] = []
+    for key in keys:
+        if isinstance(key, PathKey):
+            at += key.path
+        else:
+            at.append(next(getattr(key, n) for n in _ENTRIES if hasattr(key, n)))
+    paths = [(*at, *path) for path in schema.paths]
+    return Schema.of(paths, schema.kinds, schema.metadata)
+
+
+_ENTRIES = ("idx", "key", "name")
 
 
 def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[..., Any]:
