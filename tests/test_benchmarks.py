@@ -203,3 +203,12 @@ def test_flatness_judges_from_a_thousand_leaves():
 
 def test_numbers_are_short():
     assert [number(x) for x in (None, 1234.6, 1.23456)] == ["-", "1,235", "1.23"]
+
+
+def test_calls_over_several_devices_are_timed_beside_raw_jax(capsys) -> None:
+    from benchmarks import sharded
+
+    assert sharded.main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    assert sharded.STEP in out
+    assert "at most 1.15" in out

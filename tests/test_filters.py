@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import sortal
@@ -524,3 +524,62 @@ def test_any_and_all_of_the_same_are_different_filters():
     assert sortal.Any("a", "b") != sortal.All("a", "b")
     assert sortal.Any("a", "b") != sortal.Any("b", "a")
     assert sortal.Any("a") != sortal.Not("a")
+
+
+# --------------------------------------------------------------------------- globs
+def fits_entry(entry, text):
+    """An entry by the grammar: characters, escaped ones, and stars."""
+    if not entry:
+        return not text
+    if entry[0] == "*":
+        return any(fits_entry(entry[1:], text[i:]) for i in range(len(text) + 1))
+    char, rest = (entry[1], entry[2:]) if entry[0] == "\\" else (entry[0], entry[1:])
+    return text[:1] == char and fits_entry(rest, text[1:])
+
+
+def fits(entries, keys):
+    if not entries:
+        return not keys
+    if entries[0] == "**":
+        return any(fits(entries[1:], keys[i:]) for i in range(len(keys) + 1))
+    more = bool(keys) and fits_entry(entries[0], str(keys[0]))
+    return more and fits(entries[1:], keys[1:])
+
+
+pieces = st.sampled_from(["a", "b", "*", "?", "[ab]", "[", r"\.", r"\*", r"\\", "0"])
+entry = st.lists(pieces, min_size=1, max_size=3).map("".join) | st.just("**")
+entries = st.lists(entry, min_size=1, max_size=5)
+texts = st.text("ab.*\\?[]0\0\1\n", max_size=3)
+keys = st.lists(texts | st.integers(0, 1) | st.none(), max_size=5).map(tuple)
+
+
+@settings(deadline=None, max_examples=400)
+@given(entries, keys)
+def test_a_glob_fits_what_a_plain_recursive_matcher_fits(entries, path):
+    pattern = ".".join(entries)
+    assert sortal.At(pattern)(path, 1.0) == fits(entries, path)
+    below = any(fits(entries, path[:n]) for n in range(len(path) + 1))
+    assert sortal.Under(pattern)(path, 1.0) == below
+
+
+def test_only_stars_are_special_and_a_backslash_makes_them_ordinary():
+    assert not sortal.At("l?")(("l1",), 1.0)
+    assert sortal.At("l?")(("l?",), 1.0)
+    assert not sortal.Under("[ab]")(("a", "w"), 1.0)
+    assert sortal.At(r"table.a\.b")(("table", "a.b"), 1.0)
+    assert not sortal.At(r"table.a\.b")(("table", "a", "b"), 1.0)
+    assert sortal.Under(r"\*")(("*", "w"), 1.0)
+    assert not sortal.Under(r"\*")(("x", "w"), 1.0)
+
+
+@pytest.mark.parametrize("text", ["a\\", r"a\b", r"\d.w", "a..b", "", ".", r"a.\[b"])
+def test_a_malformed_glob_is_refused_with_the_grammar(text):
+    for kind in (sortal.At, sortal.Under):
+        with pytest.raises(FilterError, match="entries joined by single dots"):
+            kind(text)
+
+
+def test_a_glob_with_many_stars_ends_soon():
+    path = ("a" * 60,) * 60
+    assert not sortal.At("**." + "*a*b*." * 8 + "**.**.**.z")(path, 1.0)
+    assert not sortal.At("*a" * 30 + "b")(("a" * 200,), 1.0)

@@ -19,6 +19,7 @@ if _TYPE_CHECKING:
     from sortal import module as module
     from sortal import nn as nn
     from sortal import nnx as nnx
+    from sortal import sharding as sharding
     from sortal import transforms as transforms
     from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
     from sortal._engine.annotations import with_metadata as with_metadata
@@ -166,6 +167,14 @@ if _TYPE_CHECKING:
     from sortal.sharding.mesh_axes import logical_axis_rules as logical_axis_rules
     from sortal.sharding.mesh_axes import use_eager_sharding as use_eager_sharding
     from sortal.sharding.mesh_axes import using_eager_sharding as using_eager_sharding
+    from sortal.sharding.placing import abstract as abstract
+    from sortal.sharding.placing import constrain as constrain
+    from sortal.sharding.placing import init_sharded as init_sharded
+    from sortal.sharding.placing import named_shardings as named_shardings
+    from sortal.sharding.placing import shard as shard
+    from sortal.sharding.placing import specs as specs
+    from sortal.sharding.report import assert_sharded as assert_sharded
+    from sortal.sharding.report import sharding_report as sharding_report
     from sortal.sharding.specs import as_abstract as as_abstract
     from sortal.sharding.specs import get_abstract_model as get_abstract_model
     from sortal.sharding.specs import get_named_sharding as get_named_sharding
@@ -194,6 +203,8 @@ if _TYPE_CHECKING:
     from sortal.transforms.derivatives import linearize as linearize
     from sortal.transforms.derivatives import make_jaxpr as make_jaxpr
     from sortal.transforms.derivatives import vjp as vjp
+    from sortal.transforms.export import Exported as Exported
+    from sortal.transforms.export import export as export
     from sortal.transforms.mapping import shard_map as shard_map
     from sortal.transforms.mapping import vmap as vmap
     from sortal.transforms.remat import remat as remat

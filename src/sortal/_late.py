@@ -23,7 +23,7 @@ def contents(files: Mapping[str, str]) -> dict[str, str]:
 
 TABLE = contents(
     {
-        "sortal": "checkpoint decoding errors module nn nnx transforms",
+        "sortal": "checkpoint decoding errors module nn nnx sharding transforms",
         "sortal._engine.annotations": "PARTITION_NAME with_metadata with_partitioning",
         "sortal._engine.graphdef": "GraphDef",
         "sortal._engine.nodes": "register_node",
@@ -79,6 +79,10 @@ TABLE = contents(
         "sortal.policy.policy": "Policy",
         "sortal.policy.rule": "Rule",
         "sortal.random": "RngStream Rngs fork_rngs reseed restore_rngs split_rngs",
+        "sortal.sharding.placing": (
+            "abstract constrain init_sharded named_shardings shard specs"
+        ),
+        "sortal.sharding.report": "assert_sharded sharding_report",
         "sortal.sharding.mesh_axes": (
             "logical_axis_rules use_eager_sharding using_eager_sharding"
         ),
@@ -96,6 +100,7 @@ TABLE = contents(
         "sortal.transforms.control": "cond fori_loop switch while_loop",
         "sortal.transforms.custom": "custom_jvp custom_vjp",
         "sortal.transforms.derivatives": "jvp linearize make_jaxpr vjp",
+        "sortal.transforms.export": "Exported export",
         "sortal.transforms.mapping": "shard_map vmap",
         "sortal.transforms.remat": "remat",
         "sortal.transforms.retrace": "RetraceWarning explain_retrace",

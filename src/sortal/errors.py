@@ -100,8 +100,12 @@ class PolicyError(SortalError, ValueError):
     """A Rule or kind says what no pipeline can do, or a leaf has no answer."""
 
 
+class ShardingError(SortalError, ValueError):
+    """A partition spec does not fit its leaf or the mesh, or nothing is sharded."""
+
+
 class GradientError(SortalError, TypeError):
-    """A leaf chosen for differentiation cannot be differentiated."""
+    """A loss, or what it is to be differentiated by, has no gradient."""
 
 
 class OptimizerError(SortalError, ValueError):

@@ -13,7 +13,7 @@ from sortal._engine import paths
 from sortal._engine.foreign import handler_of_kind, is_kind
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, is_variable, metadata_of, value_of
-from sortal.errors import FilterError
+from sortal.errors import ArgumentError, FilterError
 
 Kind = type | None
 
@@ -244,14 +244,16 @@ class PathIn(Filter):
 
 @dataclass(frozen=True, repr=False)
 class At(Filter):
-    """Takes leaves whose whole path fits a glob.
+    r"""Takes leaves whose whole path fits a glob.
 
     Args:
       pattern: entries joined by dots; ``*`` is one entry or part of one, ``**`` any
-        number of entries.
+        number of entries. A backslash before a dot, a star or a backslash makes it part
+        of a key: ``At(r"table.a\.b")``. Nothing else is special.
 
     Raises:
-      FilterError: the pattern is empty or has an empty entry.
+      FilterError: the pattern is empty, has an empty entry, or a backslash before
+        another character.
 
     Example:
       >>> import sortal as nnx
@@ -262,10 +264,10 @@ class At(Filter):
     pattern: str
 
     def __post_init__(self) -> None:
-        _check_path_text(self, self.pattern)
+        _check_glob(self, self.pattern)
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.matches(self.pattern, path)
+        return paths.glob(self.pattern)(paths.joined(path))
 
     def __repr__(self) -> str:
         return f"At({self.pattern!r})"
@@ -276,10 +278,10 @@ class Under(Filter):
     """Takes the leaf at a path and all leaves below it.
 
     Args:
-      prefix: a path such as ``"encoder.layers.0"``.
+      prefix: a path such as ``"encoder.layers.0"``, or a glob as in ``At``.
 
     Raises:
-      FilterError: the prefix is empty or has an empty entry.
+      FilterError: as for ``At``.
 
     Example:
       >>> import sortal as nnx
@@ -290,10 +292,10 @@ class Under(Filter):
     prefix: str
 
     def __post_init__(self) -> None:
-        _check_path_text(self, self.prefix)
+        _check_glob(self, self.prefix)
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.matches(self.prefix + ".**", path)
+        return paths.glob(self.prefix, True)(paths.joined(path))
 
     def covers(self, other: Filter) -> bool:
         if isinstance(other, Under):
@@ -534,9 +536,9 @@ def _with_no_arguments(cls: type[Filter]) -> Filter:
 to_predicate = to_filter
 
 
-def _check_path_text(filter: Filter, text: str) -> None:
-    if not text or not all(text.split(".")):
-        raise FilterError(
-            f"{type(filter).__name__}({text!r}): a path is entries joined by single "
-            "dots, such as 'encoder.layers.0.kernel'."
-        )
+def _check_glob(filter: Filter, text: str) -> None:
+    try:
+        paths.glob(text)
+    except ArgumentError as error:
+        what = str(error).removeprefix(f"{text!r}: ")
+        raise FilterError(f"{type(filter).__name__}({text!r}): {what}") from None

@@ -10,17 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from sortal._engine.foreign import same_kind
-from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, picker, store_all
 from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
-from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.state import State, as_state, one_or_all, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import FilterError, MergeError, StructureError, UpdateError, listing
+from sortal.errors import (
+    ArgumentError,
+    FilterError,
+    MergeError,
+    StructureError,
+    UpdateError,
+    listing,
+)
 
 _Getter = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -51,10 +58,7 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """
     if _unknown:
         refuse_unknown("state", _unknown)
-    found, leaves = bind(node).pick(filters or _ALL)
-    if len(leaves) == 1:
-        return snapshot(found.parts[0][0], leaves[0].snapshot())
-    return tuple(_snapshots(found, leaves))
+    return one_or_all(_snapshots(*bind(node).pick(filters or _ALL)))
 
 
 _ALL = (...,)
@@ -168,7 +172,6 @@ def _values(given: list[State], match: _Match) -> list[Any]:
 
 def merge(
     graphdef: GraphDef,
-    state: Any,
     /,
     *states: Any,
     missing: Any = None,
@@ -178,8 +181,7 @@ def merge(
 
     Args:
       graphdef: what ``split`` returned first.
-      state: a State or nested dict of leaves.
-      *states: more of them.
+      *states: States or nested dicts of leaves.
       missing: where leaves that no state holds come from: a State, or a function of
         (path, kind) that returns a value. Without it a missing leaf is an error.
 
@@ -187,6 +189,7 @@ def merge(
       The new model.
 
     Raises:
+      ArgumentError: the first argument is no GraphDef, or another no State.
       MergeError: leaves are missing, unknown, given twice or of the wrong kind; all
         of them are listed.
 
@@ -197,7 +200,13 @@ def merge(
       Param(float32[2,3])
     """
     refuse_unknown("merge", _unknown)
-    given = [as_state(s) for s in (state, *states)]
+    if not isinstance(graphdef, GraphDef):
+        raise ArgumentError(
+            f"merge takes a GraphDef first; found a {type(graphdef).__name__}. Write "
+            "merge(graphdef, state, ...), or merge(*parts) for the tuple of parts that "
+            "split returned."
+        )
+    given = [as_state(s) for s in states]
     schema, match = graphdef.schema, _match(graphdef, given)
     if match.missing and missing is not None:
         given.append(_taken_from(missing, schema, match.missing))
@@ -351,7 +360,7 @@ def pop(node: Any, *filters: Any) -> Any:
     check_writable(plan.leaves[entry.ref] for _, _, entry in places)
     for record, holder, entry in places:
         record.handler.remove(holder, entry.key)
-    return states[0] if len(states) == 1 else tuple(states)
+    return one_or_all(states)
 
 
 def clone(
@@ -402,11 +411,10 @@ def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """
     refuse_unknown("variables", _unknown)
     found, leaves = bind(node).pick(filters or _ALL)
-    states = [
+    return one_or_all(
         State.from_flat_path(zip(schema.paths, map(held, mine), strict=True))
         for (schema, _), mine in zip(found.parts, leaves, strict=True)
-    ]
-    return states[0] if len(states) == 1 else tuple(states)
+    )
 
 
 def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
@@ -426,25 +434,14 @@ def iter_graph(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Any]]:
     refuse_unknown("iter_graph", _unknown)
     plan = bind(node)
     nodes = plan.nodes_of(node)
-    seen: set[tuple[int, int]] = set()
-    # A stack of (entry, path, whether its children were met), so that no depth is too
-    # deep.
-    todo: list[tuple[Entry, Path, bool]] = [(plan.graphdef.root, (), False)]
-    while todo:
-        entry, path, left = todo.pop()
-        _, what, ref = entry
-        if left:
-            yield path, nodes[ref]
-        elif what == STATIC or (what, ref) in seen:
+    around: list[tuple[Path, Any]] = []  # what the next place may still lie in
+    for path, (_, what, ref), first in plan.graphdef.places():
+        if what == STATIC or first != path:
             continue
-        elif what == LEAF:
-            seen.add((what, ref))
-            yield path, held(plan.leaves[ref])
-        else:
-            seen.add((what, ref))
-            record = plan.graphdef.records[ref]
-            below = [(e, record.below(path, e.key), False) for e in record.entries]
-            todo += [(entry, path, True), *reversed(below)]
+        while around and path[: len(around[-1][0])] != around[-1][0]:
+            yield around.pop()
+        around.append((path, held(plan.leaves[ref]) if what == LEAF else nodes[ref]))
+    yield from reversed(around)
 
 
 def iter_nodes(node: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:

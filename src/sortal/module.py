@@ -10,12 +10,13 @@ from typing import Any, Never, dataclass_transform
 import jax
 import jax.numpy as jnp
 
+from sortal._engine.foreign import is_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
-from sortal._engine.nodes import Node, get_dict, leaf_types
-from sortal._engine.paths import Path, PathKey
-from sortal._engine.plan import build, plan_of
+from sortal._engine.nodes import Node, get_dict, handler_of, leaf_types
+from sortal._engine.paths import Path, PathKey, order
+from sortal._engine.plan import build, has_plan, plan_of
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StructureError, VariableError, listing
@@ -307,7 +308,11 @@ def iter_modules(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Module
     """
     if _unknown:
         refuse_unknown("iter_modules", _unknown)
-    return iter_nodes(node, lambda x: isinstance(x, Module))
+    return iter_nodes(node, _is_module)
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, Module) or is_kind(type(x), Module)  # Flax's is its pair
 
 
 def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Module]]:
@@ -330,8 +335,10 @@ def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Mod
     """
     if _unknown:
         refuse_unknown("iter_children", _unknown)
-    attributes = sorted(get_dict(node).items())
-    return ((name, x) for name, x in attributes if isinstance(x, Module))
+    handler = handler_of(node)
+    attributes = handler.items(node) if has_plan(node) else {}
+    pairs = sorted(attributes.items(), key=lambda pair: order(pair[0]))
+    return ((name, x) for name, x in pairs if _is_module(x))
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def test_everything_is_on_disk_before_the_manifest_gets_its_name(tmp_path, monke
         "small": nnx.Cache(jnp.ones(2)),
     }
     path = nnx.save(tmp_path, root, step=0).path
-    assert len(list(path.rglob("c.*"))) > 5
+    assert len(list(path.rglob("c.*"))) == 5
     due = {p.stat().st_ino for p in path.rglob("*")}
     due |= {path.stat().st_ino, tmp_path.stat().st_ino}
     assert due <= set(before_commit) | {path.stat().st_ino}
@@ -125,3 +127,99 @@ def test_an_address_is_refused_rather_than_made_a_folder(call, tmp_path, monkeyp
 def test_a_colon_in_a_name_is_no_address(tmp_path):
     assert files.local(tmp_path / "a:b" / "c").name == "c"
     assert files.local("2026-11-25T10:00:00/run").is_absolute()
+
+
+def test_a_path_above_and_the_home_folder_are_what_a_shell_makes_of_them(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    big = {"x": nnx.Param(jnp.arange(1_100_000))}
+    assert nnx.save("../run", big, step=1).path == tmp_path / "run" / "1"
+    assert nnx.restore("../a/../run", big).step == 1
+    nnx.save("~/run", big, step=2)
+    assert files.steps(tmp_path / "home" / "run") == [2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "home", "run"]
+    # Above a link is above what it leads to, as for the system.
+    (tmp_path / "a" / "b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    assert files.local(tmp_path / "link" / ".." / "x") == tmp_path / "a" / "x"
+
+
+def test_a_path_with_a_zero_byte_is_refused():
+    with pytest.raises(ArgumentError, match="no zero bytes"):
+        nnx.restore("a\0b", nnx.Rngs(0))
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(nnx.errors.SaveError, match="cannot write to"):
+        nnx.save(run, nnx.Rngs(0), step=0)
+    assert (tmp_path / "mine").read_text() == "mine"
+    (run / ".lock").unlink()
+    os.mkfifo(run / ".lock")
+    with pytest.raises(nnx.errors.SaveError, match="not a regular file"):
+        nnx.save(run, nnx.Rngs(0), step=0)
+
+
+def test_a_file_system_without_locks_is_no_other_writer(tmp_path, monkeypatch):
+    def unsupported(file, how):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(nnx.errors.SaveError, match="system without locks") as caught:
+        nnx.save(tmp_path, nnx.Rngs(0), step=0)
+    assert not isinstance(caught.value, nnx.errors.WriterError)
+
+
+def test_a_leftover_that_cannot_be_removed_is_told_and_blocks_no_save(
+    tmp_path, monkeypatch
+):
+    left = tmp_path / "1" / "arrays-0123456789abcdef"
+    left.mkdir(parents=True)
+    real = files.shutil.rmtree
+
+    def denied(path):
+        if path == left:
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path)
+
+    monkeypatch.setattr(files.shutil, "rmtree", denied)
+    with pytest.warns(UserWarning, match="cannot be removed: .*0123456789abcdef"):
+        nnx.save(tmp_path, nnx.Rngs(0), step=2)
+    assert files.steps(tmp_path) == [2]
+
+
+def test_a_sync_that_fails_after_the_commit_says_that_the_step_is_there(
+    tmp_path, monkeypatch
+):
+    real = files.sync
+
+    def failing(path):
+        if path.name == "1" and (path / "manifest.json").exists():
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(files, "sync", failing)
+    with pytest.raises(nnx.errors.SaveError, match="can be restored, but") as caught:
+        nnx.save(tmp_path, nnx.Rngs(0), step=1)
+    assert "nothing was committed" not in str(caught.value)
+    assert nnx.restore(tmp_path, nnx.Rngs(1)).step == 1
+
+
+def test_a_sync_that_fails_in_any_way_commits_nothing(tmp_path, monkeypatch):
+    real = files.sync
+
+    def failing(path):
+        if path.name == "c.0":
+            raise MemoryError
+        real(path)
+
+    monkeypatch.setattr(files, "sync", failing)
+    with pytest.raises(nnx.errors.SaveError, match="nothing was committed"):
+        nnx.save(tmp_path, nnx.Rngs(0), step=1)
+    assert files.steps(tmp_path) == []

@@ -406,3 +406,31 @@ def test_fill_gives_what_the_checkpoint_lacks(tmp_path):
         pytest.raises(RestoreError, match="something of another shape"),
     ):
         nnx.restore(tmp_path, into, fill=lambda path, kind: jnp.ones(3))
+
+
+def test_rename_names_keys_of_digits_and_with_dots(tmp_path):
+    """``['0']`` is the key "0", where a bare 0 is an index."""
+    odd = {
+        "0": jnp.ones(1),
+        "a.b": jnp.ones(2),
+        "c": {"'": jnp.ones(3), "": jnp.ones(4)},
+    }
+    plain = {"x": jnp.zeros(1), "y": jnp.zeros(2), "z": [jnp.zeros(3), jnp.zeros(4)]}
+    table = {"['0']": "x", "['a.b']": "y", 'c["\'"]': "z.0", "c['']": "z.1"}
+    nnx.save(tmp_path / "odd", odd, step=0)
+    nnx.restore(tmp_path / "odd", plain, rename=table)
+    assert [plain["x"].sum(), plain["y"].sum()] == [1, 2]
+    assert [x.sum() for x in plain["z"]] == [3, 4]
+    nnx.save(tmp_path / "plain", {**plain, "x": jnp.full(1, 7.0)}, step=0)
+    back = {new: old for old, new in table.items()}
+    nnx.restore(tmp_path / "plain", odd, rename=back)
+    assert odd["0"].sum() == 7
+
+
+@pytest.mark.parametrize("pattern", ["a..b", ".a", "a.", "['a", "['a'", "a['b']c"])
+def test_a_pattern_that_is_none_is_refused(tmp_path, pattern):
+    nnx.save(tmp_path, {"a": jnp.ones(1)}, step=0)
+    with pytest.raises(
+        RestoreError, match="is no pattern of a path: entries are joined"
+    ):
+        nnx.restore(tmp_path, {"a": jnp.ones(1)}, rename={pattern: "a"})

@@ -309,3 +309,32 @@ def test_restored_arrays_can_be_donated(tmp_path):
     y = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
     assert x.is_deleted()
     assert y.unsafe_buffer_pointer() == pointer
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (P("x"), "w: (7, 3) cannot be split so: "),
+        (P(None, None, None), "is for 3 axes, and the shape is (7, 3)"),
+        (P("y"), "does not fit the mesh; the model was left as it was: "),
+        ("x", "w: 'x', of the type str"),
+        (5, "w: 5, of the type int"),
+        (jax.devices()[0], "Device"),
+    ],
+    ids=str,
+)
+def test_a_sharding_that_does_not_fit_is_refused_before_anything_is_read(
+    tmp_path, given, message
+):
+    nnx.save(tmp_path, {"w": nnx.Param(jnp.ones((7, 3)))}, step=1)
+    into = {"w": nnx.Param(jnp.zeros((7, 3)))}
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        for read in (
+            lambda: nnx.restore(tmp_path, into, sharding=given),
+            lambda: nnx.load_state(tmp_path, sharding=given),
+        ):
+            with pytest.raises(RestoreError) as caught:
+                read()
+            assert message in str(caught.value)
+    assert not into["w"].value.any()

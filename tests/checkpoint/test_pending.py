@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
@@ -15,6 +18,7 @@ import pytest
 import sortal as nnx
 from benchmarks import faults
 from sortal.checkpoint import pending
+from sortal.checkpoint.layout import Layout
 from sortal.errors import SaveError, WriterError
 
 
@@ -133,12 +137,8 @@ nnx.save(where + "/good", nnx.Rngs(0), step=1, wait=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 nnx.save(where + "/bad", {"x": nnx.Param(jnp.ones(1_000_000))}, step=2, wait=False)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run(program, tmp_path)
+    assert done.returncode == 1
     assert nnx.restore(tmp_path / "good", nnx.Rngs(1)).step == 1
     assert "sortal: the save of step 2 to" in done.stderr
     assert "failed" in done.stderr
@@ -165,3 +165,194 @@ nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3_000_000))}, step=1, wait=Fals
     assert done.stderr == ""
     found = nnx.load_state(tmp_path)["x"].value
     np.testing.assert_array_equal(found, np.arange(3_000_000))
+
+
+def run(program, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_failure_at_exit_is_the_exit_code_and_other_handlers_run(tmp_path):
+    program = """
+import atexit, resource, sys
+import jax.numpy as jnp
+import sortal as nnx
+nnx.save
+atexit.register(lambda: print("goodbye"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+nnx.save(sys.argv[1], {"x": nnx.Param(jnp.ones(1_000_000))}, step=2, wait=False)
+"""
+    done = run(program, tmp_path)
+    assert done.returncode == 1
+    assert "sortal: the save of step 2 to" in done.stderr
+    assert done.stdout == "goodbye\n"
+
+
+@pytest.mark.parametrize("imported", ["nnx.save", ""])
+def test_a_save_in_a_handler_at_exit_is_done(tmp_path, imported):
+    program = f"""
+import atexit, sys
+import jax.numpy as jnp
+import sortal as nnx
+{imported}
+x = nnx.Param(jnp.arange(3_000_000))
+atexit.register(lambda: nnx.save(sys.argv[1], dict(x=x), step=1, wait=False))
+"""
+    done = run(program, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = nnx.load_state(tmp_path)["x"].value
+    np.testing.assert_array_equal(found, np.arange(3_000_000))
+
+
+@pytest.mark.parametrize("imported", ["nnx.save", ""])
+def test_a_failed_save_in_a_handler_at_exit_is_the_exit_code(tmp_path, imported):
+    (tmp_path / "file").write_text("")
+    program = f"""
+import atexit, resource, sys
+import jax.numpy as jnp
+import sortal as nnx
+{imported}
+def late():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    nnx.save(sys.argv[1], dict(x=nnx.Param(jnp.ones(1_000_000))), step=1, wait=False)
+atexit.register(late)
+"""
+    done = run(program, tmp_path / "run")
+    assert done.returncode == 1
+    assert "sortal: the save of step 1 to" in done.stderr
+
+
+def test_metadata_is_that_of_the_call(tmp_path, held):
+    metadata = {"epoch": [1]}
+    saving = nnx.save(tmp_path, nnx.Rngs(0), step=0, metadata=metadata, wait=False)
+    metadata["epoch"].append(2)
+    held.set()
+    saving.wait()
+    assert nnx.restore(tmp_path, nnx.Rngs(0)).metadata == {"epoch": [1]}
+
+
+@pytest.mark.parametrize("how", ["done", "waited", "failed"])
+def test_a_finished_save_holds_no_buffers(tmp_path, how):
+    array = np.ones(1_200_000)
+    gone = weakref.ref(array)
+    root = {"x": nnx.Param(jnp.ones(3)), "n": array}
+    limit = faults.small_files(100) if how == "failed" else contextlib.nullcontext()
+    with limit:
+        saving = nnx.save(tmp_path, root, step=0, wait=how == "waited")
+        while not saving.done:
+            pass
+    gc.collect()
+    kept = [
+        x for x in gc.get_objects()
+        if isinstance(x, Layout) and any(p.data.size == 1_200_000
+                                         for ps in x.own.values() for p in ps)
+    ]  # fmt: skip
+    assert kept == []
+    del root, array
+    gc.collect()
+    assert gone() is None
+    if how == "failed":
+        with pytest.raises(SaveError):
+            saving.wait()
+
+
+def test_a_process_whose_threads_cannot_start_saves_and_ends(tmp_path):
+    program = """
+import sys, threading
+import jax.numpy as jnp
+import sortal as nnx
+real, count = threading.Thread.start, [0]
+def start(self):
+    count[0] += 1
+    if count[0] > int(sys.argv[2]):
+        raise RuntimeError("can't start new thread")
+    real(self)
+threading.Thread.start = start
+nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3_000_000))}, step=1)
+"""
+    for most in (0, 2):
+        done = run(program, tmp_path / str(most), most)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert nnx.load_state(tmp_path / str(most))["x"].value[-1] == 2_999_999
+
+
+def test_a_process_that_was_interrupted_in_a_save_ends(tmp_path):
+    program = """
+import sys
+import jax.numpy as jnp
+import sortal as nnx
+from sortal.checkpoint import files
+def interrupted(self):
+    raise KeyboardInterrupt
+files.Syncs.finish = interrupted
+try:
+    nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3))}, step=1)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = run(program, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
+
+
+FORK = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import jax.numpy as jnp
+import sortal as nnx
+def child(do):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            do()
+            print("nothing", flush=True)
+        except BaseException as e:
+            print(type(e).__name__, str(e).splitlines()[0], flush=True)
+        os._exit(0)
+    print("code", os.waitpid(pid, 0)[1])
+"""
+
+
+def test_a_forked_child_is_refused_in_a_sentence(tmp_path):
+    program = """
+nnx.save(sys.argv[1], nnx.Rngs(0), step=1)
+child(lambda: nnx.save(sys.argv[1], nnx.Rngs(0), step=2))
+child(lambda: nnx.load_state(sys.argv[1]))
+"""
+    done = run(FORK + program, tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("SaveError this process was forked from one that had")
+    assert lines[2].startswith("RestoreError this process was forked from one that had")
+    assert lines[1::2] == ["code 0", "code 0"]
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    program = """
+import time
+kept = nnx.Checkpoints(sys.argv[1])
+kept.save(nnx.Rngs(0), step=1)
+pid = os.fork()
+if pid == 0:
+    time.sleep(30)
+    os._exit(0)
+kept.close()
+nnx.save(sys.argv[1], nnx.Rngs(0), step=2)
+kept.save(nnx.Rngs(0), step=3)
+second = os.fork()
+if second == 0:
+    kept.close()  # what the child closes stays held by its parent
+    os._exit(0)
+os.waitpid(second, 0)
+try:
+    nnx.save(sys.argv[1], nnx.Rngs(0), step=4)
+except nnx.errors.WriterError as e:
+    print("refused")
+os.kill(pid, 9)
+"""
+    done = run(FORK + program, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import subprocess
@@ -133,3 +134,12 @@ def test_a_fault_in_one_process_is_one_in_all():
     with pytest.raises(CheckpointError, match=r"^no room$"):
         processes.Group("saving").decide("begin", None, "no room")
     assert processes.Group("saving").decide("begin", 3) == [3]
+
+
+def test_the_collector_is_as_it_was_after_a_block_without_it():
+    for before in (True, False):
+        (gc.enable if before else gc.disable)()
+        with processes.uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled() == before
+    gc.enable()

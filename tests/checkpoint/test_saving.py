@@ -14,6 +14,7 @@ import pytest
 import sortal as nnx
 from benchmarks import faults
 from sortal.checkpoint import files
+from sortal.checkpoint.verifying import verify
 from sortal.errors import ArgumentError, SaveError, StructureError, WriterError
 
 
@@ -70,6 +71,27 @@ def test_keep_last_goes_when_a_newer_step_is_saved(tmp_path):
     assert left == ["zarr.json"]
     with pytest.raises(nnx.errors.RestoreError, match=r"missing: a \(Last\)"):
         nnx.restore(tmp_path, root, step=1)
+
+
+def test_an_interrupted_removal_of_keep_last_data_is_done_by_the_next_save(
+    tmp_path, monkeypatch
+):
+    root = {"a": Last(jnp.ones(3)), "b": nnx.Param(jnp.ones(3)), "n": Last(7)}
+    nnx.save(tmp_path, root, step=1)
+
+    def killed(*_):
+        raise OSError(5, "killed")
+
+    monkeypatch.setattr(files, "remove_arrays", killed)
+    with pytest.raises(SaveError, match="tidying up"):
+        nnx.save(tmp_path, root, step=2)
+    monkeypatch.undo()
+    assert nnx.load_state(tmp_path, step=1).paths() == (("b",),)
+    assert list(tmp_path.glob("1/arrays-*/Last/packed*"))
+    nnx.save(tmp_path, {"b": root["b"]}, step=3)
+    assert [p.name for p in tmp_path.glob("1/arrays-*/Last/*")] == ["zarr.json"]
+    assert not list(tmp_path.glob("*/.last-*"))
+    assert verify(tmp_path, 1).faults == verify(tmp_path, 1).extra == ()
 
 
 def test_a_step_saved_again_is_replaced_whole(tmp_path):

@@ -321,7 +321,7 @@ def test_every_sort_of_damage_shows_with_its_file_and_what_is_wrong(tmp_path):
         f"{chunk}: not what was written: another checksum"
     ]
     assert damaged(chunk, lambda f, d: (f.unlink(), f.mkdir())) == [
-        f"{chunk}: cannot be read (Is a directory)"
+        f"{chunk}: cannot be read (not a regular file)"
     ]
     for meta in ("zarr.json", "Param/zarr.json", "Cache/b/zarr.json"):
         assert damaged(meta, lambda f, d: f.write_bytes(d.swapcase())) == [
@@ -391,3 +391,53 @@ def test_large_leaves_that_do_not_end_with_a_chunk_come_back(tmp_path):
     found = nnx.load_state(tmp_path)
     for name, variable in root.items():
         assert np.array_equal(found[name].value, variable.value), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1025, 1024), "float64"),
+        ((50257, 768), "float32"),
+        ((1024, 768), "float32"),
+        ((768, 2304), "float32"),
+        ((3072, 768), "float32"),
+        ((97, 43_690), "int8"),
+        ((3, 5, 1_000_003), "uint8"),
+        ((7, 2_500_000), "float32"),
+        ((1_048_577,), "float32"),
+        ((2, 2, 2, 600_001), "float32"),
+        ((40_000_001,), "bfloat16"),
+    ],
+)
+def test_padding_of_the_last_chunks_is_at_most_two_percent(shape, dtype):
+    stored = stored_array(Array(shape, dtype))
+    padded = math.prod(
+        -(-n // c) * c for n, c in zip(shape, stored.chunks, strict=True)
+    )
+    assert padded <= 1.02 * math.prod(shape)
+    size = math.prod(stored.chunks) * numpy_dtype(dtype).itemsize
+    most = max(CHUNK, math.prod(shape) * numpy_dtype(dtype).itemsize // 32)
+    assert most / 8 <= size <= 2 * most
+
+
+@pytest.mark.parametrize("size", [1, 63, CHUNK, CHUNK + 1, 5 << 20, (9 << 20) + 17])
+def test_padding_of_a_pack_is_at_most_two_percent(size):
+    (chunk,) = packed(size).chunks
+    assert chunk <= CHUNK
+    assert -(-size // chunk) * chunk <= 1.02 * size
+
+
+def test_a_step_takes_at_most_two_percent_more_than_its_values(tmp_path):
+    root = {
+        "a": nnx.Param(jnp.ones((1025, 1024))),
+        "b": nnx.Param(jnp.ones((1537, 1024))),
+        "c": [nnx.Param(jnp.ones((1000, 350))) for _ in range(4)],
+    }
+    values = 4 * (1025 * 1024 + 1537 * 1024 + 4 * 350_000)
+    path = nnx.save(tmp_path, root, step=0).path
+    assert sum(p.stat().st_size for p in path.rglob("*")) <= 1.02 * values
+    for leaf in (root["a"], root["c"][3]):
+        leaf.value = jnp.zeros(leaf.shape)
+    nnx.restore(tmp_path, root)
+    assert (root["a"].value == 1).all()
+    assert (root["c"][3].value == 1).all()

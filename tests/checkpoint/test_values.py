@@ -33,6 +33,7 @@ from sortal.checkpoint.values import (
     difference,
     numpy_dtype,
     spec_of,
+    tuple_of,
     with_arrays,
 )
 from sortal.errors import DamagedError, SaveError
@@ -262,8 +263,12 @@ def test_a_node_is_built_only_from_one_like_it():
     assert type(found["m"]) is Moment
     assert found["m"].count == 3
     assert type(found["o"]) is optax.EmptyState
-    with pytest.raises(DamagedError, match=r"a value is a .*\.Moment, which only a mo"):
-        build(tree, iter(live))
+    assert type(build(tree, iter(live))["m"]) is Moment  # a named tuple needs none
+    gone = tree._replace(children=[tree.children[0]._replace(name="gone.Moment")] * 2)
+    with pytest.raises(
+        DamagedError, match=r"a value is a gone\.Moment, which only a m"
+    ):
+        build(gone, iter(live))
 
 
 def test_values_are_shown_as_they_nest():
@@ -314,3 +319,38 @@ def test_every_sharding_is_plain_json():
     assert json.loads(json.dumps(found)) == found
     assert found["spec"][:2] == ["x", None]
     assert "UNCONSTRAINED" in found["spec"][3]
+
+
+@pytest.mark.parametrize(
+    "impl", ["threefry2x32", "rbg", "unsafe_rbg", "threefry4x32", "philox4x32"]
+)
+def test_abstract_keys_of_every_implementation_are_restored(tmp_path, impl):
+    try:
+        key = jax.random.key(3, impl=impl)
+    except ValueError:
+        pytest.skip(f"this JAX has no {impl}")
+    nnx.save(tmp_path, {"k": nnx.RngKey(key)}, step=0)
+    into = {"k": nnx.RngKey(jax.eval_shape(lambda: jax.random.key(0, impl=impl)))}
+    nnx.restore(tmp_path, into)
+    assert str(jax.random.key_impl(into["k"].value)) == impl
+    found, due = (jax.random.key_data(x) for x in (into["k"].value, key))
+    assert np.array_equal(found, due)
+
+
+def test_states_of_optax_are_loaded_without_a_model(tmp_path):
+    """They are named tuples; MaskedNode is one without fields."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = optax.masked(optax.adam(1e-3), {"a": True, "b": False}).init(params)
+    nnx.save(tmp_path, {"o": nnx.Variable(state)}, step=0)
+    found = nnx.load_state(tmp_path)["o"].value
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_only_named_tuples_of_the_same_fields_are_made_without_a_model():
+    whole = Nest("node", "optax.EmptyState", (), ())
+    assert tuple_of(whole) is optax.EmptyState
+    for name in ("optax.adam", "os.system", "builtins.tuple", "no.module", "optax", ""):
+        assert tuple_of(whole._replace(name=name)) is None
+    assert tuple_of(whole._replace(keys=("a",), children=(whole,))) is None

@@ -14,7 +14,7 @@ import pytest
 
 import sortal as nnx
 from benchmarks import faults
-from sortal.checkpoint import files
+from sortal.checkpoint import files, verifying
 from sortal.checkpoint.verifying import open_step, read_step, verify
 from sortal.errors import CheckpointError, DamagedError, NoCheckpointError
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory) -> Path:
         "small": nnx.Param(jnp.arange(5, dtype=jnp.bfloat16)),
         "int4": nnx.Cache(jnp.arange(5, dtype=jnp.int4)),
         "empty": nnx.Cache(jnp.zeros((0, 3))),
-        "flags": nnx.BatchStat(np.ones((4, 600_000, 2), bool)),
+        "flags": nnx.BatchStat(np.ones((8, 600_000, 2), bool)),
     }
     return nnx.save(tmp_path_factory.mktemp("v"), root, step=4).path
 
@@ -211,3 +211,16 @@ def test_a_folder_that_is_no_step_is_refused_by_verify(tmp_path):
     nnx.save(tmp_path, nnx.Rngs(0), step=0).path.rename(tmp_path / "copy")
     with pytest.raises(DamagedError, match="does not have the number of a step as its"):
         verify(tmp_path / "copy")
+
+
+def test_a_step_replaced_while_it_is_verified_is_verified_again(tmp_path, monkeypatch):
+    nnx.save(tmp_path, nnx.Rngs(0), step=0)
+    real, changes = verifying.Reader.fault, iter(range(2))
+
+    def replaced(reader, name):
+        if next(changes, None) is not None:
+            nnx.save(tmp_path, nnx.Rngs(0), step=0)
+        return real(reader, name)
+
+    monkeypatch.setattr(verifying.Reader, "fault", replaced)
+    assert verify(tmp_path).faults == ()

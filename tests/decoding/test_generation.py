@@ -174,7 +174,7 @@ def test_nan_logits_are_an_error_with_the_sequence(empty) -> None:
     table = empty.norm.scale[...]
     try:
         empty.norm.scale[...] = table.at[0].set(jnp.nan)
-        with pytest.raises(DecodingError, match="sequence 0, 1, 2 are NaN"):
+        with pytest.raises(DecodingError, match="sequence 0, 1, 2 hold NaN"):
             streamed(empty, max_new_tokens=3)
         nnx.reset_cache(empty)
         with pytest.raises(DecodingError, match="reset_cache"):
@@ -202,13 +202,31 @@ def test_no_token_is_no_token(empty) -> None:
         (PROMPTS, {"temperature": 1.0}, "rngs=nnx.Rngs"),
         (PROMPTS, {"top_p": 0.0}, "top_p=0.0"),
         (PROMPTS, {"temperature": 1.0, "rngs": nnx.Rngs(0), "top_k": 0}, "top_k=0"),
+        (PROMPTS, {"top_k": 0}, "top_k=0"),
+        (PROMPTS, {"top_k": 2.5}, "top_k=2.5; it is a whole number"),
+        (PROMPTS, {"temperature": float("inf")}, "temperature=inf"),
+        (PROMPTS, {"max_new_tokens": 2.0}, "max_new_tokens=2.0; it is a whole number"),
+        (PROMPTS, {"max_new_tokens": True}, "max_new_tokens=True; it is a whole"),
+        (PROMPTS, {"stop": 5}, r"stop=5; .* Write stop=\[5\]"),
+        (PROMPTS, {"stop": [2.0]}, r"stop=\[2.0\]; it is a list of token ids"),
+        (PROMPTS, {"stop": "</s>"}, "stop='</s>'; it is a list of token ids"),
+        (PROMPTS, {"stop": [1, -1]}, r"0 to 39 (.|\n)*stop: -1"),
+        (PROMPTS, {"stop": [40]}, r"0 to 39 (.|\n)*stop: 40"),
+        ([[1], [2, -3], [4]], {}, r"prompt 1: -3"),
+        ([[1], [2], [40, 2**32 + 5]], {}, r"prompt 2: 4294967301"),
+        ([[1], [2], [40, 39, 41]], {}, r"0 to 39 (.|\n)*prompt 2: 40, 41"),
+        ([[1], [2**70], [4]], {}, r"prompt 1: 1180591620717411303424"),
+        (np.full((3, 2), 2**32 + 5, np.uint64), {}, "prompt 2: 4294967301, 42"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(
     empty, prompts, options, message
 ) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        list(decoding.stream(empty, prompts, **{"max_new_tokens": 2, **options}))
+    for way in (decoding.stream, decoding.generate):
+        with pytest.raises(ArgumentError, match=message):
+            way(empty, prompts, **{"max_new_tokens": 2, **options})
+    if isinstance(options.get("rngs"), nnx.Rngs):
+        assert int(options["rngs"].default.count.value) == 0
     assert not empty.blocks[0].attention.cache.position.value.any()
 
 
@@ -226,3 +244,18 @@ def test_prompts_are_padded_to_few_lengths() -> None:
     tokens, lengths = decoding.pad(np.array([[1, 2], [3, 4]]))
     assert tokens[:, :3].tolist() == [[1, 2, 0], [3, 4, 0]]
     assert lengths.tolist() == [2, 2]
+
+
+def test_what_gives_no_row_of_logits_for_each_prompt_is_refused() -> None:
+    class Wrong(nnx.Module):
+        def __init__(self):
+            self.cache = nnx.KVCache(1, 8, num_heads=1, head_dim=1)
+
+        def next_logits(self, tokens, lengths):
+            return jnp.zeros((1, tokens.shape[1], 7))
+
+    message = (
+        r"Wrong.next_logits must return .*\(1, vocabulary\).*found float32\[1,16,7\]"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        decoding.generate(Wrong(), [[1]], max_new_tokens=1)

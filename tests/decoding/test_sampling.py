@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from sortal import decoding
 from sortal.errors import ArgumentError
@@ -61,3 +63,108 @@ def test_rows_are_chosen_for_alone_and_nan_is_no_token() -> None:
 def test_a_temperature_without_a_key_is_refused() -> None:
     with pytest.raises(ArgumentError, match="needs a key"):
         decoding.sample(jnp.zeros(3), temperature=1.0)
+
+
+def exact(logits, temperature, top_k, top_p):
+    """The definition in float64; the tokens of a cut's boundary may be either way."""
+    x = np.asarray(logits, np.float64)
+    p = np.exp((x - x.max()) / temperature)
+    order = np.argsort(-p, kind="stable")
+    kept = order[:top_k]
+    weights = p[kept] / p[kept].sum()
+    if top_p is not None:
+        before = np.cumsum(weights) - weights
+        kept = kept[(before < top_p) | (np.arange(len(kept)) == 0)]
+    out = np.zeros(len(p))
+    out[kept] = p[kept] / p[kept].sum()
+    return out
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    logits=st.lists(
+        st.sampled_from([-np.inf, -3.0, -1.0, -0.25, 0.0, 0.5, 1.0, 2.0, 40.0]),
+        min_size=1,
+        max_size=6,
+        unique=True,
+    ).filter(lambda x: max(x) > -np.inf),
+    temperature=st.sampled_from([0, 0.0, 1e-45, 1e-3, 0.5, 1, 2.0, 1e30]),
+    top_k=st.none() | st.integers(1, 8),
+    # No sum of the weights above comes near to these.
+    top_p=st.none() | st.sampled_from([1e-6, 0.3141, 0.7713, 0.93, 1.0]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_any_options_draw_with_exact_probabilities(
+    logits, temperature, top_k, top_p, dtype
+) -> None:
+    logits = jnp.asarray(logits, dtype)
+    wanted = exact(logits, temperature or 1e-300, top_k, top_p)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    keys = jax.random.split(jax.random.key(0), 2000)
+    drawn = jax.vmap(lambda k: decoding.sample(logits, k, **options))(keys)
+    found = np.bincount(np.asarray(drawn), minlength=len(logits)) / 2000
+    assert ((found > 0) <= (wanted > 0)).all(), "no token that was cut"
+    np.testing.assert_allclose(found, wanted, atol=0.05)
+
+
+def test_a_temperature_of_0_takes_the_most_likely_token_and_needs_no_key() -> None:
+    logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
+    for zero in (0, 0.0, np.float32(0), jnp.array(0.0), jnp.array(0)):
+        assert decoding.sample(logits, temperature=zero).tolist() == [1, 0]
+        key = jax.random.key(0)
+        assert decoding.sample(logits, key, temperature=zero).tolist() == [1, 0]
+
+
+def test_a_temperature_known_only_in_a_trace_means_the_same() -> None:
+    logits = jnp.array([0.0, 3.0, 1.0])
+    drawn = jax.jit(
+        lambda t, p: decoding.sample(
+            logits, jax.random.key(0), temperature=t, top_k=2, top_p=p
+        )
+    )
+    assert int(drawn(0.0, 0.9)) == 1
+    assert int(drawn(1e-40, 0.9)) == 1
+    for t, p in [(-1.0, 0.9), (jnp.nan, 0.9), (jnp.inf, 0.9), (1.0, 0.0), (1.0, 1.5)]:
+        assert int(drawn(t, p)) == -1, "no token, where no error can be raised"
+
+
+@pytest.mark.parametrize(
+    "row", [[jnp.nan, 0.0], [-jnp.inf, -jnp.inf], [jnp.inf, 0.0], [jnp.nan, jnp.inf]]
+)
+def test_a_row_that_is_no_distribution_gives_no_token(row) -> None:
+    logits = jnp.array([row, [0.0, 9.0]])
+    for options in ({}, {"temperature": 0.1}, {"temperature": 0.1, "top_p": 0.5}):
+        key = jax.random.key(0)
+        assert decoding.sample(logits, key, **options).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature=-1.0; it is a finite number, 0 or more"),
+        ({"temperature": jnp.array(-1.0)}, "temperature=-1.0; it is"),
+        ({"temperature": float("nan")}, "temperature=nan; it is"),
+        ({"temperature": float("inf")}, "temperature=inf; it is"),
+        ({"temperature": "hot"}, "temperature='hot'; it is"),
+        ({"temperature": True}, "temperature=True; it is"),
+        ({"temperature": [1.0, 2.0]}, "temperature="),
+        ({"top_p": 0}, "top_p=0; it is above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5; it is"),
+        ({"top_p": float("nan")}, "top_p=nan; it is"),
+        ({"top_p": "most"}, "top_p='most'; it is"),
+        ({"top_k": 0}, "top_k=0; it is a whole number, 1 or more"),
+        ({"top_k": 2.5}, "top_k=2.5; it is a whole number, 1 or more"),
+        ({"top_k": True}, "top_k=True; it is a whole number"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        decoding.sample(jnp.zeros(3), jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize(
+    "logits", [jnp.zeros((2, 0)), jnp.array(1.0), jnp.array([1, 2])]
+)
+def test_what_is_no_row_of_logits_is_refused(logits) -> None:
+    with pytest.raises(ArgumentError, match=r"logits are floating-point numbers"):
+        decoding.sample(logits)

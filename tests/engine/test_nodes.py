@@ -290,11 +290,8 @@ def test_a_type_taught_to_the_engine_and_its_subclasses_are_nodes():
         pass
 
     class Shelves(Handler):
-        def keys(self, obj):
-            return range(len(obj.items))
-
-        def children(self, obj, keys):
-            return list(obj.items)
+        def items(self, obj):
+            return dict(enumerate(obj.items))
 
         def spec(self, obj):
             return len(obj.items)
@@ -318,8 +315,7 @@ def test_a_type_taught_to_the_engine_and_its_subclasses_are_nodes():
 def test_a_handler_says_what_it_lacks():
     handler = Handler()
     for call in (
-        lambda: handler.keys(1),
-        lambda: handler.children(1, ()),
+        lambda: handler.items(1),
         lambda: handler.fill(1, None, {}),
         lambda: handler.build(int, None, {}),
     ):
@@ -429,7 +425,7 @@ def test_filling_a_node_again_replaces_all_that_it_holds():
         handler = handler_of(node)
         spec = handler.spec({"a": None}) if isinstance(node, dict) else None
         handler.fill(node, spec, {"a": 5})
-        assert handler.children(node, handler.keys(node)) == [5]
+        assert list(handler.items(node).values()) == [5]
     cell = Cell(1, 2)
     cell.old = 3
     handler_of(cell).fill(cell, None, {"weight": 4, "note": 5})
@@ -547,6 +543,21 @@ def test_state_hidden_in_a_callable_object_is_refused_too():
         sortal.jit(lambda m, x: m.layer(x))(Box(layer=Plain()), 1.0)
     with pytest.raises(StructureError, match=r"layers.0: a Plain .* inner \(Param\)"):
         sortal.state(Box(layers=(Plain(), 1)))
+
+
+def test_state_hidden_behind_a_bound_method_is_refused_too():
+    class Plain:
+        def __init__(self):
+            self.inner = Param(jnp.ones(2))
+
+        def scale(self, x):
+            return x * self.inner
+
+    where = r"{}__self__: a Plain .* inner \(Param\)"
+    with pytest.raises(StructureError, match=where.format("act.")):
+        sortal.state(Box(act=Plain().scale))
+    with pytest.raises(StructureError, match=where.format("acts.0.")):
+        sortal.jit(lambda m, x: m.acts[0](x))(Box(acts=(Plain().scale,)), 1.0)
 
 
 def test_a_mark_set_or_ended_inside_a_trace_is_there_afterwards():

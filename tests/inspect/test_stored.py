@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sortal as nnx
+from sortal.checkpoint import files
+from sortal.checkpoint.store import Reader
 from sortal.inspect import cli, stored
 
 
@@ -154,3 +159,185 @@ def test_gguf_files_are_inspected_and_plain_ones_converted(tmp_path, capsys):
     assert rows["q"]["dtype"] == "q8_0"
     status, _, err = run(capsys, "convert", tmp_path / "x.gguf", tmp_path / "y.npz")
     assert (status, "1 arrays are quantised, such as q (q8_0)" in err) == (2, True)
+
+
+# ------------------------------------------------------------------ nothing is left out
+def differing(tmp_path, one, two) -> set[tuple[str, str]]:
+    for name, value in (("one", one), ("two", two)):
+        nnx.save(tmp_path / name, {"v": nnx.Variable(value)}, step=0)
+    found = stored.diff(str(tmp_path / "one"), str(tmp_path / "two"))
+    return {(stored.show(c.path), c.what) for c in found.rows}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "found"),
+    [
+        ({"a": 1.0, "n": (1, 0.5)}, {"a": 1.0, "n": (2, 0.7)}, {"v.n.0", "v.n.1"}),
+        ({"a": jnp.ones(1), "n": 1}, {"a": jnp.ones(1), "n": 2}, {"v.n"}),
+        ({"a": None}, {"a": []}, {"v"}),
+        ((1, 2), [1, 2], {"v"}),
+        ({"n": 1}, {"n": True}, {"v.n"}),
+        (0.0, -0.0, {"v"}),
+        ("a", "b", {"v"}),
+        (b"a", b"a\0", {"v"}),
+        (2**100, 2**100 + 1, {"v"}),
+    ],
+)
+def test_diff_sees_plain_values_and_containers(tmp_path, one, two, found):
+    assert {path for path, _ in differing(tmp_path, one, two)} == found
+
+
+@pytest.mark.parametrize(
+    "value", [2**100, float("nan"), -(1 << 63), "text", b"\0", None, [], (1, [None])]
+)
+def test_diff_of_equal_plain_values_is_empty(tmp_path, value):
+    assert differing(tmp_path, value, value) == set()
+
+
+def test_diff_of_equal_huge_integers_is_exit_code_0(tmp_path, capsys):
+    nnx.save(tmp_path, {"v": nnx.Variable(2**100)}, step=0)
+    assert run(capsys, "diff", tmp_path, tmp_path)[0] == 0
+    nnx.save(tmp_path, {"v": nnx.Variable(10**5000)}, step=1)
+    assert run(capsys, "diff", tmp_path, tmp_path, "--step-a", 0)[0] == 1
+
+
+def test_json_of_every_report_is_json(tmp_path, capsys):
+    """RFC 8259 has no NaN and no infinity."""
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    for name, x in (("a", [np.nan, 1.0]), ("b", [0.0, np.inf])):
+        np.savez(tmp_path / f"{name}.npz", x=np.array(x))
+    words = ("diff", tmp_path / "a.npz", tmp_path / "b.npz", "--json")
+    status, out, _ = run(capsys, *words)
+    (change,) = json.loads(out, parse_constant=refuse)["changes"]
+    assert (status, change["largest"]) == (1, "inf")
+    with nnx.Checkpoints(tmp_path / "c") as checkpoints:
+        metrics = {"loss": float("nan")}
+        checkpoints.save({"w": jnp.ones(1)}, step=0, metrics=metrics)
+    _, out, _ = run(capsys, "inspect", tmp_path / "c", "--json")
+    assert json.loads(out, parse_constant=refuse)["metrics"] == {"loss": "nan"}
+
+
+def test_a_key_that_is_no_text_is_shown_escaped(tmp_path):
+    """A lone surrogate, as in the names of files that are not UTF-8."""
+    nnx.save(tmp_path, {"a\udc80": jnp.ones(1)}, step=0)
+    done = subprocess.run(
+        [sys.executable, "-m", "sortal.inspect.cli", "inspect", str(tmp_path)],
+        capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"a\\udc80" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback(steps):
+    command = [sys.executable, "-m", "sortal.inspect.cli", "inspect", str(steps)]
+    for more in ([], ["--json"]):
+        gone, out = os.pipe()
+        os.close(gone)
+        done = subprocess.run(
+            [*command, *more], stdout=out, stderr=subprocess.PIPE, check=False
+        )
+        os.close(out)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ------------------------------------------------------------------------- convert
+class Own(nnx.Param):
+    """A kind that only this file knows."""
+
+
+def test_convert_between_folders_of_sortal_keeps_everything(tmp_path, capsys):
+    shared = nnx.Param(jnp.ones((2, 3)))
+    root = {
+        "a": Own(jnp.ones(3), tag="t"),
+        "b": shared,
+        "c": {"d": shared},
+        "k": nnx.Rngs(0),
+        "n": nnx.Cache({"x": (1, None), "y": "text"}),
+        "big": nnx.Param(jnp.ones((2100, 1024))),
+    }
+    with nnx.Checkpoints(tmp_path / "one") as checkpoints:
+        checkpoints.save(root, step=7, metadata={"e": 1}, metrics={"loss": 0.5})
+    status, _, err = run(capsys, "convert", tmp_path / "one", tmp_path / "two")
+    assert (status, err) == (0, "")
+    old, new = (files.read_manifest(tmp_path / n, 7) for n in ("one", "two"))
+    assert old.folder != new.folder
+    assert old._replace(folder="") == new._replace(folder="")
+    root["a"].value = jnp.zeros(3)
+    found = nnx.restore(tmp_path / "two", root)
+    assert (found.metadata, found.metrics) == ({"e": 1}, {"loss": 0.5})
+    assert root["a"].value.tolist() == [1.0] * 3
+    assert run(capsys, "verify", tmp_path / "two")[0] == 0
+
+
+def test_convert_never_replaces_a_step(steps, tmp_path, capsys):
+    before = (steps / "2" / "manifest.json").read_bytes()
+    status, _, err = run(capsys, "convert", steps, steps)
+    assert (status, "has a step 2 already" in err) == (2, True)
+    np.savez(tmp_path / "x.npz", w=np.ones(1))
+    assert run(capsys, "convert", tmp_path / "x.npz", tmp_path / "t")[0] == 0
+    status, _, err = run(capsys, "convert", tmp_path / "x.npz", tmp_path / "t")
+    assert (status, "has a step 0 already" in err) == (2, True)
+    assert (steps / "2" / "manifest.json").read_bytes() == before
+    assert run(capsys, "verify", steps)[0] == 0
+
+
+def test_convert_of_a_damaged_step_copies_nothing(steps, tmp_path, capsys):
+    (chunk,) = steps.glob("2/arrays-*/Param/packed/c.0")
+    data = bytearray(chunk.read_bytes())
+    data[3] ^= 1
+    chunk.write_bytes(data)
+    status, _, err = run(capsys, "convert", steps, tmp_path / "t")
+    assert (status, "is damaged" in err) == (2, True)
+    assert not files.steps(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "value", ["text", b"x", {"a": 1.0, "n": ("x",)}, 2**100, [2**64]]
+)
+def test_convert_refuses_values_that_a_format_would_lose(tmp_path, capsys, value):
+    root = {"w": nnx.Param(jnp.ones(1)), "v": nnx.Variable(value)}
+    nnx.save(tmp_path / "s", root, step=0)
+    for target in ("x.npz", "x.safetensors", "orbax:o"):
+        where = str(tmp_path / target).replace(str(tmp_path / "orbax:"), "orbax:")
+        status, _, err = run(capsys, "convert", tmp_path / "s", where)
+        assert status == 2
+        assert "holds arrays only" in err
+        assert "\n  v" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_convert_keeps_numbers_in_containers(tmp_path, capsys):
+    nnx.save(
+        tmp_path / "s", {"v": nnx.Variable({"a": jnp.ones(1), "n": (1, 0.5)})}, step=0
+    )
+    assert run(capsys, "convert", tmp_path / "s", tmp_path / "x.npz")[0] == 0
+    with np.load(tmp_path / "x.npz") as found:
+        assert {k: v.tolist() for k, v in found.items()} == {
+            "v.a": [1.0], "v.n.0": 1, "v.n.1": 0.5,
+        }  # fmt: skip
+    assert not stored.diff(str(tmp_path / "s"), str(tmp_path / "x.npz")).rows
+
+
+def test_a_folder_may_have_a_dot_in_its_name(steps, tmp_path, capsys):
+    assert run(capsys, "convert", steps, tmp_path / "run-v1.5")[0] == 0
+    assert files.steps(tmp_path / "run-v1.5") == [2]
+    status, _, err = run(capsys, "convert", steps, tmp_path / "x.pkl")
+    assert (status, "no format of this ending" in err) == (2, True)
+
+
+def test_diff_reads_neighbours_together(tmp_path, monkeypatch):
+    """Reading each array by itself reads a whole chunk for each."""
+    root = [nnx.Param(jnp.full(3, i)) for i in range(200)]
+    for name in ("a", "b"):
+        nnx.save(tmp_path / name, root, step=0)
+    reads = []
+    read = Reader.read
+    monkeypatch.setattr(
+        Reader, "read", lambda *words: (reads.append(words[1]), read(*words))[1]
+    )
+    assert not stored.diff(str(tmp_path / "a"), str(tmp_path / "b")).rows
+    assert len(reads) == 2

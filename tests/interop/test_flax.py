@@ -730,3 +730,58 @@ def test_a_flax_root_tied_to_itself_after_its_last_use_is_freed():
     gone = used()
     gc.collect()
     assert gone() is None
+
+
+# ------------------------------------------------- modes, and modules of both libraries
+def mixed(outer, inner):
+    """A model of one library around layers of the other."""
+
+    class Net(outer.Module):
+        def __init__(self):
+            self.drop = inner.Dropout(0.5, rngs=inner.Rngs(0))
+            self.norm = inner.BatchNorm(3, rngs=inner.Rngs(0))
+            self.own = outer.Dropout(0.5, rngs=outer.Rngs(1))
+
+        def __call__(self, x):
+            return self.own(self.norm(self.drop(x)))
+
+    return Net()
+
+
+def test_eval_and_train_reach_the_layers_of_flax_in_a_module():
+    model = mixed(sortal, nnx)
+    model.eval()
+    x = jnp.ones((4, 3)) + jnp.arange(3)
+    mean = model.norm.mean[...]
+    out = model(x)
+    np.testing.assert_allclose(out, x / np.sqrt(1 + 1e-5), rtol=1e-5)
+    assert (model.norm.mean[...] == mean).all(), "statistics are frozen"
+    model.train()
+    assert not model.drop.deterministic
+    assert not model.norm.use_running_average
+    model(x)
+    assert (model.norm.mean[...] != mean).any()
+
+
+@pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])
+@pytest.mark.parametrize("inner", [sortal, nnx], ids=["sortal", "flax"])
+def test_a_view_reaches_the_modules_of_both(outer, inner):
+    from sortal.nnx import view
+
+    model = mixed(outer, inner)
+    frozen = view(model, deterministic=True, use_running_average=True)
+    x = jnp.ones((4, 3)) + jnp.arange(3)
+    np.testing.assert_allclose(frozen(x), x / np.sqrt(1 + 1e-5), rtol=1e-5)
+    assert not model.drop.deterministic
+    assert frozen.norm.scale is model.norm.scale
+
+
+@pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])
+@pytest.mark.parametrize("inner", [sortal, nnx], ids=["sortal", "flax"])
+def test_modules_of_both_are_iterated(outer, inner):
+    model = mixed(outer, inner)
+    found = dict(sortal.iter_modules(model))
+    assert found[()] is model
+    assert found[("drop",)] is model.drop
+    children = [name for name, _ in sortal.iter_children(model)]
+    assert children == ["drop", "norm", "own"]

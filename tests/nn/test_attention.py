@@ -110,7 +110,7 @@ def test_a_mask_that_does_not_broadcast_is_refused(
         nnx.dot_product_attention(Q, K, V, dropout_rate=0.1 * deterministic, **options)
 
 
-@pytest.mark.parametrize("rate", [1.0, -0.5, float("nan")])
+@pytest.mark.parametrize("rate", [1.5, -0.5, float("nan")])
 def test_a_rate_that_is_no_probability_is_refused(rate: float) -> None:
     with pytest.raises(ArgumentError, match=r"dropout_rate is the probability"):
         nnx.dot_product_attention(Q, K, V, dropout_rate=rate)
@@ -182,3 +182,14 @@ def test_each_sequence_may_have_its_own_positions() -> None:
 def test_positions_that_do_not_fit_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+def test_dropping_all_weights_gives_zeros_as_dropout_does() -> None:
+    options = {"dropout_rng": jax.random.key(0), "deterministic": False}
+    out = nnx.dot_product_attention(Q, K, V, dropout_rate=1.0, **options)
+    assert not out.any()
+    grads = jax.grad(
+        lambda q: nnx.dot_product_attention(q, K, V, dropout_rate=1.0, **options).sum()
+    )(Q)
+    assert not grads.any()
+    assert not nnx.Dropout(1.0, rngs=nnx.Rngs(0))(Q).any()

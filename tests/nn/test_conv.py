@@ -164,3 +164,11 @@ def test_an_input_that_does_not_fit_is_refused(name: str) -> None:
         layer(jnp.ones((7, 3)))
     with pytest.raises(ArgumentError, match=rf"{name} has parameters for 3 features"):
         layer(jnp.ones((2, 7, 7, 4)))
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_an_empty_batch_goes_through_a_circular_transpose(strides) -> None:
+    layer = nnx.ConvTranspose(
+        3, 4, (3,), strides=strides, padding="CIRCULAR", rngs=nnx.Rngs(0)
+    )
+    assert layer(jnp.zeros((0, 5, 3))).shape == (0, 5 * strides, 4)

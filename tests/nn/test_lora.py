@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -93,3 +94,22 @@ def test_arguments_that_do_not_fit_are_refused(
 def test_an_input_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"LoRA has parameters for 3 features"):
         nnx.LoRA(3, 2, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_merged_layer_is_a_linear_of_the_same_function(dtype, use_bias) -> None:
+    layer = nnx.LoRALinear(
+        3, 4, lora_rank=2, rngs=nnx.Rngs(0), param_dtype=dtype, use_bias=use_bias
+    )
+    layer.lora.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 4))
+    before = layer(jnp.ones((5, 3)))
+    merged = layer.merge()
+    assert type(merged) is nnx.Linear
+    assert merged.kernel.value.dtype == dtype
+    assert merged.kernel is not layer.kernel
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    np.testing.assert_allclose(merged(jnp.ones((5, 3))), before, atol=tolerance)
+    assert (layer(jnp.ones((5, 3))) == before).all(), "left as it is"
+    plain = nnx.Linear(3, 4, rngs=nnx.Rngs(0), param_dtype=dtype, use_bias=use_bias)
+    assert nnx.graphdef(merged) is nnx.graphdef(plain)

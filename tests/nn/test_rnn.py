@@ -152,3 +152,19 @@ def test_flipping_twice_gives_the_sequence_back(time_major: bool) -> None:
         once = nnx.flip_sequences(x, given, 1, time_major)
         assert not jnp.array_equal(once, x)
         np.testing.assert_array_equal(nnx.flip_sequences(once, given, 1, time_major), x)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_no_step_at_all_gives_the_first_carry(reverse) -> None:
+    rnn = nnx.RNN(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)), reverse=reverse)
+    carry = (jnp.ones((2, 4)), jnp.full((2, 4), 2.0))
+    last, out = rnn(
+        jnp.zeros((2, 0, 3)),
+        initial_carry=carry,
+        seq_lengths=jnp.zeros(2, int),
+        return_carry=True,
+        keep_order=True,
+    )
+    assert out.shape == (2, 0, 4)
+    for a, b in zip(last, carry, strict=True):
+        assert (a == b).all()

@@ -593,7 +593,10 @@ def test_other_stores_of_values_are_refused() -> None:
 def test_a_linen_class_of_a_module_class_gives_what_it_gives_with_flax() -> None:
     def program(nnx: Any) -> Any:
         home = getattr(nnx.bridge, "wrappers", nnx.bridge)  # Flax does not export it
-        Dense = home.to_linen_class(nnx.Linear, use_bias=False)  # noqa: N806
+
+        class Dense(home.to_linen_class(nnx.Linear, use_bias=False)):
+            pass
+
         dense = Dense(in_features=2, out_features=3)
         y, variables = dense.init_with_output(jax.random.key(0), X)
         whole = nnx.bridge.ToLinen(nnx.Linear, args=(2, 3))

@@ -104,8 +104,16 @@ def test_what_a_pipeline_can_do_is_taken_as_it_is(name, answer):
         ("axis", "data", "an int, None or Carry is expected"),
         ("axis", [0], "cannot be hashed"),
         ("reduce", "avg", "'mean', 'sum', 'max', 'min', a function of the stacked"),
-        ("spec", "data", "a PartitionSpec, a Sharding or None is expected"),
-        ("spec", ("data", None), "a PartitionSpec, a Sharding or None is expected"),
+        (
+            "spec",
+            "data",
+            "a Sharding, a function of (shape, mesh), or None is expected",
+        ),
+        (
+            "spec",
+            ("data", None),
+            "a Sharding, a function of (shape, mesh), or None is expected",
+        ),
         ("checkpoint", "no", "'keep', 'drop' or 'keep-last' is expected"),
         ("checkpoint", True, "'keep', 'drop' or 'keep-last' is expected"),
         ("checkpoint", ["keep"], "'keep', 'drop' or 'keep-last' is expected"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
+from hypothesis import strategies as st
 
 from sortal import nnx
 from sortal.errors import ArgumentError, FilterError, TraceError, UpdateError
@@ -41,11 +43,10 @@ def equal(xs, ys):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("decay", [0.9, 0.999, 0, 1.0])
 @pytest.mark.parametrize("only", ["all", "params"])
-def test_the_average_is_that_of_flax_bit_for_bit(dtype, decay, only):
-    mine, theirs = make(nnx, dtype), make(flax_nnx, dtype)
+def test_the_average_in_float32_is_that_of_flax_bit_for_bit(decay, only):
+    mine, theirs = make(nnx), make(flax_nnx)
     chosen = {} if only == "all" else {"only": nnx.Param}
     ema = nnx.EMA(mine, decay, **chosen)
     chosen = {} if only == "all" else {"only": flax_nnx.Param}
@@ -306,3 +307,119 @@ def test_an_average_from_outside_a_trace_is_refused_and_left_alone():
     with pytest.raises(TraceError, match=r"\(Param\) from inside a transform"):
         nnx.jit(lambda w: ema.update({"w": w}))(jnp.zeros(2))
     assert ema.params["w"].value is kept
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.9999])
+def test_an_average_of_what_does_not_change_does_not_move(dtype, decay):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.array([1.703, -0.5, 1e-3], dtype))
+
+    model = Net()
+    ema = nnx.EMA(model, decay)
+    step = nnx.jit(lambda e, m: e.update(m))
+    for _ in range(300):
+        step(ema, model)
+    wanted = np.asarray(model.w.value, np.float64)
+    found = ema.params.w.value
+    assert found.dtype == dtype
+    rtol = 3e-5 if dtype == jnp.float32 else 0  # in float32 as Flax rounds
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=rtol)
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "complex64"]),
+    decay=st.sampled_from([0, 0.5, 0.9, 0.999, 0.9999, 1]),
+    steps=st.lists(st.floats(-3, 3, width=16), min_size=1, max_size=60),
+    jitted=st.booleans(),
+)
+def test_the_average_is_that_of_float64_given_out_in_the_dtype_of_the_leaf(
+    dtype, decay, steps, jitted
+):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.array([1.7, 0.25], dtype))
+
+    model = Net()
+    ema = nnx.EMA(model, decay)
+    averaged = ema.apply_to(model)
+    update = nnx.jit(lambda e, m: e.update(m)) if jitted else nnx.EMA.update
+    exact = np.asarray(model.w.value, np.complex128)
+    for step in steps:
+        model.w.value = jnp.array([step, 1 + step / 7], dtype)
+        exact = decay * exact + (1 - decay) * np.asarray(model.w.value, np.complex128)
+        update(ema, model)
+    found = averaged.w.value
+    assert found.dtype == model.w.value.dtype
+    eps = max(float(jnp.finfo(found.dtype).eps), 6e-6)
+    np.testing.assert_allclose(
+        np.asarray(found, np.complex128), exact, rtol=eps, atol=1e-5
+    )
+
+
+def test_a_low_precision_leaf_has_a_wide_average_beside_it():
+    model = make(nnx, jnp.bfloat16)
+    ema = nnx.EMA(model, 0.999, only=nnx.Param)
+    assert {v.value.dtype for v in ema.params.leaves()} == {jnp.dtype(jnp.bfloat16)}
+    assert {v.value.dtype for v in ema.wide.leaves()} == {jnp.dtype(jnp.float32)}
+    assert ema.wide.paths() == ema.params.paths()
+    assert nnx.EMA(make(nnx), 0.999).wide is None, "wide enough already"
+
+
+def test_a_low_precision_average_goes_on_after_saving_its_state():
+    model = make(nnx, jnp.bfloat16)
+    one, two = nnx.EMA(model, 0.99), nnx.EMA(model, 0.99)
+    train(nnx, model, 1)
+    one.update(model)
+    nnx.update(two, nnx.state(one))
+    for ema in (one, two):
+        ema.update(model)
+    equal(nnx.state(one), nnx.state(two))
+
+
+def a_dict(m):
+    return {"a": m(), "b": m()}
+
+
+def nested(m):
+    return {"a": [m(), (m(),)], "b": {"c": m()}}
+
+
+@pytest.mark.parametrize("lib", [nnx, flax_nnx], ids=["sortal", "flax"])
+@pytest.mark.parametrize(
+    "build",
+    [a_dict, nested, lambda m: [m(), m()], lambda m: (m(), m())],
+    ids=["dict", "nested", "list", "tuple"],
+)
+def test_a_container_of_models_is_a_model(lib, build):
+    class Net(lib.Module):
+        def __init__(self):
+            self.w = lib.Param(jnp.ones(2))
+            self.n = lib.BatchStat(jnp.ones(2))
+
+    models = build(Net)
+    ema = nnx.EMA(models, 0.75, only=nnx.Param)
+    assert ema.params.paths() == nnx.state(models, nnx.Param).paths()
+    for variable in nnx.variables(models, nnx.Param).leaves():
+        variable[...] = jnp.full(2, 3.0)
+    ema.update(models)
+    averaged = ema.apply_to(models)
+    assert type(averaged) is type(models)
+    found = nnx.state(averaged, nnx.Param).values_list()
+    assert [x.tolist() for x in found] == [[1.5, 1.5]] * len(found)
+
+
+def test_an_average_of_a_flax_model_is_that_of_flax():
+    theirs, other = make(flax_nnx), make(flax_nnx)
+    ema, reference = nnx.EMA(theirs, 0.9), flax_nnx.EMA(other, 0.9)
+    for step in range(3):
+        train(flax_nnx, theirs, step)
+        train(flax_nnx, other, step)
+        ema.update(theirs)
+        reference.update(other)
+    equal(ema.params, reference.params)
+    averaged = ema.apply_to(theirs)
+    assert type(averaged) is type(theirs)
+    equal(nnx.state(averaged), flax_nnx.state(reference.apply_to(other)))

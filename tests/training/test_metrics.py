@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
+from hypothesis import strategies as st
 
 import sortal as nnx
 from sortal.errors import ArgumentError
@@ -26,7 +28,6 @@ VALUES = [
     2.5,
     jnp.arange(4),
     3,
-    jnp.asarray(rng.normal(size=7), jnp.bfloat16),
     jnp.float32(-1.0),
     rng.normal(size=6).astype(np.float32),
 ]
@@ -42,6 +43,12 @@ def equal(xs, ys):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def shared(mine, theirs):
+    """Our Variables that Flax's metric has too."""
+    names = flax_nnx.state(theirs)
+    return nnx.state(mine, lambda path, _: path[0] in names)
+
+
 @pytest.mark.parametrize("name", ["Average", "Welford"])
 def test_eager_numbers_are_those_of_flax_at_every_update(name):
     mine = getattr(nnx.metrics, name)("loss")
@@ -54,7 +61,7 @@ def test_eager_numbers_are_those_of_flax_at_every_update(name):
             equal(mine.compute(), theirs.compute())
         mine.reset()
         theirs.reset()
-    equal(nnx.state(mine), flax_nnx.state(theirs))
+    equal(shared(mine, theirs), flax_nnx.state(theirs))
 
 
 @pytest.mark.parametrize("name", ["Average", "Welford"])
@@ -118,7 +125,7 @@ def test_accuracy_of_many_classes_is_that_of_flax(dtype, mask):
         for logits in (LOGITS, -LOGITS):
             metric.update(logits=logits, labels=labels, loss=1.0, **more)
     equal(mine.compute(), theirs.compute())
-    equal(nnx.state(mine), flax_nnx.state(theirs))
+    equal(shared(mine, theirs), flax_nnx.state(theirs))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, -1.0])
@@ -290,3 +297,136 @@ def test_a_metric_of_ones_own_must_define_its_methods():
     for method in ("reset", "update", "compute"):
         with pytest.raises(NotImplementedError, match=rf"Bare .* define {method}\(\)"):
             getattr(Bare(), method)()
+
+
+# ---------------------------------------------------- against NumPy in float64
+DTYPES = ["float32", "bfloat16", "float16", "int8", "int32", "bool"]
+MASKS = ["none", "bool", "int32", "float32", "bfloat16", "float16"]
+batches = st.lists(
+    st.tuples(
+        st.integers(0, 5),
+        st.integers(0, 4),
+        st.sampled_from(DTYPES),
+        st.sampled_from(MASKS),
+        st.booleans(),
+        st.integers(0, 10**6),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def drawn(rows, columns, dtype, mask, across, seed):
+    """Values, a mask or None, and both in float64; NaN where the mask is zero."""
+    r = np.random.default_rng(seed)
+    values = np.asarray(jnp.asarray(r.normal(size=(rows, columns)) * 3, dtype))
+    shape = (rows, 1) if across else (rows, columns)
+    if mask == "none":
+        return values, None, values.astype(np.float64), np.ones(values.shape)
+    weights = r.integers(0, 3, size=shape) / (4 if "float" in mask else 1)
+    weights = np.asarray(jnp.asarray(weights, mask))
+    wide = np.broadcast_to(weights.astype(np.float64), values.shape)
+    exact = values.astype(np.float64)
+    if "float" in dtype:
+        values = np.where(wide == 0, np.asarray(np.nan, values.dtype), values)
+    return values, weights, exact, wide
+
+
+@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.given(batches=batches)
+def test_the_average_is_that_of_float64_for_any_mask_weights_and_dtype(batches):
+    average = Average("x")
+    total, weight, scale = 0.0, 0.0, 0.0
+    for batch in batches:
+        values, mask, exact, wide = drawn(*batch)
+        average.update(x=jnp.asarray(values), mask=mask)
+        total += (exact * wide).sum()
+        scale += (abs(exact) * wide).sum()
+        weight += wide.sum()
+    found = float(average.compute())
+    if weight == 0:
+        assert np.isnan(found)
+    else:
+        assert abs(found - total / weight) <= 1e-5 * scale / weight + 1e-7
+
+
+@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.given(batches=batches)
+def test_mean_and_deviation_are_those_of_float64_for_any_dtype(batches):
+    welford = Welford("x")
+    seen = []
+    for rows, columns, dtype, _, across, seed in batches:
+        values, *_ = drawn(rows, columns, dtype, "none", across, seed)
+        welford.update(x=jnp.asarray(values))
+        seen.append(values.astype(np.float64).ravel())
+    every = np.concatenate(seen)
+    found = welford.compute()
+    if every.size:
+        np.testing.assert_allclose(found.mean, every.mean(), atol=1e-5)
+        np.testing.assert_allclose(found.standard_deviation, every.std(), atol=1e-5)
+        error = every.std() / every.size**0.5
+        np.testing.assert_allclose(found.standard_error_of_mean, error, atol=1e-5)
+    else:
+        assert float(found.mean) == 0
+        assert np.isnan(found.standard_deviation)
+
+
+def test_fractional_weights_are_weights():
+    average = Average()
+    average.update(values=jnp.array([1.0, 3.0]), mask=jnp.array([0.5, 0.25]))
+    assert float(average.compute()) == np.float32(1.25 / 0.75)
+
+
+def test_a_value_that_is_masked_may_be_nan():
+    average = Average()
+    average.update(values=jnp.array([1.0, jnp.nan]), mask=jnp.array([True, False]))
+    assert float(average.compute()) == 1.0
+    average.update(values=jnp.array([jnp.nan]))
+    assert np.isnan(average.compute()), "one that counts may not"
+
+
+def test_every_value_under_a_mask_of_bfloat16_is_counted():
+    average = Average()
+    mask = jnp.ones(1000, jnp.bfloat16)
+    for _ in range(3):
+        average.update(values=jnp.ones(1000), mask=mask)
+    assert int(average.count.value) == 3000
+    assert float(average.compute()) == 1.0
+
+
+def test_a_mask_that_is_not_finite_gives_nan():
+    for bad in (jnp.nan, jnp.inf):
+        average = Average()
+        average.update(values=jnp.ones(2), mask=jnp.array([1.0, bad]))
+        assert np.isnan(average.compute())
+
+
+def test_an_empty_batch_changes_nothing():
+    welford = Welford()
+    for batch in (jnp.zeros(0), jnp.array([1.0, 3.0]), jnp.zeros((0, 4))):
+        welford.update(values=batch)
+    assert float(welford.compute().mean) == 2.0
+    assert float(welford.compute().standard_deviation) == 1.0
+
+
+@pytest.mark.parametrize("metric", [Average, Welford, Accuracy])
+def test_complex_values_and_masks_are_refused(metric):
+    for name in ("logits",) if metric is Accuracy else ("values",):
+        given = {name: jnp.ones((2, 2), complex), "labels": jnp.zeros(2, int)}
+        with pytest.raises(ArgumentError, match=r"real numbers .* complex64\[2,2\]"):
+            metric().update(**given)
+    with pytest.raises(ArgumentError, match=r"mask .* real numbers.*complex64\[2\]"):
+        Average().update(values=jnp.ones(2), mask=jnp.ones(2, complex))
+
+
+def test_fractional_weights_add_up_under_jit_and_after_a_reset():
+    average = Average()
+    step = nnx.jit(lambda m, v, w: m.update(values=v, mask=w))
+    for _ in range(10):
+        step(average, jnp.array([2.0, 4.0]), jnp.array([0.3, 0.9]))
+    assert int(average.count.value) == 12
+    np.testing.assert_allclose(average.compute(), 3.5, rtol=1e-6)
+    average.reset()
+    assert np.isnan(average.compute())
+    average.update(values=jnp.ones(1))
+    assert float(average.compute()) == 1.0

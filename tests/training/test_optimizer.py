@@ -15,7 +15,13 @@ import pytest
 from flax import nnx as flax_nnx
 
 from sortal import nnx
-from sortal.errors import ArgumentError, OptimizerError, PolicyError, TraceError
+from sortal.errors import (
+    ArgumentError,
+    FilterError,
+    OptimizerError,
+    PolicyError,
+    TraceError,
+)
 from sortal.training.optimizer import Hyperparam
 
 rng = np.random.default_rng(0)
@@ -1047,3 +1053,217 @@ def test_an_optimizer_by_policy_can_be_copied_split_and_merged():
         other.update(twin, nnx.state(twin, other.wrt))
         assert int(other.step) == 1
     assert int(optimizer.step) == 0
+
+
+# ----------------------------------------------------------------- shapes and dtypes
+class Vector(nnx.Module):
+    def __init__(self, shape=(3,), dtype=jnp.float32):
+        self.w = nnx.Param(jnp.ones(shape, dtype))
+
+
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize(
+    ("was", "now"), [((3,), (1,)), ((1,), (3,)), ((3,), (2,)), ((3,), (1, 3))]
+)
+def test_a_parameter_that_changed_its_shape_is_refused(tx, jitted, was, now):
+    model = Vector(was)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    model.w = nnx.Param(jnp.ones(now))
+    grads = nnx.grad(lambda m: (m.w.value**2).sum())(model)
+    step = nnx.jit(optimizer.update) if jitted else optimizer.update
+    before = nnx.state(optimizer)
+    a, b = (str(list(x)).replace(" ", "") for x in (now, was))
+    message = rf"w \(Param\) is float32{a}, its state in opt_state.* is float32{b}"
+    message = message.replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises(OptimizerError, match=message):
+        step(model, grads)
+    assert model.w.value.shape == now
+    equal(nnx.state(optimizer), before)
+
+
+def test_a_parameter_that_changed_its_dtype_is_refused():
+    model = Vector()
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    model.w.value = model.w.value.astype(jnp.bfloat16)
+    grads = nnx.grad(lambda m: (m.w.value**2).sum())(model)
+    message = r"w \(Param\) is bfloat16\[3\], was float32"
+    with pytest.raises(OptimizerError, match=message):
+        optimizer.update(model, grads)
+
+
+def test_updates_of_another_shape_than_the_parameter_are_refused():
+    model = Vector()
+
+    def wide(grads, state, params=None):
+        return jax.tree.map(lambda g: jnp.stack([g, g]), grads), state
+
+    tx = optax.GradientTransformation(lambda _: (), wide)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda m: m.w.value.sum())(model)
+    message = r"w \(Param\) is float32\[3\], its update float32\[2,3\]"
+    with pytest.raises(OptimizerError, match=message):
+        optimizer.update(model, grads)
+    assert model.w.value.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_state_that_takes_its_shape_at_the_first_step_is_stored():
+    def update(grads, state, params=None):
+        return grads, jax.tree.map(jnp.add, state, grads)
+
+    tx = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda _: jnp.zeros(()), params), update
+    )
+    model = Vector()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(lambda m: m.w.value.sum())(model))
+    assert optimizer.opt_state["w"].value.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_an_ensemble_made_outside_is_trained_inside_vmap():
+    models = nnx.vmap(lambda k: nnx.Linear(2, 1, rngs=nnx.Rngs(k)))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    optimizer = nnx.Optimizer(models, optax.adam(0.1), wrt=nnx.Param)
+    alone = [jax.tree.map(lambda x, i=i: x[i], nnx.state(models)) for i in range(3)]
+
+    def step(model, optimizer):
+        def loss(m):
+            return (m(jnp.ones((1, 2))) ** 2).sum()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    axes = nnx.StateAxes({nnx.OptVariable: 0, ...: None})
+    nnx.vmap(step, in_axes=(0, axes), axis_size=3)(models, optimizer)
+    for i, state in enumerate(alone):
+        model = nnx.merge(nnx.graphdef(models), state)
+        own = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        step(model, own)
+        found = jax.tree.map(lambda x, i=i: x[i], nnx.state(models))
+        for a, b in zip(found.values_list(), values(model), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+# ------------------------------------------------------------- containers as models
+CONTAINERS = {
+    "a module": lambda m: m(),
+    "a dict": lambda m: {"a": m(), "b": m()},
+    "a list": lambda m: [m(), m()],
+    "a tuple": lambda m: (m(), m()),
+    "a List": lambda m: nnx.List([m(), m()]),
+    "a Dict": lambda m: nnx.Dict(a=m(), b=m()),
+    "nested": lambda m: {"a": [m(), (m(),)], "b": {"c": m()}},
+    "more than ten": lambda m: [m() for _ in range(11)],
+    "in a List": lambda m: nnx.List([{"a": m()}, (m(),)]),
+}
+
+
+@pytest.mark.parametrize("lib", [nnx, flax_nnx], ids=["sortal", "flax"])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_of_models_trains_as_plain_optax(name, jitted, lib):
+    class Net(lib.Module):
+        def __init__(self):
+            self.w = lib.Param(jnp.array([1.0, -2.0]))
+            self.n = lib.BatchStat(jnp.ones(2))
+
+    models = CONTAINERS[name](Net)
+    nets = [x for _, x in nnx.iter_graph(models) if isinstance(x, Net)]
+    tx = optax.adam(0.1)
+    optimizer = nnx.Optimizer(models, tx, wrt=nnx.Param)
+
+    def loss(models):
+        nets = [x for _, x in nnx.iter_graph(models) if isinstance(x, Net)]
+        return sum((i + 1) * (n.w[...] ** 2).sum() for i, n in enumerate(nets))
+
+    def step(models, optimizer):
+        return optimizer.update(models, nnx.grad(loss, wrt=optimizer.wrt)(models))
+
+    step = nnx.jit(step) if jitted else step
+    params = [jnp.array([1.0, -2.0]) for _ in nets]
+    state = tx.init(params)
+    for _ in range(3):
+        step(models, optimizer)
+        grads = [2 * (i + 1) * p for i, p in enumerate(params)]
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for net, p in zip(nets, params, strict=True):
+        np.testing.assert_allclose(net.w[...], p, rtol=1e-6)
+
+
+def test_path_filters_see_the_same_paths_in_grad_and_optimizer():
+    models = {"a": Vector(), "b": Vector()}
+    for wrt in (nnx.At("a.w"), nnx.Under("a"), nnx.PathContains("a")):
+        optimizer = nnx.Optimizer(models, optax.sgd(0.5), wrt=wrt)
+        with pytest.raises(
+            FilterError, match=r"takes none of .*\n(.|\n)*b.w \(Param\)"
+        ):
+            nnx.grad(lambda m: m["b"].w.value.sum(), wrt=nnx.At("b"))(models)
+        found = nnx.grad(lambda m: m["a"].w.value.sum(), wrt=optimizer.wrt)(models)
+        optimizer.update(models, found)
+    assert models["a"].w.value.tolist() == [-0.5] * 3
+    assert models["b"].w.value.tolist() == [1.0] * 3
+
+
+def test_what_a_policy_freezes_in_a_container_has_no_gradient():
+    models = {"a": Vector(), "b": Vector()}
+    policy = nnx.Policy(
+        {
+            nnx.Under("b"): nnx.Rule(trainable=False),
+            nnx.Param: nnx.Rule(optimizer=optax.sgd(0.5)),
+        }
+    )
+    optimizer = nnx.Optimizer(models, policy)
+
+    def loss(m):
+        return m["a"].w.value.sum() + m["b"].w.value.sum()
+
+    optimizer.update(models, nnx.grad(loss, wrt=optimizer.wrt)(models))
+    assert models["a"].w.value.tolist() == [0.5] * 3
+    assert models["b"].w.value.tolist() == [1.0] * 3
+
+
+# ------------------------------------------------------------ the state as optax's own
+def test_the_state_as_optax_made_it_serves_optaxs_own_functions():
+    model = make(nnx)
+    params = as_dict()
+    tx = optax.contrib.schedule_free_adamw(0.1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    state = tx.init(params)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss_of)(model))
+        updates, state = tx.update(jax.grad(dict_loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    given = optimizer.optax_state(model)
+    found = optax.contrib.schedule_free_eval_params(given, nnx.state(model, nnx.Param))
+    wanted = optax.contrib.schedule_free_eval_params(state, params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert type(given) is type(state)
+    assert int(optax.tree.get(given, "count")) == 3
+    assert isinstance(found, nnx.State)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_the_state_as_optax_made_it_has_the_structure_of_a_new_one(name):
+    model, tx = make(nnx), TRANSFORMATIONS[name]()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    fresh = tx.init(params)
+    found = optimizer.optax_state(model)
+    assert jax.tree.structure(found) == jax.tree.structure(fresh)
+    equal(found, fresh)
+    doubled = optax.tree_map_params(tx, lambda x: 2 * x, found)
+    equal(doubled, optax.tree_map_params(tx, lambda x: 2 * x, fresh))
+
+
+def test_of_groups_each_gives_out_a_state_of_its_own():
+    model = make(nnx)
+    head = nnx.Under("head")
+    groups = {head: optax.adam(0.1), ...: optax.sgd(0.1, momentum=0.9)}
+    optimizer = nnx.Optimizer(model, groups, wrt=nnx.Param)
+    first, second = optimizer.optax_state(model)
+    equal(first, optax.adam(0.1).init(nnx.state(model, head)))
+    rest = nnx.state(model, nnx.All(nnx.Param, nnx.Not(head)))
+    equal(second, optax.sgd(0.1, momentum=0.9).init(rest))

@@ -48,20 +48,12 @@ def _at_length(fact: Any) -> str:
 def facts_of(graphdef: Any) -> dict[Path, Any]:
     """What is at each path of a GraphDef: a Fact, or a Static."""
     facts: dict[Path, Any] = {}
-    seen: dict[int, Path] = {}
     schema = graphdef.schema
-
-    # With a stack of its own, so that no depth is too deep.
-    pending: list[tuple[Any, Path]] = [(graphdef.root, ())]
-    while pending:
-        entry, path = pending.pop()
-        _, what, ref = entry
+    for path, (_, what, ref), first in graphdef.places():
         if what == STATIC:
             facts[path] = ref
-            continue
-        owner = schema.paths[ref] if what == LEAF else seen.setdefault(ref, path)
-        if owner != path:
-            facts[path] = Fact(None, owner, f"alias of {show(owner)}")
+        elif first != path:
+            facts[path] = Fact(None, first, f"alias of {show(first)}")
         elif what == LEAF:
             kind, meta = schema.kinds[ref], schema.metadata[ref]
             shown = kind_name(kind) + (f" {dict(meta)}" if meta else "")
@@ -69,16 +61,4 @@ def facts_of(graphdef: Any) -> dict[Path, Any]:
         else:
             record = graphdef.records[ref]
             facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
-            children = [(c, record.below(path, c.key)) for c in record.entries]
-            pending += reversed(children)
     return facts
-
-
-def differences(old: Any, new: Any) -> list[Difference]:
-    """One Difference for each path where two GraphDefs disagree."""
-    before, after = facts_of(old), facts_of(new)
-    return [
-        Difference(path, before.get(path, ABSENT), after.get(path, ABSENT))
-        for path in dict.fromkeys([*before, *after])
-        if before.get(path, ABSENT) != after.get(path, ABSENT)
-    ]

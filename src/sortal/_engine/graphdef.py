@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from sortal._engine.difference import Difference, differences
+from sortal._engine.difference import ABSENT, Difference, facts_of
 from sortal._engine.nodes import LEAF, NODE, STATIC, Child, Handler
 from sortal._engine.paths import Path
 from sortal._engine.schema import Schema
@@ -32,10 +32,6 @@ class Record(NamedTuple):
     spec: Static
     entries: tuple[Entry, ...]
 
-    def below(self, path: Path, key: Any) -> Path:
-        """The path of the child at ``key``, where the node's own is ``path``."""
-        return path + key if self.handler.flat else (*path, key)
-
 
 class GraphDef(Interned):
     """An immutable, interned description of everything but the values.
@@ -51,27 +47,52 @@ class GraphDef(Interned):
       True
     """
 
-    __slots__ = ("_memo", "aliases", "records", "root", "schema")
+    __slots__ = ("records", "root", "schema")
 
     root: Entry
     records: tuple[Record, ...]
     schema: Schema
-    aliases: tuple[tuple[Path, int], ...]
 
     @classmethod
-    def of(cls, root: Any, records: Any, schema: Any, aliases: Any) -> GraphDef:
+    def of(cls, root: Any, records: Any, schema: Any) -> GraphDef:
         """The one GraphDef of this structure."""
-        parts = root, tuple(records), schema, tuple(aliases)
+        parts = root, tuple(records), schema
         return cls._intern(parts, *parts)
 
-    def _setup(self, root: Any, records: Any, schema: Any, aliases: Any) -> None:
+    def _setup(self, root: Any, records: Any, schema: Any) -> None:
         self.root, self.records, self.schema = root, records, schema
-        self.aliases = aliases
-        self._memo: dict[Any, Any] = {}
 
-    memo = Schema.memo
     # Annotations name the model: `GraphDef[Model]`.
     __class_getitem__ = classmethod(types.GenericAlias)
+
+    def places(self, top: Entry | None = None) -> Iterator[tuple[Path, Entry, Path]]:
+        """Each Entry from the root, or another, down, in the order of the walk.
+
+        Yields:
+          Its path, the Entry, and the path at which its node or leaf was met first.
+        """
+        seen: dict[Any, Path] = {}
+        # With a stack of its own, so that no depth is too deep.
+        todo: list[tuple[Path, Entry]] = [((), top or self.root)]
+        while todo:
+            path, entry = todo.pop()
+            _, what, ref = entry
+            if what == NODE and (what, ref) not in seen:
+                record = self.records[ref]
+                for e in reversed(record.entries):
+                    key = e.key if record.handler.flat else (e.key,)
+                    todo.append((path + key, e))
+            first = path if what == STATIC else seen.setdefault((what, ref), path)
+            yield path, entry, first
+
+    @property
+    def aliases(self) -> tuple[tuple[Path, int], ...]:
+        """The other paths of leaves, with the leaves' numbers."""
+        return tuple(
+            (path, entry.ref)
+            for path, entry, first in self.places()
+            if entry.what == LEAF and first != path
+        )
 
     def diff(self, other: GraphDef) -> list[Difference]:
         """What differs from ``other``, path by path.
@@ -82,12 +103,52 @@ class GraphDef(Interned):
         Returns:
           One Difference for each path where the two disagree.
         """
-        return differences(self, other)
+        old, new = facts_of(self), facts_of(other)
+        rows = (
+            Difference(path, old.get(path, ABSENT), new.get(path, ABSENT))
+            for path in dict.fromkeys([*old, *new])
+        )
+        return [row for row in rows if row.old != row.new]
+
+    def leaves_below(self, top: Entry) -> dict[Path, int]:
+        """The numbers of the leaves below one Entry, by their path from there."""
+        return {
+            path: entry.ref
+            for path, entry, first in self.places(top)
+            if entry.what == LEAF and first == path
+        }
 
     def build_leaves(self, values: Sequence[Any], metadata: Any = None) -> list[Any]:
         """Wraps values, given in order, in new Variables of their kinds."""
         schema = self.schema
         return make_all(schema.kinds, values, metadata or schema.metadata)
+
+    def _steps(self) -> list[_Step]:
+        return self.memo("steps", lambda: list(map(_Step, self.records)))
+
+    def shells(self) -> list[Any]:
+        """All nodes in order, still empty; None for values, which ``fill`` builds."""
+        steps = self._steps()
+        return [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
+
+    def fill(self, nodes: list[Any], leaves: Any, which: Sequence[int]) -> None:
+        """Gives the nodes numbered ``which`` their children.
+
+        Children have higher numbers than the value-like nodes that hold them, so going
+        backwards every value is complete before its holder asks for it.
+        """
+        steps = self._steps()
+        for n in reversed(which):
+            step = steps[n]
+            items = step.template.copy()
+            for key, ref in step.leaves:
+                items[key] = leaves[ref]
+            for key, ref in step.nodes:
+                items[key] = nodes[ref]
+            if step.tracked:
+                step.handler.fill(nodes[n], step.spec, items)
+            else:
+                nodes[n] = step.handler.build(step.cls, step.spec, items)
 
     def build(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Builds the objects around ``leaves``.
@@ -98,9 +159,8 @@ class GraphDef(Interned):
         Returns:
           The root, and all nodes in order.
         """
-        steps = self.memo("steps", lambda: list(map(Step, self.records)))
-        nodes = [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
-        fill(steps, nodes, leaves, range(len(nodes)))
+        nodes = self.shells()
+        self.fill(nodes, leaves, range(len(nodes)))
         what, ref = self.root[1:]
         root = ref.value if what is STATIC else (leaves if what else nodes)[ref]
         return root, nodes
@@ -113,7 +173,7 @@ class GraphDef(Interned):
         )
 
 
-class Step:
+class _Step:
     """What building one node takes, laid out for speed."""
 
     __slots__ = ("cls", "handler", "leaves", "nodes", "spec", "template", "tracked")
@@ -127,29 +187,6 @@ class Step:
         }
         self.nodes = [(e.key, e.ref) for e in record.entries if e.what == NODE]
         self.leaves = [(e.key, e.ref) for e in record.entries if e.what == LEAF]
-
-
-def fill(
-    steps: Sequence[Step], nodes: list[Any], leaves: Any, which: Sequence[int]
-) -> None:
-    """Gives the nodes numbered ``which`` their children; values are built on the way.
-
-    Children have higher numbers than the value-like nodes that hold them, so going
-    backwards every value is complete before its holder asks for it.
-    """
-    for n in reversed(which):
-        step = steps[n]
-        items = step.template.copy()
-        for key, ref in step.leaves:
-            items[key] = leaves[ref]
-        for key, ref in step.nodes:
-            items[key] = nodes[ref]
-        if step.tracked:
-            if type(nodes[n]) is not step.cls:  # edited inside a trace
-                object.__setattr__(nodes[n], "__class__", step.cls)
-            step.handler.fill(nodes[n], step.spec, items)
-        else:
-            nodes[n] = step.handler.build(step.cls, step.spec, items)
 
 
 jax.tree_util.register_static(GraphDef)

@@ -21,27 +21,22 @@ _LIST = ListHandler()
 class Slot:
     """A raw array where it hangs, as the engine reads and writes it."""
 
-    __slots__ = ("_indexed", "_trace", "handler", "holder", "key")
+    __slots__ = ("_indexed", "_trace", "handler", "holder", "key", "writable")
 
     def __init__(self, node: Any, handler: Handler, key: Any, trace: Any):
         self._trace, self.handler = trace, handler
+        # Tuples and other values cannot be written to.
+        self.writable = handler.tracked
         self.holder, self.key = handler.place(node, key)
         self._indexed = isinstance(self.holder, (dict, list)) or type(node) is tuple
 
     @property
     def held(self) -> Any:
-        """What is there for the user to see: the array."""
-        return self._value
-
-    @property
-    def _value(self) -> Any:
+        """The array."""
         holder = self.holder if self._indexed else self.handler.items(self.holder)
         return holder[self.key]
 
-    @property
-    def writable(self) -> bool:
-        """Whether the holder can be written to; tuples and other values cannot."""
-        return self.handler.tracked
+    _value = held
 
     def write(self, value: Any) -> None:
         """Puts ``value`` there; the holder must be writable."""
@@ -111,8 +106,6 @@ class Foreign:
     """A Variable of another library, with the face of one of ours for the engine."""
 
     __slots__ = ("handler", "held")
-
-    writable = True
 
     def __init__(self, variable: Any, handler: VariableHandler):
         self.held, self.handler = variable, handler

@@ -16,13 +16,11 @@ import jax
 import numpy as np
 
 from sortal._engine import paths
-from sortal._engine.foreign import handler_of_kind, note_class, register_library_of
+from sortal._engine.foreign import note_class
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
-from sortal._engine.variable import Variable, foreign_write, is_variable
-
-Keys = Sequence[Any]
+from sortal._engine.variable import foreign_write, is_variable
 
 
 class Child(enum.IntEnum):
@@ -113,6 +111,7 @@ def _note_edit(node: Node) -> None:
 
 
 _ABSENT: Any = object()
+_joined = itertools.chain.from_iterable
 _set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
@@ -143,16 +142,12 @@ class Handler:
     counts_edits = False
     root = False
 
-    def keys(self, obj: Any) -> Keys:
-        """The keys of the children, in the order in which leaves are numbered."""
-        raise NotImplementedError
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        """The children at ``keys``."""
+    def items(self, obj: Any) -> dict[Any, Any]:
+        """The children by key, in the order in which leaves are numbered."""
         raise NotImplementedError
 
     def spec(self, obj: Any) -> Hashable:
-        """What is needed besides keys and children to build it again; hashable."""
+        """What is needed besides the children to build it again; hashable."""
         return None
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
@@ -166,11 +161,9 @@ class Handler:
           raw arrays may be exchanged for raw arrays. Of the latter there are as many
           while the former is equal.
         """
-        keys = list(map(self.keys, nodes))
-        specs = [(tuple(k), self.spec(x)) for x, k in zip(nodes, keys, strict=True)]
-        return list(map(static_key, specs)), itertools.chain.from_iterable(
-            map(self.children, nodes, keys)
-        )
+        items = list(map(self.items, nodes))
+        specs = [(tuple(i), self.spec(x)) for x, i in zip(nodes, items, strict=True)]
+        return list(map(static_key, specs)), _joined(map(dict.values, items))
 
     def shell(self, cls: type, spec: Any) -> Any:
         """An empty object of the type; for tracked nodes."""
@@ -184,11 +177,6 @@ class Handler:
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         """Puts a value together from its children; for untracked nodes."""
         raise NotImplementedError
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        """The children by key."""
-        keys = self.keys(obj)
-        return dict(zip(keys, self.children(obj, keys), strict=True))
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         """The live object, and key in it, that hold the child at ``key``.
@@ -211,7 +199,7 @@ class Handler:
 
     def can_remove(self, key: Any) -> bool:
         """Whether the child at ``key`` can go without moving others."""
-        return False
+        return type(self).remove is not Handler.remove
 
     # By what they do, so that a pickled GraphDef finds the one that is equal.
     def __eq__(self, other: object) -> bool:
@@ -227,11 +215,9 @@ class ObjectHandler(Handler):
     notes_edits = counts_edits = True
     root = True
 
-    def keys(self, obj: Any) -> Keys:
-        return sorted(get_dict(obj))
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return list(map(get_dict(obj).__getitem__, keys))
+    def items(self, obj: Any) -> dict[Any, Any]:
+        attributes = get_dict(obj)
+        return {name: attributes[name] for name in sorted(attributes)}
 
     def spec(self, obj: Any) -> Hashable:
         return tuple(sorted(obj._roles.items())) if obj._roles else None
@@ -258,9 +244,6 @@ class ObjectHandler(Handler):
     def remove(self, obj: Any, key: Any) -> None:
         delattr(obj, key)
 
-    def can_remove(self, key: Any) -> bool:
-        return True
-
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         attributes = get_dict(obj)
         edited = len(attributes) > 0  # else its plans see it by the number of them
@@ -277,11 +260,8 @@ class ListHandler(Handler):
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         return list(map(len, nodes)), itertools.chain(*nodes)
 
-    def keys(self, obj: Any) -> Keys:
-        return range(len(obj))
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return list(obj)
+    def items(self, obj: Any) -> dict[Any, Any]:
+        return dict(enumerate(obj))
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj[:] = items.values()
@@ -294,11 +274,8 @@ class DictHandler(Handler):
     transform, so two dicts that differ in order differ in structure.
     """
 
-    def keys(self, obj: Any) -> Keys:
-        return sorted(obj, key=paths.order)
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return [obj[key] for key in keys]
+    def items(self, obj: Any) -> dict[Any, Any]:
+        return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
     def spec(self, obj: Any) -> Hashable:
         return tuple(obj)
@@ -309,9 +286,6 @@ class DictHandler(Handler):
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
-
-    def can_remove(self, key: Any) -> bool:
-        return True
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj.clear()
@@ -340,12 +314,10 @@ class TupleHandler(Handler):
     tracked = False
     fixed = True
 
-    def keys(self, obj: Any) -> Keys:
-        return sorted(obj._fields) if hasattr(obj, "_fields") else range(len(obj))
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        named = hasattr(obj, "_fields")
-        return [getattr(obj, str(key)) for key in keys] if named else list(obj)
+    def items(self, obj: Any) -> dict[Any, Any]:
+        if hasattr(obj, "_fields"):
+            return {name: getattr(obj, name) for name in sorted(obj._fields)}
+        return dict(enumerate(obj))
 
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
@@ -354,16 +326,13 @@ class TupleHandler(Handler):
 class DataclassHandler(Handler):
     """Instances of plain dataclasses: children are all attributes set on them."""
 
-    def keys(self, obj: Any) -> Keys:
-        names = [f.name for f in dataclasses.fields(obj) if hasattr(obj, f.name)]
-        extra = [n for n in getattr(obj, "__dict__", ()) if n not in names]
-        return sorted([*names, *extra])
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return [getattr(obj, str(key)) for key in keys]
+    def items(self, obj: Any) -> dict[Any, Any]:
+        names = {f.name for f in dataclasses.fields(obj) if hasattr(obj, f.name)}
+        names.update(getattr(obj, "__dict__", ()))
+        return {name: getattr(obj, name) for name in sorted(names)}
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        for name in set(map(str, self.keys(obj))) - items.keys():
+        for name in self.items(obj).keys() - items.keys():
             object.__delattr__(obj, name)
         for name, child in items.items():
             object.__setattr__(obj, name, child)
@@ -375,11 +344,8 @@ class MethodHandler(Handler):
     tracked = False
     fixed = True
 
-    def keys(self, obj: Any) -> Keys:
-        return ("__self__",)
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return [obj.__self__]
+    def items(self, obj: Any) -> dict[Any, Any]:
+        return {"__self__": obj.__self__}
 
     def spec(self, obj: Any) -> Hashable:
         return obj.__func__
@@ -393,11 +359,8 @@ class PytreeHandler(Handler):
 
     tracked = False
 
-    def keys(self, obj: Any) -> Keys:
-        return [key for key, _ in _level(obj)[0]]
-
-    def children(self, obj: Any, keys: Keys) -> list[Any]:
-        return [child for _, child in _level(obj)[0]]
+    def items(self, obj: Any) -> dict[Any, Any]:
+        return dict(_level(obj)[0])
 
     def spec(self, obj: Any) -> Hashable:
         return _level(obj)[1]
@@ -410,8 +373,7 @@ def _level(obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return one_level(obj) or ([], None)
 
 
-_OBJECT, _DATACLASS, _PYTREE = ObjectHandler(), DataclassHandler(), PytreeHandler()
-_METHOD = MethodHandler()
+_tuple, _dataclass, _pytree = TupleHandler(), DataclassHandler(), PytreeHandler()
 _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
 
@@ -444,8 +406,7 @@ def register_node(node_type: type, handler: Handler) -> None:
       >>> class Bag:
       ...     def __init__(self, *items): self.items = items
       >>> class BagHandler(Handler):
-      ...     def keys(self, obj): return range(len(obj.items))
-      ...     def children(self, obj, keys): return list(obj.items)
+      ...     def items(self, obj): return dict(enumerate(obj.items))
       ...     def fill(self, obj, spec, items): obj.items = tuple(items.values())
       >>> nnx.register_node(Bag, BagHandler())
       >>> nnx.state(Bag(nnx.Param(1.0))).paths()
@@ -485,10 +446,7 @@ def is_root(x: Any) -> bool:
 
 
 def _classify(cls: type, obj: Any) -> Any:
-    if issubclass(cls, Variable):
-        return LEAF
-    register_library_of(cls)
-    if handler_of_kind(cls) is not None:
+    if is_variable(obj):
         return LEAF
     if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         leaf_types.add(cls)
@@ -496,20 +454,17 @@ def _classify(cls: type, obj: Any) -> Any:
     for base in cls.__mro__:
         if base in _registry:
             return _registry[base]
-    if issubclass(cls, Node):
-        return _OBJECT
-    if issubclass(cls, types.MethodType):
-        return _METHOD
     if obj is None or issubclass(cls, type):
         return STATIC
     if one_level(obj) is not None:
-        return _PYTREE
+        return _pytree
     if dataclasses.is_dataclass(cls):
-        return _DATACLASS
+        return _dataclass
     return STATIC
 
 
-_tuple = TupleHandler()
+register_node(Node, ObjectHandler())
+register_node(types.MethodType, MethodHandler())
 register_node(list, ListHandler())
 register_node(dict, DictHandler())
 register_node(collections.defaultdict, DefaultDictHandler())
@@ -527,8 +482,9 @@ def is_static_value(obj: Any, handler: Any) -> bool:
       True for tuples, methods and frozen dataclasses with no leaf or mutable inside.
     """
     if isinstance(handler, MethodHandler):
-        return handler_of(obj.__self__) is STATIC
-    frozen = handler is _DATACLASS and type(obj).__dataclass_params__.frozen
+        held = obj.__self__
+        return handler_of(held) is STATIC and not hidden_state(held)
+    frozen = handler is _dataclass and type(obj).__dataclass_params__.frozen
     if not (handler is _tuple or frozen):
         return False
     for child in handler.items(obj).values():

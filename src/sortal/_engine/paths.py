@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import gc
+import re
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from sortal.errors import ArgumentError, EntryError
@@ -74,29 +74,112 @@ def parse(text: str) -> Path:
 
 
 def matches(pattern: str, path: Path) -> bool:
-    """Whether ``path`` fits a glob such as ``encoder.**.kernel``.
-
-    ``*`` stands for one entry (or part of one), ``**`` for any number, none included.
+    r"""Whether ``path`` fits a glob such as ``encoder.**.kernel``; see ``glob``.
 
     Example:
       >>> matches("layers.*.kernel", ("layers", 0, "kernel"))
       True
       >>> matches("**.bias", ("layers", 0, "kernel"))
       False
+      >>> matches(r"table.a\.b", ("table", "a.b"))
+      True
     """
-    return _matches(tuple(pattern.split(".")), tuple(map(str, path)))
+    return glob(pattern)(joined(path))
+
+
+# Stands before each entry; one inside of an entry is written otherwise.
+_SEP = "\0"
 
 
 @functools.lru_cache(maxsize=65536)
-def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    if not pattern:
-        return not path
-    head, rest = pattern[0], pattern[1:]
-    if head == "**":
-        return _matches(rest, path) or (bool(path) and _matches(pattern, path[1:]))
-    return (
-        bool(path) and fnmatch.fnmatchcase(path[0], head) and _matches(rest, path[1:])
+def joined(path: Path) -> str:
+    """A path as the text that globs are matched with."""
+    texts = [str(key) for key in path]
+    if any(_SEP in text or "\1" in text for text in texts):
+        texts = [t.replace("\1", "\1\1").replace(_SEP, "\1\2") for t in texts]
+    return "".join(f"{_SEP}{text}" for text in texts)
+
+
+@functools.lru_cache(maxsize=4096)
+def glob(pattern: str, below: bool = False) -> Callable[[str], bool]:
+    """Compiles a glob: entries joined by single dots.
+
+    ``**`` as a whole entry is any number of entries, none included. ``*`` in another is
+    any run of characters in it. A backslash before ``.``, ``*`` or a backslash makes it
+    an ordinary character. All else stands for itself; keys are compared as ``str``
+    writes them.
+
+    Args:
+      pattern: the glob.
+      below: whether it also fits all paths below those it names.
+
+    Returns:
+      A function of a ``joined`` path.
+
+    Raises:
+      ArgumentError: an entry is empty, or a backslash is before another character.
+    """
+    entries = _entries(pattern)
+    if all(len(entry) == 1 for entry in entries):
+        plain = joined(tuple(text for (text,) in entries))
+        if not below:
+            return plain.__eq__
+        start = plain + _SEP
+        return lambda text: text == plain or text.startswith(start)
+    if below:
+        entries = [*entries, ["", "", ""]]
+    # Between two `**` the first place that fits will do, so no group is tried again.
+    runs: list[str] = [""]
+    for entry in entries:
+        if len(entry) == 3 and not any(entry):
+            runs.append("")
+        else:
+            runs[-1] += f"{_SEP}{_regex(entry)}(?![^{_SEP}])"
+    skip = f"(?:{_SEP}[^{_SEP}]*)*"
+    first, *middle = runs
+    regex = first
+    if middle:
+        *inner, last = middle
+        regex += "".join(f"(?>{skip}?{run})" for run in inner if run) + skip + last
+    fits = re.compile(regex, re.DOTALL).fullmatch
+    return lambda text: fits(text) is not None
+
+
+def _entries(pattern: str) -> list[list[str]]:
+    """For each entry the literal texts around its stars."""
+    entries = [[""]]
+    chars = iter(pattern)
+    for char in chars:
+        if char == "\\":
+            escaped = next(chars, "")
+            if escaped not in ("\\", ".", "*"):
+                raise _bad_glob(pattern)
+            entries[-1][-1] += escaped
+        elif char == ".":
+            entries.append([""])
+        elif char == "*":
+            entries[-1].append("")
+        else:
+            entries[-1][-1] += char
+    if any(entry == [""] for entry in entries):
+        raise _bad_glob(pattern)
+    return entries
+
+
+def _bad_glob(pattern: str) -> ArgumentError:
+    return ArgumentError(
+        f"{pattern!r}: a path is entries joined by single dots, such as "
+        "'encoder.layers.0.kernel', and a backslash stands before a dot, a star or a "
+        "backslash that belongs to an entry."
     )
+
+
+def _regex(entry: list[str]) -> str:
+    first, *rest = [joined((text,))[1:] for text in entry]
+    regex = re.escape(first)
+    for text in rest[:-1]:
+        regex += f"(?>[^{_SEP}]*?{re.escape(text)})"
+    return regex + (f"[^{_SEP}]*{re.escape(rest[-1])}" if rest else "")
 
 
 class PathKey:

@@ -7,6 +7,7 @@ Variable its class and metadata.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import operator
@@ -23,6 +24,7 @@ from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
 from sortal._engine.walk import Walk
+from sortal.errors import ArgumentError
 from sortal.filters import to_filter
 
 _KEPT = 4
@@ -88,11 +90,10 @@ class Plan:
         self.graphdef = graphdef
         self.leaves = Leaves(leaves)
         self.nodes: list[Any] = [None, *nodes[1:]]
-        self._ids: set[int] | None = None
         # What calls with several roots, this one first, know of their sharing. Kept
         # here, so that it goes with the root: statics in it may lead to the root.
         self.alias_maps: Bounded[Any] = Bounded(16)
-        self._parts: dict[Any, Leaves] = {}
+        self._parts: Bounded[Leaves] = Bounded(64)
         self._picked: dict[Any, Any] = {}
 
     def watch(self, root: Any) -> None:
@@ -159,11 +160,10 @@ class Plan:
         records = (r.held for r in (*self._noting, *self._silent))
         return itertools.chain(self.nodes, leaves, *records)
 
+    @functools.cached_property
     def holds(self) -> set[int]:
         """The ids of all that it keeps alive, numbers, strings and classes apart."""
-        if self._ids is None:
-            self._ids = {id(x) for x in self._held() if type(x) not in _ATOMS}
-        return self._ids
+        return {id(x) for x in self._held() if type(x) not in _ATOMS}
 
     def before(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
         """This plan and the older ones that may be kept beside it.
@@ -171,9 +171,7 @@ class Plan:
         They may come back (train and eval). One that alone holds something may not, or
         that would be kept alive after it has left the model.
         """
-        if not plans:
-            return (self,)
-        kept = [p for p in plans if p is not self and p.holds() <= self.holds()]
+        kept = [p for p in plans if p is not self and p.holds <= self.holds]
         return (self, *kept[: _KEPT - 1])
 
     def leads_to(self, root: Any) -> bool:
@@ -207,9 +205,8 @@ class Plan:
         """Some of the leaves, as ``pick`` takes them from a sequence; kept."""
         found = self._parts.get(pick)
         if found is None:
-            if len(self._parts) > 64:
-                self._parts.clear()
-            found = self._parts[pick] = Leaves(pick(self.leaves))
+            found = Leaves(pick(self.leaves))
+            self._parts.put(pick, found)
         return found
 
     def view(self) -> list[Any]:
@@ -343,5 +340,11 @@ def bind(root: Any) -> Plan:
 
 
 def _planned(root: Any) -> Plan:
+    if isinstance(root, (type, types.FunctionType)):
+        what = "class" if isinstance(root, type) else "function"
+        raise ArgumentError(
+            f"a model is an object; found the {what} {root.__name__}. Write "
+            f"{root.__name__}(...)."
+        )
     walk = Walk(root)
     return Plan(walk.graphdef, walk.nodes, walk.leaves)

@@ -21,7 +21,7 @@ def kind_name(kind: Kind) -> str:
 class Schema(Interned):
     """The leaves of a structure without their values: paths, kinds and metadata."""
 
-    __slots__ = ("_memo", "kinds", "metadata", "paths")
+    __slots__ = ("kinds", "metadata", "paths")
 
     paths: tuple[Path, ...]
     kinds: tuple[Kind, ...]
@@ -37,7 +37,6 @@ class Schema(Interned):
 
     def _setup(self, paths: Any, kinds: Any, metadata: Any) -> None:
         self.paths, self.kinds, self.metadata = paths, kinds, metadata
-        self._memo: dict[Any, Any] = {}
 
     @property
     def index(self) -> dict[Path, int]:
@@ -46,16 +45,6 @@ class Schema(Interned):
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, computed once for this schema and ``key``."""
-        try:
-            return self._memo[key]
-        except KeyError:
-            if len(self._memo) > 256:
-                self._memo.clear()
-            found = self._memo[key] = compute()
-            return found
 
     def pick(self, indices: Sequence[int]) -> Schema:
         """The schema of some of the leaves."""
@@ -140,15 +129,11 @@ def select(
 def _divide(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> Selection:
-    _check_order(filters)
     takes = [
         frozenset(i for i, row in enumerate(schema.rows(leaves)) if f.test(*row))
         for f in filters
     ]
-    for later in range(len(filters)):
-        for earlier in range(later):
-            if takes[later] and takes[later] < takes[earlier]:
-                raise FilterError(_swallowed(filters, earlier, later))
+    _check_order(filters, takes)
     rest = range(len(schema))
     parts = []
     for taken in takes:
@@ -158,27 +143,24 @@ def _divide(
     return Selection(tuple(parts), tuple(rest))
 
 
-def _check_order(filters: tuple[Filter, ...]) -> None:
-    last = len(filters) - 1
-    for later, f in enumerate(filters):
-        if Nothing().covers(f):
-            continue  # it asks for nothing
-        for earlier in range(later):
-            swallows = filters[earlier].covers(f)
-            if swallows and not (later == last and _is_rest(f, filters[earlier])):
-                raise FilterError(_swallowed(filters, earlier, later))
-
-
-def _is_rest(last: Filter, earlier: Filter) -> bool:
-    return isinstance(last, Everything) and not isinstance(earlier, Everything)
-
-
-def _swallowed(filters: tuple[Filter, ...], earlier: int, later: int) -> str:
-    return (
-        f"filter {later + 1}, {filters[later]!r}, can take nothing: filter "
-        f"{earlier + 1}, {filters[earlier]!r}, comes first and takes all of it. Write "
-        f"the narrower one first: {filters[later]!r}, {filters[earlier]!r}."
-    )
+def _check_order(filters: tuple[Filter, ...], takes: list[frozenset[int]]) -> None:
+    """Refuses a filter for which an earlier one leaves nothing, whatever the leaves."""
+    for n, later in enumerate(filters):
+        last = n == len(filters) - 1 and isinstance(later, Everything)
+        for k, earlier in enumerate(filters[:n]):
+            # `...` as the last one asks for the rest only, and Nothing for nothing.
+            rest = last and not isinstance(earlier, Everything)
+            covered = earlier.covers(later) and not (rest or Nothing().covers(later))
+            if covered or (takes[n] and takes[n] < takes[k]):
+                raise FilterError(
+                    f"filter {n + 1}, {later!r}, can take nothing: filter {k + 1}, "
+                    f"{earlier!r}, comes first and takes all of it. "
+                    + (
+                        "Write it once."
+                        if earlier == later
+                        else f"Write the narrower one first: {later!r}, {earlier!r}."
+                    )
+                )
 
 
 def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> None:

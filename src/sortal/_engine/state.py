@@ -16,7 +16,6 @@ from sortal._engine.paths import Path, show
 from sortal._engine.schema import (
     Kind,
     Schema,
-    Selection,
     check_exhaustive,
     kind_name,
     select,
@@ -99,9 +98,9 @@ class _Stored:
 
 
 def _kinds(leaves: list[Any]) -> tuple[tuple[Kind, ...], tuple[Metadata, ...]]:
-    boxes = [x if is_variable(x) else None for x in leaves]
-    kinds = [None if x is None else type(x) for x in boxes]
-    return tuple(kinds), tuple(EMPTY if x is None else metadata_of(x) for x in boxes)
+    kinds = tuple(type(x) if is_variable(x) else None for x in leaves)
+    pairs = zip(kinds, leaves, strict=True)
+    return kinds, tuple(EMPTY if k is None else metadata_of(x) for k, x in pairs)
 
 
 def _from_items(items: Iterable[tuple[Path, Any]]) -> _Stored:
@@ -269,9 +268,8 @@ class State(MutableMapping[Any, Any]):
 
     def __sub__(self, other: Any) -> State:
         gone = as_state(other).schema.index
-        kept = [i for i, path in enumerate(self.paths()) if path not in gone]
-        values = own(self.values_list())
-        return snapshot(self.schema.pick(kept), [values[i] for i in kept])
+        kept = tuple(i for i, path in enumerate(self.paths()) if path not in gone)
+        return self._parts([(self.schema.pick(kept), kept)])
 
     def __repr__(self) -> str:
         schema, texts = self.schema, map(describe, self.values_list())
@@ -330,7 +328,7 @@ class State(MutableMapping[Any, Any]):
         Raises:
           FilterError: a filter is malformed, or swallowed by an earlier one.
         """
-        return self._parts(select(self.schema, filters, self.leaves))
+        return self._parts(select(self.schema, filters, self.leaves).parts)
 
     def split(self, *filters: Any) -> Any:
         """Divides all leaves among filters.
@@ -346,12 +344,11 @@ class State(MutableMapping[Any, Any]):
         """
         found = select(self.schema, filters, self.leaves)
         check_exhaustive(self.schema, filters, found.rest)
-        return self._parts(found)
+        return self._parts(found.parts)
 
-    def _parts(self, found: Selection) -> Any:
+    def _parts(self, parts: Iterable[tuple[Schema, tuple[int, ...]]]) -> Any:
         values = own(self.values_list())
-        parts = [snapshot(s, [values[i] for i in at]) for s, at in found.parts]
-        return parts[0] if len(parts) == 1 else tuple(parts)
+        return one_or_all(snapshot(s, [values[i] for i in at]) for s, at in parts)
 
     @staticmethod
     def merge(state: Any, /, *states: Any) -> State:
@@ -471,6 +468,12 @@ def snapshot(schema: Schema, values: list[Any]) -> State:
     return _state(_Stored(schema, values, False))
 
 
+def one_or_all(states: Iterable[State]) -> Any:
+    """The State where there is one, as for one filter; else a tuple of them."""
+    states = tuple(states)
+    return states[0] if len(states) == 1 else states
+
+
 def as_state(x: Any) -> State:
     """Reads a State, a FlatState, or a nested mapping of leaves, as a State.
 
@@ -490,8 +493,14 @@ def as_state(x: Any) -> State:
     if isinstance(x, Mapping):
         return State(x)
     raise ArgumentError(
-        f"expected a State or a nested dict of leaves, found a {type(x).__name__}."
+        f"expected a State or a nested dict of leaves, found {_shown(x)}."
     )
+
+
+def _shown(x: Any) -> str:
+    if hasattr(x, "dtype"):
+        return describe(x)
+    return repr(x) if x is None else f"a {type(x).__name__}"
 
 
 def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:
@@ -530,11 +539,8 @@ class _StateHandler(Handler):
     flat = True
     notes_edits = True
 
-    def keys(self, obj: State) -> tuple[Path, ...]:
-        return obj.schema.paths
-
-    def children(self, obj: State, keys: Any) -> list[Any]:
-        return obj.leaves()
+    def items(self, obj: State) -> dict[Any, Any]:
+        return dict(obj.flat_state())
 
     def contents(self, nodes: Any) -> tuple[list[Any], Iterable[Any]]:
         return [x.schema for x in nodes], (leaf for x in nodes for leaf in x.leaves())
@@ -544,9 +550,6 @@ class _StateHandler(Handler):
 
     def remove(self, obj: State, key: Any) -> None:
         obj._write({}, {key})
-
-    def can_remove(self, key: Any) -> bool:
-        return True
 
     def fill(self, obj: State, spec: Any, items: dict[Any, Any]) -> None:
         obj._write(items, set(obj.schema.paths) - items.keys())

@@ -160,7 +160,7 @@ class _Key:
 class Interned:
     """Equal objects are one object; equality and hashing are those of identity."""
 
-    __slots__ = ("__weakref__", "_key")
+    __slots__ = ("__weakref__", "_key", "_memo")
 
     _pool: ClassVar[weakref.WeakValueDictionary[_Key, Any]]
     of: ClassVar[Callable[..., Any]]
@@ -175,7 +175,7 @@ class Interned:
         found = cls._pool.get(key)
         if found is None:
             made = object.__new__(cls)
-            made._key = parts
+            made._key, made._memo = parts, {}
             made._setup(*given)
             found = cls._pool.setdefault(key, made)
             if found is made:
@@ -185,6 +185,16 @@ class Interned:
     def _setup(self, *given: Any) -> None:
         raise NotImplementedError
 
+    def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, computed once for this object and ``key``."""
+        try:
+            return self._memo[key]
+        except KeyError:
+            if len(self._memo) > 256:
+                self._memo.clear()
+            found = self._memo[key] = compute()
+            return found
+
     def __reduce__(self) -> Any:
         return (type(self).of, self._key)
 
@@ -193,6 +203,10 @@ class Interned:
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
+
+
+PLACEMENT = "placement"
+"""The metadata under which ``shard`` keeps the NamedSharding that it put a leaf in."""
 
 
 class Metadata(Interned, Mapping[str, Any]):
@@ -240,7 +254,9 @@ class Metadata(Interned, Mapping[str, Any]):
         return f"Metadata({self._items!r})"
 
     def __reduce__(self) -> Any:
-        return (Metadata.of, (self._items,))
+        # Devices cannot be pickled, and arrays come back on the first one.
+        items = {k: x for k, x in self._items.items() if k != PLACEMENT}
+        return (Metadata.of, (items,))
 
 
 EMPTY: Metadata = Metadata._intern(frozenset(), {})

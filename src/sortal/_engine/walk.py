@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from sortal._engine import nodes as _nodes
-from sortal._engine.foreign import VariableHandler, handler_of_kind
+from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import Entry, GraphDef, Record
 from sortal._engine.leaves import live_leaves
 from sortal._engine.marks import Marked
 from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
-from sortal._engine.statics import EMPTY, Static, is_hashable
-from sortal._engine.variable import Variable, metadata_of
+from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
+from sortal._engine.variable import Variable, is_variable
 from sortal.errors import StructureError, UnsupportedError, listing
 
 _NUMBERS = (numbers.Number, np.generic)
@@ -29,7 +29,6 @@ class Walk:
         self.nodes: list[Any] = []
         self._leaves: list[tuple[Any, Path, Any, Any]] = []
         self._records: list[Any] = []
-        self._aliases: list[tuple[Path, int]] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
         self._refused: list[str] = []
@@ -41,7 +40,7 @@ class Walk:
         self._refuse()
         leaves, *parts = zip(*self._leaves, strict=True) if self._leaves else [()] * 4
         schema = Schema.of(*parts)
-        self.graphdef = GraphDef.of(root_entry, self._records, schema, self._aliases)
+        self.graphdef = GraphDef.of(root_entry, self._records, schema)
         self.leaves = live_leaves(self.graphdef, self.nodes, leaves)
 
     def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
@@ -58,24 +57,22 @@ class Walk:
         return Entry(key, NODE, self._node(obj, path, found, data))
 
     def _leaf(self, obj: Any, path: Path) -> int:
-        ours = isinstance(obj, Variable)
-        theirs = None if ours else handler_of_kind(type(obj))
-        boxed = ours or theirs is not None
         number = len(self._leaves)
+        kind, metadata = None, EMPTY
         # Raw arrays are values: one met twice is two leaves, else the structure would
         # depend on which equal arrays happen to be one object.
-        if boxed:
+        if is_variable(obj):
             first = self._numbers.setdefault(id(obj), number)
             if first != number:
-                self._aliases.append((path, first))
                 return first
-        metadata = obj._metadata if ours else EMPTY
-        if theirs is not None and not self._is_refused(obj, path, theirs):
-            metadata = metadata_of(obj)
-        self._leaves.append((obj, path, type(obj) if boxed else None, metadata))
+            kind, metadata = type(obj), self._metadata(obj, path)
+        self._leaves.append((obj, path, kind, metadata))
         return number
 
-    def _is_refused(self, obj: Any, path: Path, handler: VariableHandler) -> bool:
+    def _metadata(self, obj: Any, path: Path) -> Metadata:
+        if isinstance(obj, Variable):
+            return obj._metadata
+        handler: Any = handler_of_kind(type(obj))
         refusal = handler.refusal(obj)
         (entries,) = handler.entries([obj])
         bad = [k for k, v in entries.items() if not is_hashable(v)]
@@ -86,7 +83,8 @@ class Walk:
             )
         if refusal:
             self._refused.append(f"{show(path)} ({type(obj).__name__}): {refusal}")
-        return bool(refusal)
+            return EMPTY
+        return Metadata.of(entries)
 
     def _static(self, obj: Any, path: Path, *, marked: bool = False) -> Static | None:
         name = type(obj).__name__
@@ -127,8 +125,7 @@ class Walk:
             )
         self.nodes.append(obj)
         self._records.append(None)
-        keys = handler.keys(obj)
-        children = zip(keys, handler.children(obj, keys), strict=True)
+        children = iter(handler.items(obj).items())
         self._open.append((number, obj, path, handler, data, children, []))
         return number
 

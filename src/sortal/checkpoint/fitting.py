@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
+import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from sortal._engine.variable import make
 from sortal.checkpoint.layout import aliases_of, encode_path, namesakes
 from sortal.checkpoint.manifest import Path
 from sortal.checkpoint.values import (
+    DTYPES,
     Array,
     Plain,
     Tree,
@@ -225,7 +229,7 @@ class _Matching:
         return [Pair(i, live, like, c.value)]
 
     def _may_cast(self, stored: str, live: str) -> bool:
-        if not self.options.cast:
+        if not self.options.cast or not {stored, live} <= DTYPES:
             return False
         kinds = (jnp.floating, jnp.integer, jnp.complexfloating)
         both = (jnp.dtype(stored), jnp.dtype(live))
@@ -322,7 +326,8 @@ _ADVICE: tuple[tuple[set[str], str], ...] = (
         {"missing", "unknown"},
         (
             "If leaves have other names, say rename={'old.**': 'new.**'}; if they are "
-            "to be left as they are, partial=True; if they come from elsewhere, fill=."
+            "to be left as they are, partial=True; if they come from elsewhere, fill=. "
+            "Only the step saved last has keep-last leaves; for others, partial=True."
         ),
     ),
     ({"dtype"}, "cast=True converts floats to floats and integers to integers."),
@@ -363,7 +368,7 @@ def _article(kind: Any, other: Any) -> str:
     name = kind_name(kind)
     if kind is not None and name == kind_name(other):
         name = f"{kind.__module__}.{kind.__qualname__}"
-    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+    return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
 
 
 def _abstract(tree: Tree) -> Any:
@@ -379,35 +384,77 @@ def _abstract(tree: Tree) -> Any:
 
 
 # --------------------------------------------------------------------------- renaming
+class _Literal(NamedTuple):
+    """An entry of a pattern that stands for one key, and no glob: ``['a.b']``."""
+
+    key: str
+
+
+_PART = re.compile(
+    r"""(?:^|\.)(?P<glob>(?:(?!\[['"])[^.])+)"""
+    r"""|(?:\[(?P<literal>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\])"""
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _entries(pattern: str) -> tuple[str | _Literal, ...]:
+    """A pattern's entries, written as paths are shown: ``table['a.b'].*``."""
+    found: list[str | _Literal] = []
+    at = 0
+    while at < len(pattern):
+        part = _PART.match(pattern, at) if pattern[0] != "." else None
+        literal = None if part is None else part["literal"]
+        key = ""
+        try:
+            key = "" if literal is None else ast.literal_eval(literal)
+        except (ValueError, SyntaxError):
+            part = None
+        if part is None:
+            raise RestoreError(
+                f"{pattern!r} is no pattern of a path: entries are joined by single "
+                "dots, and one with odd characters is written ['a.b']."
+            )
+        found.append(part["glob"] if literal is None else _Literal(key))
+        at = part.end()
+    return tuple(found)
+
+
 def translate(old: str, new: str, path: Path) -> Path | None:
     """The new path of a leaf, by a pair of globs such as ``enc.**`` and ``encoder.**``.
 
     Both have the same wild cards in the same order; one in ``new`` becomes what that in
-    ``old`` matched. None where ``old`` does not fit ``path``.
+    ``old`` matched. Digits are an index, and ``['0']`` or ``['a.b']`` is a key as it
+    stands. None where ``old`` does not fit ``path``.
 
     Example:
       >>> translate("enc.*.w", "layers.*.kernel", ("enc", 3, "w"))
       ('layers', 3, 'kernel')
+      >>> translate("x", "table['a.b']", ("x",))
+      ('table', 'a.b')
     """
-    wild = [part for part in old.split(".") if "*" in part]
-    if [p for p in new.split(".") if "*" in p] != wild or set(wild) - {"*", "**"}:
+    from_, to = _entries(old), _entries(new)
+    wild = [part for part in from_ if isinstance(part, str) and "*" in part]
+    other = [part for part in to if isinstance(part, str) and "*" in part]
+    if other != wild or set(wild) - {"*", "**"}:
         raise RestoreError(
             f"rename= {{{old!r}: {new!r}}}: both patterns must have the same wild "
             "cards, * or **, in the same order, each a whole entry."
         )
-    taken = _matched(tuple(old.split(".")), path)
+    taken = _matched(from_, path)
     if taken is None:
         return None
     parts: list[Any] = []
-    for part in new.split("."):
-        if part in ("*", "**"):
+    for part in to:
+        if isinstance(part, _Literal):
+            parts.append(part.key)
+        elif part in ("*", "**"):
             parts += taken.pop(0)
         else:
             parts.append(int(part) if part.isascii() and part.isdigit() else part)
     return tuple(parts)
 
 
-def _matched(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
+def _matched(pattern: tuple[str | _Literal, ...], path: Path) -> list[Path] | None:
     """What each wild card of a pattern takes of a path; None where it does not fit."""
     if not pattern:
         return [] if not path else None
@@ -417,9 +464,15 @@ def _matched(pattern: tuple[str, ...], path: Path) -> list[Path] | None:
             if (found := _matched(rest, path[n:])) is not None:
                 return [path[:n], *found]
         return None
-    if not path or not fnmatch.fnmatchcase(str(path[0]), head):
+    if not path or not _fits(head, path[0]):
         return None
     found = _matched(rest, path[1:])
     if found is None or head != "*":
         return found
     return [path[:1], *found]
+
+
+def _fits(part: str | _Literal, key: Any) -> bool:
+    if isinstance(part, _Literal):
+        return key == part.key
+    return fnmatch.fnmatchcase(str(key), part)

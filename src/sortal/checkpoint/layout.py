@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from sortal._engine.foreign import handler_of_kind
-from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.nodes import NODE
+from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
 from sortal._engine.plan import bind
 from sortal._engine.schema import Schema, kind_name, select
@@ -86,6 +85,7 @@ def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
         metadata = {k: v for k, v in schema.metadata[i].items() if type(v) in METADATA}
         leaves.append(Leaf(path, kind, new, metadata, passing))
     _refuse_namesakes(leaves)
+    _refuse_addresses([schema.paths[i] for i in chosen])
     return Layout(
         kinds,
         tuple(leaves),
@@ -161,6 +161,24 @@ def _refuse_namesakes(leaves: list[Leaf]) -> None:
             "several leaves have one path once their keys are text; found:\n"
             f"{listing(found)}\nUse strings or integers as keys."
         )
+
+
+def _refuse_addresses(paths: Iterable[Any]) -> None:
+    """A key whose text holds its address has another one in the next process."""
+    found = [
+        show(path)
+        for path in paths
+        if any(type(k) not in (str, int) and _ADDRESS.search(repr(k)) for k in path)
+    ]
+    if found:
+        raise SaveError(
+            "keys whose repr holds an address in memory, under which no other process "
+            f"would find them; found:\n{listing(found)}\nUse strings or integers as "
+            "keys, or give their class a __repr__."
+        )
+
+
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 
 
 def namesakes(paths: Iterable[Any]) -> list[str]:
@@ -239,23 +257,11 @@ def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
 
 
 def _aliases(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
-    paths = graphdef.schema.paths
-    found = [(path, paths[number]) for path, number in graphdef.aliases]
-    seen: dict[int, Path] = {}
-    # In the order of the walk: the first path to a node is its own.
-    todo: list[tuple[Entry, Path]] = [(graphdef.root, ())]
-    while todo:
-        entry, path = todo.pop()
-        if entry.what != NODE:
-            continue
-        if entry.ref in seen:
-            found.append((path, seen[entry.ref]))
-            continue
-        seen[entry.ref] = path
-        record = graphdef.records[entry.ref]
-        below = [(e, record.below(path, e.key)) for e in record.entries]
-        todo += reversed(below)
-    pairs = ((encode_path(a), encode_path(b)) for a, b in found)
+    pairs = (
+        (encode_path(path), encode_path(first))
+        for path, _, first in graphdef.places()
+        if first != path
+    )
     return tuple(sorted(pairs, key=lambda pair: tuple(map(show, pair))))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from sortal._engine.paths import show
 from sortal.checkpoint.manifest import storage_dtype
 from sortal.checkpoint.store import Reader, host_memory
 from sortal.checkpoint.values import Array, numpy_dtype
-from sortal.errors import RestoreError
+from sortal.errors import RestoreError, listing
 
 _WINDOW = 16 << 20
 _AHEAD = 64 << 20
@@ -53,6 +54,38 @@ def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Wa
     if not committed and sharding is not None and len(sharding.device_set) == 1:
         sharding = None
     return Want(path, array, "jax", live.dtype, live.weak, sharding, committed)
+
+
+def check_shardings(wants: Iterable[Want]) -> None:
+    """Refuses shardings that their arrays cannot have; all are listed."""
+    odd = [f"{show(w.path)}: {why}" for w in wants if (why := _unfit(w))]
+    if odd:
+        raise RestoreError(
+            "sharding= does not fit these arrays; the model was left as it was:\n"
+            f"{listing(odd)}\nGive a Sharding, a PartitionSpec, a StateSharding or a "
+            "Policy; for one device jax.sharding.SingleDeviceSharding(device)."
+        )
+
+
+def _unfit(want: Want) -> str:
+    """Why an array cannot have its sharding; empty where it can."""
+    if want.sharding is None or want.form != "jax":
+        return ""
+    if not isinstance(want.sharding, jax.sharding.Sharding):
+        return f"{want.sharding!r:.60}, of the type {type(want.sharding).__name__}"
+    return _unsplit(want.sharding, want.array.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _unsplit(sharding: Any, shape: tuple[int, ...]) -> str:
+    spec = getattr(sharding, "spec", ())
+    if len(spec) > len(shape):
+        return f"{spec} is for {len(spec)} axes, and the shape is {shape}"
+    try:
+        sharding.shard_shape(shape)
+    except Exception as e:  # noqa: BLE001 - whatever JAX raises
+        return f"{shape} cannot be split so: {e}"
+    return ""
 
 
 def host_value(want: Want, host: np.ndarray) -> Any:
@@ -227,17 +260,17 @@ class _Putter:
             return self.pieces(want, places, pieces)
         if want.form == "jax":
             devices = list(self._default.device_set)
-            return self._array(want, self._default, [_cast(want, host)], devices)
+            return self._array(want, self._default, [cast(want, host)], devices)
         return self.pieces(want, {None: ()}, {(): host})
 
     def pieces(self, want: Want, places: Any, pieces: dict[Any, np.ndarray]) -> Any:
         """The wanted array, from the parts of its devices."""
-        cast = {part: _cast(want, host) for part, host in pieces.items()}
+        new = {part: cast(want, host) for part, host in pieces.items()}
         if want.form != "jax":
-            (host,) = cast.values()
+            (host,) = new.values()
             own = np.array(host, order="C", copy=True)
             return own if want.form == "numpy" else own[()]
-        made = [np.ascontiguousarray(cast[p]).reshape(cast[p].shape)
+        made = [np.ascontiguousarray(new[p]).reshape(new[p].shape)
                 for p in places.values()]  # fmt: skip
         return self._array(want, self._sharding(want), made, list(places))
 
@@ -246,10 +279,21 @@ class _Putter:
         array = put_pieces(like, sharding, made, devices, want.committed)
         if want.array.key is None:
             return array
-        keys = jax.random.wrap_key_data(array, impl=want.array.key.impl)
+        keys = _keys(want, array)
         if want.sharding is not None and sharding is not want.sharding:
             return jax.device_put(keys, want.sharding)
         return keys
+
+
+def _keys(want: Want, words: Any) -> Any:
+    impl = want.array.key.impl if want.array.key else ""
+    try:
+        return jax.random.wrap_key_data(words, impl=impl)
+    except (TypeError, ValueError) as e:
+        raise RestoreError(
+            f"{show(want.path)}: PRNG keys of {impl!r:.60}, which this program does "
+            f"not have in that form: {e}"
+        ) from None
 
 
 class _Like(NamedTuple):
@@ -258,7 +302,7 @@ class _Like(NamedTuple):
     weak_type: bool
 
 
-def _cast(want: Want, host: np.ndarray) -> np.ndarray:
+def cast(want: Want, host: np.ndarray) -> np.ndarray:
     """The values in the wanted dtype; refuses a cast that would change them."""
     if want.dtype == want.array.dtype:
         return host

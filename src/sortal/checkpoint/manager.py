@@ -9,10 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from sortal.checkpoint import files
+from sortal.checkpoint.manifest import Manifest
 from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.restoring import Restored, find_step, restore
 from sortal.checkpoint.saving import begin
-from sortal.errors import ArgumentError, CheckpointError, NoCheckpointError, SaveError
+from sortal.errors import (
+    ArgumentError,
+    CheckpointError,
+    NoCheckpointError,
+    SaveError,
+    listing,
+)
 from sortal.policy.policy import Policy
 
 
@@ -24,7 +31,8 @@ class Checkpoints:
 
     Args:
       directory: where the steps are; it is made if need be.
-      keep: how many of the newest steps stay; None for all.
+      keep: how many of the steps saved last stay; None for all. Steps that cannot be
+        read, or that no ``Checkpoints`` saved, do not count and are never deleted.
       keep_every: steps that are multiples of this are never deleted.
       best: the name of a metric; the step that is best by it stays too.
       mode: ``"max"`` if more of the metric is better, else ``"min"``.
@@ -70,6 +78,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._best, self._mode, self._policy = best, mode, policy
         self._lock: files.Lock | None = None
+        self._metrics: dict[str, Mapping[str, float]] = {}
 
     # ----------------------------------------------------------------------- writing
     def save(
@@ -97,11 +106,12 @@ class Checkpoints:
           A Saving.
 
         Raises:
-          SaveError: as ``save``; or ``metrics`` lacks what ``best`` asks for.
+          SaveError: as ``save``; ``metrics`` lacks what ``best`` asks for, or has
+            something that is no number.
           WriterError: another writer is at work in the directory.
         """
         number = files.step_number(step)
-        found = {name: float(x) for name, x in (metrics or {}).items()}
+        found = _numbers(metrics or {})
         if self._best is not None and self._best not in found:
             raise SaveError(
                 f"the best step is that of the {self._mode} {self._best!r}, which is "
@@ -115,7 +125,7 @@ class Checkpoints:
         )  # fmt: skip
 
     def _take_lock(self) -> Callable[[], None]:
-        if self._lock is None:
+        if self._lock is None or not self._lock.holds:
             self._lock = files.Lock(self.directory)
             # A manager that is dropped must release the lock.
             weakref.finalize(self, self._lock.release)
@@ -139,18 +149,29 @@ class Checkpoints:
         with files.as_save_error(f"deleting step {number} of {self.directory}"):
             files.forget(self.directory, number)
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, saved: Manifest) -> None:
+        """Deletes what need not stay, of the steps that managers saved.
+
+        Only whole steps count as kept, and one that cannot be read is not deleted.
+        """
         if self._keep is None:
             return
-        found = files.steps(self.directory)
-        stay = set(found[-self._keep :])
-        if self._keep_every is not None:
-            stay |= {n for n in found if n % self._keep_every == 0}
-        if self._best is not None and (best := self._best_of(found)) is not None:
-            stay.add(best)
-        for number in found:
-            if number not in stay:
-                files.forget(self.directory, number)
+        self._metrics[saved.folder] = saved.metrics
+        older = [step for step in files.by_age(self.directory) if step.kept]
+        found, left = list(older), self._keep
+        while older and left:
+            step = older.pop()
+            left -= step.number == saved.step or files.is_whole(self.directory, step)
+        every = self._keep_every
+        older = [x for x in older if every is None or x.number % every]
+        if older and self._best is not None:
+            best = self._ranked(found)
+            whole = (x for x in best if files.is_whole(self.directory, x))
+            stays = next(whole, None)
+            older = [x for x in older if x != stays]
+        for step in older:
+            if self._metrics_of(step) is not None:
+                files.forget(self.directory, step.number)
 
     def close(self) -> None:
         """Waits for saves under way, and lets other writers in.
@@ -172,12 +193,15 @@ class Checkpoints:
         self.close()
 
     # ----------------------------------------------------------------------- reading
-    def restore(self, root: Any, /, *, step: int | str = "latest", **how: Any) -> Any:
+    def restore(
+        self, root: Any, /, *, step: int | str = "latest", **how: Any
+    ) -> Restored:
         """Reads a step into a live model, as the function ``restore`` does.
 
         Args:
           root: what was given to ``save``.
-          step: a number, ``"latest"`` or ``"best"``.
+          step: a number; ``"latest"``, the step saved last; or ``"best"``, an older
+            step perhaps, which has no ``keep-last`` leaves: give ``partial=True``.
           **how: the other arguments of ``restore``.
 
         Returns:
@@ -189,23 +213,29 @@ class Checkpoints:
           RestoreError: the checkpoint does not fit the model.
         """
         settle(self.directory)
-        if step == "best":
-            step = self._find(step)
         how.setdefault("policy", self._policy)
-        found: Restored = restore(self.directory, root, step=step, **how)
-        return found
+        number = self._find(step) if step == "best" else step
+        while True:
+            try:
+                return restore(self.directory, root, step=number, **how)
+            except NoCheckpointError:  # deleted just now, if there is a better one
+                if step != "best" or (now := self._find(step)) == number:
+                    raise
+                number = now
 
     def steps(self) -> tuple[int, ...]:
         """The numbers of all committed steps, in rising order."""
         return tuple(files.steps(self.directory))
 
     def latest(self) -> int | None:
-        """The number of the newest step; None where there is none."""
-        return next(reversed(self.steps()), None)
+        """The number of the step saved last; None where there is none."""
+        found = files.by_age(self.directory)
+        return found[-1].number if found else None
 
     def best(self) -> int | None:
         """The number of the best step; None where no step has the metric."""
-        return self._best_of(files.steps(self.directory))
+        found = self._ranked(files.by_age(self.directory))
+        return found[0].number if found else None
 
     def _find(self, step: int | str) -> int:
         if step != "best":
@@ -217,18 +247,47 @@ class Checkpoints:
             )
         return found
 
-    def _best_of(self, steps: list[int]) -> int | None:
-        scores = [(score, n) for n in steps if (score := self._score(n)) is not None]
-        return max(scores)[1] if scores else None
+    def _ranked(self, steps: list[files.Step]) -> list[files.Step]:
+        """The steps that have the metric, best first; of equal ones the higher."""
+        name, sign = self._best or "", 1 if self._mode == "max" else -1
+        scores = [
+            (sign * metrics.get(name, math.nan), step.number, step)
+            for step in steps
+            if (metrics := self._metrics_of(step)) is not None
+        ]
+        scores = [x for x in scores if not math.isnan(x[0])]
+        return [step for *_, step in sorted(scores, reverse=True)]
 
-    def _score(self, step: int) -> float | None:
-        """The score of a step, higher is better; None where it is unknown."""
+    def _metrics_of(self, step: files.Step) -> Mapping[str, float] | None:
+        """The metrics of a step; None where its manifest cannot be read.
+
+        They are kept by the name of its folder, which only one save has and whose
+        metrics never change.
+        """
+        if step.folder not in self._metrics:
+            try:
+                body = files.glance(self.directory, step.number)
+            except CheckpointError:
+                return None
+            if body["folder"] != step.folder:  # replaced meanwhile
+                return body["metrics"]
+            self._metrics[step.folder] = body["metrics"]
+        return self._metrics[step.folder]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found, faults = {}, []
+    for name, x in metrics.items():
         try:
-            value = files.read_manifest(self.directory, step).metrics.get(
-                self._best or "", math.nan
-            )
-        except CheckpointError:
-            return None
-        if math.isnan(value):
-            return None
-        return value if self._mode == "max" else -value
+            found[name] = float(x)
+        except (TypeError, ValueError, OverflowError):
+            faults.append(f"{name}: {x!r:.60}")
+            continue
+        if type(name) is not str or isinstance(x, str):
+            faults.append(f"{name!r}: {x!r:.60}")
+    if faults:
+        raise SaveError(
+            "metrics are numbers by name, as in metrics={'loss': 0.5}; found:\n"
+            f"{listing(faults)}"
+        )
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import hashlib
 import itertools
@@ -10,7 +11,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sortal._engine.paths import show
@@ -23,12 +24,16 @@ from sortal.checkpoint.values import (
     Plain,
     Tree,
     arrays,
+    numpy_dtype,
 )
 from sortal.errors import DamagedError
 
 FORMAT, VERSION = "sortal checkpoint", 1
 NAME = "manifest.json"
-_LARGEST = 1 << 30
+LARGEST = 1 << 30
+"""The most bytes of a manifest."""
+_MOST_VALUES = 1 << 24
+"""The most values in it, since each takes far more memory than its text."""
 _HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","manifest":', b"}\n"
 _SEGMENT = re.compile(r"[A-Za-z0-9_%~+=@-][A-Za-z0-9_.%~+=@-]{0,199}")
 
@@ -195,7 +200,7 @@ _PLAIN: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     int: (lambda x: ["int", hex(x)], lambda x: int(x, 16)),
     float: (lambda x: ["float", x.hex()], float.fromhex),
     complex: (lambda x: ["complex", [x.real.hex(), x.imag.hex()]], _read_complex),
-    str: (lambda x: ["str", x], str),
+    str: (lambda x: ["str", x], lambda x: _a(str, x)),
     bytes: (
         lambda x: ["bytes", base64.b64encode(x).decode()],
         lambda x: base64.b64decode(x, validate=True),
@@ -215,19 +220,45 @@ def from_bytes(data: bytes, where: str) -> Manifest:
     Raises:
       DamagedError: it is damaged, of a newer version, or contradicts itself.
     """
-    try:
+    with _as_damage(where):
         return _read(_body(data))
+
+
+def body(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON of a manifest whose bytes are as written; few of its parts are checked.
+
+    Raises:
+      DamagedError: it is damaged or of a newer version.
+    """
+    with _as_damage(where):
+        found = _of_this_version(_body(data))
+        _natural(found["step"])
+        _segment(found["folder"])
+        _a(dict, found["files"])
+        found["metrics"] = _read_metrics(found["metrics"])
+        return found
+
+
+@contextlib.contextmanager
+def _as_damage(where: str) -> Iterator[None]:
+    try:
+        yield
     except _FormError as e:
         raise DamagedError(f"{where}: {e}") from None
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as e:
+    except (
+        AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError
+    ) as e:  # fmt: skip
         raise DamagedError(
             f"{where}: not a manifest as Sortal writes it ({type(e).__name__}: {e})"
         ) from None
 
 
 def _body(data: bytes) -> Any:
-    if len(data) > _LARGEST:
-        raise _FormError(f"larger than any manifest: {len(data):,} bytes")
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if len(data) > LARGEST or values > _MOST_VALUES:
+        raise _FormError(
+            f"larger than any manifest: {len(data):,} bytes, {values:,} values"
+        )
     start = len(_HEAD) + 64 + len(_MIDDLE)
     digest, body = data[len(_HEAD) : len(_HEAD) + 64], data[start : -len(_TAIL)]
     framed = data[:start] == _HEAD + digest + _MIDDLE and data.endswith(_TAIL)
@@ -240,7 +271,7 @@ def _body(data: bytes) -> Any:
     return json.loads(body)
 
 
-def _read(x: Any) -> Manifest:
+def _of_this_version(x: Any) -> dict[str, Any]:
     if type(x) is not dict or x.get("format") != FORMAT:
         raise _FormError("not a manifest of Sortal")
     if x["version"] != VERSION:
@@ -248,6 +279,11 @@ def _read(x: Any) -> Manifest:
             f"written in version {x['version']!r} of the format, this Sortal reads "
             f"{VERSION}; install a newer Sortal"
         )
+    return x
+
+
+def _read(x: Any) -> Manifest:
+    x = _of_this_version(x)
     kinds = tuple(_read_kind(k) for k in _a(list, x["kinds"]))
     stored = {_name(n): _read_stored(a) for n, a in _a(dict, x["arrays"]).items()}
     files = {_name(n): _read_file(f) for n, f in _a(dict, x["files"]).items()}
@@ -262,7 +298,7 @@ def _read(x: Any) -> Manifest:
         files,
         _a(str, x["graphdef"]),
         x["metadata"],
-        {_a(str, k): float.fromhex(v) for k, v in _a(dict, x["metrics"]).items()},
+        _read_metrics(x["metrics"]),
         {_a(str, k): _a(str, v) for k, v in _a(dict, x["versions"]).items()},
         _a(str, x["created"]),
     )
@@ -270,20 +306,32 @@ def _read(x: Any) -> Manifest:
     return manifest
 
 
+def _read_metrics(x: Any) -> dict[str, float]:
+    return {_a(str, k): float.fromhex(v) for k, v in _a(dict, x).items()}
+
+
 def _check_whole(m: Manifest) -> None:
     """Checks that arrays lie inside stored arrays, and that the files are theirs."""
     paths = [x.path for x in m.leaves]
-    if len(set(paths)) != len(paths):
+    known = set(paths)
+    if len(known) != len(paths):
         raise _FormError("two leaves have one path")
+    for path in paths:
+        if any(path[:n] in known for n in range(len(path))):
+            raise _FormError(f"the path {show(path)} runs through a leaf")
     for leaf in m.leaves:
         for a in arrays(leaf.value):
             _check_place(m, leaf, a)
     # Counted first, so that no small file can ask for a long list.
     if sum(math.prod(chunk_counts(a)) for a in m.arrays.values()) > len(m.files):
         raise _FormError("the arrays have more chunks than there are files")
-    expected = {
-        chunk for name in m.arrays for chunk in chunk_files(name, m.arrays[name])
-    }
+    expected = set()
+    for name, stored in m.arrays.items():
+        chunks = chunk_files(name, stored)
+        expected.update(chunks)
+        size = math.prod(stored.chunks) * numpy_dtype(stored.dtype).itemsize + 4
+        if any(c in m.files and m.files[c].size != size for c in chunks):
+            raise _FormError(f"the files of {name} do not have the size of its chunks")
     groups = {k.group for k in m.kinds} | {name.partition("/")[0] for name in m.arrays}
     expected |= {"zarr.json", *(f"{group}/zarr.json" for group in groups)}
     expected |= {f"{name}/zarr.json" for name in m.arrays}
@@ -335,9 +383,17 @@ _ZARR = frozenset(
 
 
 def _read_kind(x: Any) -> Kind:
-    name = None if x["name"] is None else _a(str, x["name"])
+    name = None if x["name"] is None else _class_name(x["name"])
     bases = tuple(_a(str, b) for b in _a(list, x["bases"]))
     return Kind(name, bases, _segment(x["group"]))
+
+
+def _class_name(x: Any) -> str:
+    """A name that Python can give to a class."""
+    _a(str, x).encode()
+    if "\0" in x:
+        raise _FormError(f"{x!r:.60} where the name of a class is expected")
+    return x
 
 
 def _read_leaf(x: Any, kinds: int) -> Leaf:
@@ -382,7 +438,7 @@ def _read_tree(x: Any, depth: int) -> Tree:
         return _read_array(x)
     if "plain" in x:
         what, value = x["plain"]
-        return Plain(_READ_PLAIN[what](value))
+        return Plain(_READ_PLAIN[_a(str, what)](value))
     what = x["nest"]
     if what not in ("dict", "list", "tuple", "none", "node"):
         raise _FormError(f"a value nested in a {what!r}")
@@ -390,9 +446,16 @@ def _read_tree(x: Any, depth: int) -> Tree:
         raise _FormError("values nested too deep")
     children = tuple(_read_tree(c, depth + 1) for c in _a(list, x.get("children", [])))
     keys = tuple(_a(list, x.get("keys", [None] * len(children))))
-    if len(keys) != len(children) or len(set(keys)) < len(keys) != keys.count(None):
+    if any(type(key) not in (str, int, type(None)) for key in keys):
+        raise _FormError("a value with keys that are neither texts nor numbers")
+    many = len(set(keys)) < len(keys) and (what == "dict" or any(keys))
+    bare = what in ("list", "tuple", "none") and any(k is not None for k in keys)
+    if len(keys) != len(children) or many or bare or (what == "none" and children):
         raise _FormError("a value whose keys are not those of its children")
-    return Nest(what, x.get("name"), keys, children)
+    name = x.get("name")
+    if (name is None) is (what == "node"):
+        raise _FormError(f"a {what} of the class {name!r:.60}")
+    return Nest(what, name if name is None else _class_name(name), keys, children)
 
 
 def _read_array(x: Any) -> Array:
@@ -412,7 +475,24 @@ def _read_array(x: Any) -> Array:
         offset = x.get("at")
         place = Place(_name(x["in"]), None if offset is None else _natural(offset))
     shape, weak = _shape(x["shape"]), _a(bool, x.get("weak", False))
-    return Array(shape, x["dtype"], form, weak, key, x.get("sharding"), place)
+    found = Array(shape, x["dtype"], form, weak, key, _spec(x.get("sharding")), place)
+    # NumPy's limit, which holds for arrays without elements too.
+    sizes = [n for n in found.stored_shape if n]
+    if math.prod(sizes) * numpy_dtype(found.dtype).itemsize >= 1 << 63:
+        raise _FormError(f"a shape {shape!r:.60}")
+    return found
+
+
+def _spec(x: Any) -> Any:
+    """A sharding, of the form that ``spec_of`` gives."""
+    if x is None or (type(x) is dict and x.keys() == {"text"}):
+        return x if x is None else {"text": _a(str, x["text"])}
+    mesh = {_a(str, k): _natural(n) for k, n in _a(dict, x["mesh"]).items()}
+    for axes in _a(list, x["spec"]):
+        for axis in axes if type(axes) is list else (axes,):
+            if axis is not None:
+                _a(str, axis)
+    return {"mesh": mesh, "spec": x["spec"]}
 
 
 def _a(kind: type, x: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,10 @@ from sortal.errors import SaveError
 
 _known: list[Saving] = []
 _changes = threading.Lock()
+_told = threading.Event()
+"""Set once ``_tell``, a handler at exit, was called or will not be."""
+if not threading.main_thread().is_alive():
+    _told.set()
 
 
 class Saving:
@@ -36,7 +42,8 @@ class Saving:
 
     def __init__(self, directory: Path, step: int, work: Callable[[], None]):
         self.directory, self.step = directory, step
-        self._work, self._failure = work, None
+        self._work: Callable[[], None] | None = work
+        self._failure: SaveError | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -69,19 +76,26 @@ class Saving:
 
     def run(self) -> Saving:
         """Does the work now."""
-        self._work()
+        work, self._work = self._work, None  # it holds the arrays
+        if work is not None:
+            work()
         return self
 
     def start(self) -> Saving:
         """Begins to do the work in a thread.
 
-        The interpreter waits for it before it ends.
+        The interpreter waits for it before it ends. When it already ends it starts no
+        thread, so that the work is done now.
         """
+        if not threading.main_thread().is_alive():
+            self._guarded()
+            with _changes:
+                _known.append(self)
+            if _told.is_set():
+                _tell()
+            return self
         thread = threading.Thread(target=self._guarded, name="sortal save")
         with _changes:
-            if not _known:
-                atexit.unregister(_tell)
-                atexit.register(_tell)
             # First start it, for another thread may join it once it is in `_known`.
             thread.start()
             self._thread = thread
@@ -90,12 +104,14 @@ class Saving:
 
     def _guarded(self) -> None:
         try:
-            self._work()
+            self.run()
         except BaseException as e:  # noqa: BLE001 - raised by the next call
             failure = SaveError(
                 f"the save of step {self.step} to {self.directory}, which ran beside "
                 f"the program, failed: {e}"
             )
+            failure.add_note("".join(traceback.format_exception(e)))
+            _release(e)
             failure.__cause__ = e
             self._failure = failure
 
@@ -115,11 +131,30 @@ def settle(directory: Path | None = None) -> None:
         saving.wait()
 
 
+def _release(error: BaseException | None) -> None:
+    """Drops the tracebacks of an error, for their frames hold the arrays."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def _tell() -> None:
+    _told.set()
     with _changes:
         left = list(_known)
+    failed = False
     for saving in left:
         try:
             saving.wait()
         except SaveError as e:
+            failed = True
             sys.stderr.write(f"sortal: {e}\n")
+    if failed:
+        # The only way to an exit code from here. Handlers that were registered before
+        # this module was imported are not called.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+atexit.register(_tell)

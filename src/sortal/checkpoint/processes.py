@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +25,22 @@ def not_in_a_trace(verb: str) -> None:
             f"{verb} inside a transform would run once, when it is traced, and not "
             "when the compiled function is called. Call it outside."
         )
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """A block that makes many objects, all of them kept, and no garbage in cycles.
+
+    The collector would walk over all of them again and again: half of the time of a
+    save of 100,000 leaves.
+    """
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class Group:

@@ -21,13 +21,21 @@ from sortal._engine.variable import Variable, make
 from sortal.checkpoint import files
 from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
 from sortal.checkpoint.layout import bases_of, qualified
-from sortal.checkpoint.loading import Want, load, wanted
-from sortal.checkpoint.manifest import Kind, Leaf, Manifest, short
+from sortal.checkpoint.loading import Want, check_shardings, load, wanted
+from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
-from sortal.checkpoint.processes import Group, not_in_a_trace
+from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
 from sortal.checkpoint.store import Reader
-from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype
+from sortal.checkpoint.values import (
+    Nest,
+    Tree,
+    arrays,
+    build,
+    numpy_dtype,
+    tuple_of,
+)
 from sortal.errors import (
+    CheckpointError,
     DamagedError,
     NoCheckpointError,
     RestoreError,
@@ -130,30 +138,37 @@ def restore(
     options = Options(only, policy, partial, rename, cast, fill)
     directory = files.local(directory)
     group = Group(f"restoring from {directory}")
-    number, fault = -1, ""
-    try:
-        not_in_a_trace("restore")
-        settle(directory)
-        number = find_step(directory, step) if group.leads else -1
-    except SortalError as e:
-        if group.count == 1:
-            raise
-        fault = str(e)
-    number = group.decide("step", number, fault)[0]
-    plan = bind(root)
-    try:
-        manifest = files.read_manifest(directory, number)
-        where = f"step {number} of {directory}"
-        known = _Kinds([k for k in plan.graphdef.schema.kinds if k], kinds or {})
-        given = candidates(manifest, known)
-        found = fit(plan, given, manifest.aliases, options, where)
-        reader = Reader(directory / str(number) / manifest.folder, manifest)
-        leaves, values = read_fit(plan, found, reader, sharding)
-    except SortalError as e:
-        if group.count == 1:
-            raise
-        fault = str(e)
-    group.decide("read", None, fault)
+    plan: Any = None
+    for left in reversed(range(_TRIES)):
+        number, fault = -1, ""
+        try:
+            not_in_a_trace("restore")
+            settle(directory)
+            number = find_step(directory, step) if group.leads else -1
+        except SortalError as e:
+            if group.count == 1:
+                raise
+            fault = str(e)
+        number = group.decide(f"step {left}", number, fault)[0]
+        plan = plan or bind(root)
+        manifest, read_from = None, ""
+        try:
+            with uncollected():
+                manifest = files.read_manifest(directory, number)
+                found, leaves, values = _read_into(
+                    plan, directory, manifest, options, kinds or {}, sharding
+                )
+            read_from = manifest.folder
+        except SortalError as e:
+            again = left and _changed(e, directory, step, number, manifest)
+            if group.count == 1 and not again:
+                raise
+            fault = "" if again else str(e)
+        all_from = group.decide(f"read {left}", read_from, fault)
+        if manifest and read_from and len(set(all_from)) == 1:
+            break
+    else:
+        raise DamagedError(f"step {number} of {directory} was replaced again and again")
     store_all([leaves], values)
     paths = plan.graphdef.schema.paths
     return Restored(
@@ -166,15 +181,64 @@ def restore(
     )
 
 
+_TRIES = 20
+"""How often a step is read that a writer replaces or deletes meanwhile."""
+
+
+def _changed(
+    error: SortalError,
+    directory: Path,
+    step: int | str,
+    number: int,
+    manifest: Manifest | None,
+) -> bool:
+    """Whether an error while a step was read comes from a change of it meanwhile."""
+    if not isinstance(error, (DamagedError, NoCheckpointError)):
+        return False
+    try:
+        now = find_step(directory, step)
+        return now != number or files.read_manifest(directory, now) != manifest
+    except CheckpointError:
+        return manifest is not None
+
+
+def _read_into(
+    plan: Any,
+    directory: Path,
+    manifest: Manifest,
+    options: Options,
+    kinds: Mapping[str, type],
+    sharding: Any,
+) -> tuple[Fit, Leaves, list[Any]]:
+    known = _Kinds([k for k in plan.graphdef.schema.kinds if k], kinds)
+    given = candidates(manifest, known)
+    where = f"step {manifest.step} of {directory}"
+    found = fit(plan, given, manifest.aliases, options, where)
+    reader = Reader(directory / str(manifest.step) / manifest.folder, manifest)
+    return found, *read_fit(plan, found, reader, sharding)
+
+
 def find_step(directory: Path, step: int | str) -> int:
     """The number of a step; ``step`` may be ``"latest"``."""
     if step != "latest":
         return files.step_number(step)
-    found = files.steps(directory)
+    found = files.by_age(directory)
     if not found:
         there = "" if directory.is_dir() else ", which is no folder"
-        raise NoCheckpointError(f"no checkpoint in {directory}{there}.")
-    return found[-1]
+        raise NoCheckpointError(
+            f"no checkpoint in {directory}{there}.{_above(directory)}"
+        )
+    return found[-1].number
+
+
+def _above(directory: Path) -> str:
+    """Advice where a step was given instead of the directory of steps."""
+    if directory.name.isdecimal() and (directory / NAME).exists():
+        return (
+            f" It is a step itself: write {str(directory.parent)!r}, "
+            f"step={directory.name}."
+        )
+    return ""
 
 
 def candidates(manifest: Manifest, known: _Kinds) -> list[Candidate]:
@@ -204,6 +268,7 @@ def read_fit(
 
 def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
     """Reads arrays, after a check of the files that they are in."""
+    check_shardings(wants)
     lost = [
         f"{show(w.path)}: {w.array.dtype}"
         for w in wants
@@ -246,7 +311,12 @@ def _sharding(given: Any) -> Any:
                 f"{given} is a spec, and no mesh is set; use jax.set_mesh(mesh), or "
                 "give a NamedSharding."
             )
-        return jax.sharding.NamedSharding(mesh, given)
+        try:
+            return jax.sharding.NamedSharding(mesh, given)
+        except ValueError as e:
+            raise RestoreError(
+                f"{given} does not fit the mesh; the model was left as it was: {e}"
+            ) from None
     return given
 
 
@@ -296,9 +366,27 @@ def load_state(
     directory = files.local(directory)
     not_in_a_trace("load_state")
     settle(directory)
-    number = find_step(directory, step)
-    manifest = files.read_manifest(directory, number)
-    known = _Kinds([], kinds or {})
+    for left in reversed(range(_TRIES)):
+        number, manifest = find_step(directory, step), None
+        try:
+            with uncollected():
+                manifest = files.read_manifest(directory, number)
+                return _read_state(directory, manifest, only, kinds or {}, sharding)
+        except SortalError as e:
+            if not left or not _changed(e, directory, step, number, manifest):
+                raise
+    raise AssertionError  # the last try returns or raises
+
+
+def _read_state(
+    directory: Path,
+    manifest: Manifest,
+    only: Any,
+    kinds: Mapping[str, type],
+    sharding: Any,
+) -> State:
+    number = manifest.step
+    known = _Kinds([], kinds)
     classes = [known.find(k) for k in manifest.kinds]
     leaves = [x for x in manifest.leaves if _takes(only, x, classes[x.kind])]
     if only is not None and not leaves:
@@ -309,7 +397,7 @@ def load_state(
     alone = [
         f"{manifest.describe(x)}: {x.value.shown}"
         for x in leaves
-        if any(nest.what == "node" for nest in _nests(x.value))
+        if any(nest.what == "node" and not tuple_of(nest) for nest in _nests(x.value))
     ]
     if alone:
         raise RestoreError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import os
 import platform
@@ -15,8 +16,14 @@ from sortal.checkpoint import files
 from sortal.checkpoint.layout import Layout, check_json, lay_out
 from sortal.checkpoint.manifest import Manifest, now
 from sortal.checkpoint.pending import Saving, settle
-from sortal.checkpoint.processes import Group, not_in_a_trace
-from sortal.checkpoint.store import Writer, fingerprints, prepare, sync_tree
+from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
+from sortal.checkpoint.store import (
+    Writer,
+    fingerprints,
+    prepare,
+    refuse_fork,
+    sync_tree,
+)
 from sortal.checkpoint.values import arrays
 from sortal.errors import CheckpointError, SaveError
 from sortal.policy.policy import Policy
@@ -90,24 +97,28 @@ def begin(
     wait: bool,
     lock: Callable[[], Callable[[], None]],
     metrics: Mapping[str, float] | None = None,
-    afterwards: Callable[[], None] = lambda: None,
+    afterwards: Callable[[Manifest], None] | None = None,
 ) -> Saving:
     """Does the work of ``save``, for ``save`` and ``Checkpoints``.
 
-    In process 0 ``lock`` takes the right to write and returns what releases it, and
-    ``afterwards`` is called when the step is committed.
+    In process 0 ``lock`` takes the right to write and returns what releases it.
+    ``afterwards``, which only ``Checkpoints`` gives, is called there when the step is
+    committed.
     """
     not_in_a_trace("save")
+    refuse_fork(SaveError)
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
     layout, folder, fault = None, "", ""
     held = contextlib.ExitStack()
     try:
         check_json("metadata", metadata)
-        layout = lay_out(root, only, policy, pin=not wait)
+        metadata = copy.deepcopy(metadata)  # the caller may change it meanwhile
+        with uncollected():
+            layout = lay_out(root, only, policy, pin=not wait)
         if group.leads:
-            folder = files.new_folder()
             held.callback(lock())
+            folder = files.new_folder(directory, kept=afterwards is not None)
     except Exception as e:
         if group.count == 1:
             raise
@@ -145,7 +156,7 @@ def _write(
     layout: Layout,
     manifest: Manifest,
     group: Group,
-    afterwards: Callable[[], None],
+    afterwards: Callable[[Manifest], None] | None,
 ) -> None:
     root = directory / str(manifest.step) / manifest.folder
     what = f"saving step {manifest.step} to {directory}"
@@ -164,7 +175,8 @@ def _write(
             f"step {manifest.step} is saved to {directory}, but tidying up after it"
         ):
             _retire(directory, manifest)
-            afterwards()
+            if afterwards is not None:
+                afterwards(manifest)
 
 
 def _undo(directory: Path, manifest: Manifest) -> None:
@@ -175,6 +187,7 @@ def _undo(directory: Path, manifest: Manifest) -> None:
     shutil.rmtree(folder / manifest.folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         files.unfinished(folder, manifest).unlink(missing_ok=True)
+        files.mark(folder, manifest.folder).unlink(missing_ok=True)
         folder.rmdir()
 
 
@@ -204,6 +217,8 @@ def _prepare(root: Path, layout: Layout, group: Group) -> None:
     root.mkdir(parents=True)
     groups = [k.group for k in layout.kinds]
     prepare(root, layout.arrays, groups)
+    if any(leaf.passing for leaf in layout.leaves):
+        files.write_file(files.mark(root.parent, root.name), b"")
 
 
 def _arrays(root: Path, layout: Layout, group: Group) -> None:
@@ -222,19 +237,17 @@ def _commit(directory: Path, layout: Layout, manifest: Manifest, group: Group) -
     groups = [k.group for k in layout.kinds]
     sync_tree(root, layout.arrays, groups)
     found = fingerprints(root, layout.arrays, groups)
-    files.commit(directory, manifest._replace(files=found))
+    with uncollected():
+        files.commit(directory, manifest._replace(files=found))
 
 
 def _retire(directory: Path, manifest: Manifest) -> None:
     """Removes the step that is replaced, and ``keep-last`` leaves of older steps."""
     files.clean_step(directory / str(manifest.step), manifest.folder)
-    for step in files.steps(directory):
-        if step >= manifest.step:
-            continue
-        with contextlib.suppress(CheckpointError):  # a damaged one is left as it is
-            old = files.read_manifest(directory, step)
-            if any(leaf.passing for leaf in old.leaves):
-                _drop_passing(directory, old)
+    for step in files.by_age(directory):
+        if step.passing and step.number != manifest.step:
+            with contextlib.suppress(CheckpointError):  # a damaged one is left as it is
+                _drop_passing(directory, files.read_manifest(directory, step.number))
 
 
 def _drop_passing(directory: Path, old: Manifest) -> None:
@@ -245,9 +258,12 @@ def _drop_passing(directory: Path, old: Manifest) -> None:
         arrays={n: a for n, a in old.arrays.items() if n not in gone},
         files={n: f for n, f in old.files.items() if n.rpartition("/")[0] not in gone},
     )
-    files.commit(directory, kept)
-    for name in gone:
-        shutil.rmtree(directory / str(old.step) / old.folder / name)
+    folder = directory / str(old.step)
+    if kept != old:
+        files.commit(directory, kept)
+    files.remove_arrays(folder / old.folder, kept.arrays)
+    # Last, so that an interrupted removal is done by the next save.
+    files.mark(folder, old.folder).unlink()
 
 
 def _versions() -> dict[str, str]:

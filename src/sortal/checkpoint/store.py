@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from sortal.checkpoint.files import Syncs
+from sortal.checkpoint.files import Syncs, open_file, read_file
 from sortal.checkpoint.manifest import (
     File,
     Manifest,
@@ -25,7 +25,7 @@ from sortal.checkpoint.manifest import (
     storage_dtype,
 )
 from sortal.checkpoint.values import Array, numpy_dtype
-from sortal.errors import DamagedError
+from sortal.errors import CheckpointError, DamagedError, RestoreError
 
 CHUNK = 4 << 20
 """Bytes of a chunk, unless the array is very large; see decision 0021."""
@@ -60,22 +60,40 @@ def stored_array(array: Array, shard: Sequence[int] | None = None) -> Stored:
     for axis, n in enumerate(whole):
         rest = math.prod(chunks[axis + 1 :]) * itemsize
         chunks[axis] = _part(n, most // rest, divide=shard is not None)
-        if math.prod(chunks) * itemsize <= most:
+        if rest <= most:
             break
     return Stored(storage_dtype(array.dtype), shape, tuple(chunks))
 
 
 def _part(n: int, most: int, divide: bool) -> int:
+    """A length of about ``most`` for the parts of an axis, of which few are padded.
+
+    With ``divide`` they have exactly this length. Else the last is written in full like
+    the others, and may take two per cent of the axis for nothing.
+    """
     most = max(1, min(n, most))
-    if not divide:
-        return most
-    found = next(d for d in range(most, 0, -1) if n % d == 0)
-    return found if found * 8 >= most else n
+    if divide:
+        found = next(d for d in range(most, 0, -1) if n % d == 0)
+        return found if found * 8 >= most else n
+    lengths = (-(-n // count) for count in range(max(1, n // (2 * most)), n + 1))
+    fitting = (x for x in lengths if x <= 2 * most and -(-n // x) * x <= 1.02 * n)
+    return _nearest(fitting, most)
+
+
+def _nearest(lengths: Iterable[int], to: int) -> int:
+    """The one nearest to a number by ratio, of falling lengths down to 1."""
+    above = 0
+    for x in lengths:
+        if x <= to:
+            return above if 0 < above * x < to * to else x
+        above = x
+    raise AssertionError  # parts of length 1 always fit
 
 
 def packed(size: int) -> Stored:
-    """How a pack of ``size`` bytes is stored."""
-    return Stored("uint8", (size,), (min(size, CHUNK),))
+    """How a pack of ``size`` bytes is stored: in chunks of nearly equal sizes."""
+    chunk = -(-size // -(-size // CHUNK))
+    return Stored("uint8", (size,), (min(-(-chunk // ALIGN) * ALIGN, size),))
 
 
 def zarr_json(stored: Stored) -> dict[str, Any]:
@@ -118,9 +136,24 @@ def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
     return opened.result()
 
 
+_users: set[int] = set()
+"""The processes that used TensorStore: this one, or one that it was forked from."""
+
+
+def refuse_fork(error: type[CheckpointError]) -> None:
+    """Refuses a process forked from one that used TensorStore, which would abort."""
+    if _users and os.getpid() not in _users:
+        raise error(
+            "this process was forked from one that had used TensorStore, whose threads "
+            "do not live on in it. Start processes with the method 'spawn', as in "
+            "multiprocessing.get_context('spawn')."
+        )
+
+
 def _context(**more: Any) -> Any:
     import tensorstore as ts
 
+    _users.add(os.getpid())
     return ts.Context({"file_io_concurrency": {"limit": _IN_FLIGHT}, **more})
 
 
@@ -303,9 +336,12 @@ def fingerprints(
 
 
 def _chunk(file: Path) -> File:
-    with file.open("rb", buffering=0) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        tail = os.pread(opened.fileno(), 4, max(size - 4, 0))
+    at = open_file(file)
+    try:
+        size = os.fstat(at).st_size
+        tail = os.pread(at, 4, max(size - 4, 0))
+    finally:
+        os.close(at)
     return File(size, f"crc32c:{int.from_bytes(tail, 'little'):08x}")
 
 
@@ -314,6 +350,7 @@ class Reader:
     """Reads arrays of one step, and refuses files that differ from the manifest."""
 
     def __init__(self, root: Path, manifest: Manifest):
+        refuse_fork(RestoreError)
         self._root, self._manifest = root, manifest
         self._context = _context()
         self._opened: dict[str, Any] = {}
@@ -343,12 +380,12 @@ class Reader:
                 size = file.stat().st_size
                 if size != expected.size:
                     return f"{size:,} bytes, not {expected.size:,}"
-                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest = hashlib.sha256(read_file(file)).hexdigest()
                 found = File(size, f"sha256:{digest}")
         except FileNotFoundError:
             return "missing"
         except OSError as e:
-            return f"cannot be read ({e.strerror})"
+            return f"cannot be read ({e.strerror or e})"
         if found.size != expected.size:
             return f"{found.size:,} bytes, not {expected.size:,}"
         return "" if found == expected else "not what was written: another checksum"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -221,18 +222,15 @@ def _form(value: Any) -> str:
 
 
 def _key_of(value: Any) -> Key:
-    if isinstance(value, jax.ShapeDtypeStruct):
-        one = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), value.dtype))
-        impl = str(value.dtype).removeprefix("key<").removesuffix(">")
-        impl = _IMPL.get(impl, impl)
-    else:
-        one = jax.eval_shape(jax.random.key_data, jax.typeof(value))
-        impl = str(jax.random.key_impl(value))
-    return Key(impl, one.shape[-1])
+    found: list[str] = []
 
+    def words(key: Any) -> Any:
+        # Here the key is a tracer, so that abstract ones are asked like others.
+        found.append(str(jax.random.key_impl(key)))
+        return jax.random.key_data(key)
 
-# The short names that JAX prints, and the names of the implementations.
-_IMPL = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+    one = jax.eval_shape(words, jax.ShapeDtypeStruct((), value.dtype))
+    return Key(found[0], one.shape[-1])
 
 
 def spec_of(sharding: Any) -> Any:
@@ -272,6 +270,8 @@ def build(tree: Tree, made: Iterator[Any], like: Any = None) -> Any:
             return dict(zip(tree.keys, items, strict=True))
         return items if tree.what == "list" else tuple(items)
     level = None if like is None else one_level(like)
+    if level is None and (cls := tuple_of(tree)) is not None:
+        return tuple.__new__(cls, [build(x, made) for x in tree.children])
     if level is None:
         raise DamagedError(
             f"a value is a {tree.name}, which only a model that has one can build. "
@@ -280,6 +280,23 @@ def build(tree: Tree, made: Iterator[Any], like: Any = None) -> Any:
     pairs, treedef = level
     items = [build(x, made, y) for x, (_, y) in zip(tree.children, pairs, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, items)
+
+
+def tuple_of(tree: Nest) -> Any:
+    """The class of a named tuple, such as the states of optax, where it is loaded.
+
+    None for any other node. Nothing is imported, and none of its code is run.
+    """
+    parts = (tree.name or "").split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:n]))
+        if found is not None:
+            for name in parts[n:]:
+                found = getattr(found, "__dict__", {}).get(name)
+            fields = getattr(found, "_fields", None)
+            named = isinstance(found, type) and issubclass(found, tuple)
+            return found if named and fields == tree.keys else None
+    return None
 
 
 def _inside(tree: Nest, like: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sortal.checkpoint.manifest import NAME, Manifest
 from sortal.checkpoint.restoring import find_step
 from sortal.checkpoint.store import Reader, chunk_slices, host_memory
 from sortal.checkpoint.values import numpy_dtype
-from sortal.errors import DamagedError
+from sortal.errors import CheckpointError, DamagedError
 
 
 class Verified(NamedTuple):
@@ -49,8 +49,29 @@ def verify(
 
     ``progress`` is called with the bytes read so far, and all there are.
     """
-    folder = open_step(path, step)
-    manifest = read_step(folder)
+    for _ in range(_TRIES):
+        folder = open_step(path, step)
+        manifest = read_step(folder)
+        found = _verify(folder, manifest, progress)
+        if not found.faults or not _changed(path, step, folder, manifest):
+            break
+    return found
+
+
+_TRIES = 20
+"""How often a step is read that a writer replaces or deletes meanwhile."""
+
+
+def _changed(path: Any, step: int | str, folder: Path, manifest: Manifest) -> bool:
+    try:
+        return open_step(path, step) != folder or read_step(folder) != manifest
+    except CheckpointError:
+        return True
+
+
+def _verify(
+    folder: Path, manifest: Manifest, progress: Callable[[int, int], None]
+) -> Verified:
     root = folder / manifest.folder
     reader = Reader(root, manifest)
     faults = [f"{n}: {f}" for n in manifest.files if (f := reader.fault(n))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,12 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sortal._engine.variable import Cache, describe
-from sortal.decoding.sampling import NO_TOKEN, Choice, sample
-from sortal.errors import ArgumentError, CacheError, DecodingError
+from sortal.decoding.sampling import (
+    NO_TOKEN,
+    Choice,
+    checked_options,
+    sample,
+    whole_number,
+)
+from sortal.errors import ArgumentError, CacheError, DecodingError, listing
 from sortal.module import iter_modules
 from sortal.nn.cache import KVCache, check_room
 from sortal.random import Rngs
-from sortal.transforms.compile import jit
+from sortal.transforms.compile import eval_shape, jit
 from sortal.transforms.control import while_loop
 
 _LEAST = 16
@@ -70,10 +76,11 @@ def stream(
       int32 (batch,): a token for each sequence, -1 where it has ended.
 
     Raises:
-      ArgumentError: prompts or options are invalid.
+      ArgumentError: prompts or options are invalid, or ids are not in the vocabulary;
+        nothing is changed.
       CacheError: the model has no caches, or they are too short for prompts and tokens;
         nothing is changed.
-      DecodingError: logits were NaN.
+      DecodingError: logits held NaN or infinity, or only -infinity.
 
     Example:
       >>> import jax
@@ -120,10 +127,11 @@ def generate(
       int32 (batch, max_new_tokens); -1 after the end of a sequence.
 
     Raises:
-      ArgumentError: prompts or options are invalid.
+      ArgumentError: prompts or options are invalid, or ids are not in the vocabulary;
+        nothing is changed.
       CacheError: the model has no caches, or they are too short for prompts and tokens;
         nothing is changed.
-      DecodingError: logits were NaN.
+      DecodingError: logits held NaN or infinity, or only -infinity.
 
     Example:
       >>> import jax
@@ -162,14 +170,27 @@ class _Call:
         top_p: float | None,
         stop: Sequence[int],
     ):
-        self.model, self.steps = model, steps
+        self.model = model
+        self.steps = whole_number("max_new_tokens", steps, 0)
+        heat, self.top_k, top_p = checked_options(temperature, top_k, top_p)
+        if heat is not None and not isinstance(rngs, Rngs):
+            raise ArgumentError(
+                f"temperature={temperature} draws tokens, and needs random keys: "
+                "rngs=nnx.Rngs(0). temperature=0 takes the most likely token instead."
+            )
+        ends = _stop_tokens(stop)
         self.tokens, self.lengths = pad(prompts)
-        _check_options(steps, rngs, temperature, top_p)
         caches = [m for _, m in iter_modules(model) if isinstance(m, KVCache)]
         if not caches:
             raise CacheError(
                 f"{type(model).__name__} has no KVCache to decode with. Make them with "
                 "init_cache(model, batch, length)."
+            )
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(caches)):
+            raise ArgumentError(
+                "generate and stream are loops of compiled programs and cannot be "
+                "called inside jit or another transform. Call them outside; inside, "
+                "call model.next_logits(tokens, lengths) and decoding.sample."
             )
         batches = {cache.position.shape[0] for cache in caches}
         if batches != {len(self.lengths)}:
@@ -178,15 +199,57 @@ class _Call:
                 f"{', '.join(map(str, sorted(batches)))} sequences. Make caches for "
                 "the batch with init_cache(model, batch, length)."
             )
-        check_room(model, self.lengths + max(steps - 1, 0))
-        greedy = temperature == 0
-        self.rngs = None if greedy else rngs
-        self.choice = Choice(
-            temperature=None if greedy else temperature,
-            top_p=None if greedy or top_p == 1 else top_p,
-            stop=np.asarray(stop, np.int32) if len(stop) else None,
+        check_room(model, self.lengths + max(self.steps - 1, 0))
+        size = len(_vocabulary(model, self.tokens, self.lengths))
+        rows = zip(self.tokens, self.lengths, strict=True)
+        prompts = [(f"prompt {i}", row[:n]) for i, (row, n) in enumerate(rows)]
+        _check_ids([*prompts, ("stop", np.asarray(ends, object))], size)
+        self.rngs = None if heat is None else rngs
+        stops = np.asarray(ends, np.int32) if ends else None
+        self.choice = Choice(temperature=heat, top_p=top_p, stop=stops)
+
+
+@jit
+def _vocabulary(model: Any, tokens: Any, lengths: Any) -> jax.Array:
+    """An empty array, as long as the vocabulary; nothing is computed."""
+    logits = eval_shape(lambda m: m.next_logits(tokens, lengths), model)
+    if logits.ndim != 2 or len(logits) != len(lengths):
+        raise ArgumentError(
+            f"{type(model).__name__}.next_logits must return logits of shape "
+            f"({len(lengths)}, vocabulary), a row for each prompt; found "
+            f"{describe(logits)}."
         )
-        self.top_k = None if greedy else top_k
+    return jnp.zeros((logits.shape[-1], 0))
+
+
+def _stop_tokens(stop: Any) -> list[int]:
+    ids = [] if isinstance(stop, str) or not np.ndim(stop) else list(stop)
+    if np.ndim(stop) != 1 or not all(map(_is_whole, ids)):
+        raise ArgumentError(
+            f"stop={stop!r:.60}; it is a list of token ids."
+            + (f" Write stop=[{stop}]." if _is_whole(stop) else "")
+        )
+    return list(map(int, ids))
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _check_ids(given: Iterable[tuple[str, np.ndarray]], size: int) -> None:
+    found = [(name, ids[(ids < 0) | (ids >= size)]) for name, ids in given]
+    rows = [
+        f"{name}: {', '.join(map(str, bad[:8]))}"
+        + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        for name, bad in found
+        if len(bad)
+    ]
+    if rows:
+        raise ArgumentError(
+            f"token ids are from 0 to {size - 1} here; found others:\n{listing(rows)}\n"
+            "Use the tokenizer that the model was trained with; -1 stands after the "
+            "end of a sequence and is no token."
+        )
 
 
 def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +264,7 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
       ArgumentError: there is no prompt, one is empty, or has entries that are not
-        integers.
+        integers, negative or too large for int32.
 
     Example:
       >>> tokens, lengths = pad([[5, 6, 7], [8]])
@@ -214,7 +277,13 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     rows = [np.asarray(row) for row in prompts]
     bad = [i for i, row in enumerate(rows) if row.ndim != 1 or not row.size]
-    bad += [i for i, r in enumerate(rows) if r.size and r.dtype.kind not in "iu"]
+    # Integers too large for NumPy's are objects.
+    bad += [
+        i
+        for i, row in enumerate(rows)
+        if row.dtype.kind not in "iu"
+        and not (row.dtype == object and all(map(_is_whole, row.flat)))
+    ]
     if not rows or bad:
         found = (
             f"prompt {bad[0]} is {describe(rows[bad[0]])}" if rows else "there is none"
@@ -223,26 +292,13 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
             "prompts are lists of one or more integers, one list for each sequence; "
             f"{found}. A batch of one is [[1, 2, 3]]."
         )
+    _check_ids(((f"prompt {i}", row) for i, row in enumerate(rows)), 1 << 31)
     lengths = np.array([row.size for row in rows], np.int32)
     padded = max(_LEAST, 1 << int(lengths.max() - 1).bit_length())
     tokens = np.zeros((len(rows), padded), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
     return tokens, lengths
-
-
-def _check_options(steps: int, rngs: Any, temperature: float, top_p: Any) -> None:
-    if steps < 0:
-        raise ArgumentError(f"max_new_tokens={steps}; it is 0 or more.")
-    if not temperature >= 0:
-        raise ArgumentError(f"temperature={temperature}; it is 0 or more.")
-    if temperature and not isinstance(rngs, Rngs):
-        raise ArgumentError(
-            f"temperature={temperature} draws tokens, and needs random keys: "
-            "rngs=nnx.Rngs(0). temperature=0 takes the most likely token instead."
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ArgumentError(f"top_p={top_p}; it is above 0 and at most 1.")
 
 
 def _advance(
@@ -295,7 +351,7 @@ def prefill(
       top_k: as for ``sample``.
 
     Returns:
-      The tokens, int32 (batch,); which sequences have ended; which gave NaN.
+      The tokens, int32 (batch,); which sequences have ended; which gave no token.
     """
     done = jnp.zeros(lengths.shape, bool)
     return _advance(model, rngs, tokens, lengths, done, choice, top_k)
@@ -346,7 +402,7 @@ def decode_all(
       top_k: as for ``sample``.
 
     Returns:
-      The tokens, int32 (batch, steps), and which sequences gave NaN.
+      The tokens, int32 (batch, steps), and which sequences gave no token.
     """
     out = jnp.full((len(tokens), steps), NO_TOKEN, jnp.int32).at[:, 0].set(tokens)
 
@@ -386,7 +442,8 @@ def _check(failed: np.ndarray) -> None:
     if failed.any():
         rows = ", ".join(map(str, np.flatnonzero(failed)))
         raise DecodingError(
-            f"the logits of sequence {rows} are NaN: the parameters or a cache hold "
-            "NaN, or a cache was given more tokens than it has slots for. Look at "
-            "state(model), and begin anew with reset_cache(model)."
+            f"the logits of sequence {rows} hold NaN or infinity, or only -infinity: "
+            "the parameters or a cache hold such numbers, or a cache was given more "
+            "tokens than it has slots for. Look at state(model), and begin anew with "
+            "reset_cache(model)."
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -135,19 +136,38 @@ def build(
     config: Config,
     arrays: Iterable[tuple[tuple[Any, ...], np.ndarray]],
     dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    policy: Any = None,
 ) -> Llama:
-    """A model with all parameters given, by path; none is initialised at random."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), param_dtype=dtype))
-    params = {path: nnx.Param(jnp.asarray(array, dtype)) for path, array in arrays}
+    """A model with all parameters given, by path; none is initialised at random.
+
+    On a mesh each array goes straight to its devices, and the host holds one at a time.
+    """
+
+    def make() -> Llama:
+        return Llama(config, rngs=nnx.Rngs(0), param_dtype=dtype)
+
+    model = nnx.abstract(make, mesh, policy)
+    places = {path: v.value.sharding for path, v in nnx.state(model).flat_state()}
+    params = {
+        path: nnx.Param(jax.device_put(array.astype(dtype), places.get(path)))
+        for path, array in arrays
+    }
     state = nnx.State.from_flat_path(params)
     nnx.update(model, state)  # refuses other shapes; merge refuses missing paths
-    return nnx.merge(nnx.graphdef(model), state)
+    model = nnx.merge(nnx.graphdef(model), state)
+    return model if mesh is None else nnx.shard(model, mesh, policy)
 
 
-def load(path: Path | str | None = None, dtype: DTypeLike = jnp.float32) -> Any:
+def load(
+    path: Path | str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    policy: Any = None,
+) -> Any:
     """The Llama and the Tokenizer of a GGUF file, or of the installed package."""
     weights = Weights(find_file() if path is None else path)
-    model = build(weights.config(), weights.arrays(), dtype)
+    model = build(weights.config(), weights.arrays(), dtype, mesh, policy)
     return model, Tokenizer(weights.field)
 
 

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 if all went well, 1 where ``diff`` or ``verify`` found
-      something, 2 without a command, where a package that is needed is missing or a
-      file cannot be read, 130 if stopped from the keyboard.
+      something, 2 where that could not be judged, such as without a command, a package
+      or a file that can be read, 130 if stopped from the keyboard.
 
     Example:
       >>> main([])
@@ -53,35 +55,53 @@ def _with_files(options: argparse.Namespace) -> int:
     from sortal.inspect import stored
 
     try:
-        if options.command == "convert":
-            count = stored.convert(options.source, options.target, options.step)
-            report, status = None, 0
-            data = {"arrays": count, "target": options.target}
-            text = f"{count} arrays written to {options.target}"
-        else:
-            report, status = _report(stored, options)
-            data, text = report.data(), ""
-    except (SortalError, OSError) as e:
-        print(f"sortal {options.command}: {e}", file=sys.stderr)
+        data, report, status = _report(stored, options)
+    except (SortalError, OSError, MemoryError) as e:
+        why = str(e) or type(e).__name__
+        print(f"sortal {options.command}: {why}", file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps(data, indent=1))
-    elif report is None:
-        print(text)
-    else:
-        from rich.console import Console
-
-        Console().print(report)
+    _print(json.dumps(_finite(data), indent=1) if options.json else report)
     return status
 
 
-def _report(stored: Any, options: argparse.Namespace) -> tuple[Any, int]:
+def _finite(x: Any) -> Any:
+    """The same data without what JSON lacks: NaN and infinities become text."""
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    return list(map(_finite, x)) if isinstance(x, (list, tuple)) else x
+
+
+def _print(report: Any) -> None:
+    """Prints text or a report; what the terminal cannot show is escaped."""
+    if isinstance(report, str):
+        text = report + "\n"
+    else:
+        from rich.console import Console
+
+        console = Console()
+        with console.capture() as drawn:
+            console.print(report)
+        text = drawn.get()
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read this wants no more; Python would complain again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(stored: Any, options: argparse.Namespace) -> tuple[Any, Any, int]:
+    """What to print as JSON, what otherwise, and the exit code."""
     if options.command == "inspect":
-        return stored.inspect(options.path, options.step), 0
+        found = stored.inspect(options.path, options.step)
+        return found.data(), found, 0
     if options.command == "diff":
         steps = (options.step_a, options.step_b)
         found = stored.diff(options.a, options.b, steps)
-        return found, int(bool(found.rows))
+        return found.data(), found, int(bool(found.rows))
     from rich.console import Console
     from rich.progress import Progress
 
@@ -92,14 +112,26 @@ def _report(stored: Any, options: argparse.Namespace) -> tuple[Any, int]:
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        found = stored.check(options.path, options.step, progress)
-    return found, int(bool(found.rows))
+        if options.command == "verify":
+            found = stored.check(options.path, options.step, progress)
+            return found.data(), found, int(bool(found.rows))
+        target = options.target
+        count = stored.convert(options.source, target, options.step, progress)
+    data = {"arrays": count, "target": target}
+    return data, f"{count} arrays written to {target}", 0
 
 
 def _step(text: str) -> int | str:
     if text == "latest" or text.isdigit():
         return text if text == "latest" else int(text)
     raise argparse.ArgumentTypeError(f"must be a number or 'latest', found {text}")
+
+
+class _OneStep(argparse.Action):
+    """Refuses ``diff --step``, which does not say of which side."""
+
+    def __call__(self, parser: Any, *_: Any, **__: Any) -> None:
+        parser.error("two are compared: write A B --step-a 1 --step-b 2 for --step")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,6 +171,7 @@ def _add_file_commands(commands: Any) -> None:
         "--step", **which
     )
     made = add("diff", "how two differ; exit code 1 if so", ("a", any_file), ("b", ""))
+    made.add_argument("--step", nargs="*", action=_OneStep, help=argparse.SUPPRESS)
     made.add_argument("--step-a", **which)
     made.add_argument("--step-b", **which)
     add(

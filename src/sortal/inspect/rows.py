@@ -13,8 +13,8 @@ import numpy as np
 
 from sortal._engine import variable
 from sortal._engine.foreign import is_kind, same_kind
-from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.nodes import LEAF, NODE
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.nodes import LEAF
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.state import State
@@ -179,23 +179,12 @@ def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
     """First path of each leaf to the later ones, by shared Variables and modules."""
     schema = graphdef.schema
     found: dict[Path, list[Path]] = {}
-    first: dict[int, Path] = {}
     shared: list[tuple[Path, Path]] = []
-
-    def visit(entry: Entry, path: Path) -> None:
-        if entry.what == LEAF:
-            owner = schema.paths[entry.ref]
-            if owner != path:
-                found.setdefault(owner, []).append(path)
-        elif entry.what == NODE and entry.ref in first:
-            shared.append((first[entry.ref], path))
-        elif entry.what == NODE:
-            first[entry.ref] = path
-            record = graphdef.records[entry.ref]
-            for child in record.entries:
-                visit(child, record.below(path, child.key))
-
-    visit(graphdef.root, ())
+    for path, entry, first in graphdef.places():
+        if entry.what == LEAF and first != path:
+            found.setdefault(first, []).append(path)
+        elif first != path:
+            shared.append((first, path))
     for old, new in shared:
         n = len(old)
         if new[:n] == old:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sortal._engine.paths import show
 from sortal._engine.state import State
+from sortal._engine.statics import static_key
 from sortal._engine.tables import Report, Table
 from sortal.checkpoint import files
+from sortal.checkpoint.copying import copy_step, refuse_existing
 from sortal.checkpoint.saving import save
 from sortal.checkpoint.verifying import Verified, verify
-from sortal.errors import DamagedError, SaveError
+from sortal.errors import DamagedError, SaveError, listing
 from sortal.inspect.text import size
-from sortal.interop.files.entries import Entry, Opened, dotted
-from sortal.interop.files.exchange import open_arrays, write_arrays
+from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
+from sortal.interop.files.exchange import is_file, open_arrays, write_arrays
 
 _LARGEST = 10
 
@@ -120,7 +119,8 @@ class Change(NamedTuple):
     path: tuple[Any, ...]
     kind: str | None
     what: str
-    """``added``, ``removed``, ``kind``, ``shape``, ``dtype`` or ``values``."""
+    """``added``, ``removed``, ``structure``, ``kind``, ``shape``, ``dtype`` or
+    ``values``."""
     detail: str
     largest: float | None
     """The largest absolute difference."""
@@ -178,42 +178,78 @@ def diff(
 ) -> Compared:
     """Compares structure and values of two files or folders."""
     old, new = open_arrays(a, steps[0]), open_arrays(b, steps[1])
-    mine = {e.name: e for e in old.entries}
-    theirs = {e.name: e for e in new.entries}
+    same = old.format == new.format
+    mine, theirs = ({e.name: _form(e, same) for e in x.entries} for x in (old, new))
     rows: list[Change] = []
     leaves: Counter[Any] = Counter()
-    for name, e in mine.items():
-        other = theirs.get(name)
-        if other is None:
-            rows.append(Change(name, e.kind, "removed", _what(e), None))
-            continue
+    both = [name for name in mine if name in theirs]
+    if same:
+        rows += _structures(old, new)
+    rows += [
+        Change(e.name, e.kind, what, _what(e), None)
+        for what, has, lacks in (("removed", mine, theirs), ("added", theirs, mine))
+        for name, e in has.items()
+        if name not in lacks
+    ]
+    alike = []
+    for name in both:
+        e, other = mine[name], theirs[name]
         leaves[e.kind] += 1
-        rows += _compare(e, other, old.format == new.format)
-    for name, e in theirs.items():
-        if name not in mine:
-            rows.append(Change(name, e.kind, "added", _what(e), None))
+        if same and e.kind != other.kind:
+            kinds = f"{short(e.kind)} -> {short(other.kind)}"
+            rows.append(Change(name, e.kind, "kind", kinds, None))
+        for what in ("shape", "dtype"):
+            if getattr(e, what) != getattr(other, what):
+                detail = f"{_what(e)} -> {_what(other)}"
+                rows.append(Change(name, e.kind, what, detail, None))
+                break
+        else:
+            alike.append(name)
+    pairs = (_in_order(x, alike) for x in (old, new))
+    for x, y in zip(*pairs, strict=True):
+        rows += _values(_form(x, same), _form(y, same))
     return Compared(old, new, rows, leaves)
 
 
+def _in_order(opened: Opened, names: Iterable[Any]) -> list[Entry]:
+    found = {e.name: e for e in opened.entries}
+    return in_batches(opened, [found[name] for name in names])
+
+
+def _form(e: Entry, same: bool) -> Entry:
+    """An entry; where the formats differ, in the form that all formats have."""
+    return e if same else as_array(e) or e
+
+
+def _structures(old: Opened, new: Opened) -> Iterable[Change]:
+    """The leaves of both whose values have other containers."""
+    for path in dict.fromkeys([*old.structures, *new.structures]):
+        a, b = old.structures.get(path), new.structures.get(path)
+        if a is not None and b is not None and a != b:
+            yield Change(path, None, "structure", f"{a} -> {b}", None)
+
+
 def _what(e: Entry) -> str:
-    return f"{e.dtype}[{','.join(map(str, e.shape))}]"
+    return e.dtype if e.plain else f"{e.dtype}[{','.join(map(str, e.shape))}]"
 
 
-def _compare(a: Entry, b: Entry, kinds: bool) -> Iterable[Change]:
-    if kinds and a.kind != b.kind:
-        yield Change(
-            a.name, a.kind, "kind", f"{short(a.kind)} -> {short(b.kind)}", None
-        )
-    for what in ("shape", "dtype"):
-        if getattr(a, what) != getattr(b, what):
-            yield Change(a.name, a.kind, what, f"{_what(a)} -> {_what(b)}", None)
-            return
+def _values(a: Entry, b: Entry) -> Iterable[Change]:
     x, y = a.read(), b.read()
+    if a.plain or b.plain:
+        if static_key(x) != static_key(y):
+            detail = f"{_text(x)} -> {_text(y)}"
+            yield Change(a.name, a.kind, "values", detail, None)
+        return
     if x.tobytes() == y.tobytes() and x.dtype == y.dtype:
         return
     largest, share = _distance(x, y)
     detail = f"max |difference| {largest:.3g}, {share:.0%} of elements"
     yield Change(a.name, a.kind, "values", detail, largest)
+
+
+def _text(x: Any) -> str:
+    # Python refuses to print integers of very many digits.
+    return f"{hex(x) if type(x) is int and x.bit_length() > 64 else repr(x):.40}"
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -269,14 +305,21 @@ def check(path: str, step: int | str, progress: Callable[[int, int], None]) -> C
 
 
 # ---------------------------------------------------------------------------- convert
-def convert(source: str, target: str, step: int | str = "latest") -> int:
-    """Writes the arrays of one format in another.
+def convert(
+    source: str,
+    target: str,
+    step: int | str = "latest",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Writes the arrays of one format in another; refuses what would be lost.
 
     Args:
       source: as for ``inspect``.
       target: a file ``.safetensors`` or ``.npz``; ``orbax:FOLDER``; else a folder of
-        steps of Sortal, where it becomes a step of the same number, or 0.
+        steps of Sortal, where it becomes a step of the same number, or 0. From Sortal
+        to Sortal everything is kept, kinds, sharing and metadata too.
       step: which step of the source.
+      progress: is called with the bytes read so far, and all there are.
     """
     opened = open_arrays(source, step)
     if opened.format == "gguf" and (odd := [e for e in opened.entries if _packed(e)]):
@@ -284,29 +327,56 @@ def convert(source: str, target: str, step: int | str = "latest") -> int:
             f"{len(odd)} arrays are quantised, such as {dotted(odd[0].name)} "
             f"({odd[0].dtype}), and no other format holds these."
         )
-    entries = [_plain(e) for e in opened.entries]
-    if target.startswith("orbax:"):
-        write_arrays(files.local(target.removeprefix("orbax:")), entries)
-    elif Path(target).suffix:
-        write_arrays(files.local(target), entries)
+    entries = [
+        e._replace(dtype=_GGUF[e.dtype]) if opened.format == "gguf" else e
+        for e in in_batches(opened, opened.entries)
+    ]
+    to_orbax = target.startswith("orbax:")
+    if to_orbax or is_file(target):
+        entries = list(_reporting(_arrays(entries, target), progress))
+        write_arrays(files.local(target.removeprefix("orbax:")), entries, to_orbax)
+    elif opened.format == "sortal":
+        copy_step(opened.path, target, progress)
     else:
-        number = files.step_number(opened.about.get("step", 0))
-        state = State.from_flat_path([(e.name, _value(e)) for e in opened.entries])
-        save(target, state, step=number)
+        refuse_existing(files.local(target), 0)
+        pairs = [(e.name, e.read()) for e in _reporting(entries, progress)]
+        save(target, State.from_flat_path(pairs), step=0)
     return len(entries)
 
 
+_GGUF = {
+    "f64": "float64", "f32": "float32", "f16": "float16",
+    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8",
+}  # fmt: skip
+
+
 def _packed(e: Entry) -> bool:
-    return e.dtype not in ("f32", "f16", "f64", "i8", "i16", "i32", "i64")
+    return e.dtype not in _GGUF
 
 
-def _plain(e: Entry) -> Entry:
-    host = e.read()
-    return e._replace(dtype=host.dtype.name, shape=host.shape, read=lambda: host)
+def _arrays(entries: list[Entry], target: str) -> list[Entry]:
+    """Entries as arrays; refuses all plain values that no array holds."""
+    found = [(e, as_array(e)) for e in entries]
+    if odd := [f"{show(e.name)}: {e.dtype}" for e, new in found if new is None]:
+        raise SaveError(
+            f"{target} holds arrays only, and these values would be lost:\n"
+            f"{listing(odd)}\nConvert to a folder of Sortal, or save without them."
+        )
+    return [new for _, new in found if new is not None]
 
 
-def _value(e: Entry) -> Any:
-    if e.dtype.startswith("key<"):
-        impl = e.dtype.removeprefix("key<").removesuffix(">")
-        return jax.random.wrap_key_data(jnp.asarray(e.read()), impl=impl)
-    return e.read()
+def _reporting(
+    entries: Sequence[Entry], progress: Callable[[int, int], None]
+) -> Iterable[Entry]:
+    """The entries, which report when they are read."""
+    total, done = sum(e.nbytes for e in entries), 0
+
+    def get(e: Entry) -> Any:
+        nonlocal done
+        found = e.read()
+        done += e.nbytes
+        progress(done, total)
+        return found
+
+    for e in entries:
+        yield e._replace(read=lambda e=e: get(e))

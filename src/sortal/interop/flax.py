@@ -29,6 +29,7 @@ from sortal._engine.nodes import Handler, Node, register_node
 from sortal._engine.state import State
 from sortal._engine.statics import Metadata, is_hashable
 from sortal.errors import UnsupportedError
+from sortal.module import Module
 from sortal.nn.lora import LoRAParam
 from sortal.transforms import autodiff
 from sortal.transforms._adapter import prefixes
@@ -122,20 +123,16 @@ class FlaxObjects(Handler):
 
     root = True
 
-    def keys(self, obj: Any) -> Sequence[Any]:
-        """The attribute names; for a List integers, which Flax stores as digits."""
-        names = [n for n in vars(obj) if not str(n).startswith(_PRIVATE)]
+    def items(self, obj: Any) -> dict[Any, Any]:
+        """The attributes by name; for a List integers, which Flax stores as digits."""
+        items = {k: x for k, x in vars(obj).items() if not str(k).startswith(_PRIVATE)}
         if getattr(type(obj), "_pytree__has_int_keys", False):
-            names = [int(n) if str(n).isdigit() else n for n in names]
-        return sorted(names, key=paths.order)
+            items = {int(k) if str(k).isdigit() else k: x for k, x in items.items()}
+        return {key: items[key] for key in sorted(items, key=paths.order)}
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         attributes = vars(obj)
         return attributes, key if key in attributes else str(key)
-
-    def children(self, obj: Any, keys: Any) -> list[Any]:
-        attributes = vars(obj)
-        return [attributes[k if k in attributes else str(k)] for k in keys]
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         """Compared in full, because Flax objects do not count their edits."""
@@ -148,9 +145,9 @@ class FlaxObjects(Handler):
         """What Flax treats as data or static, where the value alone does not say."""
         if not type(obj)._pytree__is_pytree:
             return None
-        keys, status = self.keys(obj), obj._pytree__nodes
+        status = obj._pytree__nodes
         roles = {}
-        for key, child in zip(keys, self.children(obj, keys), strict=True):
+        for key, child in self.items(obj).items():
             name = key if key in status else str(key)
             if status.get(name):
                 # None is an empty pytree for Flax, marked or not.
@@ -213,11 +210,9 @@ class FlaxStates(Handler):
 
     root = True
 
-    def keys(self, obj: Any) -> Sequence[Any]:
-        return sorted(obj.raw_mapping, key=paths.order)
-
-    def children(self, obj: Any, keys: Any) -> list[Any]:
-        return [obj.raw_mapping[key] for key in keys]
+    def items(self, obj: Any) -> dict[Any, Any]:
+        mapping = obj.raw_mapping
+        return {key: mapping[key] for key in sorted(mapping, key=paths.order)}
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         dicts = [x.raw_mapping for x in nodes]
@@ -229,9 +224,6 @@ class FlaxStates(Handler):
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj.raw_mapping[key]
-
-    def can_remove(self, key: Any) -> bool:
-        return True
 
     def shell(self, cls: type, spec: Any) -> Any:
         return cls({})
@@ -263,6 +255,7 @@ def register() -> None:
         for name in names:
             pair(getattr(_kinds, name), getattr(theirs, name))
     pair(LoRAParam, nnx.LoRAParam)
+    pair(Module, nnx.Module)
     register_native(nnx.Carry, lambda _: prefixes.Carry)
     register_native(nnx.DiffState, lambda x: autodiff.DiffState(x.argnum, x.filter))
     register_native(nnx.StateAxes, lambda x: _by_kind(prefixes.StateAxes, x, x.axes))

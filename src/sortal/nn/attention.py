@@ -43,7 +43,7 @@ def dot_product_attention_weights(
       mask: True or nonzero where a query may attend to a key; broadcasts likewise.
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rng: key for dropout.
-      dropout_rate: the probability that a weight is dropped; less than 1.
+      dropout_rate: the probability that a weight is dropped; 1 drops all.
       deterministic: True disables dropout.
       dtype: dtype of the computation; by default, the one that query and key promote
         to.
@@ -91,6 +91,8 @@ def dot_product_attention_weights(
         shape = weights.shape
         if broadcast_dropout:
             shape = (*(1 for _ in shape[:-2]), *shape[-2:])
+        if dropout_rate == 1.0:
+            return jnp.zeros_like(weights)
         keep = 1.0 - dropout_rate
         kept = jax.random.bernoulli(dropout_rng, keep, shape)
         weights = weights * (kept.astype(dtype) / jnp.asarray(keep, dtype=dtype))
@@ -128,10 +130,10 @@ def _mixed(weights: Any, value: Any, precision: Any) -> Any:
 
 
 def _check_dropout(rate: float, key: Any) -> None:
-    if not 0.0 <= rate < 1.0:
+    if not 0.0 <= rate <= 1.0:
         raise ArgumentError(
             "attention: dropout_rate is the probability that a weight is dropped, from "
-            f"0 to less than 1; found {rate!r}."
+            f"0 to 1; found {rate!r}."
         )
     if key is None:
         raise ArgumentError(
@@ -217,7 +219,7 @@ def dot_product_attention(
       mask: True or nonzero where a query may attend to a key; broadcasts likewise.
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
       dropout_rng: key for dropout.
-      dropout_rate: the probability that a weight is dropped; less than 1.
+      dropout_rate: the probability that a weight is dropped; 1 drops all.
       deterministic: True disables dropout.
       dtype: dtype of the computation; by default, the one that the three promote to.
       precision: as for ``jax.numpy.einsum``.

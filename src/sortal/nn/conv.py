@@ -17,6 +17,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -219,7 +220,7 @@ class Conv(_Conv):
         conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
@@ -386,7 +387,7 @@ class ConvTranspose(_Conv):
         transpose_kernel: bool = False,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
@@ -460,6 +461,7 @@ def _folded(y: Any, periods: list[int], odd_last: bool) -> jax.Array:
         sides.append((less, more) if odd_last else (more, less))
     y = jnp.pad(y, [(0, 0), *sides, (0, 0)])
     for axis, period in enumerate(periods, 1):
-        shape = (*y.shape[:axis], -1, period, *y.shape[axis + 1 :])
+        periods_there = y.shape[axis] // period
+        shape = (*y.shape[:axis], periods_there, period, *y.shape[axis + 1 :])
         y = y.reshape(shape).sum(axis=axis)
     return y

@@ -14,7 +14,12 @@ from sortal.errors import ArgumentError, CacheError
 from sortal.module import Module, iter_modules
 from sortal.nn import dtypes
 from sortal.nn.cache import KVCache
-from sortal.nn.initializers import Initializer, check_sizes, default_kernel_init
+from sortal.nn.initializers import (
+    NO_RNGS,
+    Initializer,
+    check_sizes,
+    default_kernel_init,
+)
 from sortal.nn.linear import Linear
 from sortal.nn.rope import rotary
 from sortal.random import Rngs
@@ -80,7 +85,7 @@ class DecoderAttention(Module):
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
     ):
         check_sizes(self, in_features=in_features, num_heads=num_heads)
         kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads

@@ -14,6 +14,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -62,7 +63,7 @@ class Embed(Module):
         param_dtype: DTypeLike = jnp.float32,
         embedding_init: Initializer = default_embed_init,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         embedding_metadata: Metadata = NO_METADATA,
     ):
         check_sizes(self, num_embeddings=num_embeddings, features=features)

@@ -95,6 +95,10 @@ def _is_size(number: Any) -> bool:
         return False
 
 
+NO_RNGS: Any = None
+"""The default of ``rngs=``: ``check_rngs`` says more than Python, and only if due."""
+
+
 def check_rngs(layer: Any, name: str, rngs: Any) -> None:
     """Refuses anything but an Rngs for the initialisation of ``name``."""
     if not is_rngs(rngs):

@@ -22,6 +22,7 @@ from sortal.nn.conv import ConvTranspose as ConvTranspose
 from sortal.nn.embedding import Embed as Embed
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -79,7 +80,7 @@ class Linear(Module):
         dot_general: Callable[..., Any] = dtypes.dot_general,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
@@ -188,7 +189,7 @@ class LinearGeneral(Module):
         dot_general: Callable[..., Any] | None = None,
         dot_general_cls: Any = None,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):
@@ -322,7 +323,7 @@ class Einsum(Module):
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
         einsum_op: Callable[..., Any] = jnp.einsum,
         preferred_element_type: DTypeLike | None = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         kernel_metadata: Metadata = NO_METADATA,
         bias_metadata: Metadata = NO_METADATA,
     ):

@@ -15,6 +15,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -92,7 +93,7 @@ class LoRA(Module):
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable] = LoRAParam,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         a_metadata: Metadata = NO_METADATA,
         b_metadata: Metadata = NO_METADATA,
     ):
@@ -191,7 +192,7 @@ class LoRALinear(Linear):
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable] = LoRAParam,
         lora_promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         a_metadata: Metadata = NO_METADATA,
         b_metadata: Metadata = NO_METADATA,
         **kwargs: Any,
@@ -226,3 +227,27 @@ class LoRALinear(Linear):
           ArgumentError: the last axis has another size.
         """
         return super().__call__(x, out_sharding) + self.lora(x)
+
+    def merge(self) -> Linear:
+        """A Linear whose kernel holds the update: what to deploy after fine-tuning.
+
+        Returns:
+          A Linear with Variables of its own; this layer is left as it is.
+
+        Example:
+          >>> import sortal as nnx
+          >>> layer = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
+          >>> nnx.state(layer.merge()).paths()
+          (('bias',), ('kernel',))
+        """
+        made = Linear.__new__(Linear)
+        for name, value in vars(self).items():
+            if name not in ("kernel", "bias", "lora"):
+                setattr(made, name, value)
+        old: Any = self.kernel[...]
+        wide = jnp.promote_types(old.dtype, jnp.float32)
+        a, b = (jnp.asarray(x[...], wide) for x in (self.lora.lora_a, self.lora.lora_b))
+        new = old.astype(wide) + jnp.matmul(a, b, precision="highest")
+        made.kernel = self.kernel.replace(new.astype(old.dtype))
+        made.bias = None if self.bias is None else self.bias.replace()
+        return made

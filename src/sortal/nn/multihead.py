@@ -20,6 +20,7 @@ from sortal.nn import dtypes
 from sortal.nn.attention import combine_masks, dot_product_attention
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -66,7 +67,7 @@ class MultiHeadAttention(Module):
         promote to.
       param_dtype: dtype of the parameters.
       broadcast_dropout: whether all batch indices and heads share one dropout mask.
-      dropout_rate: the probability that a weight is dropped; less than 1.
+      dropout_rate: the probability that a weight is dropped; 1 drops all.
       deterministic: True disables dropout; None leaves it to the call.
         ``model.train()`` and ``model.eval()`` set it.
       precision: as for ``jax.lax.dot_general``.
@@ -155,7 +156,7 @@ class MultiHeadAttention(Module):
         out_dot_general: Callable[..., Any] | None = None,
         qkv_dot_general_cls: Any = None,
         out_dot_general_cls: Any = None,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         keep_rngs: bool = True,
         kernel_metadata: Metadata = NO_METADATA,
         out_kernel_metadata: Metadata = NO_METADATA,

@@ -13,6 +13,7 @@ from sortal.errors import ArgumentError
 from sortal.nn import dtypes
 from sortal.nn.initializers import (
     NO_METADATA,
+    NO_RNGS,
     Initializer,
     Metadata,
     check_sizes,
@@ -93,7 +94,7 @@ class BatchNorm(Norm):
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
@@ -207,7 +208,7 @@ class LayerNorm(Norm):
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
@@ -283,7 +284,7 @@ class RMSNorm(Norm):
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         scale_metadata: Metadata = NO_METADATA,
     ):
         self._begin(locals())
@@ -365,7 +366,7 @@ class InstanceNorm(Norm):
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):
@@ -455,7 +456,7 @@ class GroupNorm(Norm):
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
     ):

@@ -18,7 +18,7 @@ from sortal.filters import PathContains, to_filter
 from sortal.functional import variables
 from sortal.module import Module
 from sortal.nn import dtypes
-from sortal.nn.initializers import Initializer, check_rngs, normal, ones
+from sortal.nn.initializers import NO_RNGS, Initializer, check_rngs, normal, ones
 from sortal.nn.moments import Axes
 from sortal.random import Rngs
 
@@ -92,7 +92,7 @@ class WeightNorm(Module):
         param_dtype: DTypeLike = jnp.float32,
         variable_filter: Any = PathContains("kernel"),  # noqa: B008 - immutable
         promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
     ):
         self.layer_instance = layer_instance
         self.feature_axes = () if feature_axes is None else feature_axes
@@ -219,7 +219,7 @@ class SpectralNorm(Module):
         param_dtype: DTypeLike = jnp.float32,
         error_on_non_matrix: bool = False,
         update_stats: bool = True,
-        rngs: Rngs,
+        rngs: Rngs = NO_RNGS,
     ):
         self.layer_instance = layer_instance
         self.n_steps = n_steps

@@ -203,6 +203,8 @@ def _checked_lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
 
 def _last_carry(carries: Any, initial: Any, lengths: Any) -> Any:
     """The carry after each sequence's last step; ``carries`` have time in front."""
+    if not len(jax.tree.leaves(carries)[0]):
+        return initial  # there is no step
     last = jnp.maximum(lengths - 1, 0)
     places = (last, *jnp.indices(lengths.shape))
 
@@ -240,6 +242,8 @@ def flip_sequences(
     if seq_lengths is None:
         return jnp.flip(inputs, axis=axis)
     steps = inputs.shape[axis]
+    if not steps:
+        return jnp.asarray(inputs)
     backwards = jnp.arange(steps - 1, -1, -1)
     places = backwards.reshape(
         [-1 if i == axis else 1 for i in range(num_batch_dims + 1)]

@@ -41,6 +41,11 @@ class Sequential(Module):
                 args, kwargs = _arguments(output)
             if rngs is not None and _takes(layer, "rngs"):
                 kwargs = {**kwargs, "rngs": rngs}
+            if isinstance(layer, type):
+                raise ArgumentError(
+                    f"Sequential: layers.{i} is the class {layer.__name__}. Pass an "
+                    f"object: {layer.__name__}(...)."
+                )
             if not callable(layer):
                 raise ArgumentError(
                     f"Sequential: layers.{i} is a {type(layer).__name__}, which cannot "

@@ -92,7 +92,7 @@ def _recording(
     method_outputs: Any,
 ) -> Iterator[None]:
     """Has modules record kinds apart; afterwards ``recorded`` has them by path."""
-    modules = list(iter_modules(module))
+    modules = _modules(module)
     homes = {path: {kind: Dict() for kind in recorded} for path, _ in modules}
     homeless = [path for path, _ in given if path[:-1] not in homes]
     if homeless:
@@ -112,13 +112,18 @@ def _recording(
         with _sowing_methods({type(m) for _, m in modules}, method_outputs):
             yield
     finally:
-        for path, m in list(iter_modules(module)):
+        for path, m in _modules(module):
             _collect(path, m, recorded)
         for m, old in before:
             if old is not None:
                 setattr(m, RECORDS, old)
             elif RECORDS in get_dict(m):
                 delattr(m, RECORDS)
+
+
+def _modules(module: Module) -> list[tuple[Path, Module]]:
+    # Those of Flax in a model keep what they sow in attributes.
+    return [(path, m) for path, m in iter_modules(module) if isinstance(m, Module)]
 
 
 def _collect(path: Path, module: Module, recorded: dict[type, Any]) -> None:

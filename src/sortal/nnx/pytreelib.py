@@ -61,7 +61,8 @@ def register_data_type(type_: Any, /) -> Any:
       >>> jax.tree.leaves(Holder())
       [Mine(value=42)]
     """
-    register_node(type_, LEAF)
+    leaf: Any = LEAF
+    register_node(type_, leaf)
     return type_
 
 

@@ -52,16 +52,20 @@ def prefix(
       [0, 2, 4, 6, 8]
     """
     missed: list[str] = []
-    answer = filter_map
+    answer: Any = filter_map
+    filters: list[Any] = []
     if isinstance(filter_map, Mapping):
+        filters += filter_map
         rules = [(to_filter(f), value) for f, value in filter_map.items()]
 
-        def answer(path: Path, leaf: Any) -> Any:
+        def by_filter(path: Path, leaf: Any) -> Any:
             for takes, value in rules:
                 if takes(path, leaf):
                     return value
             missed.append(f"{show(path)} ({type(leaf).__name__})")
             return None
+
+        answer = by_filter
 
     def of_root(keys: Any, x: Any) -> Any:
         path = tuple(map(_key, keys))
@@ -84,7 +88,7 @@ def prefix(
     made = jax.tree_util.tree_map_with_path(of_root, node, is_leaf=is_root)
     if missed:
         raise FilterError(
-            f"no filter of {list(filter_map)} takes these leaves:\n{listing(missed)}\n"
+            f"no filter of {filters} takes these leaves:\n{listing(missed)}\n"
             "End the mapping with `...: answer`."
         )
     return made

@@ -48,7 +48,7 @@ def view(
       True
     """
     new, chosen = clone(node, variables=False), to_filter(only)
-    modules = [m for path, m in iter_modules(new) if chosen(path, m)]
+    modules: list[Any] = [m for path, m in iter_modules(new) if chosen(path, m)]
     taken: set[str] = set()
     for module in modules:
         if hasattr(module, "set_view"):

@@ -79,8 +79,8 @@ def recursive_map(
     held: list[Any] = []  # so that no other object gets an id that is in `done`
 
     def visit(path: Path, x: Any) -> Any:
-        handler: Any = handler_of(x)
-        leaf = handler is LEAF or handler is STATIC
+        handler = handler_of(x)
+        leaf = handler in (LEAF, STATIC)
         shared = is_variable(x) if leaf else handler.tracked
         if shared and id(x) in done:
             if done[id(x)] is _OPEN:

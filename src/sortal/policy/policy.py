@@ -14,6 +14,7 @@ from sortal.errors import PolicyError, listing
 from sortal.filters import All, Filter, to_filter
 from sortal.policy.rule import COLUMNS, UNSET, Rule, fault
 from sortal.policy.table import SHOWN, Found, PolicyTable
+from sortal.sharding.mesh_axes import in_force, own_spec
 
 View = Callable[[], Sequence[Any]]
 
@@ -76,7 +77,7 @@ class Policy:
             given; a kind or a Variable has an answer of the wrong type; or a filter
             looks at values and ``view`` is None. All leaves concerned are listed.
         """
-        found = self._find(name, schema, view)
+        found = self.find(name, schema, view)
         if default is UNSET:
             left = [i for i, by in enumerate(found.by) if by is None]
             _check_answered(name, schema, left)
@@ -111,7 +112,7 @@ class Policy:
         """
         plan = bind(model)
         schema = plan.graphdef.schema
-        found = self._find("optimizer", schema, plan.view)
+        found = self.find("optimizer", schema, plan.view)
         trainable = self.column("trainable", schema, plan.view, True)
         asked = select(schema, (Param if wrt is UNSET else wrt,), plan.view).parts[0][1]
         left = [i for i in asked if found.by[i] is None and trainable[i]]
@@ -147,16 +148,31 @@ class Policy:
         """
         plan = bind(model)
         schema = plan.graphdef.schema
-        every = {name: self._find(name, schema, plan.view) for name in SHOWN}
+        every = {name: self.find(name, schema, plan.view) for name in SHOWN}
         return PolicyTable(self.rows, plan.graphdef, plan.view(), every)
 
-    def _find(self, name: str, schema: Schema, view: View | None) -> Found:
+    def find(self, name: str, schema: Schema, view: View | None) -> Found:
+        """The answers of a column, and what gives each; as ``column``, without checks.
+
+        Args:
+          name: the column, a field of Rule.
+          schema: the leaves.
+          view: gives the leaves themselves, for filters that look at values.
+
+        Returns:
+          A Found; UNSET and None where nothing answers.
+
+        Raises:
+          PolicyError: there is no such column; a kind or a Variable has an answer of
+            the wrong type; or a filter looks at values and ``view`` is None.
+        """
         if name not in COLUMNS:
             raise PolicyError(
                 f"{name!r} is no column; the columns are {', '.join(COLUMNS)}."
             )
         if self.is_structural(name):
-            return schema.memo((Policy, name, self), lambda: self._ask(name, schema))
+            key = (Policy, name, self, in_force() if name == "spec" else ())
+            return schema.memo(key, lambda: self._ask(name, schema))
         if view is None:
             raise PolicyError(
                 f"the column {name!r} has rows that look at values, which are not at "
@@ -194,6 +210,9 @@ class Policy:
     ) -> tuple[Any, Any]:
         """The answer for one leaf and what gave it; UNSET and None if nothing did."""
         own = metadata.get(name, UNSET)
+        if own is UNSET and name == "spec":
+            own = own_spec(metadata)
+            own = UNSET if own is None else own
         if own is not UNSET:
             return own, "metadata"
         for number, f, answer in self._answering(name):

@@ -46,7 +46,8 @@ def _is_reduction(x: Any) -> bool:
 
 def _is_spec(x: Any) -> bool:
     known = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
-    return x is None or isinstance(x, known)
+    function = callable(x) and not isinstance(x, type)
+    return x is None or isinstance(x, known) or function
 
 
 def _is_transformation(x: Any) -> bool:
@@ -71,7 +72,9 @@ COLUMNS: dict[str, Column] = {
         "'mean'",
     ),
     "spec": Column(
-        _is_spec, "a PartitionSpec, a Sharding or None", "PartitionSpec('data')"
+        _is_spec,
+        "a PartitionSpec, a Sharding, a function of (shape, mesh), or None",
+        "PartitionSpec('data')",
     ),
     "checkpoint": Column(
         _among("keep", "drop", "keep-last"), "'keep', 'drop' or 'keep-last'", "'keep'"
@@ -111,7 +114,8 @@ class Rule:
       reduce: how the different values that replicas write to a leaf of axis None are
         combined: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a function from the
         values, stacked along axis 0, to one. None refuses such a write.
-      spec: a ``PartitionSpec`` or ``Sharding``; None leaves it to JAX.
+      spec: a ``PartitionSpec`` or ``Sharding``, or a function of an array's shape and
+        a mesh that returns a ``PartitionSpec``; None leaves it to JAX.
       checkpoint: ``"keep"``, ``"drop"``, or ``"keep-last"`` for the newest one only.
       donate: whether the buffer may be donated to a compiled function.
       optimizer: the optax transformation that trains the leaf, or None for frozen.

@@ -12,11 +12,14 @@ import jax
 from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sortal._engine.statics import PLACEMENT
 from sortal.errors import ArgumentError, listing
 
 Rules = tuple[tuple[str, Any], ...]
 
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=())
+# JAX keeps compiled programs by these two, since what is traced depends on them.
+_rules: Any = jax.make_user_context(())
+_mapped: Any = jax.make_user_context(False)
 _eager: contextvars.ContextVar[bool] = contextvars.ContextVar("eager", default=True)
 
 
@@ -36,11 +39,31 @@ def logical_axis_rules(rules: Any) -> Iterator[None]:
       ...     list(nnx.spmd.get_var_pspec(kernel))
       [None, 'model']
     """
-    token = _rules.set(tuple((name, axis) for name, axis in rules))
-    try:
+    with _rules(_pairs(rules)):
         yield
-    finally:
-        _rules.reset(token)
+
+
+@contextlib.contextmanager
+def more_rules(rules: Any) -> Iterator[None]:
+    """Adds to the rules in force, within a ``with`` block; two may not disagree."""
+    given = _pairs(rules)
+    _joined(_rules.value, given)
+    with _rules((*_rules.value, *given)):
+        yield
+
+
+def _pairs(rules: Any) -> Rules:
+    pairs = ((name, axis) for name, axis in rules)
+    return tuple((n, tuple(x) if isinstance(x, list) else x) for n, x in pairs)
+
+
+def mapped_over(declared: bool) -> Any:
+    """A ``with`` block for functions of parts of leaves, some with declared specs.
+
+    A declared spec speaks of a whole leaf, so compiled functions that are called on
+    parts leave them where they are.
+    """
+    return _mapped(_mapped.value or declared)
 
 
 @contextlib.contextmanager
@@ -82,7 +105,7 @@ def using_eager_sharding() -> bool:
 
 def in_force() -> tuple[Any, ...]:
     """The current settings of the ``with`` blocks of this file and of Flax's."""
-    return _rules.get(), _rules_of_flax(), _eager.get()
+    return _rules.value, _rules_of_flax(), _eager.get()
 
 
 def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
@@ -91,8 +114,54 @@ def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
     The rules are those given here, of ``logical_axis_rules`` and of Flax.
     """
     spec = names.spec if isinstance(names, NamedSharding) else names
-    known = _joined(_rules.get(), _rules_of_flax(), tuple(rules or ()))
+    known = _joined(_rules.value, _rules_of_flax(), tuple(rules or ()))
     return PartitionSpec(*(_on_mesh(name, known) for name in spec))
+
+
+def own_spec(metadata: Mapping[str, Any]) -> Any:
+    """What a Variable's own metadata says of its spec; None where it says nothing.
+
+    That is its ``spec``, or else the names of axes in its ``out_sharding``, of which
+    those that have a rule become mesh axes.
+    """
+    declared = metadata.get("spec")
+    if declared is not None:
+        return declared
+    names = metadata.get("out_sharding")
+    if not names or isinstance(names, Format):
+        return None
+    return spec_of(names, metadata.get("sharding_rules") or ())
+
+
+def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
+    """The sharding that a leaf is to keep when a compiled function writes it.
+
+    It is where ``shard`` put the leaf, or else what its metadata or kind declares, on
+    the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh,
+    and for parts of leaves inside of ``mapped_over(True)``.
+    """
+    if _mapped.value:
+        return None
+    if PLACEMENT in metadata:
+        return metadata[PLACEMENT]
+    spec = own_spec(metadata)
+    if spec is None:
+        spec = getattr(kind, "options", {}).get("spec")
+    mesh: Any = metadata.get("mesh") or getattr(spec, "mesh", None)
+    if spec is None or not isinstance(spec, (PartitionSpec, NamedSharding)):
+        return None
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    on_it: Any = getattr(spec, "spec", spec)
+    return None if mesh.empty else NamedSharding(mesh, on_it)
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """``value`` with a sharding, inside of a trace or outside."""
+    mesh = sharding.mesh
+    if mesh.are_all_axes_explicit:
+        return jax.sharding.reshard(value, sharding)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:

@@ -11,10 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
 from sortal._engine.annotations import with_partitioning as with_partitioning
 from sortal._engine.nodes import Node
+from sortal._engine.schema import Schema
 from sortal._engine.variable import Variable
 from sortal._nnx_names import refuse_unknown
 from sortal.functional import merge, split
-from sortal.sharding.mesh_axes import spec_of
+from sortal.sharding.mesh_axes import declared_sharding
+from sortal.sharding.resolution import UNRULED, resolve
 from sortal.transforms.compile import eval_shape
 
 _NO_AXES = PartitionSpec()
@@ -24,10 +26,11 @@ def get_var_pspec(v: Variable) -> PartitionSpec | None:
     """The partition spec of a Variable's value.
 
     Args:
-      v: the Variable; its metadata ``out_sharding`` names the axes.
+      v: the Variable; its metadata ``spec``, the names of axes in its ``out_sharding``
+        or the option ``spec`` of its kind say it.
 
     Returns:
-      The spec, of no axes where none are named; None where the value is no array.
+      The spec, of no axes where nothing says it; None where the value is no array.
 
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
@@ -39,10 +42,9 @@ def get_var_pspec(v: Variable) -> PartitionSpec | None:
       >>> list(nnx.spmd.get_var_pspec(w))
       ['data']
     """
-    names = v.get_metadata("out_sharding", None)
-    if names:
-        return spec_of(names, v.get_metadata("sharding_rules", ()))
-    return _spec_of_raw(v._value)
+    schema = Schema.of([()], [type(v)], [v._metadata])
+    ((spec, by),) = resolve(schema, [v._value])
+    return _spec_of_raw(v._value) if by == UNRULED else spec
 
 
 def get_partition_spec(tree: Any) -> Any:
@@ -127,8 +129,8 @@ def as_abstract(tree: Any, **_unknown: Never) -> Any:
         ``eval_shape`` returns.
 
     Returns:
-      The tree. Where a Variable's metadata names its axes, its value has the sharding
-      of these axes on the Variable's mesh, or else on that of ``jax.set_mesh``.
+      The tree. Where a Variable's metadata or kind says its spec, its value has that
+      sharding on the Variable's mesh, or else on that of ``jax.set_mesh``.
 
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
@@ -150,11 +152,10 @@ def as_abstract(tree: Any, **_unknown: Never) -> Any:
     def with_sharding(v: Variable) -> Any:
         value = v._value
         known = getattr(value, "sharding", None) is not None
-        named = v.get_metadata("out_sharding", None)
-        if known or not named or not hasattr(value, "dtype"):
+        declared = declared_sharding(type(v), v._metadata)
+        if known or declared is None or not hasattr(value, "dtype"):
             return value
-        mesh = v.get_metadata("mesh", None) or jax.sharding.get_abstract_mesh()
-        return _abstract(value, NamedSharding(mesh, get_var_pspec(v) or _NO_AXES))
+        return _abstract(value, declared)
 
     return _map(with_sharding, lambda x: x, tree)
 

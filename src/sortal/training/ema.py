@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Never, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from sortal._engine.leaves import Leaves, store_all
+from sortal._engine.leaves import store_all
 from sortal._engine.marks import static
 from sortal._engine.plan import bind
 from sortal._engine.schema import Schema
-from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.state import State, snapshot
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
@@ -25,9 +24,11 @@ M = TypeVar("M")
 class EMA(Pytree):
     """A moving average of a model's leaves: ``ema = decay * ema + (1 - decay) * x``.
 
-    ``params`` is a State of Variables of the model's kinds at the model's paths. It
-    begins as a copy of the model's values in new buffers, so that the model and the
-    average can be donated separately.
+    ``params`` is a State of Variables of the model's kinds and dtypes at the model's
+    paths. It begins as a copy of the model's values in new buffers, so that the model
+    and the average can be donated separately. Of leaves in a dtype narrower than
+    float32, the average itself is kept in float32, in a second State ``wide`` (None
+    where there are no such leaves), and ``params`` holds it rounded.
 
     Args:
       model: a Module, a container of Modules and Variables, or a State.
@@ -53,6 +54,7 @@ class EMA(Pytree):
     """
 
     params: State
+    wide: State | None
 
     def __init__(self, model: Any, decay: Any, *, only: Any = ..., **_unknown: Never):
         refuse_unknown("EMA", _unknown)
@@ -68,6 +70,14 @@ class EMA(Pytree):
         self.filter = static(only)
         values = [jax.tree.map(jnp.copy, v) for v in found.values_list()]
         self.params = snapshot(found.schema, values)
+        wide = [jax.tree.map(_widened, v) for v in values]
+        at = [
+            i
+            for i, (a, b) in enumerate(zip(values, wide, strict=True))
+            if jax.tree.map(_dtype, a) != jax.tree.map(_dtype, b)
+        ]
+        picked = found.schema.pick(at)
+        self.wide = snapshot(picked, [wide[i] for i in at]) if at else None
 
     def update(self, model: Any) -> None:
         """Moves the average towards the model's values.
@@ -83,18 +93,27 @@ class EMA(Pytree):
         found = _tracked_leaves(model, self.filter)
         schema = self.params.schema
         _check_paths(schema, found.schema, wider=True)
-        variables, at = self.params.leaves(), found.schema.index
-        values = found.values_list()
+        given, at = bind(self.params).leaves, found.schema.index
+        olds, values = given.values(), found.values_list()
         news = [values[at[path]] for path in schema.paths]
-        _check_shapes(schema, variables, news)
+        _check_shapes(schema, olds, news)
+        parts, means = [given], list(olds)
+        if self.wide is not None:
+            parts.append(bind(self.wide).leaves)
+            where = [schema.index[path] for path in self.wide.schema.paths]
+            for i, mean in zip(where, parts[1].values(), strict=True):
+                means[i] = mean
         decay = self.decay
 
         def average(old: Any, new: Any) -> Any:
-            mean = decay * old + (1.0 - decay) * new
+            mean = decay * old + (1.0 - decay) * jnp.asarray(new, old.dtype)
             return mean if mean.dtype == old.dtype else mean.astype(old.dtype)
 
-        olds = [v.value for v in variables]
-        store_all([Leaves(variables)], jax.tree.map(average, olds, news))
+        means = [jax.tree.map(average, a, b) for a, b in zip(means, news, strict=True)]
+        out = [jax.tree.map(_rounded, a, b) for a, b in zip(means, olds, strict=True)]
+        if self.wide is not None:
+            out += [means[i] for i in where]
+        store_all(parts, out)
 
     def apply_to(self, model: M) -> M:
         """A new model with the average in the place of the tracked leaves.
@@ -104,7 +123,7 @@ class EMA(Pytree):
         share its buffers.
 
         Args:
-          model: a Module of the structure that is tracked; left as it is.
+          model: a model of the structure that is tracked; left as it is.
 
         Returns:
           The new model.
@@ -116,14 +135,14 @@ class EMA(Pytree):
         graphdef, schema = plan.graphdef, self.params.schema
         _check_paths(schema, graphdef.schema, wider=False)
         leaves = graphdef.build_leaves(plan.leaves.snapshot())
-        for path, variable in zip(schema.paths, self.params.leaves(), strict=True):
+        for path, variable in zip(schema.paths, bind(self.params).view(), strict=True):
             leaves[graphdef.schema.index[path]] = variable
         return graphdef.build(leaves)[0]
 
 
 def _tracked_leaves(model: Any, only: Any) -> State:
-    if isinstance(model, (State, Mapping)):
-        return as_state(model).filter(only)
+    if isinstance(model, State):
+        return model.filter(only)
     found, leaves = bind(model).pick((only,))
     return snapshot(found.parts[0][0], leaves[0].snapshot())
 
@@ -150,8 +169,19 @@ def _check_averages(found: State, only: Any) -> None:
 
 
 def _is_inexact(x: Any) -> bool:
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
+    return bool(jnp.issubdtype(_dtype(x), jnp.inexact))
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _widened(x: Any) -> Any:
+    return jnp.asarray(x, jnp.promote_types(_dtype(x), jnp.float32))
+
+
+def _rounded(mean: Any, old: Any) -> Any:
+    return mean if mean.dtype == _dtype(old) else mean.astype(_dtype(old))
 
 
 def _check_paths(tracked: Schema, found: Schema, *, wider: bool) -> None:
@@ -175,11 +205,11 @@ def _check_paths(tracked: Schema, found: Schema, *, wider: bool) -> None:
         )
 
 
-def _check_shapes(schema: Schema, variables: list[Any], news: list[Any]) -> None:
+def _check_shapes(schema: Schema, olds: list[Any], news: list[Any]) -> None:
     rows = [
-        f"{schema.describe(i)} is {describe(old.value)}, found {describe(new)}"
-        for i, (old, new) in enumerate(zip(variables, news, strict=True))
-        if jax.tree.map(jnp.shape, old.value) != jax.tree.map(jnp.shape, new)
+        f"{schema.describe(i)} is {describe(old)}, found {describe(new)}"
+        for i, (old, new) in enumerate(zip(olds, news, strict=True))
+        if jax.tree.map(jnp.shape, old) != jax.tree.map(jnp.shape, new)
     ]
     if rows:
         raise UpdateError(

@@ -107,24 +107,28 @@ class Average(Metric):
     def __init__(self, argname: str = "values"):
         self.argname = argname
         self.total = MetricState(jnp.array(0, jnp.float32))
+        # Weights add up to count + fraction: whole numbers are counted exactly.
         self.count = MetricState(jnp.array(0, jnp.int32))
+        self.fraction = MetricState(jnp.array(0, jnp.float32))
 
     def reset(self) -> None:
         """Discards all values."""
         self.total.value = jnp.array(0, jnp.float32)
         self.count.value = jnp.array(0, jnp.int32)
+        self.fraction.value = jnp.array(0, jnp.float32)
 
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
         """Adds values.
 
         Args:
-          mask: which values count, of a shape that broadcasts to theirs; all if absent.
+          mask: which values count, or their weights, of a shape that broadcasts to
+            theirs; all if absent. A value of weight 0 may be NaN.
           **kwargs: under ``argname`` an array of any shape, or a number; others are
             left for other metrics.
 
         Raises:
-          ArgumentError: the keyword is missing; or the mask does not broadcast to the
-            values, or comes with a number.
+          ArgumentError: the keyword is missing; values or mask are no real numbers; or
+            the mask does not broadcast to the values, or comes with a number.
         """
         values = _keyword(self, self.argname, kwargs)
         if isinstance(values, (int, float)):
@@ -136,12 +140,17 @@ class Average(Metric):
             self.total[...] += values
             self.count[...] += 1
         elif mask is None:
-            self.total[...] += values.sum()
+            self.total[...] += _floating(values).sum()
             self.count[...] += values.size
         else:
-            chosen = _broadcast(mask, values)
-            self.total[...] += (values * chosen.astype(values.dtype)).sum()
-            self.count[...] += chosen.sum().astype(jnp.int32)
+            weights = _floating(_broadcast(mask, values))
+            kept = jnp.where(weights == 0, 0, _floating(values))
+            whole = jnp.floor(weights)
+            rest = self.fraction.value + (weights - whole).sum()
+            more = jnp.floor(rest)
+            self.total[...] += (kept * weights).sum()
+            self.count[...] += whole.astype(jnp.int32).sum() + more.astype(jnp.int32)
+            self.fraction.value = (rest - more).astype(jnp.float32)
 
     def compute(self) -> jax.Array:
         """The average.
@@ -149,7 +158,12 @@ class Average(Metric):
         Returns:
           A float32 scalar; NaN where there was no value.
         """
-        return self.total.value / self.count.value
+        return self.total.value / (self.count.value + self.fraction.value)
+
+
+def _floating(values: Any) -> jax.Array:
+    """In float32 or wider, in which sums are exact enough."""
+    return jnp.asarray(values, jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _keyword(metric: Metric, name: str, kwargs: dict[str, Any]) -> Any:
@@ -165,12 +179,27 @@ def _keyword(metric: Metric, name: str, kwargs: dict[str, Any]) -> Any:
             f"{type(metric).__name__}.update takes an array or a number as {name!r}; "
             f"found a {type(value).__name__}. Write {name}=jnp.asarray(...)."
         )
+    if hasattr(value, "dtype") and not _is_real(value.dtype):
+        raise ArgumentError(
+            f"{type(metric).__name__}.update takes real numbers as {name!r}; found "
+            f"{describe(value)}."
+        )
     return value
 
 
+def _is_real(dtype: Any) -> bool:
+    numbers = (jnp.bool_, jnp.integer, jnp.floating)
+    return any(jnp.issubdtype(dtype, of) for of in numbers)
+
+
 def _broadcast(mask: Any, values: Any) -> jax.Array:
+    mask = jnp.asarray(mask)
+    if not _is_real(mask.dtype):
+        raise ArgumentError(
+            f"the mask holds real numbers or booleans; found {describe(mask)}."
+        )
     try:
-        return jnp.broadcast_to(jnp.asarray(mask), values.shape)
+        return jnp.broadcast_to(mask, values.shape)
     except ValueError:
         raise ArgumentError(
             f"the mask, {describe(mask)}, does not broadcast to the values, "
@@ -239,6 +268,9 @@ class Welford(Metric):
         values = _keyword(self, self.argname, kwargs)
         number = isinstance(values, (int, float))
         count = 1 if number else values.size
+        if count == 0:
+            return
+        values = values if number else _floating(values)
         before = self.count.value
         self.count[...] += count
         delta = (values if number else values.mean()) - self.mean.value

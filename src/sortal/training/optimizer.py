@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Never
 
@@ -12,9 +14,10 @@ import numpy as np
 
 from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.marks import static
-from sortal._engine.plan import bind
+from sortal._engine.paths import Path
+from sortal._engine.plan import bind, has_plan
 from sortal._engine.schema import Kind, Schema, plain_leaf_schema
-from sortal._engine.state import State, as_state, snapshot
+from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
     OptArray,
@@ -29,8 +32,23 @@ from sortal._engine.variable import (
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Any_, Everything, Filter, to_filter
+from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
+from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
+from sortal.training.fitting import (
+    ANEW,
+    check_dtypes,
+    check_paths,
+    check_shapes,
+    check_updates,
+    dtype,
+    dtypes,
+    is_array,
+    is_leaf,
+    odd_shapes,
+    same_shape,
+)
 
 
 class Hyperparam(OptArray):
@@ -118,20 +136,24 @@ class Optimizer(Pytree):
         self.tx = static(tx if groups is None else groups)
         self.wrt = static(wrt)
         self._trained = static(plain_leaf_schema(params.schema.paths))
+        self.dtypes = static(tuple(map(dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
+        divided = _divide(self.tx, groups, params)
+        parts = _parts(params, [at for _, at in divided])
         states = tuple(
-            _stored(t.init(_part(params, at)), shared)
-            for t, at in _divide(self.tx, groups, params)
+            _stored(t.init(part), shared, params)
+            for (t, _), part in zip(divided, parts, strict=True)
         )
         self.opt_state = states[0] if groups is None else states
+        self._odd = static(frozenset(odd_shapes(params, self.opt_state)))
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
+    def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> State:
         """One step: changes the model's parameters and this optimizer's state.
 
         Args:
           model: the model that the optimizer was made for.
           grads: a State or nested dict with exactly the leaves that ``wrt`` takes, of
-            the parameters' shapes.
+            the parameters' shapes; or what ``grad`` gives for a container of models.
           **kwargs: handed to ``tx.update``, such as ``value``, ``grad``, ``value_fn``;
             a State among them is given the parameters' treedef. Of several groups,
             those get them that take extra arguments.
@@ -142,8 +164,8 @@ class Optimizer(Pytree):
         Raises:
           ArgumentError: ``grads`` is neither a State nor a nested dict.
           OptimizerError: gradients are missing, unknown or of the wrong shape, or the
-            model has other trainable leaves than at the start; all are listed and
-            nothing is changed.
+            model's trainable leaves are others than at the start or have another shape
+            or dtype; all are listed and nothing is changed.
           TraceError: the model or this optimizer belongs to another trace than the
             current one; nothing is changed.
         """
@@ -152,32 +174,46 @@ class Optimizer(Pytree):
                 "update(model, grads) was given a State as the model. Write "
                 "optimizer.update(model, grads), with the live model first."
             )
+        if grads is None or type(grads) is tuple:
+            found = "None" if grads is None else f"a tuple of {len(grads)}"
+            raise OptimizerError(
+                f"update needs the gradients; found {found}. Write "
+                "loss, grads = value_and_grad(f)(model), and then "
+                "optimizer.update(model, grads)."
+            )
         targets, params = _chosen(model, self.wrt)
-        _check_paths(
+        check_paths(
             "the model's trainable leaves",
             params.schema,
             self._trained,
-            "Make a new Optimizer after changing the model, or pass the model that "
-            "this one was made for.",
+            ANEW,
         )
+        check_dtypes(params, self.dtypes)
         gradients = _gradients(grads, params)
         several = _groups(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
+        check_shapes(params, self.opt_state, self._odd)
         updates: list[Any] = [None] * len(targets)
         values: list[Any] = [None] * len(targets)
         steps = []
-        for (tx, at), kept in zip(
-            _divide(self.tx, several, params), stored, strict=True
+        divided = _divide(self.tx, several, params)
+        at_all = [at for _, at in divided]
+        for (tx, at), kept, part, mine in zip(
+            divided,
+            stored,
+            _parts(params, at_all),
+            _parts(gradients, at_all),
+            strict=True,
         ):
-            part = _part(params, at)
             takes = several is None or _takes_extra(tx)
             extra = {k: _extra(v, part) for k, v in kwargs.items()} if takes else {}
-            step = _step(tx, _part(gradients, at), kept, part, extra)
+            step = _step(tx, mine, kept, part, extra)
             _scatter(updates, at, step.updates)
             _scatter(values, at, step.params)
             targets += step.targets
             values += step.values
             steps.append(step)
+        check_updates(params.schema, params.values_list(), updates)
         # All in one write, so that an error leaves model and optimizer unchanged.
         store_all([Leaves([*targets, self.step])], [*values, self.step.value + 1])
         if any(step.replaced is not None for step in steps):
@@ -186,7 +222,45 @@ class Optimizer(Pytree):
                 for step, kept in zip(steps, stored, strict=True)
             )
             self.opt_state = now[0] if several is None else now
+            self._odd = static(frozenset(odd_shapes(params, self.opt_state)))
         return snapshot(params.schema, updates)
+
+    def optax_state(self, model: Any) -> Any:
+        """The state in the form in which optax made it, for functions of optax.
+
+        Such functions look at it beside parameters: ``optax.tree_map_params``,
+        ``optax.tree.get``, ``optax.contrib.schedule_free_eval_params``.
+
+        Args:
+          model: the model that the optimizer was made for.
+
+        Returns:
+          What ``tx.init(sortal.state(model, wrt))`` would return, with the values of
+          now; of several groups a tuple, each over the parameters of its own.
+
+        Raises:
+          OptimizerError: the model has other trainable leaves than at the start.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax
+          >>> import sortal as nnx
+          >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+          >>> optimizer = nnx.Optimizer(model, optax.adam(0.1))
+          >>> int(optax.tree.get(optimizer.optax_state(model), "count"))
+          0
+        """
+        _, params = _chosen(model, self.wrt)
+        check_paths("the model's trainable leaves", params.schema, self._trained, ANEW)
+        several = _groups(self.tx)
+        stored = (self.opt_state,) if several is None else self.opt_state
+        divided = _divide(self.tx, several, params)
+        parts = _parts(params, [at for _, at in divided])
+        states = tuple(
+            _as_optax_made(kept, part.schema)
+            for kept, part in zip(stored, parts, strict=True)
+        )
+        return states[0] if several is None else states
 
 
 # ------------------------------------------------------------------ what is trained
@@ -211,7 +285,7 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
         f"{schema.describe(i)}: {describe(value)}"
         for i, value in enumerate(params.values_list())
         if not all(
-            jnp.issubdtype(_dtype(x), jnp.inexact) for x in jax.tree.leaves(value)
+            jnp.issubdtype(dtype(x), jnp.inexact) for x in jax.tree.leaves(value)
         )
     ]
     if bad:
@@ -233,16 +307,12 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
     return leaves, params
 
 
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-
-
 def _check_transformations(tx: Any, groups: Any) -> None:
     if groups == ():
         raise OptimizerError("the dict of groups is empty; write {filter: tx, ...}.")
     named = [("tx", tx)] if groups is None else groups
     bad = [
-        f"{name if groups is None else repr(to_filter(name))}: {t!r:.60}"
+        f"{name if groups is None else repr(to_filter(name))}: {_shown(t)}"
         for name, t in named
         if not (hasattr(t, "init") and hasattr(t, "update"))
     ]
@@ -251,6 +321,14 @@ def _check_transformations(tx: Any, groups: Any) -> None:
             "an optax transformation, such as optax.adam(1e-3), is expected; found:\n"
             + listing(bad)
         )
+
+
+def _shown(tx: Any) -> str:
+    if isinstance(tx, Pytree):
+        return f"a {type(tx).__name__}; the model comes first, Optimizer(model, tx)"
+    if inspect.isfunction(tx):
+        return f"the function {tx.__name__}; call it, as in {tx.__name__}(1e-3)"
+    return describe(tx)
 
 
 # ------------------------------------------------------------------------- groups
@@ -310,12 +388,18 @@ def _assign(
     return parts
 
 
-def _part(state: State, at: Any) -> State:
-    if at is None:
-        return state
-    values = state.values_list()
-    schema = state.schema.memo(("part", at), lambda: state.schema.pick(at))
-    return snapshot(schema, [values[i] for i in at])
+def _parts(state: State, positions: Sequence[Any]) -> list[State]:
+    """A State for each group, of the leaves at its positions; None is all of them."""
+    values, whole = state.values_list(), state.schema
+    return [
+        state
+        if at is None
+        else snapshot(
+            whole.memo(("part", at), functools.partial(whole.pick, at)),
+            [values[i] for i in at],
+        )
+        for at in positions
+    ]
 
 
 def _scatter(into: list[Any], at: Any, values: list[Any]) -> None:
@@ -335,10 +419,10 @@ def _takes_extra(tx: Any) -> bool:
 
 # ---------------------------------------------------------------------- gradients
 def _gradients(grads: Any, params: State) -> State:
-    given = as_state(grads)
     schema = params.schema
+    given = as_state(_as_mapping(grads, (), schema))
     if given.schema is not schema:
-        _check_paths(
+        check_paths(
             "the gradients",
             given.schema,
             schema,
@@ -350,7 +434,7 @@ def _gradients(grads: Any, params: State) -> State:
         for i, (p, g) in enumerate(
             zip(params.values_list(), given.values_list(), strict=True)
         )
-        if not _same_shape(p, g)
+        if not same_shape(p, g)
     ]
     if bad:
         raise OptimizerError(
@@ -360,34 +444,17 @@ def _gradients(grads: Any, params: State) -> State:
     return given
 
 
-def _same_shape(p: Any, g: Any) -> bool:
-    try:
-        return p.shape == g.shape
-    except AttributeError:
-        pass  # numbers, and small pytrees of arrays
-    if jax.tree.structure(p) != jax.tree.structure(g):
-        return False
-    pairs = zip(jax.tree.leaves(p), jax.tree.leaves(g), strict=True)
-    return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs)
-
-
-def _check_paths(what: str, found: Schema, expected: Schema, advice: str) -> None:
-    if found.paths == expected.paths or found.index.keys() == expected.index.keys():
-        return
-    rows = [
-        f"missing: {expected.describe(i)}"
-        for i, path in enumerate(expected.paths)
-        if path not in found.index
-    ]
-    rows += [
-        f"unknown: {found.describe(i)}"
-        for i, path in enumerate(found.paths)
-        if path not in expected.index
-    ]
-    raise OptimizerError(
-        f"{what} are not those that the optimizer trains; found:\n{listing(rows)}\n"
-        f"{advice}"
-    )
+def _as_mapping(grads: Any, path: Path, params: Schema) -> Any:
+    """What ``grad`` returns for a container of models, as nested dicts of States."""
+    if isinstance(grads, (State, FlatState)) or path in params.index:
+        return grads
+    if has_plan(grads):
+        return state_of(grads)
+    if isinstance(grads, (list, tuple)) and not any(map(is_array, grads)):
+        grads = dict(enumerate(grads))
+    if not isinstance(grads, Mapping):
+        return grads
+    return {k: _as_mapping(x, (*path, k), params) for k, x in grads.items()}
 
 
 def _reordered(state: State, schema: Schema) -> State:
@@ -420,24 +487,20 @@ def _step(tx: Any, grads: State, kept: Any, params: State, extra: Any) -> _Step:
     import optax
 
     old, treedef = _flatten(kept)
-    plain = treedef.unflatten([_plain(x, params.schema) for x in old])
+    plain = _as_optax_made(kept, params.schema)
     updates, state = tx.update(grads, plain, params, **extra)
     changed: Any = optax.apply_updates(params, updates)
     new, after = _flatten(state)
     pairs = _pairs(old, new, params.schema) if after == treedef else None
-    replaced = _stored(state, ()) if pairs is None else None
+    replaced = _stored(state, (), params) if pairs is None else None
     targets, values = pairs or ([], [])
     return _Step(
         updates.values_list(), changed.values_list(), targets, values, replaced
     )
 
 
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, State) or is_variable(x)
-
-
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    return jtu.tree_flatten(tree, is_leaf=_is_leaf)
+    return jtu.tree_flatten(tree, is_leaf=is_leaf)
 
 
 def _pairs(
@@ -460,12 +523,13 @@ def _pairs(
     return targets, values
 
 
-def _stored(tree: Any, shared: Any) -> Any:
-    """An optax state with its arrays in Variables.
+def _stored(tree: Any, shared: Any, params: State) -> Any:
+    """An optax state of ``params`` with its arrays in Variables.
 
     Arrays whose ids are in ``shared`` are copied: the model holds them too, and one of
     the two may be donated.
     """
+    owners = dict(zip(params.paths(), params.values_list(), strict=True))
 
     def own_buffer(x: Any) -> Any:
         return jnp.copy(x) if id(x) in shared else x
@@ -473,12 +537,13 @@ def _stored(tree: Any, shared: Any) -> Any:
     def store(path: Any, x: Any) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
-            return snapshot(_kept(x.schema), values)
+            schema = _fitting(_kept(x.schema), values, owners)
+            return snapshot(schema, list(map(placed, values, schema.metadata)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
 
-    return jtu.tree_map_with_path(store, tree, is_leaf=_is_leaf)
+    return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
 
 
 def _kept(schema: Schema) -> Schema:
@@ -489,8 +554,26 @@ def _kept(schema: Schema) -> Schema:
     return Schema.of(schema.paths, kinds, schema.metadata)
 
 
+def _as_optax_made(kept: Any, params: Schema) -> Any:
+    """A stored optax state in the form in which optax made it."""
+    parts, treedef = _flatten(kept)
+    return treedef.unflatten([_plain(x, params) for x in parts])
+
+
+def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
+    """The Schema with the declared specs of what has not its parameter's shape."""
+    metadata = list(schema.metadata)
+    for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
+        if old.keys() & SPECS and path in owners:
+            full, shape = shape_of(owners[path]), shape_of(values[i])
+            if full != shape:
+                metadata[i] = Metadata.of(with_spec_like(old, full, shape))
+    if metadata == list(schema.metadata):
+        return schema
+    return Schema.of(schema.paths, schema.kinds, metadata)
+
+
 def _plain(x: Any, params: Schema) -> Any:
-    """A stored part of the optax state, in the form in which optax made it."""
     if isinstance(x, State):
         return snapshot(_seen(x.schema, params), x.values_list())
     return value_of(x)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from sortal._engine.foreign import to_native
+from sortal._engine.paths import PathKey
+from sortal._engine.schema import Schema, select
 from sortal._engine.state import snapshot
-from sortal._engine.variable import Param, describe
+from sortal._engine.variable import Param, describe, is_variable
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
@@ -59,7 +61,8 @@ def grad(f: Any = NO_FUNCTION, argnums: Any = 0, **options: Any) -> Any:
 
     Raises:
       FilterError: at a call: ``wrt`` takes no leaf of a module.
-      GradientError: at a call: a leaf chosen is not of a floating or complex dtype.
+      GradientError: at a call: a leaf chosen, or an array to differentiate by, is not
+        of a floating or complex dtype; or the loss is no such number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,7 +115,8 @@ def value_and_grad(
     Raises:
       ArgumentError: ``argnums`` is malformed; or, at a call, out of range.
       FilterError: at a call: ``wrt`` takes no leaf of a module.
-      GradientError: at a call: a leaf chosen is not of a floating or complex dtype.
+      GradientError: at a call: a leaf chosen, or an array to differentiate by, is not
+        of a floating or complex dtype; or the loss is no such number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,7 +137,14 @@ def value_and_grad(
         chosen = [_resolve(d, len(bound.args), f) for d in wanted]
         call = FlatCall(bound, chosen, allow_int=allow_int)
         call.refuse_untaken(each=True)
-        paired = with_aux(fn, has_aux, "loss")
+        if not allow_int:
+            _refuse_integers(call, chosen)
+        with_loss = with_aux(fn, has_aux, "loss")
+
+        def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            value, aux = with_loss(*args, **kwargs)
+            _check_loss(value)
+            return value, aux
 
         def pure(inputs: list[Any]) -> tuple[Any, Any]:
             result = call.run(paired, inputs)
@@ -149,6 +160,20 @@ def value_and_grad(
         return value, tuple(found) if _several(argnums) else found[0]
 
     return wrapper
+
+
+def _refuse_integers(call: FlatCall, chosen: list[DiffState]) -> None:
+    bad = [
+        f"argument {diff.argnum}{jtu.keystr(path)}: {describe(call.leaves[k])}"
+        for diff, layout in zip(chosen, call.chosen.layouts, strict=True)
+        for path, k in jtu.tree_leaves_with_path(layout, is_leaf=_is_taken)
+        if not _is_taken(k) and not differentiable(call.leaves[k])
+    ]
+    if bad:
+        raise GradientError(
+            "only models and floating-point arrays can be differentiated by; found:\n"
+            f"{listing(bad)}\nPut the model first, or say with argnums= where it is."
+        )
 
 
 def _several(argnums: Any) -> bool:
@@ -273,24 +298,32 @@ class FlatCall:
             for c in find_flat_modules(numbers)
             for k, at in zip(c.definition.leaves, c.values, strict=True)
         }
-        self.taken: list[tuple[DiffState, Any, bool]] = []
+        self.taken: list[tuple[DiffState, Schema, bool]] = []
         layouts = [self._layout(numbers[0][diff.argnum], diff) for diff in chosen]
         self._refuse_others(layouts, [diff.argnum for diff in chosen])
         self.chosen = Chosen(layouts, self.leaves)
         self.inputs = [self.leaves[k] for k in self.chosen.order]
 
     def _layout(self, numbers: Any, diff: DiffState) -> Any:
-        return jtu.tree_map(
-            lambda x: self._take(x.definition.number, diff) if is_flat_module(x) else x,
+        return jtu.tree_map_with_path(
+            lambda keys, x: (
+                self._take(x.definition.number, diff, keys) if is_flat_module(x) else x
+            ),
             numbers,
             is_leaf=is_flat_module,
         )
 
-    def _take(self, number: int, diff: DiffState) -> Taken:
+    def _take(self, number: int, diff: DiffState, keys: tuple[Any, ...]) -> Taken:
         plan = self.bound.plans[number]
-        selection, _ = plan.pick((diff.filter,))
-        schema, mine = selection.parts[0]
-        self.taken.append((diff, plan, bool(mine)))
+        whole = plan.graphdef.schema
+        if keys:
+            # A container of modules is a model: filters see paths from it.
+            whole = whole.memo(("at", keys), lambda: _moved(whole, keys))
+            found = select(whole, (diff.filter,), plan.view)
+        else:
+            found, _ = plan.pick((diff.filter,))
+        schema, mine = found.parts[0]
+        self.taken.append((diff, whole, bool(mine)))
         values = plan.values()
         bad = [
             f"{schema.describe(i)}: {describe(values[j])}"
@@ -302,7 +335,8 @@ class FlatCall:
                 f"wrt={diff.filter!r} takes leaves that cannot be differentiated:\n"
                 f"{listing(bad)}\nGive them another kind than Param, or narrow wrt."
             )
-        return Taken(schema, [self._numbers[identity(plan.leaves[j])] for j in mine])
+        own = plan.graphdef.schema.pick(mine) if keys else schema
+        return Taken(own, [self._numbers[identity(plan.leaves[j])] for j in mine])
 
     def _refuse_others(self, layouts: list[Any], argnums: list[int]) -> None:
         bad = [
@@ -318,22 +352,24 @@ class FlatCall:
             )
 
     def refuse_untaken(self, *, each: bool) -> None:
-        """Refuses filters that take nothing: of any module, or of all together.
+        """Refuses filters that take nothing: of any argument, or of all together.
 
         Args:
-          each: whether every module must have a leaf that is taken, or just one.
+          each: whether every argument with modules must have a leaf that is taken, or
+            just one.
 
         Raises:
           FilterError: the leaves that there are instead are listed.
         """
-        without = [(diff, plan) for diff, plan, some in self.taken if not some]
-        if not without or not (each or len(without) == len(self.taken)):
+        taking = {diff.argnum for diff, _, some in self.taken if some}
+        without = [(d, s) for d, s, _ in self.taken if d.argnum not in taking]
+        if not without or (taking and not each):
             return
         diff, _ = without[0]
         rows = {
             f"{d.argnum}: {schema.describe(i)}": schema.describe(i)
-            for d, plan in without[: 1 if each else None]
-            for schema in (plan.graphdef.schema,)
+            for d, schema in without
+            if not each or d.argnum == diff.argnum
             for i in range(len(schema))
         }
         of = f"argument {diff.argnum}" if each else "the modules among the primals"
@@ -366,6 +402,21 @@ class FlatCall:
         return run(fn, args, kwargs)
 
 
+def _moved(schema: Schema, keys: tuple[Any, ...]) -> Schema:
+    """The schema of a module as it is seen from the container that holds it."""
+    at: list[Any] = []
+    for key in keys:
+        if isinstance(key, PathKey):
+            at += key.path
+        else:
+            at.append(next(getattr(key, n) for n in _ENTRIES if hasattr(key, n)))
+    paths = [(*at, *path) for path in schema.paths]
+    return Schema.of(paths, schema.kinds, schema.metadata)
+
+
+_ENTRIES = ("idx", "key", "name")
+
+
 def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[..., Any]:
     """``fn`` as a function that returns a pair whatever ``has_aux`` says.
 
@@ -387,12 +438,45 @@ def with_aux(fn: Callable[..., Any], has_aux: bool, first: str) -> Callable[...,
             return out, None
         if not (isinstance(out, (tuple, list)) and len(out) == 2):
             raise ArgumentError(
-                f"with has_aux=True the function must return ({first}, aux); found a "
-                f"{type(out).__name__}."
+                f"with has_aux=True the function must return ({first}, aux); found "
+                f"{_named(out)}."
             )
         return out[0], out[1]
 
     return paired
+
+
+def _check_loss(loss: Any) -> None:
+    if is_variable(loss):
+        raise GradientError(
+            f"the loss is a {type(loss).__name__}, which is a Variable, and must be a "
+            "number. Write variable[...] for its value, and .sum() or .mean() of many."
+        )
+    if loss is None:
+        raise GradientError(
+            "the function returned None, and must return the loss. Is there a `return`?"
+        )
+    if not _is_number(loss):
+        raise GradientError(
+            f"the loss must be a number; the function returned {_named(loss)}. Return "
+            "the number, or (loss, anything else) with has_aux=True."
+        )
+    if jnp.shape(loss):
+        raise GradientError(
+            f"the loss must be one number; the function returned {describe(loss)}. "
+            "Write loss.mean() or loss.sum()."
+        )
+    if not differentiable(loss):
+        raise GradientError(
+            f"the loss must be a floating-point number; the function returned "
+            f"{describe(loss)}, which has no gradient."
+        )
+
+
+def _named(x: Any) -> str:
+    if isinstance(x, (tuple, list)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return describe(x) if hasattr(x, "dtype") else f"a {type(x).__name__}"
 
 
 def _is_number(x: Any) -> bool:

@@ -41,7 +41,7 @@ def named(effects: Effects, axes: Sequence[Any], given: Mapping[str, Any]) -> Ef
         for old, leaf in zip(schema.metadata, edits.leaves, strict=True)
     ]
     schema = Schema.of(schema.paths, schema.kinds, metadata)
-    changed = GraphDef.of(graphdef.root, graphdef.records, schema, graphdef.aliases)
+    changed = GraphDef.of(graphdef.root, graphdef.records, schema)
     return Effects(effects.written, effects.outputs, edits._replace(graphdef=changed))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from sortal._engine.foreign import to_native
+from sortal._engine.statics import is_hashable
+from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StaleBufferError, listing
 from sortal.functional import merge, split
@@ -25,7 +27,7 @@ from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
-from sortal.transforms.shardings import Sharded
+from sortal.transforms.shardings import Sharded, as_declared
 
 _OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
 _WAYS = ("in", "out")
@@ -45,10 +47,10 @@ class Jitted:
         options = _shift(options, len(self._first))
         for name in {"in_shardings", "out_shardings"} & options.keys():
             options[name] = to_native(options[name])
-        self._static, _ = named_positions(
+        self._static = named_positions(
             self._fn, options.get("static_argnums"), options.get("static_argnames")
         )
-        donated, _ = named_positions(
+        donated = named_positions(
             self._fn, options.get("donate_argnums"), options.get("donate_argnames")
         )
         self._history = History(self._fn, self._static, on_retrace)
@@ -75,9 +77,10 @@ class Jitted:
             else:
                 given, named = donation.lend(bound, donation.find)
                 result = self._jit(*given, **named)
-        except (RuntimeError, ValueError) as e:
+        except (RuntimeError, TypeError, ValueError) as e:
             stale = stale_buffers(bound.flat_modules)
             if not stale:
+                self._refuse_arguments(bound, e)
                 raise
             raise StaleBufferError(
                 f"{len(stale)} leaves hold buffers that were donated to an earlier "
@@ -85,6 +88,32 @@ class Jitted:
                 "the copy that must survive with clone(model, arrays=True)."
             ) from e
         return write_back(bound, result)
+
+    def _refuse_arguments(self, bound: BoundArguments, cause: Exception) -> None:
+        """Says why JAX refused arguments; looked at only after it has."""
+        unhashable, bad, settings = [], [], []
+        for key, name, x in _named_arguments(self._fn, bound):
+            if key in self._static:
+                if not is_hashable(x):
+                    unhashable.append(f"{name}: {describe(x)}")
+                continue
+            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+                if not _goes_in(leaf):
+                    bad.append(f"{name}{jax.tree_util.keystr(path)}: {describe(leaf)}")
+                    settings += [] if path else [name]
+        if unhashable:
+            raise ArgumentError(
+                f"static arguments must be hashable; found:\n{listing(unhashable)}\n"
+                "Leave data out of static_argnums and static_argnames; use a tuple for "
+                "a list."
+            ) from cause
+        if bad:
+            names = ", ".join(map(repr, settings)) or "..."
+            raise ArgumentError(
+                "arguments of a compiled function are models, arrays and numbers; "
+                f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
+                f"which static_argnames=[{names}] names."
+            ) from cause
 
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -135,6 +164,27 @@ class JittedPartial(functools.partial):
         return self.func.eval_shape(*self.args, *args, **{**self.keywords, **kwargs})
 
 
+def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
+    """Each argument with its position or keyword, and its name in the signature."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    for i, x in enumerate(bound.args):
+        yield i, names[i] if i < len(names) else f"argument {i}", x
+    for name, x in bound.kwargs.items():
+        yield name, name, x
+
+
+def _goes_in(x: Any) -> bool:
+    if isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__"):
+        return True
+    # NumPy's objects, text and times are no data of a program.
+    array = hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
+    return array and getattr(x.dtype, "kind", "") not in set("OSUMm")
+
+
 def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> Any:
     if any(options.get(f"{way}_shardings") is not None for way in _WAYS):
         return Sharded(traced, options, static)
@@ -165,7 +215,7 @@ def _recorded(
     history: History, fn: Any, args: Any, kwargs: Any, keep: Collection[int] = ()
 ) -> Result:
     seen = history.see(args, kwargs)
-    result = run(fn, args, kwargs, keep)
+    result = as_declared(run(fn, args, kwargs, keep), (args, kwargs))
     history.add(seen)
     return result
 
@@ -237,7 +287,8 @@ def jit(
     refuse_unknown("jit", options, _OF_JAX)
     if not callable(fun):
         raise ArgumentError(
-            f"jit takes a function or a callable Module; found {fun!r}. Options go by "
+            f"jit takes a function or a callable Module; found {describe(fun)}. Pass "
+            "the function itself, not what a call of it returned; options go by "
             "keyword: jit(f, static_argnums=...)."
         )
     return Jitted(fun, options, donate, on_retrace)

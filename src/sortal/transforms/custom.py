@@ -74,10 +74,7 @@ class _Saved:
         treedef, others = self.layout
         arrays = iter(self.arrays)
         tree = treedef.unflatten([next(arrays) if x is None else x[0] for x in others])
-        flat_modules = find_flat_modules(tree)
-        if not flat_modules:
-            return tree
-        roots = Copies(flat_modules).roots
+        roots = Copies(find_flat_modules(tree)).roots
         return replace_flat_modules(tree, lambda c: roots[c.definition.number])
 
 

@@ -285,7 +285,7 @@ def make_jaxpr(
       'dot_general'
     """
     fn, first = unbind(f)
-    positions, _ = named_positions(fn, static_argnums, None)
+    positions = named_positions(fn, static_argnums, None)
     static = {i + len(first) for i in positions if isinstance(i, int)}
 
     def traced(*args: Any, **kwargs: Any) -> Result:

@@ -21,6 +21,7 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import mapped_over
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     unbind,
@@ -39,6 +40,7 @@ from sortal.transforms._adapter.prefixes import (
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
+from sortal.transforms.shardings import declares
 
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
@@ -389,7 +391,8 @@ class _Call:
         return list(map(self.spread.read, all_answers(given, self.name)))
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        result = run(self.fn, args, kwargs)
+        with mapped_over(declares((args, kwargs))):
+            result = run(self.fn, args, kwargs)
         refused = _Refused(self.title)
         fresh = list(self._fresh(result))
         leaves = [*self._written(result), *fresh]

@@ -57,7 +57,7 @@ def remat(
     """
     refuse_unknown("remat", _unknown)
     fn, first = unbind(f)
-    positions, _ = named_positions(fn, static_argnums, None)
+    positions = named_positions(fn, static_argnums, None)
     static = tuple(sorted(i + len(first) for i in positions if isinstance(i, int)))
 
     @functools.wraps(f)

@@ -16,6 +16,7 @@ from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
+from sortal.sharding.mesh_axes import mapped_over
 from sortal.transforms._adapter.binding import unbind, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Effects, Result, resolve
@@ -35,6 +36,7 @@ from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
 from sortal.transforms.eager import kept
 from sortal.transforms.mapping import check_ranks, per_argument
+from sortal.transforms.shardings import declares
 
 
 @as_decorator
@@ -232,7 +234,9 @@ class _Scan:
         given = [*carried, *xs[1]]
         for k, value in zip([*self.carried, *self.mapped], given, strict=True):
             values[k] = value
-        result = run(self.fn, self.operands.rebuild(plain, values), {})
+        args = self.operands.rebuild(plain, values)
+        with mapped_over(declares(args)):
+            result = run(self.fn, args, {})
         out, stacked = self._divide(result.out, result.effects)
         self._check(result, out, tree, values)
         self.effects = result.effects
@@ -244,6 +248,10 @@ class _Scan:
         carry = self.operands.same_objects(out, result.effects)
         return (carry, [new[k] for k in self.carried]), ys
 
+    def _found(self, out: Any, effects: Effects) -> str:
+        array = hasattr(out, "dtype")
+        return describe(out) if array else self.operands.outline(out, effects)
+
     def _divide(self, out: Any, effects: Effects) -> tuple[Any, Any]:
         """The carry, and what is stacked."""
         if self.out_at is None:
@@ -253,7 +261,7 @@ class _Scan:
         if not isinstance(out, tuple) or len(out) != len(self.out_axes):
             raise ArgumentError(
                 f"out_axes={self.out_axes!r} asks for a tuple of {len(self.out_axes)}; "
-                f"the step of scan returned {self.operands.outline(out, effects)}."
+                f"the step of scan returned {self._found(out, effects)}."
             )
         i = self.out_at[0]
         return out[i], (*out[:i], None, *out[i + 1 :])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.sharding import NamedSharding
 
+from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
-from sortal.transforms._adapter.effects import Result
+from sortal.errors import PolicyError
+from sortal.sharding.mesh_axes import declared_sharding, in_force, put
+from sortal.sharding.resolution import check_specs, spec_for
+from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     all_answers,
@@ -23,9 +29,76 @@ from sortal.transforms._adapter.prefixes import (
     leaf_answers,
     new_leaves,
 )
-from sortal.transforms._adapter.tracing import FlatModule, is_flat_module
+from sortal.transforms._adapter.tracing import (
+    FlatModule,
+    find_flat_modules,
+    is_flat_module,
+)
 
-_UNSET: Any = object()
+
+def as_declared(result: Result, given: Any) -> Result:
+    """What a compiled function did, with its leaves where they are declared to be.
+
+    A leaf whose metadata or kind declares a spec leaves each compiled function with
+    it; XLA would otherwise choose what is cheapest there. What has fewer dimensions
+    than its spec is part of something mapped, and left to JAX.
+
+    Args:
+      result: what ``run`` returned; for use inside its trace.
+      given: the arguments, with FlatModules in the place of roots.
+
+    Returns:
+      The Result.
+    """
+    effects = result.effects
+    values, fresh = result.values, result.fresh
+    if effects.written:
+        (first, *_) = find_flat_modules(given)
+        schema = first.definition.graphdef.schema
+        values = _as_declared(schema.pick(effects.written), values)
+    if fresh and effects.edits is not None:
+        edits = effects.edits
+        new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
+        fresh = _as_declared(edits.graphdef.schema.pick(new), fresh)
+    return Result(result.out, values, fresh, effects)
+
+
+def declares(given: Any) -> bool:
+    """Whether some leaf of the FlatModules in ``given`` has a declared sharding."""
+    schemas = {c.definition.graphdef.schema for c in find_flat_modules(given)}
+    return any(
+        declared_sharding(*pair) is not None
+        for schema in schemas
+        for pair in zip(schema.kinds, schema.metadata, strict=True)
+    )
+
+
+def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
+    found = list(map(declared_sharding, schema.kinds, schema.metadata))
+    for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
+        if sharding is not None:
+            n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
+            found[i] = None if n < len(sharding.spec) else sharding
+    meshes = {sharding.mesh for sharding in found if sharding is not None}
+    for mesh in meshes:
+        mine = [s.spec if s is not None and s.mesh == mesh else None for s in found]
+        check_specs(schema, values, mine, mesh)
+    return [
+        x if sharding is None else jax.tree.map(lambda a, s=sharding: put(a, s), x)
+        for x, sharding in zip(values, found, strict=True)
+    ]
+
+
+def _of(flat_module: FlatModule) -> Iterable[tuple[int, Any]]:
+    """The values of a FlatModule by number of leaf."""
+    return zip(flat_module.definition.leaves, flat_module.values, strict=True)
+
+
+def _no_values() -> Any:
+    raise PolicyError(
+        "out_shardings has filters that look at values, which are not known before the "
+        "call; use kinds, tags and paths there."
+    )
 
 
 class Sharded:
@@ -74,7 +147,9 @@ class Sharded:
     def _packed(self, args: Sequence[Any], kwargs: Any) -> _Packed:
         dynamic = [x for i, x in enumerate(args) if i not in self._static]
         named = {k: x for k, x in kwargs.items() if k not in self._static}
-        leaves, key = jtu.tree_flatten((dynamic, named))
+        leaves, tree = jtu.tree_flatten((dynamic, named))
+        # Names of axes, and specs that are functions, depend on rules and mesh.
+        key: Any = (tree, jax.sharding.get_abstract_mesh(), in_force())
         if self._by_value:
             key = key, tuple(map(jax.typeof, leaves))
         found = self._made.get(key)
@@ -124,10 +199,41 @@ class _Answers:
             [whole.kinds[k] for k in definition.leaves],
             [whole.metadata[k] for k in definition.leaves],
         )
-        found = leaf_answers(given, "spec", schema, lambda: flat_module.values)
+        values = flat_module.values
+        found = leaf_answers(given, "spec", schema, lambda: values)
+        found = [_for_jit(*x) for x in zip(found, values, schema.paths, strict=True)]
+        _check(schema, values, found)
         self.given[definition.number] = given
         self.of_leaf.update(zip(definition.leaves, found, strict=True))
         return FlatModule(list(found), definition)
+
+
+_FIXED = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
+
+
+def _of_one(given: Any, schema: Schema, value: Any) -> Any:
+    """The answer of a Policy for a new leaf, whose Schema is of it alone."""
+    (answer,) = leaf_answers(given, "spec", schema, alone(schema, value))
+    answer = _for_jit(answer, value, schema.paths[0])
+    _check(schema, [value], [answer])
+    return answer
+
+
+def _for_jit(answer: Any, value: Any, path: Path) -> Any:
+    """An answer as ``jax.jit`` takes it: functions of the mesh become specs."""
+    known = answer is None or isinstance(answer, _FIXED)
+    return answer if known else spec_for(answer, value, None, lambda: show(path))
+
+
+def _check(schema: Schema, values: Sequence[Any], found: Sequence[Any]) -> None:
+    """Refuses what does not fit, before JAX does so one leaf at a time."""
+    meshes = {x.mesh for x in found if isinstance(x, NamedSharding)}
+    for mesh in meshes:
+        mine = [x.spec if getattr(x, "mesh", None) == mesh else None for x in found]
+        check_specs(schema, values, mine, mesh)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        check_specs(schema, values, found, mesh)
 
 
 class _Packed:
@@ -143,6 +249,7 @@ class _Packed:
         self._traced, self._answers, self._out = traced, answers, out
         given = [out, *answers.given.values()]
         every = [None, *answers.of_leaf.values(), *all_answers(given, "spec")]
+        every = [x for x in every if x is None or isinstance(x, _FIXED)]
         self._lanes = Lanes(every)
         plain = jtu.tree_map(
             lambda x: None if by_kind(x) else x, out, is_leaf=is_answer
@@ -152,19 +259,64 @@ class _Packed:
 
     def _sorted(self, *args: Any, **kwargs: Any) -> Any:
         result = self._traced(*args, **kwargs)
-        answers = [self._answers.of_leaf.get(k) for k in result.effects.written]
-        answers += self._of_new(result)
-        values = [*result.values, *result.fresh]
-        return self._lanes.sort(result, map(Sent, answers, values))
+        values = {k: x for c in find_flat_modules((args, kwargs)) for k, x in _of(c)}
+        written = dict(zip(result.effects.written, result.values, strict=True))
+        moved = self._moved(result, (args, kwargs), values | written)
+        written |= {k: values[k] for k in moved.keys() - written.keys()}
+        effects = result.effects
+        effects = Effects(tuple(written), effects.outputs, effects.edits)
+        of_leaf = {**self._answers.of_leaf, **moved}
+        answers = [of_leaf.get(k) for k in written] + self._of_new(result)
+        result = Result(result.out, [*written.values()], result.fresh, effects)
+        sent = map(self._send, answers, [*result.values, *result.fresh])
+        return self._lanes.sort(result, sent)
+
+    def _send(self, answer: Any, value: Any) -> Sent:
+        if answer in self._lanes.answers:
+            return Sent(answer, value)
+        # A function of shape and mesh made it while the lanes were already there.
+        on_mesh = NamedSharding(jax.sharding.get_abstract_mesh(), answer)
+        return Sent(None, jax.tree.map(lambda x: put(x, on_mesh), value))
+
+    def _moved(
+        self, result: Result, given: Any, values: dict[int, Any]
+    ) -> dict[int, Any]:
+        """The answers for leaves that came in and are returned, by their number."""
+        outs = given_for_objects(self._out, result.out)
+        outs = {n: x for n, x in outs.items() if x is not None}
+        if not outs:
+            return {}
+        effects, edits = result.effects, result.effects.edits
+        if edits is None:
+            (first, *_) = find_flat_modules(given)
+            graphdef = first.definition.graphdef
+            origins: Sequence[Any] = range(len(graphdef.schema))
+        else:
+            graphdef = edits.graphdef
+            origins = [leaf.origin for leaf in edits.leaves]
+        moved = {}
+        for number, answer in outs.items():
+            at = graphdef.leaves_below(effects.outputs[number])
+            at = {path: i for path, i in at.items() if origins[i] is not None}
+            whole = graphdef.schema
+            schema = Schema.of(
+                list(at),
+                [whole.kinds[i] for i in at.values()],
+                [whole.metadata[i] for i in at.values()],
+            )
+            found = leaf_answers(answer, "spec", schema, _no_values)
+            mine = [values[origins[i]] for i in at.values()]
+            found = list(map(_for_jit, found, mine, schema.paths))
+            _check(schema, mine, found)
+            moved.update(zip([origins[i] for i in at.values()], found, strict=True))
+        return moved
 
     def _of_new(self, result: Result) -> list[Any]:
         outs = given_for_objects(self._out, result.out)
         roots = self._answers.given
         return [
             # One sharding for a whole root speaks of the leaves that were there.
-            leaf_answers(given, "spec", one, alone(one, value))[0]
-            if by_kind(given)
-            else None
+            _of_one(given, one, value) if by_kind(given) else None
             for one, given, value in new_leaves(
                 result.effects, roots, outs, result.fresh
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
 from sortal.checkpoint.layout import encode_path
-from sortal.checkpoint.loading import Want, host_value, wanted
-from sortal.checkpoint.restoring import read, shardings
-from sortal.checkpoint.store import Reader
+from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
+from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import Array, Plain, arrays, describe
-from sortal.checkpoint.verifying import open_step, read_step
-from sortal.errors import NoCheckpointError, RestoreError, SaveError, listing
-from sortal.interop.files import gguf, npz, orbax, safetensors
-from sortal.interop.files.entries import Entry, Opened, dotted, of_arrays
+from sortal.checkpoint.verifying import open_step
+from sortal.errors import (
+    NoCheckpointError,
+    RestoreError,
+    SaveError,
+    SortalError,
+    listing,
+)
+from sortal.interop.files import gguf, huggingface, npz, orbax, safetensors, steps
+from sortal.interop.files.entries import Entry, Opened, dotted, in_batches, of_arrays
 
 Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
+_ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9_]*")
 _SUFFIXES: dict[str, Callable[[Path], Opened]] = {
     ".safetensors": safetensors.read,
     ".npz": npz.read,
@@ -48,48 +55,30 @@ def open_arrays(path: str | os.PathLike[str], step: int | str = "latest") -> Ope
       DamagedError: it is damaged.
     """
     path = files.local(path)
+    try:
+        return _opened(path, step)
+    # Python's own errors for paths that are too long or hold NUL.
+    except (OSError, ValueError) as e:
+        if isinstance(e, SortalError):
+            raise
+        raise NoCheckpointError(f"{str(path)!r:.200} cannot be read: {e}") from e
+
+
+def _opened(path: Path, step: int | str) -> Opened:
     if not path.exists():
         raise NoCheckpointError(f"there is no {path}.")
     if path.suffix in _SUFFIXES and path.is_file():
         return _SUFFIXES[path.suffix](path)
     if (path / _manifest.NAME).is_file() or files.steps(path):
-        return _of_sortal(open_step(path, step))
+        return steps.read(open_step(path, step))
+    if huggingface.is_folder(path):
+        return huggingface.read(path)
     if orbax.folder_of(path) is not None:
         return orbax.read(path)
     raise NoCheckpointError(
-        f"{path} is nothing that Sortal can read: a checkpoint of Sortal or Orbax, or "
-        "a file .safetensors, .npz or .gguf."
+        f"{path} is nothing that Sortal can read: a checkpoint of Sortal or Orbax, a "
+        "folder of Hugging Face, or a file .safetensors, .npz or .gguf."
     )
-
-
-def _of_sortal(folder: Path) -> Opened:
-    m = read_step(folder)
-    reader = Reader(folder / m.folder, m)
-    entries = []
-    for leaf in m.leaves:
-        inside = list(arrays(leaf.value))
-        kind = m.kind_of(leaf)
-        for n, a in enumerate(inside):
-            name = leaf.path if len(inside) == 1 else (*leaf.path, n)
-
-            def get(path: Any = leaf.path, a: Array = a) -> np.ndarray:
-                plain = a._replace(key=None, shape=a.stored_shape)
-                return read(reader, [Want(path, plain, "numpy", a.dtype)])[0]
-
-            dtype = a.dtype if a.key is None else f"key<{a.key.impl}>"
-            entries.append(
-                Entry(name, dtype, a.shape, a.nbytes, get, kind.name, a.sharding)
-            )
-        if isinstance(leaf.value, Plain):
-            value = np.asarray(leaf.value.value)
-            dtype = type(leaf.value.value).__name__
-            entries.append(Entry(leaf.path, dtype, (), 0, lambda v=value: v, kind.name))
-    about = {
-        "step": m.step, "created": m.created, "metadata": m.metadata,
-        "metrics": dict(m.metrics), "versions": dict(m.versions),
-        "aliases": [[show(a), show(b)] for a, b in m.aliases],
-    }  # fmt: skip
-    return Opened(folder, "sortal", about, entries)
 
 
 # ----------------------------------------------------------------------------- import
@@ -117,8 +106,9 @@ def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> 
       (('layers', 0, 'kernel'),)
     """
     opened = open_arrays(path)
+    entries = in_batches(opened, opened.entries)
     return State.from_flat_path(
-        [(e.name, e.read()) for e in _renamed(opened.entries, names or {}, str(path))]
+        [(e.name, e.read()) for e in _renamed(entries, names or {}, str(path))]
     )
 
 
@@ -172,31 +162,55 @@ def restore_from(
     plan = bind(root)
     schema = plan.graphdef.schema
     # Formats with string keys lose which entries of a path were integers.
-    by_text = {tuple(map(str, p)): encode_path(p) for p in schema.paths}
+    by_text = _by_text(schema.paths)
     values = dict(zip(map(encode_path, schema.paths), plan.values(), strict=True))
     sources: dict[Any, Entry] = {}
     given = []
     for e in _renamed(opened.entries, names or {}, str(path)):
-        at = by_text.get(tuple(map(str, e.name)), encode_path(e.name))
+        at = by_text.get(dotted(e.name), encode_path(e.name))
+        if opened.format == "orbax" and at not in values:
+            # A leaf named ``value`` looks like Flax NNX's last level of that name.
+            at = by_text.get(dotted((*e.name, "value")), at)
         sources[at] = e
         given.append(Candidate(at, ANY_KIND, _record(e, values.get(at))))
     options = Options(only, None, partial, None, cast, fill)
     found = fit(plan, given, None, options, str(opened.path))
     places = shardings(sharding, schema, plan)
-    new = []
+    wants: list[Want | None] = []
     for pair in found.pairs:
-        at_path = schema.paths[pair.at]
-        source = sources[encode_path(at_path)]
+        if isinstance(pair.stored, Plain):
+            wants.append(None)
+            continue
         (stored,), (live,) = arrays(pair.stored), arrays(pair.live)
-        want = wanted(at_path, stored, pair.like[0], live, places[pair.at])
-        new.append(host_value(want, source.read()))
+        path_here = schema.paths[pair.at]
+        wants.append(wanted(path_here, stored, pair.like[0], live, places[pair.at]))
+    check_shardings(w for w in wants if w is not None)
+    new = []
+    for pair, want in zip(found.pairs, wants, strict=True):
+        value = sources[encode_path(schema.paths[pair.at])].read()
+        new.append(value if want is None else host_value(want, value))
     at = [p.at for p in found.pairs] + list(found.filled)
     store_all([Leaves(plan.leaves[i] for i in at)], [*new, *found.filled.values()])
     return tuple(schema.paths[p.at] for p in found.pairs)
 
 
-def _record(e: Entry, live: Any) -> Array:
+def _by_text(paths: Iterable[Any]) -> dict[str, Any]:
+    """The model's paths by their names in a file; refuses two of one name."""
+    found: dict[str, list[Any]] = {}
+    for path in paths:
+        found.setdefault(dotted(path), []).append(path)
+    if twice := [", ".join(map(show, same)) for same in found.values() if same[1:]]:
+        raise RestoreError(
+            "several leaves of the model have one name in files of other libraries; "
+            f"the model was left as it was:\n{listing(twice)}"
+        )
+    return {text: encode_path(path) for text, (path,) in found.items()}
+
+
+def _record(e: Entry, live: Any) -> Array | Plain:
     """The record of an entry; uint32 words are keys where the model has keys."""
+    if e.plain:
+        return Plain(e.read())
     if isinstance(live, (jax.Array, jax.ShapeDtypeStruct)):
         mine = describe(live, [])
         if isinstance(mine, Array) and mine.key is not None:
@@ -313,16 +327,21 @@ def _exported(e: Entry, names: Names) -> Entry:
     return e
 
 
-def write_arrays(path: Path, entries: list[Entry]) -> None:
-    """Writes entries in the format of the path's suffix; without one, as Orbax."""
-    if path.suffix == ".safetensors":
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path has the ending of a file; that of ``run-v1.5`` is none."""
+    return bool(_ENDING.fullmatch(Path(path).suffix))
+
+
+def write_arrays(path: Path, entries: list[Entry], folder: bool = False) -> None:
+    """Writes entries in the format of the path's ending, or in a folder as Orbax."""
+    if folder or not is_file(path):
+        orbax.write(path, entries)
+    elif path.suffix == ".safetensors":
         safetensors.write(path, entries)
     elif path.suffix == ".npz":
         npz.write(path, entries)
-    elif path.suffix:
+    else:
         raise SaveError(
             f"{path.name}: no format of this ending is written; use .safetensors, "
             ".npz, or a folder for Orbax."
         )
-    else:
-        orbax.write(path, entries)

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from sortal.errors import DamagedError
+from sortal.errors import DamagedError, UnsupportedError
 from sortal.interop.files.entries import Entry, Opened, parts
 
 
 def read(path: Path) -> Opened:
     """Opens a GGUF file; quantised arrays are read as their bytes."""
-    from gguf import GGUFReader
-
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UnsupportedError(
+            f"{path.name} is read through the package gguf, which is not installed. "
+            "Install it with: pip install gguf"
+        ) from None
     try:
         reader = GGUFReader(path)
         entries = [

@@ -112,6 +112,10 @@ def to_linen_class(
                 **known,
             )
 
+        def __init_subclass__(cls, **options: Any):
+            super().__init_subclass__(**options)
+            cls.__init__ = ToLinenPartial.__init__  # Linen gave it one of its own
+
     return ToLinenPartial
 
 

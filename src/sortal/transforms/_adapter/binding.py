@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-from sortal._engine.graphdef import Entry, GraphDef, Step, fill
+from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import held, identity, store_all
 from sortal._engine.nodes import NODE, Node, handler_of
 from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
+from sortal.errors import ArgumentError
 from sortal.transforms._adapter.effects import Edits, Result, resolve
 from sortal.transforms._adapter.tracing import (
     PASS,
@@ -102,9 +103,6 @@ class BoundArguments:
     """Arguments on their way into a trace, and the live objects they came from."""
 
     __slots__ = ("alias_map", "args", "flat_modules", "kwargs", "plans", "roots")
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
     def __init__(
         self,
@@ -203,7 +201,7 @@ def _edited(bound: BoundArguments, edits: Edits) -> list[Any]:
 def _carry_out(
     bound: BoundArguments, edits: Edits, outputs: Sequence[Entry], fresh: Sequence[Any]
 ) -> list[Any]:
-    schema = edits.graphdef.schema
+    graphdef, schema = edits.graphdef, edits.graphdef.schema
     new = iter(fresh)
     leaves: list[Any] = []
     for i, (k, changed) in enumerate(edits.leaves):
@@ -217,21 +215,14 @@ def _carry_out(
                 live.set_metadata(dict(schema.metadata[i]))
             leaf = held(live)
         leaves.append(leaf)
-    nodes: list[Any] = []
-    for record, (origin, _) in zip(edits.graphdef.records, edits.nodes, strict=True):
+    nodes = graphdef.shells()
+    for n, (origin, _) in enumerate(edits.nodes):
         if origin is not None:
-            live = bound.live_node(origin)
-            if type(live) is not record.cls:
-                live.__class__ = record.cls
-            nodes.append(live)
-        elif record.handler.tracked:
-            nodes.append(record.handler.shell(record.cls, record.spec.value))
-        else:
-            nodes.append(None)
-    steps = list(map(Step, edits.graphdef.records))
-    fill(
-        steps, nodes, leaves, [n for n, edit in enumerate(edits.nodes) if edit.changed]
-    )
+            nodes[n] = live = bound.live_node(origin)
+            if type(live) is not graphdef.records[n].cls:
+                live.__class__ = graphdef.records[n].cls
+    changed = [n for n, edit in enumerate(edits.nodes) if edit.changed]
+    graphdef.fill(nodes, leaves, changed)
     return [(nodes if e.what == NODE else leaves)[e.ref] for e in outputs]
 
 
@@ -245,10 +236,13 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
     Returns:
       A plain function, and the arguments to put before those of each call.
+
+    Raises:
+      ArgumentError: it cannot be called.
     """
     if isinstance(fn, types.MethodType) and has_plan(fn.__self__):
         return fn.__func__, (fn.__self__,)
-    if has_plan(fn):
+    if has_plan(fn) and callable(fn):
         return type(fn).__call__, (fn,)
     if isinstance(fn, functools.partial):
         inner, first = unbind(fn.func)
@@ -258,6 +252,11 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
             inner = functools.partial(inner, **rest) if rest else inner
             inner = _by_position(inner, names) if names else inner
             return inner, (*[fn.keywords[k] for k in names], *first, *fn.args)
+    if not callable(fn):
+        raise ArgumentError(
+            f"a function is expected; found {describe(fn)}. Pass the function itself, "
+            "not what a call of it returned."
+        )
     return fn, ()
 
 
@@ -268,10 +267,8 @@ def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Any:
         return fn(*args[n:], **{**dict(zip(names, args, strict=False)), **kwargs})
 
-    try:
-        given = functools.partial(fn, **dict.fromkeys(names))
-        signature = inspect.signature(given)
-    except (TypeError, ValueError):
+    signature = _signature(functools.partial(fn, **dict.fromkeys(names)))
+    if signature is None:
         return call
     only = inspect.Parameter.POSITIONAL_ONLY
     first = [inspect.Parameter(f"_{name}", only) for name in names]
@@ -280,7 +277,7 @@ def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     return call
 
 
-def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
+def named_positions(fn: Any, nums: Any, names: Any) -> set[Any]:
     """Positions and names that ``argnums`` and ``argnames`` together mean.
 
     Args:
@@ -289,29 +286,29 @@ def named_positions(fn: Any, nums: Any, names: Any) -> tuple[set[Any], int]:
       names: a string, or several, or None.
 
     Returns:
-      A set of non-negative positions and of names, and the number of positional
-      parameters (0 where unknown).
+      Non-negative positions, and names.
     """
     # As in JAX: where both are given, neither says anything about the other.
     one_spelling = nums is None or names is None
     nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
     names = (names,) if isinstance(names, str) else tuple(names or ())
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    signature = _signature(fn)
+    parameters = signature.parameters.values() if signature else ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.name for p in parameters if p.kind in kinds]
     n = len(positional)
     found: set[Any] = {i + n if i < 0 else i for i in nums} | set(names)
-    if not one_spelling:
-        return found, n
-    found |= {i for i, name in enumerate(positional) if name in found}
-    found |= {positional[i] for i in list(found) if isinstance(i, int) and i < n}
-    return found, n
+    for i, name in enumerate(positional if one_spelling else ()):
+        if i in found or name in found:
+            found |= {i, name}
+    return found
+
+
+def _signature(fn: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(fn)
+    except (TypeError, ValueError):
+        return None
 
 
 def stale_buffers(flat_modules: Sequence[FlatModule]) -> list[str]:

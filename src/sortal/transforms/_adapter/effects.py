@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import jax.tree_util as jtu
 
 from sortal._engine.graphdef import Entry, GraphDef
-from sortal._engine.leaves import Slot, held, picker
+from sortal._engine.leaves import held, picker
 from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of
 from sortal._engine.state import State
 from sortal._engine.variable import is_variable, value_of
@@ -81,15 +83,9 @@ class Effects:
     ) -> list[tuple[int, Callable[[Any], Any]]]:
         """Written leaves as (root, what picks its leaves), given where each is."""
         if self._routes is None:
-            per_root: dict[int, list[int]] = {}
-            order = [leaf_at[k] for k in self.written]
-            for i, j in order:
-                per_root.setdefault(i, []).append(j)
-            flat = [(i, j) for i, js in per_root.items() for j in js]
-            if flat != order:
-                self._routes = [(i, picker([j])) for i, j in order]
-            else:
-                self._routes = [(i, picker(js)) for i, js in per_root.items()]
+            places = [leaf_at[k] for k in self.written]
+            runs = itertools.groupby(places, key=operator.itemgetter(0))
+            self._routes = [(i, picker([j for _, j in run])) for i, run in runs]
         return self._routes
 
 
@@ -113,19 +109,14 @@ def is_unedited(walk: Walk, copies: Any) -> bool:
     """Whether the copies still have the structure, and the very objects, of entry."""
     if walk.graphdef is not copies.graphdef:
         return False
-    nodes = zip(walk.nodes, copies.nodes, strict=True)
-    return all(a is b for a, b in nodes if handler_of(a).tracked) and all(
-        held(a) is b
-        for a, b in zip(walk.leaves, copies.leaves, strict=True)
-        if type(a) is not Slot
-    )
+    now = [*walk.nodes, *map(held, walk.leaves)]
+    before = [*copies.nodes, *copies.leaves]
+    return all(a is b for a, b in zip(now, before, strict=True) if _has_identity(a))
 
 
-def current_values(walk: Walk | None, copies: Any) -> list[Any]:
-    """The values that the copies of the leaves hold now."""
-    if walk is not None:
-        return [x._value for x in walk.leaves]
-    return list(map(value_of, copies.leaves))
+def _has_identity(x: Any) -> bool:
+    """Whether a node or leaf is one object, wherever it is met."""
+    return is_variable(x) or getattr(handler_of(x), "tracked", False)
 
 
 def same_value(old: Any, new: Any) -> bool:
@@ -155,60 +146,36 @@ def rigid_leaves(graphdef: GraphDef) -> frozenset[int]:
     )
 
 
-def known_outputs(outputs: list[Any], copies: Any) -> tuple[Entry, ...] | None:
-    """The outputs as numbers of entry, or None where one of them is new."""
-    if not outputs:
-        return ()
-    numbers = {id(x): Entry(None, NODE, n) for n, x in enumerate(copies.nodes)}
-    for k, leaf in enumerate(copies.leaves):
-        if is_variable(leaf):
-            numbers[id(leaf)] = Entry(None, LEAF, k)
-    if any(id(x) not in numbers for x in outputs):
-        return None
-    return tuple(numbers[id(x)] for x in outputs)
-
-
 def edits_of(
     copies: Any,
     outputs: list[Any],
     unedited: bool,
     rigid: Collection[int],
-    became: GraphDef | None,
+    entered: Walk,
 ) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
     """What became of the structure, the values of new leaves, and the outputs.
 
-    The third part of the structure is what no longer hangs in the roots: whoever holds
-    it outside must see what was done to it before it was taken out.
+    ``entered`` is a walk of what came in, made after the call. The third part of the
+    structure is what no longer hangs in the roots: whoever holds it outside must see
+    what was done to it before it was taken out.
     """
-    roots = copies.roots if copies is not None else ()
-    walk = Walk((roots, tuple(outputs)))
-    left = _left(walk, copies) if copies is not None and not unedited else ()
+    roots, returned = copies.roots, tuple(outputs)
+    walk = Walk((roots, returned))
+    left = () if unedited else _left(walk, copies)
     if any(left):
-        walk = Walk((roots, tuple(outputs), left))
-    before: Any = copies.graphdef if copies is not None else None
-    entry_nodes = copies.nodes if copies is not None else []
-    numbers = {id(x): n for n, x in enumerate(entry_nodes) if handler_of(x).tracked}
-    node_from = tuple(
-        numbers.get(id(x)) if handler_of(x).tracked else None for x in walk.nodes
-    )
-    known: dict[int, int] = {}
-    if copies is not None:
-        for k, (leaf, value) in enumerate(
-            zip(copies.leaves, copies.values, strict=True)
-        ):
-            if k not in rigid:
-                known[id(leaf if is_variable(leaf) else value)] = k
+        walk = Walk((roots, returned, left))
+    before, after = copies.graphdef, walk.graphdef
     currently = list(map(held, walk.leaves))
-    leaf_from = tuple(known.get(id(x)) for x in currently)
-    after = walk.graphdef
+    node_from = list(map(copies.number, walk.nodes))
+    leaf_from = [None if k in rigid else k for k in map(copies.number, currently)]
+    numbers = range(len(before.records)), range(len(before.schema))
+
+    def changed(n: int, origin: int) -> bool:
+        old = _content(before, origin, *numbers)
+        return old != _content(after, n, node_from, leaf_from)
+
     nodes = tuple(
-        Edit(
-            origin,
-            origin is None
-            or not (
-                unedited or _same_record(after, n, before, origin, node_from, leaf_from)
-            ),
-        )
+        Edit(origin, origin is None or (not unedited and changed(n, origin)))
         for n, origin in enumerate(node_from)
     )
     leaves = tuple(
@@ -220,6 +187,7 @@ def edits_of(
     ]
     at = after.records[0].entries[1].ref
     entries = after.records[at].entries if isinstance(at, int) else ()
+    became = entered.graphdef if roots else None
     return Edits(after, became, nodes, leaves), fresh, entries
 
 
@@ -227,42 +195,28 @@ def _left(walk: Walk, copies: Any) -> tuple[tuple[Any, ...], ...]:
     """For each root what came in with it, and hangs nowhere in a walk any more."""
     reached = {*map(id, walk.nodes), *(id(held(x)) for x in walk.leaves)}
     left: list[list[Any]] = [[] for _ in copies.roots]
-    records = copies.graphdef.records
-    tops = records[0].entries if len(left) > 1 else [copies.graphdef.root]
-    met: set[Any] = set()
-    for mine, top in zip(left, tops, strict=True):
-        stack = [top]
-        while stack:
-            _, what, ref = stack.pop()
-            if what is STATIC or (what, ref) in met:
-                continue
-            met.add((what, ref))
-            x = (copies.nodes if what is NODE else copies.leaves)[ref]
-            known = is_variable(x) if what is LEAF else handler_of(x).tracked
-            if known and id(x) not in reached:
-                mine.append(x)
-            if what is NODE:
-                stack += records[ref].entries
+    for path, (_, what, ref), first in copies.graphdef.places():
+        if what is STATIC or first != path:
+            continue
+        x = (copies.nodes if what is NODE else copies.leaves)[ref]
+        if _has_identity(x) and id(x) not in reached:
+            left[path[0] if len(left) > 1 else 0].append(x)
     return tuple(map(tuple, left))
 
 
-def _same_record(
-    after: GraphDef, n: int, before: Any, k: int, node_from: Any, leaf_from: Any
-) -> bool:
-    new, old = after.records[n], before.records[k]
-    if new[:3] != old[:3] or len(new.entries) != len(old.entries):
-        return False
-    for a, b in zip(new.entries, old.entries, strict=True):
-        if a[:2] != b[:2]:
-            return False
-        if a.what == STATIC:
-            same = a.ref == b.ref
-        elif a.what == LEAF:
-            same = leaf_from[a.ref] == b.ref
-        elif after.records[a.ref].handler.tracked:
-            same = node_from[a.ref] == b.ref
-        else:
-            same = _same_record(after, a.ref, before, b.ref, node_from, leaf_from)
-        if not same:
-            return False
-    return True
+def _content(
+    graphdef: GraphDef, n: int, nodes: Sequence[Any], leaves: Sequence[Any]
+) -> tuple[Any, ...]:
+    """A node's record by the given numbers of its children; values in it in full."""
+
+    def number(entry: Entry) -> Any:
+        _, what, ref = entry
+        if what == STATIC:
+            return ref
+        if what == LEAF:
+            return leaves[ref]
+        tracked = graphdef.records[ref].handler.tracked
+        return nodes[ref] if tracked else _content(graphdef, ref, nodes, leaves)
+
+    *about, entries = graphdef.records[n]
+    return *about, [(e.key, e.what, number(e)) for e in entries]

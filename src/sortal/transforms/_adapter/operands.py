@@ -9,9 +9,9 @@ import jax
 import jax.tree_util as jtu
 
 from sortal._engine.difference import ABSENT
-from sortal._engine.graphdef import Entry, GraphDef
+from sortal._engine.graphdef import Entry
 from sortal._engine.nodes import LEAF, NODE
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import show
 from sortal._engine.variable import describe
 from sortal.errors import LoopError, listing
 from sortal.transforms._adapter.binding import BoundArguments, write_back
@@ -113,8 +113,8 @@ class Operands:
         graphdef = self.bound.alias_map.graphdef
         if entry.what == LEAF:
             return graphdef.schema.describe(entry.ref)
-        path = show(_node_path(graphdef, entry.ref))
-        return f"{path} ({graphdef.records[entry.ref].cls.__name__})"
+        path = next(p for p, e, _ in graphdef.places() if e[1:] == entry[1:])
+        return f"{show(path)} ({graphdef.records[entry.ref].cls.__name__})"
 
     def skeleton(self, tree: Any) -> Any:
         """A tree of bound arguments with each FlatModule replaced by a numbered Ref."""
@@ -266,15 +266,6 @@ def _origin(effects: Effects, k: int) -> Entry | None:
         return entry
     at = (edits.nodes if entry.what == NODE else edits.leaves)[entry.ref].origin
     return None if at is None else Entry(None, entry.what, at)
-
-
-def _node_path(graphdef: GraphDef, n: int) -> Path:
-    # Nodes are numbered on the way down, so what first holds one comes before it.
-    for above, record in enumerate(graphdef.records[:n]):
-        for entry in record.entries:
-            if entry.what == NODE and entry.ref == n:
-                return record.below(_node_path(graphdef, above), entry.key)
-    return ()
 
 
 class _Named(str):

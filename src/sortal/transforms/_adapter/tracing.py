@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from operator import is_
 from typing import Any
@@ -11,18 +13,17 @@ import jax.tree_util as jtu
 
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.jax_compat import register_pytree
-from sortal._engine.nodes import is_root
+from sortal._engine.nodes import LEAF, NODE, handler_of, is_root
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.state import State
+from sortal._engine.variable import value_of
 from sortal._engine.walk import Walk
 from sortal.transforms._adapter.effects import (
     Effects,
     Ref,
     Result,
-    current_values,
     edits_of,
     is_unedited,
-    known_outputs,
     rigid_leaves,
     same_value,
 )
@@ -32,6 +33,7 @@ _ATOMS = (jax.Array, int, float, complex, str, bytes, State, GraphDef, type(None
 modes: dict[type, str] = {}
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class FlatModuleDef:
     """Says of a FlatModule which root it is, of how many, of which joint GraphDef.
 
@@ -40,16 +42,10 @@ class FlatModuleDef:
     the leaves whose values are carried, None for all leaves of the root.
     """
 
-    __slots__ = ("graphdef", "number", "of", "some")
-
-    def __init__(
-        self,
-        graphdef: GraphDef,
-        number: int,
-        of: int,
-        some: tuple[int, ...] | None = None,
-    ):
-        self.graphdef, self.number, self.of, self.some = graphdef, number, of, some
+    graphdef: GraphDef
+    number: int
+    of: int
+    some: tuple[int, ...] | None = None
 
     @property
     def leaves(self) -> Sequence[int]:
@@ -160,23 +156,29 @@ class Copies:
 
     def __init__(self, flat_modules: list[FlatModule]):
         flat_modules = sorted(flat_modules, key=lambda c: c.definition.number)
-        self.graphdef = flat_modules[0].definition.graphdef
+        found = flat_modules[0].definition.graphdef if flat_modules else _NO_ROOTS
+        self.graphdef = found
         self.values = [v for c in flat_modules for v in c.values]
-        self.leaves = self.graphdef.build_leaves(self.values)
-        root, self.nodes = self.graphdef.build(self.leaves)
-        self.roots: Sequence[Any] = root if len(flat_modules) > 1 else (root,)
-        starts = [0]
-        for c in flat_modules:
-            starts.append(starts[-1] + len(c.values))
-        self.spans = {
-            c.definition.number: range(a, b)
-            for c, a, b in zip(flat_modules, starts, starts[1:], strict=False)
-        }
+        self.leaves = found.build_leaves(self.values)
+        self.root, self.nodes = found.build(self.leaves)
+        one = len(flat_modules) == 1
+        self.roots: tuple[Any, ...] = (self.root,) if one else self.root
 
-    @property
-    def root(self) -> Any:
-        """What the GraphDef's root is: a tuple where there are several roots."""
-        return self.roots if len(self.roots) > 1 else self.roots[0]
+    @functools.cached_property
+    def origins(self) -> dict[int, Entry]:
+        """What each copy, and each raw array, was on entry, by its id."""
+        nodes = enumerate(self.nodes)
+        tracked = {id(x): (NODE, n) for n, x in nodes if handler_of(x).tracked}
+        leaves = {id(x): (LEAF, k) for k, x in enumerate(self.leaves)}
+        return {at: Entry(None, *found) for at, found in (tracked | leaves).items()}
+
+    def number(self, x: Any) -> int | None:
+        """The number of a node or leaf on entry, None for one that is new."""
+        origin = self.origins.get(id(x))
+        return None if origin is None else origin.ref
+
+
+_NO_ROOTS = Walk(()).graphdef
 
 
 def find_flat_modules(tree: Any) -> list[FlatModule]:
@@ -228,10 +230,7 @@ def run(
     Returns:
       The Result.
     """
-    flat_modules = find_flat_modules((args, kwargs))
-    if not flat_modules:
-        return _leave_trace(fn(*args, **kwargs), None, ())
-    copies = Copies(flat_modules)
+    copies = Copies(find_flat_modules((args, kwargs)))
 
     def unwrap(tree: Any) -> Any:
         return replace_flat_modules(tree, lambda c: copies.roots[c.definition.number])
@@ -240,7 +239,7 @@ def run(
     return _leave_trace(out, copies, keep)
 
 
-def _leave_trace(out: Any, copies: Copies | None, kept: Collection[int]) -> Result:
+def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
     outputs: list[Any] = []
 
     def refer(root: Any) -> Ref:
@@ -248,29 +247,19 @@ def _leave_trace(out: Any, copies: Copies | None, kept: Collection[int]) -> Resu
         return Ref(len(outputs) - 1)
 
     out = replace_roots(out, refer)
-    written: dict[int, Any] = {}
-    rigid: Collection[int] = ()
-    entries: tuple[Entry, ...] | None = ()
-    unedited = True
-    walk = None
-    if copies is not None:
-        walk = Walk(copies.root)
-        unedited = is_unedited(walk, copies)
-        current = current_values(walk if unedited else None, copies)
-        written = {
-            k: new
-            for k, (old, new) in enumerate(zip(copies.values, current, strict=True))
-            if k in kept or not same_value(old, new)
-        }
-        rigid = written.keys() & rigid_leaves(copies.graphdef)
-        written = {k: v for k, v in written.items() if k not in rigid}
-        unedited = unedited and not rigid
-        entries = known_outputs(outputs, copies)
-    elif outputs:
-        entries = None
-    values = list(written.values())
-    if unedited and entries is not None:
-        return Result(out, values, [], Effects(tuple(written), entries, None))
-    became = None if walk is None else walk.graphdef
-    edits, fresh, entries = edits_of(copies, outputs, unedited, rigid, became)
-    return Result(out, values, fresh, Effects(tuple(written), entries, edits))
+    walk = Walk(copies.root)
+    unedited = is_unedited(walk, copies)
+    # Where the structure was edited, what became of raw arrays is among the edits.
+    now = [x._value for x in walk.leaves] if unedited else map(value_of, copies.leaves)
+    pairs = enumerate(zip(copies.values, now, strict=True))
+    changed = {
+        k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)
+    }
+    rigid = changed.keys() & rigid_leaves(copies.graphdef)
+    written = {k: new for k, new in changed.items() if k not in rigid}
+    entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
+    edits, fresh, unedited = None, [], unedited and not rigid
+    if not unedited or None in entries:
+        edits, fresh, entries = edits_of(copies, outputs, unedited, rigid, walk)
+    effects = Effects(tuple(written), entries, edits)
+    return Result(out, list(written.values()), fresh, effects)

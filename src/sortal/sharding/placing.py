@@ -1,0 +1,346 @@
+"""Models on a mesh: specs by kind, checked before anything moves, and then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from sortal._engine.leaves import Slot, store_all
+from sortal._engine.plan import Plan, bind
+from sortal._engine.state import State, snapshot
+from sortal._engine.statics import PLACEMENT
+from sortal._engine.variable import check_writable
+from sortal.errors import ShardingError, listing
+from sortal.policy.policy import Policy
+from sortal.sharding.mesh_axes import put, use_eager_sharding
+from sortal.sharding.resolution import Resolved, check_specs, resolve
+from sortal.transforms.compile import eval_shape
+
+M = TypeVar("M")
+
+
+class OnMesh(NamedTuple):
+    """A model's plan and values, with the spec of each leaf on a mesh."""
+
+    plan: Plan
+    values: Sequence[Any]
+    found: list[Resolved]
+    mesh: Any
+
+    def shardings(self) -> list[NamedSharding]:
+        """The sharding of each leaf."""
+        return [NamedSharding(self.mesh, spec) for spec, _ in self.found]
+
+    def state(self, answers: Sequence[Any]) -> State:
+        """A State with an answer in the place of each value."""
+        return snapshot(self.plan.graphdef.schema, list(answers))
+
+
+def on_mesh(model: Any, mesh: Any, policy: Any, rules: Any) -> OnMesh:
+    """The specs of a model on a mesh, checked.
+
+    Args:
+      model: a Module, State, or container of Modules and Variables.
+      mesh: the mesh; that of ``jax.set_mesh`` if None.
+      policy: a Policy, or a mapping of filter to Rule, or None.
+      rules: pairs of a name of an axis and a mesh axis.
+
+    Returns:
+      A OnMesh.
+
+    Raises:
+      ShardingError: there is no mesh, or specs do not fit; all are listed.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+    """
+    plan = bind(model)
+    schema, values = plan.graphdef.schema, plan.values()
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            raise ShardingError(
+                "there is no mesh; pass mesh=, or call it within jax.set_mesh(mesh)."
+            )
+    found = resolve(schema, values, _policy(policy), mesh, plan.view, rules)
+    check_specs(schema, values, [spec for spec, _ in found], mesh)
+    return OnMesh(plan, values, found, mesh)
+
+
+def _policy(given: Any) -> Policy | None:
+    return given if given is None else Policy(given)
+
+
+def specs(
+    model: Any, policy: Any = None, *, mesh: Mesh | None = None, rules: Any = ()
+) -> State:
+    """The partition spec of each leaf.
+
+    Metadata of the Variable (``spec``, or the names of axes in ``out_sharding``) comes
+    first, then the first row of the Policy that takes the leaf, then the option
+    ``spec`` of the kind, then where ``shard`` put it; all else is replicated, ``P()``.
+    Optimizer state has a row's spec, or else that of its parameter.
+
+    Args:
+      model: a Module, real or abstract, a State, or a container of these.
+      policy: a Policy, or a mapping of filter to Rule.
+      mesh: the mesh, where specs depend on it.
+      rules: pairs of a name of an axis and a mesh axis, beside those of
+        ``logical_axis_rules``.
+
+    Returns:
+      A State with a ``PartitionSpec`` in the place of each value.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: a spec is a function of the mesh, and there is none.
+
+    Example:
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import sortal
+      >>> model = sortal.Linear(2, 4, rngs=sortal.Rngs(0))
+      >>> policy = {sortal.At("kernel"): sortal.Rule(spec=P(None, "model"))}
+      >>> sortal.specs(model, policy)["kernel"].value == P(None, "model")
+      True
+    """
+    plan = bind(model)
+    schema, values = plan.graphdef.schema, plan.values()
+    found = resolve(schema, values, _policy(policy), mesh, plan.view, rules)
+    return snapshot(schema, [spec for spec, _ in found])
+
+
+def named_shardings(
+    model: Any, mesh: Mesh, policy: Any = None, *, rules: Any = ()
+) -> State:
+    """The sharding of each leaf on a mesh, checked.
+
+    Args:
+      model: a Module, real or abstract, a State, or a container of these.
+      mesh: the mesh.
+      policy: a Policy, or a mapping of filter to Rule.
+      rules: as of ``specs``.
+
+    Returns:
+      A State with a ``NamedSharding`` in the place of each value.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: specs do not fit their leaves or the mesh; all are listed.
+
+    Example:
+      >>> import jax
+      >>> import sortal
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> model = sortal.Linear(2, 4, rngs=sortal.Rngs(0))
+      >>> list(sortal.named_shardings(model, mesh)["kernel"].value.spec)
+      []
+    """
+    found = on_mesh(model, mesh, policy, rules)
+    return found.state(found.shardings())
+
+
+def shard(model: M, mesh: Mesh, policy: Any = None, *, rules: Any = ()) -> M:
+    """Puts a model on a mesh, in place: all of it, or nothing.
+
+    Each Variable keeps its sharding in its metadata, so that compiled functions which
+    write it return it with the same. Shard a model and its optimizer in one call, as
+    ``shard((model, optimizer), mesh, policy)``.
+
+    Args:
+      model: a Module, or a container of Modules and Variables.
+      mesh: the mesh.
+      policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
+      rules: as of ``specs``.
+
+    Returns:
+      The model.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: specs do not fit their leaves or the mesh, or raw arrays cannot be
+        written; all are listed and nothing is moved.
+      TraceError: the model belongs to another trace than the current one.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import sortal
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> model = sortal.Linear(2, 4, rngs=sortal.Rngs(0))
+      >>> rule = sortal.Rule(spec=P(None, "data"))
+      >>> _ = sortal.shard(model, mesh, {sortal.At("kernel"): rule})
+      >>> list(model.kernel.sharding.spec)
+      [None, 'data']
+    """
+    found = on_mesh(model, mesh, policy, rules)
+    _check_places(found.plan)
+    shardings = found.shardings()
+    _store(found.plan, jax.device_put(list(found.values), shardings), shardings)
+    return model
+
+
+def _check_places(plan: Plan) -> None:
+    schema = plan.graphdef.schema
+    stuck = [
+        schema.describe(i)
+        for i, x in enumerate(plan.leaves)
+        if type(x) is Slot and not x.writable
+    ]
+    if stuck:
+        raise ShardingError(
+            "raw arrays in tuples and other values cannot be put elsewhere:\n"
+            f"{listing(stuck)}\nHold them in Variables, such as Param(array)."
+        )
+    check_writable(plan.leaves)
+
+
+def _store(plan: Plan, values: Sequence[Any], shardings: Sequence[Any]) -> None:
+    """Writes values, and into the metadata of Variables where they are to stay."""
+    store_all([plan.leaves], values)
+    metadata = plan.graphdef.schema.metadata
+    for leaf, old, sharding in zip(plan.leaves, metadata, shardings, strict=True):
+        if type(leaf) is not Slot and old.get(PLACEMENT) != sharding:
+            leaf.set_metadata({**old, PLACEMENT: sharding})
+
+
+def constrain(
+    model: M, policy: Any = None, *, mesh: Mesh | None = None, rules: Any = ()
+) -> M:
+    """Constrains the leaves of a model to their specs, inside of a compiled function.
+
+    Args:
+      model: a Module, or a container of Modules and Variables.
+      policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
+      mesh: the mesh; that of ``jax.set_mesh`` if absent.
+      rules: as of ``specs``.
+
+    Returns:
+      The model.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: there is no mesh, or specs do not fit; all are listed.
+      TraceError: the model belongs to another trace than the current one.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import sortal
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> policy = {sortal.Param: sortal.Rule(spec=P("data"))}
+      >>> @sortal.jit
+      ... def double(w):
+      ...     w[...] *= 2
+      ...     sortal.constrain(w, policy, mesh=mesh)
+      >>> w = sortal.Param(jax.numpy.ones(2))
+      >>> double(w)
+      >>> w.value.tolist()
+      [2.0, 2.0]
+    """
+    found = on_mesh(model, mesh, policy, rules)
+    _check_places(found.plan)
+    pairs = zip(found.values, found.shardings(), strict=True)
+    store_all(
+        [found.plan.leaves],
+        [jax.tree.map(lambda x, s=sharding: put(x, s), v) for v, sharding in pairs],
+    )
+    return model
+
+
+def init_sharded(
+    fn: Callable[[], M], mesh: Mesh, policy: Any = None, *, rules: Any = ()
+) -> M:
+    """Builds a model on a mesh; no device and no host holds an array of it whole.
+
+    ``fn`` is traced for its shapes, and then run as one compiled program whose outputs
+    lie where they belong. Arrays that it makes outside of JAX are constants of it.
+
+    Args:
+      fn: takes nothing, returns a Module, or a tuple such as a model and its optimizer.
+      mesh: the mesh.
+      policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
+      rules: as of ``specs``.
+
+    Returns:
+      What ``fn`` returns.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: specs do not fit their leaves or the mesh; all are listed.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import sortal
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> policy = {sortal.At("kernel"): sortal.Rule(spec=P(None, "data"))}
+      >>> make = lambda: sortal.Linear(2, 4, rngs=sortal.Rngs(0))
+      >>> list(sortal.init_sharded(make, mesh, policy).kernel.sharding.spec)
+      [None, 'data']
+    """
+    # What does not fit is refused below by path, and not where it is made.
+    with jax.set_mesh(mesh), use_eager_sharding(False):
+        model = eval_shape(fn)
+        found = on_mesh(model, mesh, policy, rules)
+        _check_places(found.plan)
+        shardings = found.shardings()
+        _store(found.plan, making(fn, shardings)(), shardings)
+    return model
+
+
+def making(fn: Callable[[], Any], shardings: Sequence[NamedSharding]) -> Any:
+    """The compiled program that gives the values of what ``fn`` builds, in order."""
+    return jax.jit(lambda: bind(fn()).values(), out_shardings=shardings)
+
+
+def abstract(
+    fn: Callable[[], M],
+    mesh: Mesh | None = None,
+    policy: Any = None,
+    *,
+    rules: Any = (),
+) -> M:
+    """Builds a model without arrays: shapes, dtypes and, on a mesh, shardings.
+
+    Args:
+      fn: takes nothing, returns a Module, or a tuple of them.
+      mesh: the mesh, which may be a ``jax.sharding.AbstractMesh``; without it the
+        arrays have no sharding.
+      policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
+      rules: as of ``specs``.
+
+    Returns:
+      What ``fn`` returns, with ``jax.ShapeDtypeStruct`` in the place of arrays.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: specs do not fit their leaves or the mesh; all are listed.
+
+    Example:
+      >>> import sortal
+      >>> model = sortal.abstract(lambda: sortal.Linear(2, 4, rngs=sortal.Rngs(0)))
+      >>> model.kernel.value
+      ShapeDtypeStruct(shape=(2, 4), dtype=float32)
+    """
+    with use_eager_sharding(False):
+        model = eval_shape(fn)
+    if mesh is None:
+        return model
+    found = on_mesh(model, mesh, policy, rules)
+    _check_places(found.plan)
+    pairs = zip(found.values, found.shardings(), strict=True)
+    values = [
+        jax.tree.map(
+            lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), v
+        )
+        for v, sharding in pairs
+    ]
+    store_all([found.plan.leaves], values)
+    return model

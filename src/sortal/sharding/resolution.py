@@ -1,0 +1,312 @@
+"""Which partition spec each leaf has, who says so, and whether it can have it.
+
+The rule, in one place for every pipeline: a Variable's metadata, then the first row of
+the Policy that takes the leaf, then the option of its kind, then where ``shard`` put
+it; what nothing speaks of is replicated. Optimizer state has the metadata of its
+parameters, so that there a row of its own comes first, and then the spec of the
+parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sortal._engine.foreign import is_kind
+from sortal._engine.paths import Path
+from sortal._engine.schema import Schema
+from sortal._engine.statics import EMPTY, PLACEMENT
+from sortal._engine.variable import OptState, Param
+from sortal.errors import PolicyError, ShardingError, listing
+from sortal.policy.policy import Policy
+from sortal.policy.rule import UNSET, format_answer
+from sortal.sharding.mesh_axes import more_rules, put
+
+WHOLE = PartitionSpec()
+UNRULED = "no rule"
+"""What ``by`` is where a leaf is replicated because nothing speaks of it."""
+
+
+class Resolved(NamedTuple):
+    """The spec of one leaf and who gave it.
+
+    ``by`` is ``"metadata"``, ``"row 2"``, ``"kind"``, ``"parameter"`` of optimizer
+    state that follows one, ``"placement"``, or ``"no rule"``.
+    """
+
+    spec: PartitionSpec
+    by: str
+
+
+def resolve(
+    schema: Schema,
+    values: Sequence[Any],
+    policy: Policy | None = None,
+    mesh: Any = None,
+    view: Callable[[], Sequence[Any]] | None = None,
+    rules: Any = (),
+) -> list[Resolved]:
+    """The spec of each leaf.
+
+    Args:
+      schema: the leaves.
+      values: their values, or what has their shapes.
+      policy: its ``spec`` column is read.
+      mesh: the mesh, for specs that are functions of it.
+      view: gives the leaves themselves, for filters that look at values.
+      rules: pairs of a name of an axis and a mesh axis.
+
+    Returns:
+      One Resolved for each leaf.
+
+    Raises:
+      ArgumentError: two rules give one name of an axis different mesh axes.
+      PolicyError: a kind or a Variable has an answer that is no spec.
+      ShardingError: a spec is a function of the mesh, and there is none.
+    """
+    table = Policy({}) if policy is None else policy
+    with more_rules(rules or ()):
+        found = table.find("spec", schema, view)
+        leaves = (
+            view() if view is not None and not table.is_structural("spec") else None
+        )
+        rows = list(schema.rows(leaves))
+        given = [_named(*pair) for pair in zip(found.answers, found.by, strict=True)]
+        moments = [i for i, k in enumerate(schema.kinds) if is_kind(k, OptState)]
+        for i in moments:
+            path, kind, _, leaf = rows[i]
+            answer, by = table.decide("spec", path, kind, EMPTY, leaf)
+            if isinstance(by, int):
+                given[i] = _named(answer, by)
+    made = [
+        _resolved(answer, by, value, mesh, schema, i)
+        for i, ((answer, by), value) in enumerate(zip(given, values, strict=True))
+    ]
+    for i, (_, by) in enumerate(made):
+        put = schema.metadata[i].get(PLACEMENT)
+        if by == UNRULED and put is not None and (mesh is None or put.mesh == mesh):
+            made[i] = Resolved(put.spec, "placement")
+    _follow_parameters(schema, values, made, moments)
+    return made
+
+
+def _named(answer: Any, by: Any) -> tuple[Any, str]:
+    if answer is UNSET:
+        return WHOLE, UNRULED
+    return answer, f"row {by}" if isinstance(by, int) else by
+
+
+def _resolved(
+    answer: Any, by: str, value: Any, mesh: Any, schema: Schema, i: int
+) -> Resolved:
+    spec = spec_for(answer, value, mesh, lambda: schema.describe(i))
+    if not isinstance(spec, PartitionSpec):
+        raise PolicyError(
+            f"{schema.describe(i)}: its {by} says {spec!r:.80}, where a PartitionSpec "
+            "is needed; the mesh is given beside it. Write PartitionSpec('data')."
+        )
+    return Resolved(spec, by)
+
+
+def spec_for(answer: Any, value: Any, mesh: Any, name: Callable[[], str]) -> Any:
+    """An answer of a ``spec`` column as JAX takes it, for one value.
+
+    Args:
+      answer: a spec, a NamedSharding, None, or a function of (shape, mesh).
+      value: the value.
+      mesh: the mesh; that of ``jax.set_mesh`` if None.
+      name: gives path and kind of the leaf.
+
+    Returns:
+      A PartitionSpec; another Sharding as it is.
+
+    Raises:
+      ShardingError: a function is given, and there is no mesh.
+    """
+    if answer is None:
+        return WHOLE
+    if isinstance(answer, NamedSharding):
+        return answer.spec
+    if isinstance(answer, (PartitionSpec, jax.sharding.Sharding)):
+        return answer
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            raise ShardingError(
+                f"{name()}: its spec, {format_answer('spec', answer)}, depends on the "
+                "mesh, and there is none. Pass mesh=, or call it within "
+                "jax.set_mesh(mesh)."
+            )
+    return answer(shape_of(value), mesh)
+
+
+def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
+    """A new value where the metadata says that ``shard`` put the like of it."""
+    sharding = metadata.get(PLACEMENT)
+    if sharding is None or not isinstance(value, jax.Array):
+        return value
+    return put(value, sharding)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of an array; () for a small pytree, which can only be replicated."""
+    return tuple(getattr(value, "shape", ()))
+
+
+# ------------------------------------------------------------------ optimizer state
+def _follow_parameters(
+    schema: Schema, values: Sequence[Any], made: list[Resolved], moments: list[int]
+) -> None:
+    """Gives optimizer state that no row speaks of the spec of its parameter."""
+    if not moments:
+        return
+    at = set(moments)
+    owners: dict[Path, int] = {}
+    # The end of a moment's path is the path of its parameter below the model. Where two
+    # parameters have one end, that with the shorter path stands nearer to its model.
+    params = [
+        i for i, k in enumerate(schema.kinds) if is_kind(k, Param) and i not in at
+    ]
+    for k in range(max((len(schema.paths[i]) for i in params), default=0)):
+        for i in params:
+            if k < len(schema.paths[i]):
+                owners.setdefault(schema.paths[i][k:], i)
+    for i in moments:
+        path, (_, by) = schema.paths[i], made[i]
+        ends = (owners.get(path[k:]) for k in range(1, len(path)))
+        owner = next((o for o in ends if o is not None), None)
+        # A row by path that takes the parameter too was written for the parameter.
+        its = "" if owner is None else made[owner].by
+        stays = by == "placement" and its in ("", "placement", UNRULED)
+        if stays or (by.startswith("row") and by != its):
+            continue
+        if owner is not None:
+            shape, full = shape_of(values[i]), shape_of(values[owner])
+            spec = like_parameter(made[owner].spec, full, shape)
+            by = "parameter" if made[owner].by != UNRULED else UNRULED
+            made[i] = Resolved(spec, by)
+        elif by == "metadata" and len(made[i].spec) > len(shape_of(values[i])):
+            made[i] = Resolved(WHOLE, "parameter")
+
+
+def like_parameter(
+    spec: PartitionSpec, full: tuple[int, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """The spec of optimizer state of a parameter of shape ``full``.
+
+    State of the parameter's shape has its spec. State that lacks one of its axes, as
+    factored moments do, lacks that entry. Where the shapes do not say which axis that
+    is, or have nothing to do with one another, it is replicated.
+
+    Example:
+      >>> from jax.sharding import PartitionSpec as P
+      >>> list(like_parameter(P("a", "b"), (4, 8), (8,)))
+      ['b']
+    """
+    if shape == full:
+        return spec
+    if len(shape) != len(full) - 1:
+        return WHOLE
+    entries = (*spec, *[None] * (len(full) - len(spec)))
+    lacking = {
+        entries[:axis] + entries[axis + 1 :]
+        for axis in range(len(full))
+        if full[:axis] + full[axis + 1 :] == shape
+    }
+    return PartitionSpec(*lacking.pop()) if len(lacking) == 1 else WHOLE
+
+
+SPECS = frozenset({"spec", "out_sharding", PLACEMENT})
+"""The entries of metadata that say something of each dimension."""
+
+
+def with_spec_like(
+    metadata: Mapping[str, Any], full: tuple[int, ...], shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """A parameter's metadata for optimizer state of another shape.
+
+    Args:
+      metadata: that of a parameter of shape ``full``.
+      full: the shape of the parameter.
+      shape: the shape of the state.
+
+    Returns:
+      The same, with specs as of ``like_parameter``.
+    """
+    found = dict(metadata)
+    for name in SPECS & found.keys():
+        old = found[name]
+        spec = getattr(old, "spec", old)
+        if callable(spec) or not spec:
+            continue  # it depends on the shape, or says nothing
+        new = like_parameter(PartitionSpec(*spec), full, shape)
+        on_mesh = isinstance(old, NamedSharding)
+        found[name] = NamedSharding(old.mesh, new) if on_mesh else new
+    return found
+
+
+# ------------------------------------------------------------------------ what fits
+def axes_of(spec: PartitionSpec) -> Iterator[tuple[int, str]]:
+    """Pairs of dimension and mesh axis."""
+    for dimension, entry in enumerate(spec):
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            if isinstance(axis, str):
+                yield dimension, axis
+
+
+def _fault(shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]) -> str:
+    """Why an array of ``shape`` cannot have ``spec``; empty where it can."""
+    axes = list(axes_of(spec))
+    unknown = [axis for _, axis in axes if axis not in sizes]
+    if unknown:
+        return f"the mesh has no axis {', '.join(map(repr, dict.fromkeys(unknown)))}"
+    names = [axis for _, axis in axes]
+    twice = sorted({axis for axis in names if names.count(axis) > 1})
+    if twice:
+        return f"the axis {', '.join(map(repr, twice))} stands there twice"
+    if len(spec) > len(shape):
+        return f"the spec has {len(spec)} entries for {len(shape)} dimensions"
+    for dimension, n in enumerate(shape):
+        parts = math.prod(sizes[axis] for d, axis in axes if d == dimension)
+        if n % parts:
+            return f"dimension {dimension}, {n}, cannot be divided by {parts}"
+    return ""
+
+
+def check_specs(
+    schema: Schema, values: Sequence[Any], specs: Iterable[Any], mesh: Any
+) -> None:
+    """Refuses specs that do not fit their leaves or the mesh, all at once.
+
+    Args:
+      schema: the leaves.
+      values: their values, or what has their shapes.
+      specs: a PartitionSpec for each; anything else is passed over.
+      mesh: the mesh.
+
+    Raises:
+      ShardingError: some do not fit; each is listed with path, kind, shape and reason.
+    """
+    sizes = dict(mesh.shape)
+    bad = []
+    for i, (value, spec) in enumerate(zip(values, specs, strict=True)):
+        if not isinstance(spec, PartitionSpec):
+            continue
+        for x in jax.tree.leaves(value):
+            fault = _fault(np.shape(x), spec, sizes)
+            if fault:
+                shown = format_answer("spec", spec)
+                row = f"{schema.describe(i)} {list(np.shape(x))}: {shown}, but {fault}"
+                bad.append(row)
+    if bad:
+        known = ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
+        raise ShardingError(
+            f"these specs cannot act on the mesh ({known}):\n{listing(bad)}\nNothing "
+            "was moved. Give a name of an axis a rule with logical_axis_rules or "
+            "rules=, an array another shape or spec, or the Policy an earlier row."
+        )

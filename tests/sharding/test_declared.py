@@ -1,0 +1,138 @@
+"""Declared specs where functions are nested, rules change, and specs do not fit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sortal
+from sortal import nnx
+from sortal.errors import ShardingError
+
+AUTO = AxisType.Auto
+D8 = jax.make_mesh((8,), ("d",), axis_types=(AUTO,))
+AB = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AUTO, AUTO))
+BA = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AUTO, AUTO))
+
+
+@nnx.jit
+def double(w):
+    w[...] *= 2
+
+
+def stacked(*shape):
+    w = nnx.Param(jnp.ones(shape))
+    return sortal.shard(w, D8, {nnx.Param: sortal.Rule(spec=P("d"))})
+
+
+class PerDevice(nnx.Variable, spec=P("d")):
+    """A kind that lies on the axis d."""
+
+
+class Holder(nnx.Module):
+    """Has an array that eight devices cannot divide."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(6))
+
+
+def named(*names, width=8):
+    init = nnx.with_partitioning(nnx.initializers.ones_init(), names)
+    return lambda: nnx.Linear(width, width, kernel_init=init, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (8, 8)])
+def test_a_compiled_function_under_vmap_leaves_the_whole_as_declared(shape):
+    w = stacked(*shape)
+    nnx.vmap(double)(w)
+    assert w.value.sharding.spec == P("d")
+    assert (w.value == 2).all()
+
+
+def test_a_compiled_function_under_vmap_with_a_mesh_axis_runs():
+    w = stacked(8, 8, 8)
+    with jax.set_mesh(D8):
+        nnx.vmap(double, spmd_axis_name="d")(w)
+    assert w.value.sharding.spec == P("d")
+
+
+def test_a_compiled_function_under_scan_leaves_the_whole_as_declared():
+    w = stacked(8, 8)
+
+    @nnx.jit
+    def each(w):
+        nnx.scan(double, in_axes=0, out_axes=None)(w)
+
+    each(w)
+    assert w.value.sharding.spec == P("d")
+    assert (w.value == 2).all()
+
+
+@pytest.mark.parametrize("of", [PerDevice, nnx.Param])
+def test_a_compiled_function_under_shard_map_sees_the_part_of_its_device(of):
+    w = sortal.shard(of(jnp.ones((8, 8))), D8, {nnx.Param: sortal.Rule(spec=P("d"))})
+    with jax.set_mesh(D8):
+        nnx.shard_map(double, mesh=D8, in_specs=(P("d"),), out_specs=P())(w)
+    assert w.value.sharding.spec == P("d")
+    assert (w.value == 2).all()
+
+
+def test_other_rules_for_names_of_axes_are_another_program():
+    found = []
+    with jax.set_mesh(AB):
+        for axis in ("a", "b"):
+            w = nnx.Param(jnp.ones((8, 8)), out_sharding=("x",), eager_sharding=False)
+            with nnx.logical_axis_rules([("x", axis)]):
+                double(w)
+            found.append(w.value.sharding.spec)
+    assert found == [P("a"), P("b")]
+
+
+@pytest.mark.parametrize(
+    ("make", "rules", "fault"),
+    [
+        (named("no", None), (), "the mesh has no axis 'no'"),
+        (named("a", "a"), (), "the axis 'a' stands there twice"),
+        (named("x", "y"), [("x", "a"), ("y", "a")], "'a' stands there twice"),
+        (named("a", None, width=6), (), "dimension 0, 6, cannot be divided by 4"),
+    ],
+)
+@pytest.mark.parametrize("verb", [sortal.init_sharded, sortal.abstract])
+def test_a_model_that_is_built_on_a_mesh_is_refused_by_path(verb, make, rules, fault):
+    with pytest.raises(ShardingError, match=f"(?s)kernel \\(Param\\).*{fault}"):
+        verb(make, AB, rules=rules)
+
+
+def test_rules_that_are_an_argument_hold_while_the_model_is_built():
+    model = sortal.init_sharded(named("x", None), AB, rules=[("x", "a")])
+    assert model.kernel.value.sharding.spec == P("a", None)
+
+
+@pytest.mark.parametrize("which", ["in_shardings", "out_shardings"])
+def test_a_spec_that_depends_on_the_mesh_is_asked_for_each_mesh(which):
+    def spec(shape, mesh):
+        return P("a") if mesh.shape["a"] == 4 else P("b")
+
+    policy = sortal.Policy({nnx.Param: sortal.Rule(spec=spec)})
+    given = (policy,) if which == "in_shardings" else policy
+
+    @nnx.jit(**{which: given})
+    def twice(w):
+        w[...] *= 2
+        return w
+
+    found = []
+    for mesh in (AB, BA):
+        w = nnx.Param(jnp.ones(8))
+        with jax.set_mesh(mesh):
+            assert twice(w) is w
+        found.append(w.value.sharding.spec)
+    assert found == [P("a"), P("b")]
+
+
+def test_out_shardings_that_do_not_fit_are_refused_by_path():
+    bad = sortal.Policy({nnx.Param: sortal.Rule(spec=NamedSharding(D8, P("d")))})
+    for make in (lambda m: m, lambda m: Holder()):
+        with pytest.raises(ShardingError, match=r"w \(Param\) \[6\]: P\('d'\), but"):
+            nnx.jit(make, out_shardings=bad)(Holder())

@@ -1,0 +1,123 @@
+"""The report counts what lies on each device, says who said so, and names the rest."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+import sortal
+from sortal.demo.llama import Config, Llama
+from sortal.errors import PathError, ShardingError
+from sortal.sharding import presets
+from sortal.sharding.report import nbytes
+
+MESH = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+ROWS = {sortal.At("kernel"): sortal.Rule(spec=P("d"))}
+
+
+def linear():
+    return sortal.Linear(16, 8, rngs=sortal.Rngs(0))
+
+
+def test_rows_say_the_spec_who_gave_it_and_the_bytes_on_each_device():
+    report = sortal.sharding_report(linear(), MESH, ROWS)
+    bias, kernel = report.rows
+    assert (bias.spec, bias.by, bias.bytes, bias.on_device) == (P(), "no rule", 32, 32)
+    assert (kernel.spec, kernel.by) == (P("d"), "row 1")
+    assert (kernel.bytes, kernel.on_device) == (512, 64)
+    assert (report.total, report.on_device, report.unruled) == (544, 96, 32)
+
+
+def test_what_is_replicated_for_lack_of_a_rule_is_told_from_what_is_declared_so():
+    declared = {**ROWS, ...: sortal.Rule(spec=P())}
+    report = sortal.sharding_report(linear(), MESH, declared)
+    assert report.unruled == 0
+    assert report.rows[0].by == "row 2"
+    assert "no metadata" not in str(report)
+    assert "32 B are replicated because no metadata, row or" in str(
+        sortal.sharding_report(linear(), MESH, ROWS)
+    )
+
+
+def test_leaves_that_lie_elsewhere_are_named():
+    model = sortal.shard(linear(), MESH)
+    report = sortal.sharding_report(model, MESH, ROWS)
+    assert [r.path for r in report.elsewhere] == [("kernel",)]
+    assert "1 leaves lie otherwise than declared: kernel." in str(report)
+    sortal.shard(model, MESH, ROWS)
+    assert not sortal.sharding_report(model, MESH, ROWS).elsewhere
+
+
+def test_text_and_html_have_each_kind_and_leaf():
+    report = sortal.sharding_report(linear(), MESH, ROWS)
+    lines = str(report).splitlines()
+    assert lines[0] == "Mesh (d: 8)"
+    assert ["kernel", "Param", "16x8", "P('d')", "row", "1", "512", "B", "64", "B"] in [
+        line.split() for line in lines
+    ]
+    assert "kernel" in report._repr_html_()
+
+
+def test_a_picture_of_one_leaf_is_drawn(capsys):
+    report = sortal.sharding_report(linear(), MESH, ROWS)
+    report.draw("kernel")
+    assert "CPU 7" in capsys.readouterr().out
+    with pytest.raises(PathError, match="no leaf 'kernle'"):
+        report.draw("kernle")
+
+
+def test_models_of_flax_and_keys_and_pytrees_are_counted():
+    from flax import nnx
+
+    model = {"flax": nnx.Linear(2, 4, rngs=nnx.Rngs(0)), "rngs": sortal.Rngs(0)}
+    report = sortal.sharding_report(model, MESH)
+    real = sum(map(nbytes, jax.tree.leaves(sortal.state(model))))
+    assert report.total == real
+    assert nbytes(jax.random.key(0)) == 8
+    assert nbytes(np.ones((2, 3), np.float16)) == 12
+
+
+def test_assert_sharded_takes_what_is_divided_and_lists_what_is_not():
+    model = sortal.shard(linear(), MESH, ROWS)
+    sortal.assert_sharded(model, tolerance=0.06)
+    with pytest.raises(ShardingError) as e:
+        sortal.assert_sharded(model, tolerance=0.02)
+    assert "a device holds 96 B of 544 B" in str(e.value)
+    assert "an even share of 8 devices is 68 B" in str(e.value)
+    assert "bias (Param): 32 B" in str(e.value)
+    assert "kernel" not in str(e.value)
+    sortal.assert_sharded(sortal.abstract(linear, MESH, ROWS), tolerance=0.06)
+    with pytest.raises(ShardingError, match=r"bias \(Param\) has no sharding"):
+        sortal.assert_sharded(sortal.abstract(linear))
+    with pytest.raises(ShardingError, match="the model has no BatchStat"):
+        sortal.assert_sharded(model, kind=sortal.BatchStat)
+
+
+def test_a_plan_for_70_billion_parameters_on_256_devices_needs_neither():
+    config = Config(
+        vocabulary=128_256,
+        features=8192,
+        hidden=28_672,
+        layers=80,
+        heads=64,
+        key_value_heads=8,
+        tied=False,
+    )
+
+    def make():
+        model = Llama(config, rngs=sortal.Rngs(0), param_dtype=jnp.bfloat16)
+        return model, sortal.Optimizer(model, optax.adam(1e-3), wrt=sortal.Param)
+
+    mesh = AbstractMesh((16, 16), ("data", "model"))
+    policy = presets.fsdp_tensor_parallel()
+    model = sortal.abstract(make, mesh, policy)
+    report = sortal.sharding_report(model, mesh, policy)
+    params = [r for r in report.rows if r.kind is sortal.Param]
+    assert 70e9 < sum(r.bytes for r in params) / 2 < 71e9
+    assert report.on_device < 1.02 * report.total / 256
+    sortal.assert_sharded(model)

@@ -1,0 +1,132 @@
+"""Exported functions give the numbers of the live ones, without the model's class."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sortal
+from models import Net
+from sortal.errors import ArgumentError
+
+X = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
+
+
+def again(exported):
+    return sortal.Exported.deserialize(exported.serialize())
+
+
+def test_a_round_trip_gives_the_numbers_and_the_writes_of_the_function():
+    f = sortal.jit(lambda m, x: m(x))
+    exported = again(sortal.export(f)(Net(), X))
+    live, other = Net(), Net()
+    for _ in range(2):
+        np.testing.assert_allclose(exported.call(live, X), f(other, X), rtol=1e-6)
+        assert int(live.calls) == int(other.calls)
+        np.testing.assert_allclose(live.norm.mean, other.norm.mean, rtol=1e-6)
+
+
+def test_a_state_may_stand_for_the_model_and_is_written_likewise():
+    exported = again(sortal.export(lambda m, x: m(x))(Net(), X))
+    state, model = sortal.state(Net()), Net()
+    np.testing.assert_allclose(exported.call(state, X), model(X), rtol=1e-6)
+    np.testing.assert_allclose(state["norm"]["mean"].value, model.norm.mean, rtol=1e-6)
+    assert isinstance(state["norm"]["mean"], sortal.BatchStat)
+
+
+CALL = """
+import pickle, sys, numpy as np
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import sortal
+data, values, x = pickle.load(open(sys.argv[1], "rb"))
+exported = sortal.Exported.deserialize(data)
+state = sortal.State.from_flat_path((p, sortal.Param(v)) for p, v in values)
+out = exported.call(state, x)
+pickle.dump(np.asarray(out), open(sys.argv[2], "wb"))
+assert "models" not in sys.modules
+"""
+
+
+def test_a_process_without_the_class_calls_it(tmp_path):
+    model = Net()
+    exported = sortal.export(lambda m, x: m(x))(model, X)
+    values = [(p, np.asarray(v.value)) for p, v in sortal.state(model).flat_state()]
+    (tmp_path / "in").write_bytes(pickle.dumps((exported.serialize(), values, X)))
+    command = [sys.executable, "-c", CALL, str(tmp_path / "in"), str(tmp_path / "out")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    found = pickle.loads((tmp_path / "out").read_bytes())
+    np.testing.assert_allclose(found, model(X), rtol=1e-6)
+
+
+def test_a_sharded_function_is_called_with_what_is_sharded_likewise():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    policy = {sortal.At("kernel"): sortal.Rule(spec=P("d"))}
+
+    def make():
+        return sortal.shard(sortal.Linear(16, 8, rngs=sortal.Rngs(0)), mesh, policy)
+
+    def double(m, x):
+        m.kernel[...] = m.kernel * 2
+        return m(x)
+
+    x = jax.device_put(np.ones((8, 16), np.float32), NamedSharding(mesh, P("d")))
+    exported = again(sortal.export(double)(make(), x))
+    model, other = make(), make()
+    expected = sortal.jit(double)(other, x)
+    np.testing.assert_allclose(exported.call(model, x), expected, rtol=1e-6)
+    np.testing.assert_array_equal(model.kernel, other.kernel)
+    assert exported.exported.nr_devices == 8
+
+
+def test_functions_of_arrays_and_containers_of_models_are_exported_too():
+    exported = again(sortal.export(lambda x: {"twice": x * 2})(X))
+    np.testing.assert_array_equal(exported.call(X)["twice"], 2 * X)
+    pair = (Net(0), {"m": Net(1)})
+    exported = again(sortal.export(lambda p, x: p[0](x) + p[1]["m"](x))(pair, X))
+    expected = Net(0)(X) + Net(1)(X)
+    np.testing.assert_allclose(exported.call(pair, X), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("f", "args", "text"),
+    [
+        (lambda m: m, (Net(),), "adds, removes or returns Modules"),
+        (
+            lambda m: setattr(m, "n", sortal.Param(X)),
+            (Net(),),
+            "adds, removes",
+        ),
+        (lambda s: s, (sortal.state(Net()),), "export takes live models, not States"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(f, args, text):
+    with pytest.raises(ArgumentError, match=text):
+        sortal.export(f)(*args)
+
+
+def test_models_that_share_a_variable_are_refused():
+    a, b = Net(), Net()
+    b.norm.scale = a.norm.scale
+    with pytest.raises(ArgumentError, match="cannot share Variables"):
+        sortal.export(lambda a, b: a(X) + b(X))(a, b)
+
+
+def test_another_model_or_layout_is_refused_before_anything_is_written():
+    exported = sortal.export(lambda m, x: m(x))(Net(), X)
+    other = sortal.Linear(3, 2, rngs=sortal.Rngs(0))
+    with pytest.raises(ArgumentError) as e:
+        exported.call(other, X)
+    assert "model 0: missing: calls" in str(e.value)
+    assert "model 0: unknown: kernel" in str(e.value)
+    with pytest.raises(ArgumentError, match="was exported for the arguments"):
+        exported.call(Net(), X, X)
+    with pytest.raises(ArgumentError, match="no function that"):
+        sortal.Exported.deserialize(b"something else")
