@@ -124,6 +124,14 @@ def linen_class() -> Any:
     """The class of what ``to_linen`` makes.
 
     It is made at the first use, so that Flax is imported only where it is used.
+
+    Returns:
+      The class.
+
+    Example:
+      >>> from sortal.interop.linen import linen_class
+      >>> linen_class().__name__
+      'ToLinen'
     """
     from flax import linen
     from flax.core import FrozenDict, meta, unfreeze
