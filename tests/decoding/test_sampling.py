@@ -69,7 +69,7 @@ def exact(logits, temperature, top_k, top_p):
     """The definition in float64; the tokens of a cut's boundary may be either way."""
     x = np.asarray(logits, np.float64)
     p = np.exp((x - x.max()) / temperature)
-    order = np.argsort(-p, kind="stable")
+    order = np.argsort(-x, kind="stable")  # of p, all are 1 at a high temperature
     kept = order[:top_k]
     weights = p[kept] / p[kept].sum()
     if top_p is not None:

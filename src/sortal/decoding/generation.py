@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sortal._engine.variable import Cache, describe
 from sortal.decoding.sampling import (
@@ -186,7 +187,7 @@ class _Call:
                 f"{type(model).__name__} has no KVCache to decode with. Make them with "
                 "init_cache(model, batch, length)."
             )
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(caches)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(caches)):
             raise ArgumentError(
                 "generate and stream are loops of compiled programs and cannot be "
                 "called inside jit or another transform. Call them outside; inside, "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
@@ -185,7 +186,7 @@ def whole_number(name: str, found: Any, least: int, more: str = "") -> int:
 
 
 def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def _number(x: Any) -> float | None:

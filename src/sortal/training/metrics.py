@@ -173,13 +173,14 @@ def _keyword(metric: Metric, name: str, kwargs: dict[str, Any]) -> Any:
             f"{type(metric).__name__}.update needs the keyword {name!r}; found {found}."
             f" Write update({name}=...)."
         )
-    value = value_of(kwargs[name])
-    if not isinstance(value, (int, float)) and not hasattr(value, "dtype"):
+    value: Any = value_of(kwargs[name])
+    dtype = getattr(value, "dtype", None)
+    if not isinstance(value, (int, float)) and dtype is None:
         raise ArgumentError(
             f"{type(metric).__name__}.update takes an array or a number as {name!r}; "
             f"found a {type(value).__name__}. Write {name}=jnp.asarray(...)."
         )
-    if hasattr(value, "dtype") and not _is_real(value.dtype):
+    if dtype is not None and not _is_real(dtype):
         raise ArgumentError(
             f"{type(metric).__name__}.update takes real numbers as {name!r}; found "
             f"{describe(value)}."
@@ -266,16 +267,17 @@ class Welford(Metric):
                 "values[mask], or in a MultiMetric mask={name: mask} for the others."
             )
         values = _keyword(self, self.argname, kwargs)
+        # A number keeps its weak type, so that it does not widen the mean.
         number = isinstance(values, (int, float))
         count = 1 if number else values.size
         if count == 0:
             return
-        values = values if number else _floating(values)
+        array = None if number else _floating(values)
         before = self.count.value
         self.count[...] += count
-        delta = (values if number else values.mean()) - self.mean.value
+        delta = (values if array is None else array.mean()) - self.mean.value
         self.mean[...] += delta * count / self.count.value
-        inner = 0.0 if number else values.var() * count
+        inner = 0.0 if array is None else array.var() * count
         self.m2[...] += inner + delta * delta * count * before / self.count.value
 
     def compute(self) -> Statistics:
