@@ -10,11 +10,9 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
-from sortal._engine.graphdef import GraphDef
 from sortal._engine.variable import Variable
 from sortal.errors import VariableError
 from sortal.nnx import annotated as annotated
-from sortal.nnx import calls
 from sortal.nnx.keywords import ignoring
 
 
@@ -91,4 +89,3 @@ def _attach(kind: Any) -> None:
 
 
 _attach(Variable)
-GraphDef.apply = calls.apply  # type: ignore[attr-defined]

@@ -12,9 +12,11 @@ from sortal._engine.graphdef import GraphDef
 from sortal._engine.state import FlatState, State, as_state
 from sortal._engine.variable import is_variable
 from sortal.errors import ArgumentError, MergeError
+from sortal.nnx import calls
 from sortal.nnx.keywords import ignoring
 
 split = ignoring("graph")(functional.split)
+GraphDef.apply = calls.apply  # type: ignore[attr-defined]
 
 
 class GraphState(MutableMapping[Any, Any]):
