@@ -212,3 +212,47 @@ def test_statistics_per_device_are_those_of_each_devices_own_batch():
     )
     sortal.jit(mapped)(model, x)
     np.testing.assert_allclose(model.mean, 2 * x.reshape(8, 2).mean(1))
+
+
+def test_only_adapters_and_their_moments_are_divided_in_a_fine_tuning(alone):
+    """LoRA around attention: what is frozen is on every device, and stays as it was."""
+    mesh = mesh_of({"data": 8})
+    policy = {
+        sortal.LoRAParam: sortal.Rule(spec=LargestAxis("data", min_size=1)),
+        ...: sortal.Rule(spec=P()),
+    }
+
+    def make():
+        model = Llama(LLAMA, rngs=sortal.Rngs(0))
+        for block in model.blocks[:2]:
+            for name in ("query", "value"):
+                base = getattr(block.attention, name)
+                sizes = base.in_features, 8, base.out_features
+                lora = sortal.LoRA(*sizes, base_module=base, rngs=sortal.Rngs(1))
+                setattr(block.attention, name, lora)
+        tx = optax.adam(1e-2)
+        return model, sortal.Optimizer(model, tx, wrt=sortal.LoRAParam)
+
+    def step(model, optimizer, tokens):
+        wrt = sortal.DiffState(0, sortal.LoRAParam)
+        differentiate = sortal.value_and_grad(text_loss, argnums=wrt)
+        value, grads = differentiate(model, tokens)
+        optimizer.update(model, grads)
+        return value
+
+    one, both = make(), sortal.shard(make(), mesh, policy)
+    frozen = sortal.Param & ~sortal.OfType(sortal.LoRAParam)
+    before = sortal.state(both[0], frozen)
+    step, rows = sortal.jit(step), NamedSharding(mesh, P("data"))
+    for batch in batches("transformer")[:5]:
+        found = float(step(*both, jax.device_put(batch, rows)))
+        jax.block_until_ready(sortal.state(both).values_list())
+        np.testing.assert_allclose(found, float(step(*one, batch)), rtol=1e-5)
+    report = sortal.sharding_report(both, mesh, policy)
+    assert not report.elsewhere
+    divided = {r.path for r in report.rows if r.spec != P()}
+    adapters = [r.path for r in report.rows if r.kind is sortal.LoRAParam]
+    assert len(adapters) == 8
+    assert len(divided) == 8 * 3  # each, and its two moments
+    assert divided.issuperset(adapters)
+    assert sortal.state(both[0], frozen) == before

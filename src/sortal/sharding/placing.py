@@ -80,7 +80,8 @@ def specs(
     Metadata of the Variable (``spec``, or the names of axes in ``out_sharding``) comes
     first, then the first row of the Policy that takes the leaf, then the option
     ``spec`` of the kind, then where ``shard`` put it; all else is replicated, ``P()``.
-    Optimizer state has a row's spec, or else that of its parameter.
+    Optimizer state has the spec of its parameter, unless a row takes it that does not
+    take the parameter.
 
     Args:
       model: a Module, real or abstract, a State, or a container of these.

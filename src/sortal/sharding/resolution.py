@@ -2,9 +2,8 @@
 
 The rule, in one place for every pipeline: a Variable's metadata, then the first row of
 the Policy that takes the leaf, then the option of its kind, then where ``shard`` put
-it; what nothing speaks of is replicated. Optimizer state has the metadata of its
-parameters, so that there a row of its own comes first, and then the spec of the
-parameter.
+it; what nothing speaks of is replicated. Optimizer state has the spec of its parameter,
+unless a row takes it that does not take the parameter.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sortal._engine.foreign import is_kind
 from sortal._engine.paths import Path
 from sortal._engine.schema import Schema
-from sortal._engine.statics import EMPTY, PLACEMENT
-from sortal._engine.variable import OptState, Param
+from sortal._engine.statics import PLACEMENT
+from sortal._engine.variable import OptState
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
@@ -77,12 +76,15 @@ def resolve(
         )
         rows = list(schema.rows(leaves))
         given = [_named(*pair) for pair in zip(found.answers, found.by, strict=True)]
-        moments = [i for i, k in enumerate(schema.kinds) if is_kind(k, OptState)]
-        for i in moments:
-            path, kind, _, leaf = rows[i]
-            answer, by = table.decide("spec", path, kind, EMPTY, leaf)
-            if isinstance(by, int):
-                given[i] = _named(answer, by)
+        owners = _owners(schema)
+        for i, owner in owners.items():
+            its_own = _row_of_state(
+                table, rows[i], None if owner is None else rows[owner]
+            )
+            if its_own is not None:
+                given[i] = _named(*its_own)
+            elif owner is not None and given[i][1] != "metadata":
+                given[i] = WHOLE, UNRULED
     made = [
         _resolved(answer, by, value, mesh, schema, i)
         for i, ((answer, by), value) in enumerate(zip(given, values, strict=True))
@@ -91,7 +93,8 @@ def resolve(
         put = schema.metadata[i].get(PLACEMENT)
         if by == UNRULED and put is not None and (mesh is None or put.mesh == mesh):
             made[i] = Resolved(put.spec, "placement")
-    _follow_parameters(schema, values, made, moments)
+    for i, owner in owners.items():
+        made[i] = _of_state(made, i, owner, values)
     return made
 
 
@@ -159,39 +162,55 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 # ------------------------------------------------------------------ optimizer state
-def _follow_parameters(
-    schema: Schema, values: Sequence[Any], made: list[Resolved], moments: list[int]
-) -> None:
-    """Gives optimizer state that no row speaks of the spec of its parameter."""
-    if not moments:
-        return
-    at = set(moments)
-    owners: dict[Path, int] = {}
-    # The end of a moment's path is the path of its parameter below the model. Where two
-    # parameters have one end, that with the shorter path stands nearer to its model.
-    params = [
-        i for i, k in enumerate(schema.kinds) if is_kind(k, Param) and i not in at
-    ]
-    for k in range(max((len(schema.paths[i]) for i in params), default=0)):
-        for i in params:
+def _owners(schema: Schema) -> dict[int, int | None]:
+    """For each leaf of optimizer state its parameter, where that is here too.
+
+    The end of its path is the path of the parameter below the model. Where two have one
+    end, that of the shorter path is nearer to its model.
+    """
+    state = [i for i, kind in enumerate(schema.kinds) if is_kind(kind, OptState)]
+    if not state:
+        return {}
+    ends: dict[Path, int] = {}
+    others = [i for i, kind in enumerate(schema.kinds) if kind is not None]
+    others = sorted(set(others) - set(state))
+    for k in range(max((len(schema.paths[i]) for i in others), default=0)):
+        for i in others:
             if k < len(schema.paths[i]):
-                owners.setdefault(schema.paths[i][k:], i)
-    for i in moments:
-        path, (_, by) = schema.paths[i], made[i]
-        ends = (owners.get(path[k:]) for k in range(1, len(path)))
-        owner = next((o for o in ends if o is not None), None)
-        # A row by path that takes the parameter too was written for the parameter.
-        its = "" if owner is None else made[owner].by
-        stays = by == "placement" and its in ("", "placement", UNRULED)
-        if stays or (by.startswith("row") and by != its):
-            continue
-        if owner is not None:
-            shape, full = shape_of(values[i]), shape_of(values[owner])
-            spec = like_parameter(made[owner].spec, full, shape)
-            by = "parameter" if made[owner].by != UNRULED else UNRULED
-            made[i] = Resolved(spec, by)
-        elif by == "metadata" and len(made[i].spec) > len(shape_of(values[i])):
-            made[i] = Resolved(WHOLE, "parameter")
+                ends.setdefault(schema.paths[i][k:], i)
+    found: dict[int, int | None] = {}
+    for i in state:
+        path = schema.paths[i]
+        mine = (ends.get(path[k:]) for k in range(1, len(path)))
+        found[i] = next((at for at in mine if at is not None), None)
+    return found
+
+
+def _row_of_state(table: Policy, row: Any, owner: Any) -> tuple[Any, int] | None:
+    """The first row that speaks of optimizer state: not of its parameter as well."""
+    for number, (f, rule) in enumerate(table.rows, 1):
+        takes = rule.spec is not UNSET and f.test(*row)
+        if takes and (owner is None or not f.test(*owner)):
+            return rule.spec, number
+    return None
+
+
+def _of_state(
+    made: list[Resolved], i: int, owner: int | None, values: Sequence[Any]
+) -> Resolved:
+    """What one leaf of optimizer state has, once all others are known."""
+    mine, shape = made[i], shape_of(values[i])
+    if mine.by.startswith("row"):
+        return mine
+    if owner is None:
+        # Metadata is the parameter's, whose shape may be another.
+        short = mine.by == "metadata" and len(mine.spec) > len(shape)
+        return Resolved(WHOLE, "parameter") if short else mine
+    its = made[owner]
+    if its.by in ("placement", UNRULED) and mine.by == "placement":
+        return mine
+    spec = like_parameter(its.spec, shape_of(values[owner]), shape)
+    return Resolved(spec, UNRULED if its.by == UNRULED else "parameter")
 
 
 def like_parameter(
