@@ -341,7 +341,8 @@ def test_a_filter_that_an_earlier_one_swallows_is_an_error_that_shows_both(liter
     text = str(caught.value)
     assert f"filter 2, {second!r}, can take nothing" in text
     assert f"filter 1, {first!r}, comes first and takes all of it" in text
-    assert f"Write the narrower one first: {second!r}, {first!r}." in text
+    order = f"Write the narrower one first: {second!r}, {first!r}."
+    assert ("Write it once." if first == second else order) in text
 
 
 @pytest.mark.parametrize(

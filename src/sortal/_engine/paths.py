@@ -153,7 +153,7 @@ def _entries(pattern: str) -> list[list[str]]:
         if char == "\\":
             escaped = next(chars, "")
             if escaped not in ("\\", ".", "*"):
-                raise _bad_glob(pattern)
+                raise ArgumentError(_misspelt(pattern))
             entries[-1][-1] += escaped
         elif char == ".":
             entries.append([""])
@@ -162,12 +162,12 @@ def _entries(pattern: str) -> list[list[str]]:
         else:
             entries[-1][-1] += char
     if any(entry == [""] for entry in entries):
-        raise _bad_glob(pattern)
+        raise ArgumentError(_misspelt(pattern))
     return entries
 
 
-def _bad_glob(pattern: str) -> ArgumentError:
-    return ArgumentError(
+def _misspelt(pattern: str) -> str:
+    return (
         f"{pattern!r}: a path is entries joined by single dots, such as "
         "'encoder.layers.0.kernel', and a backslash stands before a dot, a star or a "
         "backslash that belongs to an entry."

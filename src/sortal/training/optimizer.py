@@ -174,7 +174,8 @@ class Optimizer(Pytree):
                 "update(model, grads) was given a State as the model. Write "
                 "optimizer.update(model, grads), with the live model first."
             )
-        if grads is None or type(grads) is tuple:
+        pair = type(grads) is tuple and not isinstance(model, (tuple, list))
+        if grads is None or pair:
             found = "None" if grads is None else f"a tuple of {len(grads)}"
             raise OptimizerError(
                 f"update needs the gradients; found {found}. Write "
