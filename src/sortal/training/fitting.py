@@ -20,6 +20,23 @@ ANEW = (
 )
 
 
+def check_arguments(model: Any, grads: Any) -> None:
+    """Refuses a State as the model, and no gradients or a loss beside them."""
+    if isinstance(model, State):
+        raise OptimizerError(
+            "update(model, grads) was given a State as the model. Write "
+            "optimizer.update(model, grads), with the live model first."
+        )
+    pair = type(grads) is tuple and not isinstance(model, (tuple, list))
+    if grads is None or pair:
+        found = "None" if grads is None else f"a tuple of {len(grads)}"
+        raise OptimizerError(
+            f"update needs the gradients; found {found}. Write "
+            "loss, grads = value_and_grad(f)(model), and then "
+            "optimizer.update(model, grads)."
+        )
+
+
 def dtypes(value: Any) -> tuple[Any, ...]:
     """The dtypes of the arrays in a value."""
     return tuple(map(dtype, jax.tree.leaves(value)))

@@ -38,6 +38,7 @@ from sortal.policy.policy import UNSET, Policy
 from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
 from sortal.training.fitting import (
     ANEW,
+    check_arguments,
     check_dtypes,
     check_paths,
     check_shapes,
@@ -169,19 +170,7 @@ class Optimizer(Pytree):
           TraceError: the model or this optimizer belongs to another trace than the
             current one; nothing is changed.
         """
-        if isinstance(model, State):
-            raise OptimizerError(
-                "update(model, grads) was given a State as the model. Write "
-                "optimizer.update(model, grads), with the live model first."
-            )
-        pair = type(grads) is tuple and not isinstance(model, (tuple, list))
-        if grads is None or pair:
-            found = "None" if grads is None else f"a tuple of {len(grads)}"
-            raise OptimizerError(
-                f"update needs the gradients; found {found}. Write "
-                "loss, grads = value_and_grad(f)(model), and then "
-                "optimizer.update(model, grads)."
-            )
+        check_arguments(model, grads)
         targets, params = _chosen(model, self.wrt)
         check_paths(
             "the model's trainable leaves",
