@@ -70,7 +70,9 @@ def _step(roots: Any) -> Callable[[], Any]:
 
     def call() -> Any:
         plus(*roots)
-        return jax.block_until_ready(sortal.state(roots).values_list())[-1]
+        # One by one, for the plan of an object is kept, that of a tuple is not.
+        values = [x for root in roots for x in sortal.state(root).values_list()]
+        return jax.block_until_ready(values)[-1]
 
     return call
 
