@@ -1175,7 +1175,9 @@ def _reset(variable: Variable, value: Any, metadata: Any) -> None:
 
 
 @contextlib.contextmanager
-def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
+def _inside(
+    tree: Any, *, compiled: bool = True, refusal: type[Exception] = TypeError
+) -> Iterator[Any]:
     """A trace that the objects in ``tree`` were passed to; undone by an error.
 
     Every value is another array in it, so that a write shows by identity.
@@ -1198,7 +1200,7 @@ def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
             continue  # an empty tree to JAX
         if not isinstance(value, (Arr, np.ndarray, np.generic, numbers.Number)):
             if compiled:
-                raise TypeError
+                raise refusal
             continue  # a gradient only closes over it
         inner = lift(value)
         inner = Arr(inner.val, inner.dot)
@@ -1269,10 +1271,15 @@ def _rebuilt(out: Any) -> Any:
     return lift(out) if isinstance(out, (int, float)) else out
 
 
-def _call(f: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(
+    f: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    refusal: type[Exception] = TypeError,
+) -> Any:
     f, first = _unbound(f)
     args = (*first, *args)
-    with _inside((args, kwargs)):
+    with _inside((args, kwargs), refusal=refusal):
         out = f(*args, **kwargs)
         Walk(tuple(_roots((args, kwargs, out))))
     return _released(out, _traces.now)
@@ -1292,7 +1299,8 @@ def _unbound(f: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def jit(f: Any) -> Any:
-    return lambda *args, **kwargs: _call(f, args, kwargs)
+    # Refused in a sentence of its own, not in JAX's.
+    return lambda *args, **kwargs: _call(f, args, kwargs, ArgumentError)
 
 
 def remat(f: Any) -> Any:
