@@ -210,14 +210,12 @@ def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
     if mesh.empty or not _concrete(value):
         return value
     spec = spec_of(names, metadata.get("sharding_rules"))
-    if mesh.are_all_axes_explicit:
-        return jax.sharding.reshard(value, NamedSharding(mesh, spec))
-    if not mesh.are_all_axes_auto:
+    if not (mesh.are_all_axes_explicit or mesh.are_all_axes_auto):
         raise ArgumentError(
             "a Variable can be put on a mesh whose axes are all Explicit or all Auto; "
             f"found {mesh.axis_types}. Pass eager_sharding=False and place it yourself."
         )
-    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+    return put(value, NamedSharding(mesh, spec))
 
 
 def _concrete(value: Any) -> bool:

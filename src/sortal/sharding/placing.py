@@ -14,7 +14,6 @@ from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import check_writable
 from sortal.errors import ShardingError, listing
-from sortal.policy.policy import Policy
 from sortal.sharding.mesh_axes import put, use_eager_sharding
 from sortal.sharding.resolution import Resolved, check_specs, resolve
 from sortal.transforms.compile import eval_shape
@@ -34,10 +33,6 @@ class OnMesh(NamedTuple):
         """The sharding of each leaf."""
         return [NamedSharding(self.mesh, spec) for spec, _ in self.found]
 
-    def state(self, answers: Sequence[Any]) -> State:
-        """A State with an answer in the place of each value."""
-        return snapshot(self.plan.graphdef.schema, list(answers))
-
 
 def on_mesh(model: Any, mesh: Any, policy: Any, rules: Any) -> OnMesh:
     """The specs of a model on a mesh, checked.
@@ -49,7 +44,7 @@ def on_mesh(model: Any, mesh: Any, policy: Any, rules: Any) -> OnMesh:
       rules: pairs of a name of an axis and a mesh axis.
 
     Returns:
-      A OnMesh.
+      An OnMesh.
 
     Raises:
       ShardingError: there is no mesh, or specs do not fit; all are listed.
@@ -63,13 +58,9 @@ def on_mesh(model: Any, mesh: Any, policy: Any, rules: Any) -> OnMesh:
             raise ShardingError(
                 "there is no mesh; pass mesh=, or call it within jax.set_mesh(mesh)."
             )
-    found = resolve(schema, values, _policy(policy), mesh, plan.view, rules)
+    found = resolve(schema, values, policy, mesh, plan.view, rules)
     check_specs(schema, values, [spec for spec, _ in found], mesh)
     return OnMesh(plan, values, found, mesh)
-
-
-def _policy(given: Any) -> Policy | None:
-    return given if given is None else Policy(given)
 
 
 def specs(
@@ -108,7 +99,7 @@ def specs(
     """
     plan = bind(model)
     schema, values = plan.graphdef.schema, plan.values()
-    found = resolve(schema, values, _policy(policy), mesh, plan.view, rules)
+    found = resolve(schema, values, policy, mesh, plan.view, rules)
     return snapshot(schema, [spec for spec, _ in found])
 
 
@@ -140,7 +131,7 @@ def named_shardings(
       []
     """
     found = on_mesh(model, mesh, policy, rules)
-    return found.state(found.shardings())
+    return snapshot(found.plan.graphdef.schema, found.shardings())
 
 
 def shard(model: M, mesh: Mesh, policy: Any = None, *, rules: Any = ()) -> M:

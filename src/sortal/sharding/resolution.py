@@ -45,7 +45,7 @@ class Resolved(NamedTuple):
 def resolve(
     schema: Schema,
     values: Sequence[Any],
-    policy: Policy | None = None,
+    policy: Any = None,
     mesh: Any = None,
     view: Callable[[], Sequence[Any]] | None = None,
     rules: Any = (),
@@ -55,7 +55,7 @@ def resolve(
     Args:
       schema: the leaves.
       values: their values, or what has their shapes.
-      policy: its ``spec`` column is read.
+      policy: a Policy, or a mapping of filter to Rule, whose ``spec`` column is read.
       mesh: the mesh, for specs that are functions of it.
       view: gives the leaves themselves, for filters that look at values.
       rules: pairs of a name of an axis and a mesh axis.
@@ -68,7 +68,7 @@ def resolve(
       PolicyError: a kind or a Variable has an answer that is no spec.
       ShardingError: a spec is a function of the mesh, and there is none.
     """
-    table = Policy({}) if policy is None else policy
+    table = Policy({} if policy is None else policy)
     with more_rules(rules or ()):
         found = table.find("spec", schema, view)
         leaves = (

@@ -17,6 +17,7 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
 from sortal.filters import to_filter
 from sortal.module import Pytree
+from sortal.training.fitting import dtype
 
 M = TypeVar("M")
 
@@ -74,7 +75,7 @@ class EMA(Pytree):
         at = [
             i
             for i, (a, b) in enumerate(zip(values, wide, strict=True))
-            if jax.tree.map(_dtype, a) != jax.tree.map(_dtype, b)
+            if jax.tree.map(dtype, a) != jax.tree.map(dtype, b)
         ]
         picked = found.schema.pick(at)
         self.wide = snapshot(picked, [wide[i] for i in at]) if at else None
@@ -169,19 +170,15 @@ def _check_averages(found: State, only: Any) -> None:
 
 
 def _is_inexact(x: Any) -> bool:
-    return bool(jnp.issubdtype(_dtype(x), jnp.inexact))
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return bool(jnp.issubdtype(dtype(x), jnp.inexact))
 
 
 def _widened(x: Any) -> Any:
-    return jnp.asarray(x, jnp.promote_types(_dtype(x), jnp.float32))
+    return jnp.asarray(x, jnp.promote_types(dtype(x), jnp.float32))
 
 
 def _rounded(mean: Any, old: Any) -> Any:
-    return mean if mean.dtype == _dtype(old) else mean.astype(_dtype(old))
+    return mean if mean.dtype == dtype(old) else mean.astype(dtype(old))
 
 
 def _check_paths(tracked: Schema, found: Schema, *, wider: bool) -> None:
