@@ -133,6 +133,11 @@ def register_variable(base: type, handler: VariableHandler) -> None:
     _found.clear()
 
 
+def variable_bases() -> tuple[type, ...]:
+    """The classes that all Variables of the libraries registered so far derive from."""
+    return tuple(_handlers)
+
+
 def handler_of_kind(kind: type) -> VariableHandler | None:
     """The handler for Variables of a class; None where no other library has it."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,17 @@ from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.state import State
 from sortal._engine.variable import Param, Variable, describe
-from sortal.filters import At, Filter, OfType, WithTag, to_filter
+from sortal.errors import FilterError
+from sortal.filters import (
+    At,
+    Filter,
+    Nothing,
+    OfType,
+    WithTag,
+    leaf_filter,
+    parts,
+    to_filter,
+)
 from sortal.functional import state as state_of
 from sortal.inspect.naming import full_name, labels
 
@@ -252,7 +262,7 @@ def facts(model: Any, *filters: Any) -> Facts:
     read = tuple(map(to_filter, filters))
     plan = bind(model)
     schema = plan.graphdef.schema
-    named = [f.type for f in _parts(read) if isinstance(f, OfType)]
+    named = [f.type for f in parts(read) if isinstance(f, OfType)]
     names = labels([*schema.kinds, *named])
     rows = [leaf._replace(label=names[leaf.kind]) for leaf in leaves(model)]
     taken = []
@@ -266,6 +276,8 @@ def facts(model: Any, *filters: Any) -> Facts:
     tags = [m["tag"] for m in schema.metadata if "tag" in m]
     notes = [
         *_idle_filters(table, read, taken),
+        *_idle_parts(table, read, list(schema.rows(plan.view()))),
+        *_classes_of_objects(read),
         *_tag_hints(read, schema.paths, tags, rows),
         *_wide_filters(read, taken),
         *_namesakes(rows, named),
@@ -287,13 +299,6 @@ def _filter_row(
     )
 
 
-def _parts(filters: Iterable[Filter]) -> Iterator[Filter]:
-    """The filters and all that they are combined from."""
-    for f in filters:
-        yield f
-        yield from _parts(getattr(f, "filters", ()))
-
-
 def _idle_filters(
     table: Sequence[FilterRow], read: Sequence[Filter], taken: Sequence[Match]
 ) -> Iterator[str]:
@@ -312,13 +317,34 @@ def _idle_filters(
         )
 
 
+def _idle_parts(
+    table: Sequence[FilterRow], read: Sequence[Filter], rows: Sequence[Any]
+) -> Iterator[str]:
+    for row, whole in zip(table, read, strict=True):
+        inner = [f for f in parts((whole,)) if f is not whole]
+        for f in inner if row.matches else ():
+            named = isinstance(f, (Nothing, WithTag)) or hasattr(f, "filters")
+            if not named and not any(f.test(*leaf) for leaf in rows):
+                yield (
+                    f"Filter {row.number}, {row.label}: its part {f!r} matches no leaf."
+                )
+
+
+def _classes_of_objects(read: Sequence[Filter]) -> Iterator[str]:
+    for f in read:
+        try:
+            leaf_filter(f)
+        except FilterError as error:
+            yield str(error)
+
+
 def _tag_hints(
     read: Sequence[Filter],
     paths: Sequence[Path],
     tags: Sequence[str],
     rows: Sequence[LeafRow],
 ) -> Iterator[str]:
-    texts = [f.tag for f in _parts(read) if isinstance(f, WithTag)]
+    texts = [f.tag for f in parts(read) if isinstance(f, WithTag)]
     for text in texts:
         if text in tags:
             continue
