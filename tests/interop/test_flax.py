@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal._engine.plan import plan_of
-from sortal.errors import AxisError, UnsupportedError, UpdateError
+from sortal.errors import ArgumentError, AxisError, UnsupportedError, UpdateError
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -218,6 +219,38 @@ def test_variables_that_are_no_plain_boxes_are_refused_by_path():
     text = str(caught.value)
     assert "a (Param): made with ref=True" in text
     assert "b (Param): its metadata 'names' cannot be hashed" in text
+
+
+@pytest.mark.skipif(
+    not hasattr(nnx.variablelib, "HijaxVariable"), reason="this Flax has none"
+)
+def test_variables_of_hijax_are_refused_by_path():
+    """Their class is none of Variable's, so that they would be arrays or statics."""
+    with nnx.var_defaults(hijax=True):
+        linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        variable = nnx.Param(jnp.ones(2))
+    holder = sortal.Sequential(linear)
+    holder.w = variable
+    for use in (
+        lambda: sortal.state(linear, sortal.Param),
+        lambda: sortal.split([linear]),
+        lambda: sortal.state(holder),
+        lambda: sortal.state([variable]),
+        lambda: sortal.grad(lambda m: m(X[:, :2]).sum())(linear),
+        lambda: sortal.jit(lambda m: m)(holder),
+        lambda: sortal.jit(lambda v: v)(variable),
+        lambda: sortal.Optimizer(linear, optax.sgd(0.1)),
+    ):
+        with pytest.raises(UnsupportedError, match="hijax=True") as error:
+            use()
+        assert "make it without" in str(error.value)
+    with pytest.raises(UnsupportedError) as error:
+        sortal.state(holder)
+    assert re.findall(r"^  (\S+) ", str(error.value), re.MULTILINE) == [
+        "layers.0.bias",
+        "layers.0.kernel",
+        "w",
+    ]
 
 
 # ------------------------------------------------------------------------ staleness
@@ -761,6 +794,32 @@ def test_eval_and_train_reach_the_layers_of_flax_in_a_module():
     assert not model.norm.use_running_average
     model(x)
     assert (model.norm.mean[...] != mean).any()
+
+
+@pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])
+@pytest.mark.parametrize("inner", [sortal, nnx], ids=["sortal", "flax"])
+def test_set_attributes_reaches_the_modules_of_both(outer, inner):
+    model = mixed(outer, inner)
+    x = jnp.ones((4, 3)) + jnp.arange(3)
+    sortal.set_attributes(model, deterministic=True, use_running_average=True)
+    np.testing.assert_allclose(model(x), x / np.sqrt(1 + 1e-5), rtol=1e-5)
+    sortal.set_attributes(model, inner.Dropout, deterministic=False)
+    assert not model.drop.deterministic
+    assert model.norm.use_running_average
+    with pytest.raises(ArgumentError, match="no module of 4 chosen has the attribute"):
+        sortal.set_attributes(model, determinstic=True)
+
+
+def test_explain_says_where_the_eval_of_flax_stopped():
+    """Flax's own method walks Flax's modules alone."""
+    model = mixed(nnx, sortal)
+    assert "evaluation" not in str(sortal.explain(model, ...))
+    model.eval()
+    text = str(sortal.explain(model, ...)).replace("\n", " ")
+    assert "deterministic is True in Flax's modules (own) and False in Sortal's" in text
+    assert "sortal.set_attributes(model, deterministic=True)" in text
+    sortal.set_attributes(model, deterministic=True, use_running_average=True)
+    assert "Flax's modules" not in str(sortal.explain(model, ...))
 
 
 @pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])

@@ -32,6 +32,7 @@ from sortal.filters import (
 )
 from sortal.functional import state as state_of
 from sortal.inspect.naming import full_name, labels
+from sortal.module import Module, iter_modules
 
 Kind = type | None
 
@@ -282,6 +283,7 @@ def facts(model: Any, *filters: Any) -> Facts:
         *_wide_filters(read, taken),
         *_namesakes(rows, named),
         *_trained_statistics(rows),
+        *_split_modes(model),
     ]
     return Facts(tuple(taken), table, tuple(dict.fromkeys(notes)))
 
@@ -427,6 +429,26 @@ def _trained_statistics(rows: Sequence[LeafRow]) -> Iterator[str]:
                 f"{group[0].label} is a subclass of Param, so that wrt=Param trains "
                 f"it: {_some(at)}. Derive it from Variable if it is recorded rather "
                 "than learned."
+            )
+
+
+def _split_modes(model: Any) -> Iterator[str]:
+    """Where one library's modules are all in training, the other's in evaluation."""
+    modules = list(iter_modules(model))
+    for name in ("deterministic", "use_running_average"):
+        having = [(p, m) for p, m in modules if isinstance(getattr(m, name, 0), bool)]
+        ours = {show(p): getattr(m, name) for p, m in having if isinstance(m, Module)}
+        theirs = {
+            show(p): getattr(m, name) for p, m in having if not isinstance(m, Module)
+        }
+        modes = {*theirs.values()}, {*ours.values()}
+        if [*map(len, modes)] == [1, 1] and modes[0] != modes[1]:
+            (there,), (here,) = modes
+            yield (
+                f"{name} is {there} in Flax's modules ({_some([*theirs])}) and {here} "
+                f"in Sortal's ({_some([*ours])}). Flax's own eval() and train() reach "
+                f"Flax's modules alone: write sortal.set_attributes(model, {name}="
+                f"{there})."
             )
 
 

@@ -80,12 +80,7 @@ class FlaxVariables(VariableHandler):
     def refusal(self, variable: Any) -> str:
         metadata = self._get_metadata(variable)
         modes = [mode for mode in ("ref", "hijax") if metadata.get(mode)]
-        if not modes:
-            return ""
-        return (
-            f"made with {modes[0]}=True, so that its value is no plain array; make it "
-            "without"
-        )
+        return _BOXED.format(modes[0]) if modes else ""
 
     def make(self, kind: type, value: Any, metadata: Metadata) -> Any:
         made = object.__new__(kind)
@@ -93,6 +88,19 @@ class FlaxVariables(VariableHandler):
         self._set_metadata(made, dict(metadata))
         self._set(made, value)
         return made
+
+
+class HijaxVariables(VariableHandler):
+    """Variables of Flax in a hijax type, which are of no class of a kind."""
+
+    def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
+        return [{} for _ in variables]
+
+    def refusal(self, variable: Any) -> str:
+        return _BOXED.format("hijax")
+
+
+_BOXED = "made with {}=True, so that its value is no plain array; make it without"
 
 
 class Shape(NamedTuple):
@@ -247,6 +255,9 @@ def register() -> None:
             "Write pip install --upgrade flax."
         )
     register_variable(nnx.Variable, FlaxVariables())
+    hijax = getattr(nnx.variablelib, "HijaxVariable", None)
+    if hijax is not None:
+        register_variable(hijax, HijaxVariables())
     register_node(nnx.Pytree, FlaxObjects())
     for bridging in (nnx.bridge.Module, nnx.bridge.ToNNX):
         register_node(bridging, FlaxBridges())
