@@ -324,10 +324,11 @@ def iter_modules(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Module
     """
     if _unknown:
         refuse_unknown("iter_modules", _unknown)
-    return iter_nodes(node, _is_module)
+    return iter_nodes(node, is_module)
 
 
-def _is_module(x: Any) -> bool:
+def is_module(x: Any) -> bool:
+    """Whether ``x`` is a Module, of Sortal or of another library."""
     return isinstance(x, Module) or is_kind(type(x), Module)  # Flax's is its pair
 
 
@@ -354,7 +355,7 @@ def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Mod
     handler = handler_of(node)
     attributes = handler.items(node) if has_plan(node) else {}
     pairs = sorted(attributes.items(), key=lambda pair: order(pair[0]))
-    return ((name, x) for name, x in pairs if _is_module(x))
+    return ((name, x) for name, x in pairs if is_module(x))
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))

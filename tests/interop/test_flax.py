@@ -796,6 +796,53 @@ def test_eval_and_train_reach_the_layers_of_flax_in_a_module():
     assert (model.norm.mean[...] != mean).any()
 
 
+class Mixed(nnx.Module):
+    """A layer of each library in a module of Flax."""
+
+    def __init__(self):
+        self.theirs = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        self.ours = sortal.Linear(3, 2, rngs=sortal.Rngs(1))
+
+    def __call__(self, x):
+        return self.ours(self.theirs(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_flax_s_optimizer_says_that_it_would_not_train_a_layer_of_ours(compiled):
+    model = Mixed()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    def step(model, optimizer):
+        grads = sortal.grad(lambda m: (m(X) ** 2).mean())(model)
+        optimizer.update(model, grads)
+
+    before = flat(sortal.state(model))
+    with pytest.raises(UnsupportedError) as error:
+        (sortal.jit(step) if compiled else step)(model, optimizer)
+    text = str(error.value)
+    assert text.startswith("Flax does not see these Variables of Sortal, and would")
+    assert "ours.kernel (Param)" in text
+    assert "theirs.kernel" not in text
+    assert "Write sortal.Optimizer(model, tx)" in text
+    after = flat(sortal.state(model))
+    assert all((after[path] == before[path]).all() for path in before)
+    ours = sortal.Optimizer(model, optax.sgd(0.1))
+    ours.update(model, sortal.grad(lambda m: (m(X) ** 2).mean())(model))
+    after = flat(sortal.state(model))
+    assert all((after[path] != before[path]).any() for path in before)
+
+
+def test_flax_s_optimizer_trains_its_own_layers_by_a_state_without_ours():
+    model = Mixed()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    loss = lambda m: (m(X) ** 2).mean()  # noqa: E731
+    grads = sortal.grad(loss, wrt=sortal.Param & sortal.Under("theirs"))(model)
+    before = flat(sortal.state(model))
+    optimizer.update(model, grads)
+    after = flat(sortal.state(model))
+    assert (after["theirs", "kernel"] != before["theirs", "kernel"]).any()
+
+
 @pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])
 @pytest.mark.parametrize("inner", [sortal, nnx], ids=["sortal", "flax"])
 def test_set_attributes_reaches_the_modules_of_both(outer, inner):
@@ -844,3 +891,78 @@ def test_modules_of_both_are_iterated(outer, inner):
     assert found[("drop",)] is model.drop
     children = [name for name, _ in sortal.iter_children(model)]
     assert children == ["drop", "norm", "own"]
+
+
+# ------------------------------------------------------------------------- sowing
+class Sows(nnx.Module):
+    """Sows and perturbs, and holds a module of either library that does."""
+
+    def __init__(self, inner=None):
+        self.inner = inner
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "x", x)
+        x = self.perturb("at", 2 * x)
+        return x if self.inner is None else self.inner(x)
+
+
+class OurSows(sortal.Module):
+    __init__, __call__ = Sows.__init__, Sows.__call__
+
+
+NESTED = {
+    "flax": lambda: Sows(Sows()),
+    "sortal in flax": lambda: Sows(OurSows()),
+    "flax in sortal": lambda: OurSows(Sows(Sows())),
+    "in turns": lambda: OurSows(Sows(OurSows(Sows()))),
+}
+
+
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="this Flax has none")
+@pytest.mark.parametrize("kinds", [sortal, nnx], ids=["our kinds", "Flax's kinds"])
+@pytest.mark.parametrize("name", NESTED)
+def test_what_modules_of_flax_sow_is_captured(name, kinds):
+    from sortal.nnx import capture
+
+    model = NESTED[name]()
+    depth = len(list(sortal.iter_modules(model)))
+    x = jnp.array(3.0)
+    out, sown, zeros = capture(model, kinds.Intermediate, kinds.Perturbation)(x)
+    assert out == x * 2**depth
+    paths = [("inner",) * n for n in range(depth)]
+    assert {p: v.get_value() for p, v in sown.flat_state()} == {
+        (*p, "x"): (x * 2**n,) for n, p in enumerate(paths)
+    }
+    assert {p: v.get_value() for p, v in zeros.flat_state()} == {
+        (*p, "at"): 0 for p in paths
+    }
+    assert not sortal.state(model).paths()
+    loss = lambda zeros, model: capture(model, init=zeros)(x)  # noqa: E731
+    grads = sortal.grad(loss)(zeros, model)
+    assert {p: v.get_value() for p, v in grads.flat_state()} == {
+        (*p, "at"): 2 ** (depth - 1 - n) for n, p in enumerate(paths)
+    }
+
+    @sortal.jit
+    def forward(model, x):
+        return capture(model, kinds.Intermediate)(x)
+
+    _, again = forward(model, x)
+    assert again.paths() == sown.paths()
+    assert not sortal.state(model).paths()
+
+
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="this Flax has none")
+def test_after_an_error_modules_of_flax_capture_nothing():
+    from sortal.nnx import capture
+
+    class Fails(Sows):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "x", x)
+            raise RuntimeError
+
+    model = Sows(Fails())
+    with pytest.raises(RuntimeError):
+        capture(model, nnx.Intermediate)(1.0)
+    assert [k for k in vars(model) if "captures" in k] == []
+    assert [k for k in vars(model.inner) if "captures" in k] == []

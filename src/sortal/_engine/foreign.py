@@ -154,6 +154,11 @@ def pair(ours: type, theirs: type) -> None:
     _twins[ours], _twins[theirs] = theirs, ours
 
 
+def twin(kind: type) -> type:
+    """The kind that is paired with ``kind``; itself where there is none."""
+    return _twins.get(kind, kind)
+
+
 def ancestry(kind: type) -> Iterator[type]:
     """A kind, its bases, and the kinds that they are paired with."""
     for base in kind.__mro__:

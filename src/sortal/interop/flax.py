@@ -28,7 +28,7 @@ from sortal._engine.jax_compat import current_trace
 from sortal._engine.nodes import Handler, Node, register_node
 from sortal._engine.state import State
 from sortal._engine.statics import Metadata, is_hashable
-from sortal.errors import UnsupportedError
+from sortal.errors import UnsupportedError, listing
 from sortal.module import Module
 from sortal.nn.lora import LoRAParam
 from sortal.transforms import autodiff
@@ -306,6 +306,16 @@ def _with_subclasses(cls: type) -> Iterator[type]:
 
 
 def _items(state: State) -> tuple[list[tuple[Any, Any]], None]:
+    """The entries of a State for Flax's functions, such as its Optimizer."""
+    kinds = state.schema.kinds
+    unseen = [i for i, k in enumerate(kinds) if k and issubclass(k, _kinds.Variable)]
+    if unseen:
+        raise UnsupportedError(
+            "Flax does not see these Variables of Sortal, and would leave them out:\n"
+            + listing(map(state.schema.describe, unseen))
+            + "\nWrite sortal.Optimizer(model, tx), which trains layers of both, or "
+            "give Flax a State without them, as state.filter(Under('encoder'))."
+        )
     return [(key, state[key]) for key in sorted(state, key=paths.order)], None
 
 
