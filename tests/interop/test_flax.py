@@ -8,6 +8,7 @@ import gc
 import re
 import subprocess
 import sys
+import tempfile
 import weakref
 from typing import Any
 
@@ -966,3 +967,77 @@ def test_after_an_error_modules_of_flax_capture_nothing():
         capture(model, nnx.Intermediate)(1.0)
     assert [k for k in vars(model) if "captures" in k] == []
     assert [k for k in vars(model.inner) if "captures" in k] == []
+
+
+# ------------------------------------------------------------------------ every verb
+def averaged(model):
+    ema = sortal.EMA(model, decay=0.5, only=sortal.Param)
+    sortal.update(
+        model, jax.tree.map(lambda x: x + 1, sortal.state(model, sortal.Param))
+    )
+    ema.update(model)
+    return sortal.state(ema.apply_to(model))
+
+
+def popped(model):
+    model.seen = type(model.norm.mean)(jnp.ones(2))
+    return sortal.pop(model, lambda path, leaf: path[0] == "seen"), sortal.state(model)
+
+
+def restored(model):
+    with tempfile.TemporaryDirectory() as place:
+        sortal.save(place, model, step=1)
+        before = sortal.state(model)
+        sortal.update(model, {"norm": {"scale": jnp.zeros(3)}})
+        sortal.restore(place, model)
+    return before, sortal.state(model)
+
+
+def sharded(model):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    policy = {sortal.Param: sortal.Rule(spec=P("d"))}
+    made = sortal.shard(model, mesh, policy)
+    state = sortal.state(made)
+    where = {path: str(x.get_value().sharding.spec) for path, x in state.flat_state()}
+    return state, where, str(sortal.specs(made, policy))
+
+
+def captured(model):
+    from sortal.nnx import capture
+
+    return capture(model, sortal.Intermediate)(jnp.ones((2, 3)))[1]
+
+
+VERBS = {
+    "state": lambda m: sortal.state(m, sortal.Param),
+    "split and merge": lambda m: sortal.state(sortal.merge(*sortal.split(m))),
+    "variables": lambda m: sortal.variables(m),
+    "clone": lambda m: sortal.state(sortal.clone(m, arrays=True)),
+    "pop": popped,
+    "iter_graph": lambda m: [
+        p for p, x in sortal.iter_graph(m) if p and not isinstance(x, tuple)
+    ],
+    "iter_modules": lambda m: [p for p, _ in sortal.iter_modules(m)],
+    "iter_children": lambda m: [name for name, _ in sortal.iter_children(m)],
+    "explain": lambda m: str(sortal.explain(m, sortal.Param, sortal.BatchStat)).count(
+        "own.rngs"
+    ),
+    "tabulate": lambda m: str(sortal.tabulate(m)).count("own.rngs"),
+    "EMA": averaged,
+    "save and restore": restored,
+    "shard": sharded,
+    "reseed": lambda m: (sortal.reseed(m, default=3), sortal.state(m, sortal.RngKey)),
+    "capture": captured,
+}
+
+
+def comparable(x):
+    if isinstance(x, sortal.State):
+        return {path: bits(x).tolist() for path, x in x.flat_state()}
+    return [comparable(y) for y in x] if isinstance(x, tuple) else x
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_does_to_a_model_of_flax_what_it_does_to_ours(name):
+    theirs, ours = VERBS[name](mixed(nnx, nnx)), VERBS[name](mixed(sortal, sortal))
+    assert comparable(theirs) == comparable(ours)
