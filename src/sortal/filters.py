@@ -267,8 +267,12 @@ class At(Filter):
     def __post_init__(self) -> None:
         _check_glob(self, self.pattern)
 
+    def fits(self) -> Callable[[str], bool]:
+        """The compiled pattern, a function of a path as text."""
+        return paths.glob(self.pattern)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.glob(self.pattern)(paths.joined(path))
+        return self.fits()(paths.joined(path))
 
     def __repr__(self) -> str:
         return f"At({self.pattern!r})"
@@ -295,8 +299,12 @@ class Under(Filter):
     def __post_init__(self) -> None:
         _check_glob(self, self.prefix)
 
+    def fits(self) -> Callable[[str], bool]:
+        """The compiled prefix, a function of a path as text."""
+        return paths.glob(self.prefix, True)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.glob(self.prefix, True)(paths.joined(path))
+        return self.fits()(paths.joined(path))
 
     def covers(self, other: Filter) -> bool:
         if isinstance(other, Under):
