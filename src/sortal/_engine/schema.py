@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sortal._engine.foreign import handler_of_kind
 from sortal._engine.paths import Path, show
 from sortal._engine.statics import EMPTY, Interned, Metadata
 from sortal.errors import FilterError, listing
@@ -42,6 +43,12 @@ class Schema(Interned):
     def index(self) -> dict[Path, int]:
         """Path to position."""
         return self.memo("index", lambda: {p: i for i, p in enumerate(self.paths)})
+
+    @property
+    def has_foreign(self) -> bool:
+        """Whether some of the leaves are Variables of another library."""
+        kinds = filter(None, self.kinds)
+        return self.memo("foreign", lambda: any(map(handler_of_kind, kinds)))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -366,7 +366,7 @@ class _Scan:
             is_leaf=is_answer,
         )
         bound = self.operands.bound
-        out = write_back(bound, Result(stacked, values, fresh, effects))
+        out = write_back(bound, Result(effects, (stacked, values, fresh)))
         if self.out_at is None:
             return out
         carry = resolve(tree, bound.roots)

@@ -60,7 +60,7 @@ def as_declared(result: Result, given: Any) -> Result:
         edits = effects.edits
         new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
         fresh = _as_declared(edits.graphdef.schema.pick(new), fresh)
-    return Result(result.out, values, fresh, effects)
+    return Result(effects, (result.out, values, fresh))
 
 
 def declares(given: Any) -> bool:
@@ -267,7 +267,7 @@ class _Packed:
         effects = Effects(tuple(written), effects.outputs, effects.edits)
         of_leaf = {**self._answers.of_leaf, **moved}
         answers = [of_leaf.get(k) for k in written] + self._of_new(result)
-        result = Result(result.out, [*written.values()], result.fresh, effects)
+        result = Result(effects, (result.out, [*written.values()], result.fresh))
         sent = map(self._send, answers, [*result.values, *result.fresh])
         return self._lanes.sort(result, sent)
 
