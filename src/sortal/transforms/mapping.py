@@ -12,11 +12,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from sortal._engine.foreign import to_native
+from sortal._engine.foreign import same_kind, to_native
 from sortal._engine.jax_compat import differs_in_vmap, varying_axes
 from sortal._engine.leaves import held
 from sortal._engine.schema import Schema
-from sortal._engine.variable import describe
+from sortal._engine.variable import RngCount, RngKey, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
@@ -251,18 +251,25 @@ def check_ranks(spread: Spread) -> None:
       AxisError: some leaves have fewer axes; all are listed.
     """
     bad = [
-        f"{plan.graphdef.schema.describe(j)}: {describe(x)} has no axis {axis}"
+        (plan.graphdef.schema, j, f"{describe(x)} has no axis {axis}")
         for plan, axes in zip(spread.bound.plans, spread.roots, strict=True)
         for j, (axis, value) in enumerate(zip(axes, plan.values(), strict=True))
         if isinstance(axis, int)
         for x in _without(axis, value)
     ]
-    if bad:
-        raise AxisError(
-            f"these leaves do not have the axis they are to be mapped over:\n"
-            f"{listing(bad)}\nGive them axis None, as in StateAxes({{Kind: None, "
-            "...: 0})."
-        )
+    if not bad:
+        return
+    remedies = ["Give them axis None, as in StateAxes({Kind: None, ...: 0})."]
+    drawn = [
+        any(same_kind(s.kinds[j], k) for k in (RngKey, RngCount)) for s, j, _ in bad
+    ]
+    if any(drawn):  # with axis None all replicas would draw the same
+        remedies.insert(0, "Divide random streams first, by @split_rngs(splits=n).")
+    raise AxisError(
+        "these leaves do not have the axis they are to be mapped over:\n"
+        f"{listing(f'{s.describe(j)}: {why}' for s, j, why in bad)}\n"
+        + " ".join(remedies[: 1 if all(drawn) else None])
+    )
 
 
 def _without(axis: int, value: Any, more: int = 0) -> list[Any]:
