@@ -140,9 +140,9 @@ def test_jaxs_own_export_of_a_jitted_function_is_refused_with_what_to_write(args
     with pytest.raises(ArgumentError, match=r"(?s)sortal\.export\(f\)\(\.\.\.\)"):
         jax.export.export(f)(*args)
     placed = sortal.jit(f, out_shardings=jax.sharding.SingleDeviceSharding(DEVICE))
-    with pytest.raises(ArgumentError, match="sortal.export"):
+    with pytest.raises(ArgumentError, match=r"sortal\.export"):
         jax.export.export(placed)(*args)
-    with pytest.raises(ArgumentError, match="sortal.export"):
+    with pytest.raises(ArgumentError, match=r"sortal\.export"):
         jax.export.export(sortal.jit(Net.__call__).__get__(Net()))(X)
 
 
