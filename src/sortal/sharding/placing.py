@@ -15,7 +15,8 @@ from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import check_writable, describe
 from sortal.errors import ShardingError, listing
-from sortal.sharding.mesh_axes import put, use_eager_sharding
+from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import in_mapped, put, use_eager_sharding
 from sortal.sharding.resolution import Resolved, check_specs, resolve
 from sortal.transforms.compile import eval_shape
 
@@ -244,7 +245,8 @@ def constrain(
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
       PolicyError: a kind or a Variable has an answer that is no spec.
-      ShardingError: there is no mesh, or specs do not fit; all are listed.
+      ShardingError: there is no mesh, specs do not fit, or inside of a map they may
+        speak of whole arrays; all are listed.
       TraceError: the model belongs to another trace than the current one.
 
     Example:
@@ -264,12 +266,31 @@ def constrain(
     """
     found = on_mesh(model, mesh, policy, rules)
     _check_places(found.plan)
+    if in_mapped():
+        _check_rows(found)
     pairs = zip(found.values, found.shardings(), strict=True)
     store_all(
         [found.plan.leaves],
         [jax.tree.map(lambda x, s=sharding: put(x, s), v) for v, sharding in pairs],
     )
     return model
+
+
+def _check_rows(found: OnMesh) -> None:
+    """Refuses specs of wholes for parts; a row of a Policy speaks of what is here."""
+    schema = found.plan.graphdef.schema
+    bad = [
+        f"{schema.describe(i)}: {format_answer('spec', spec)}, by {by}"
+        for i, (spec, by) in enumerate(found.found)
+        if spec and not by.startswith("row")
+    ]
+    if bad:
+        raise ShardingError(
+            "inside of a map these specs may speak of whole arrays, and only parts are "
+            f"here:\n{listing(bad)}\nName the axis of the map, as in vmap(f, "
+            "transform_metadata={nnx.PARTITION_NAME: 'layers'}), or give the parts "
+            "specs by rows of a Policy."
+        )
 
 
 def init_sharded(
