@@ -133,7 +133,7 @@ class Jitted:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Traces for these arguments, as ``jax.jit(f).trace``; nothing is run."""
-        return self._without_running(self._jit.trace, args, kwargs)
+        return Traced(self._without_running(self._jit.trace, args, kwargs))
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the output; nothing is run or changed."""
@@ -146,6 +146,31 @@ class Jitted:
         self._history.forget()
         if self._donation is not None:
             self._donation.forget()
+
+
+class Traced:
+    """What ``Jitted.trace`` returns: what ``jax.jit(f).trace`` does, but for export.
+
+    Its inputs are the flat values that ``jit`` hands to JAX, so an exported function
+    of them has no arguments that a caller could write.
+    """
+
+    def __init__(self, traced: Any):
+        self._traced = traced
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._traced, name)
+
+    def lower(self, **options: Any) -> Any:
+        """As the method of what ``jax.jit(f).trace`` returns."""
+        # Only jax.export asks for more than the platforms.
+        if options.keys() - {"lowering_platforms"}:
+            raise ArgumentError(
+                "jax.export.export takes functions compiled by jax.jit; this one was "
+                "compiled by jit of Sortal, whose models JAX would not know again in a "
+                "call. Write sortal.export(f)(...) for jax.export.export(f)(...)."
+            )
+        return self._traced.lower(**options)
 
 
 class JittedPartial(functools.partial):

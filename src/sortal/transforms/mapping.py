@@ -39,8 +39,8 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
-from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.shardings import declares
+from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
+from sortal.transforms.shardings import as_declared, declares
 
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
@@ -78,8 +78,9 @@ def vmap(
       axis_name: see ``jax.vmap``.
       axis_size: see ``jax.vmap``; needed where no argument has an axis.
       spmd_axis_name: see ``jax.vmap``.
-      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
-        Variables come out stacked, where their metadata names their axes.
+      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis that ``f`` does
+        not see: the names of axes in a Variable's metadata lack it inside, and those of
+        new Variables get it.
 
     Returns:
       The function, or the decorator.
@@ -116,7 +117,7 @@ def vmap(
         spread = Spread(bound, prefixes, dict.fromkeys(kwargs, 0), "axis")
         check_ranks(spread)
         call = _Vmapped(fn, spread, out_axes)
-        call.names = transform_metadata
+        call.names, call.entry = transform_metadata, spmd_axis_name
         mapped = jax.vmap(
             call,
             in_axes=(spread.args, spread.kwargs),
@@ -125,7 +126,8 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )
-        return write_back(bound, unsorted(*mapped(bound.args, bound.kwargs)))
+        given = bound.args, bound.kwargs
+        return write_back(bound, as_declared(unsorted(*mapped(*given)), given))
 
     return wrapper
 
@@ -206,7 +208,8 @@ def shard_map(
             out_specs=call.out_prefix,
             **options,
         )
-        return write_back(bound, unsorted(*mapped(bound.args, {})))
+        result = unsorted(*mapped(bound.args, {}))
+        return write_back(bound, as_declared(result, bound.args))
 
     return wrapper
 
@@ -354,6 +357,7 @@ class _Call:
     name = title = expected = ""
     always: tuple[Any, ...] = ()
     names: Mapping[str, Any] = NOTHING
+    entry: Any = None
 
     def __init__(self, fn: Callable[..., Any], spread: Spread, out_given: Any):
         self.fn, self.spread, self.out_given = fn, spread, out_given
@@ -377,6 +381,10 @@ class _Call:
         """Whether JAX would take the answer."""
         raise NotImplementedError
 
+    def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        """The arguments as they are inside, and whether specs in them are of wholes."""
+        raise NotImplementedError
+
     def _check_answers(self) -> None:
         spread = self.spread
         plain = jtu.tree_leaves((spread.args, spread.kwargs), is_leaf=is_flat_module)
@@ -398,15 +406,20 @@ class _Call:
         return list(map(self.spread.read, all_answers(given, self.name)))
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        with mapped_over(declares((args, kwargs))):
+        (args, kwargs), parts, declared = self.inside((args, kwargs))
+        with mapped_over(declared):
             result = run(self.fn, args, kwargs)
+        result.effects = parts.restored(result.effects, self.names)
         refused = _Refused(self.title)
         fresh = list(self._fresh(result))
         leaves = [*self._written(result), *fresh]
         sent = [self.send(leaf, refused) for leaf in leaves]
         refused.check()
-        new = [leaf.answer for leaf in fresh]
-        result.effects = named(result.effects, new, self.names)
+        new = [
+            from_front(x.answer, x.value) if isinstance(x.answer, int) else None
+            for x in fresh
+        ]
+        result.effects = named(result.effects, new, self.names, self.entry)
         return self.lanes.sort(result, sent)
 
     def _written(self, result: Result) -> Iterator[_Leaf]:
@@ -441,6 +454,10 @@ class _Vmapped(_Call):
 
     def fits(self, answer: Any) -> bool:
         return answer is None or type(answer) is int
+
+    def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        given, parts = as_parts(given, self.spread.of_leaf, self.names)
+        return given, parts, parts.of_wholes
 
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, axis = leaf.value, leaf.answer
@@ -505,6 +522,9 @@ class _Sharded(_Call):
 
     def fits(self, answer: Any) -> bool:
         return isinstance(answer, PartitionSpec)
+
+    def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        return given, Parts(), declares(given)
 
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, spec = leaf.value, leaf.answer
