@@ -102,6 +102,7 @@ ORDER = (
     "sortal.checkpoint.store",
     "sortal.checkpoint.processes",
     "sortal.checkpoint.pending",
+    "sortal.checkpoint.taking",
     "sortal.checkpoint.layout",
     "sortal.checkpoint.saving",
     "sortal.checkpoint.fitting",

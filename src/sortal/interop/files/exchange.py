@@ -20,8 +20,8 @@ from sortal._engine.state import State
 from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
-from sortal.checkpoint.layout import encode_path
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
+from sortal.checkpoint.manifest import encode_path
 from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import Array, Plain, arrays, describe
 from sortal.checkpoint.verifying import open_step
