@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import types
 import warnings
@@ -153,7 +152,8 @@ def restore(
     plan: Any = None
     passed: dict[int, str] = {}
     left = _TRIES
-    for n in itertools.count():
+    while True:
+        n = f"{len(passed)}.{left}"
         number = _agreed_step(directory, step, passed, group, n)
         plan = plan or bind(root)
         manifest, read_from, damage, fault = None, "", "", ""
@@ -190,7 +190,7 @@ def restore(
 
 
 def _agreed_step(
-    directory: Path, step: int | str, passed: Mapping[int, str], group: Group, n: int
+    directory: Path, step: int | str, passed: Mapping[int, str], group: Group, n: str
 ) -> int:
     """The number of the step that all processes are to read."""
     number, fault = -1, ""
