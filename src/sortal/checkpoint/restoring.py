@@ -180,13 +180,10 @@ def restore(
     _warn_of_damage(directory, number, passed)
     paths = plan.graphdef.schema.paths
     return Restored(
-        number,
-        manifest.metadata,
-        manifest.metrics,
-        directory / str(number),
+        number, manifest.metadata, manifest.metrics, directory / str(number),
         tuple(paths[p.at] for p in found.pairs),
         tuple(paths[i] for i in sorted([*found.kept, *found.filled])),
-    )
+    )  # fmt: skip
 
 
 def _agreed_step(
