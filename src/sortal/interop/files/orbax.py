@@ -175,11 +175,11 @@ def _given(tree: _Tree) -> dict[_Keys, _Keys]:
     """The list of names that an export of Sortal has."""
     try:
         found = {tuple(k): tuple(n) for k, n in tree.about.get(_NAMES, ())}
-        if all(type(k) in (str, int) for name in found.values() for k in name):
-            return found
-        raise TypeError("an entry of a path that is no text and no number")
     except (TypeError, ValueError) as e:
         raise DamagedError(f"{tree.folder} is damaged: its names: {e}") from None
+    if any(type(k) not in (str, int) for name in found.values() for k in name):
+        raise DamagedError(f"{tree.folder} is damaged: its names are no paths")
+    return found
 
 
 class _Rule:
