@@ -90,6 +90,7 @@ ORDER = (
     "sortal.sharding.presets",
     "sortal.sharding.report",
     "sortal.sharding.specs",
+    "sortal.sharding.transfer",
     "sortal.training.fitting",
     "sortal.training.optimizer",
     "sortal.training.ema",

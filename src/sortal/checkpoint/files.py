@@ -131,7 +131,8 @@ def _step(directory: Path, number: int) -> Step:
     path = directory / str(number)
     folders = _arrays(path)
     folder = max(folders, key=_number, default="")
-    if len(folders) > 1:  # while it is being replaced, or a save was interrupted
+    # While it is replaced, after an interrupted save, or when its arrays are gone.
+    if len(folders) != 1:
         with contextlib.suppress(CheckpointError):
             folder = glance(directory, number)["folder"]
     return Step(number, folder, folder.endswith("-kept"), _is_file(mark(path, folder)))
