@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from sortal._engine import paths
-from sortal._engine.foreign import note_class
+from sortal._engine.foreign import note_class, register_library_of
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
@@ -439,6 +439,19 @@ def handler_of(obj: Any) -> Any:
     except KeyError:
         found = _found[cls] = _classify(cls, obj)
         return found
+
+
+def is_node_class(cls: type) -> bool:
+    """Whether all objects of a class are nodes, so that none is ever a leaf.
+
+    Args:
+      cls: any class.
+
+    Returns:
+      True for classes that are registered, and those derived from them.
+    """
+    register_library_of(cls)
+    return any(base in _registry for base in cls.__mro__)
 
 
 def is_root(x: Any) -> bool:
