@@ -14,7 +14,8 @@ TABLE = contents(
     {
         "sortal.nnx": (
             "bridge compat filterlib graph graphlib helpers metrics module optimizer "
-            "pytreelib rnglib spmd statelib tracers transforms traversals variablelib"
+            "pytreelib rnglib spmd statelib summary tracers transforms traversals "
+            "variablelib"
         ),
         "sortal.nnx.calls": "call",
         "sortal.nnx.capturing": "capture",
@@ -43,6 +44,7 @@ TABLE = contents(
             "replace_by_pure_dict restore_int_paths split_state to_flat_state "
             "to_pure_dict"
         ),
+        "sortal.nnx.summary": "tabulate",
         "sortal.nnx.tracers": "TraceContextError",
         "sortal.nnx.transforms": (
             "StateAxes StateSharding StateSpecs checkpoint cond custom_vjp eval_shape "

@@ -19,7 +19,6 @@ ABSENT = {
     "extract": "internals of Flax's transforms",
     "proxy_caller": "internals of `call`",
     "reprlib": "internals of Flax's prints",
-    "summary": "internals of `tabulate`",
     "visualization": "internals of `display`",
     "wrappers": "`nnx.bridge` has its names",
 }

@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from sortal.nnx import rnglib as rnglib
     from sortal.nnx import spmd as spmd
     from sortal.nnx import statelib as statelib
+    from sortal.nnx import summary as summary
     from sortal.nnx import tracers as tracers
     from sortal.nnx import transforms as transforms
     from sortal.nnx import traversals as traversals
@@ -94,6 +95,7 @@ if _TYPE_CHECKING:
     from sortal.nnx.statelib import split_state as split_state
     from sortal.nnx.statelib import to_flat_state as to_flat_state
     from sortal.nnx.statelib import to_pure_dict as to_pure_dict
+    from sortal.nnx.summary import tabulate as tabulate
     from sortal.nnx.tracers import TraceContextError as TraceContextError
     from sortal.nnx.transforms import StateAxes as StateAxes
     from sortal.nnx.transforms import StateSharding as StateSharding
