@@ -73,17 +73,20 @@ class Jitted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first, donation = self._first, self._donation
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
+        given, named, call = bound.args, bound.kwargs, self._plain
         try:
-            if donation is None or donation.is_differentiated(bound):
-                result = self._plain(*bound.args, **bound.kwargs)
-            else:
+            if donation is not None and not donation.is_differentiated(bound):
                 given, named = donation.lend(bound, donation.find)
-                result = self._jit(*given, **named)
+                call = self._jit
+            result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
             _refuse_stale(bound, e)
             self._refuse_arguments(bound, e)
             raise
-        return write_back(bound, result)
+        out = write_back(bound, result)
+        if type(call) is Sharded:
+            call.place(bound, given, named)
+        return out
 
     def _refuse_arguments(self, bound: BoundArguments, cause: Exception) -> None:
         """Says why JAX refused arguments; looked at only after it has."""
