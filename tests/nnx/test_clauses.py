@@ -35,6 +35,7 @@ def plain(lib: Any, x: Any) -> Any:
     return np.asarray(x).tolist() if isinstance(x, jax.Array | np.ndarray) else x
 
 
+@pytest.mark.filterwarnings(r"ignore:\s+Using 'Module:DeprecationWarning")
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_a_program_has_the_output_that_it_has_in_flax(program: Any) -> None:
     assert plain(nnx, program(nnx)) == plain(flax_nnx, program(flax_nnx))
@@ -195,3 +196,123 @@ def test_axes_for_defaults_may_be_given() -> None:
     np.testing.assert_array_equal(f(small(nnx), jnp.ones(2)), np.full((2, 3), 2.0))
     with pytest.raises(ArgumentError, match=r"in_axes has 3 entries"):
         nnx.vmap(lambda m, x: m(x), in_axes=(None, 0, None))(small(nnx), jnp.ones(2))
+
+
+# ----------------------------------------------------------------------- derivatives
+@alike
+def the_gradient_by_a_module_without_params_is_empty(lib: Any) -> Any:
+    class Stats(lib.Module):
+        def __init__(self) -> None:
+            self.v = lib.BatchStat(jnp.ones(2))
+
+    def loss(stats: Any, model: Any) -> Any:
+        return (stats.v[...] * model.w[...][:2]).sum()
+
+    grads = lib.grad(loss, argnums=(0, 1))(Stats(), small(lib))
+    alone = lib.grad(loss)(Stats(), small(lib))
+    return [lib.to_pure_dict(x) for x in (*grads, alone)], len(alone)
+
+
+@alike
+def the_gradient_by_a_state_has_all_its_leaves(lib: Any) -> Any:
+    graphdef, params, rest = lib.split(small(lib), lib.Param, ...)
+
+    def loss(rest: Any, params: Any) -> Any:
+        model = lib.merge(graphdef, params, rest)
+        return (model.w[...] * (1 + model.n[...])).sum()
+
+    value, (a, b) = lib.value_and_grad(loss, argnums=(0, 1))(rest, params)
+    empty = lib.grad(lambda s: jnp.ones(()))(lib.state(small(lib), lib.Cache))
+    return value, lib.to_pure_dict(a), lib.to_pure_dict(b), lib.to_pure_dict(empty)
+
+
+@alike
+def the_gradient_by_a_variable_is_one(lib: Any) -> Any:
+    def loss(v: Any) -> Any:
+        return sum((x[...] ** 2).sum() for x in jax.tree.leaves(v, is_leaf=of(lib)))
+
+    a, b = lib.Param(jnp.arange(2.0)), lib.BatchStat(jnp.ones(2))
+    value, by_b = lib.value_and_grad(loss)(b)
+    by_both = lib.grad(loss)({"a": a, "b": [b]})
+    (by_a,), aux = lib.grad(lambda v: (loss(v), 3), has_aux=True)((a,))
+    stepped = jax.tree.map(lambda x, g: x - 0.1 * g, a, by_a)
+    found = (by_b, by_both["a"], by_both["b"][0], by_a, stepped)
+    return value, aux, [(type(x).__name__, x[...]) for x in found]
+
+
+def of(lib: Any) -> Any:
+    return lambda x: isinstance(x, lib.Variable)
+
+
+@alike
+def gradients_by_perturbations(lib: Any) -> Any:
+    class Net(lib.Module):
+        def __init__(self, rngs: Any):
+            self.linear = lib.Linear(2, 2, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return (self.perturb("h", self.linear(x)) ** 2).sum()
+
+    model = Net(lib.Rngs(0))
+    model(jnp.ones(2))
+    by = lib.DiffState(0, lib.Perturbation)
+    grads = lib.grad(lambda m: m(jnp.ones(2)), argnums=by)(model)
+    graphdef, params, perturbations = lib.split(model, lib.Param, lib.Perturbation)
+    again = lib.grad(lambda p: lib.merge(graphdef, params, p)(jnp.ones(2)))(
+        perturbations
+    )
+    return lib.to_pure_dict(grads), lib.to_pure_dict(again)
+
+
+@alike
+def the_backward_function_is_given_gradients_of_inputs_and_output(lib: Any) -> Any:
+    @lib.custom_vjp
+    def f(m: Any) -> Any:
+        return jnp.sin(m.x[...]) * m.y[...]
+
+    def fwd(m: Any) -> Any:
+        return f(m), (jnp.cos(m.x[...]), jnp.sin(m.x[...]), m)
+
+    def bwd(residuals: Any, g: Any) -> Any:
+        (m_g,), out_g = g
+        cos_x, sin_x, m = residuals
+        m_g["x"][...] = cos_x * out_g * m.y[...]
+        m_g["y"][...] = sin_x * out_g
+        return (m_g,)
+
+    class Foo(lib.Module):
+        def __init__(self) -> None:
+            self.x, self.y = lib.Param(jnp.array(1.0)), lib.Param(jnp.array(0.5))
+
+    f.defvjp(fwd, bwd)
+    return lib.to_pure_dict(lib.grad(f)(Foo()))
+
+
+@alike
+def the_backward_function_of_several_arguments(lib: Any) -> Any:
+    @lib.custom_vjp(nondiff_argnums=(0,))
+    def f(k: Any, m: Any, x: Any, v: Any) -> Any:
+        return (m.w[...] * x).sum() * k * v[...]
+
+    def bwd(k: Any, m: Any, g: Any) -> Any:
+        (m_g, x_g, v_g), out_g = g
+        assert x_g is None
+        m_g["w"][...] = out_g * k * jnp.ones(3)
+        return m_g, m.w[...] * out_g * k, jax.tree.map(lambda a: a + 7, v_g)
+
+    f.defvjp(lambda k, m, x, v: (f(k, m, x, v), m), bwd)
+    v = lib.Param(jnp.array(2.0))
+    by_m, by_x, by_v = lib.grad(f, argnums=(1, 2, 3))(
+        2, small(lib, 2.0), jnp.arange(3.0), v
+    )
+    return lib.to_pure_dict(by_m), by_x, by_v[...]
+
+
+@alike
+def the_backward_function_without_graph_is_given_that_of_the_output(lib: Any) -> Any:
+    @lib.custom_vjp(graph=False)
+    def f(x: Any) -> Any:
+        return x * 2
+
+    f.defvjp(lambda x: (f(x), x), lambda x, g: (10 * g * x,))
+    return lib.grad(f, graph=False)(jnp.array(3.0))
