@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -316,3 +317,29 @@ def the_backward_function_without_graph_is_given_that_of_the_output(lib: Any) ->
 
     f.defvjp(lambda x: (f(x), x), lambda x, g: (10 * g * x,))
     return lib.grad(f, graph=False)(jnp.array(3.0))
+
+
+# ----------------------------------------------------------------------------- marks
+@alike
+def fields_of_a_dataclass_say_what_is_static(lib: Any) -> Any:
+    @dataclasses.dataclass
+    class Both(lib.Pytree):
+        a: int = dataclasses.field(metadata={"static": False})
+        b: int = dataclasses.field(metadata={"static": True})
+        c: int = 3
+
+    return jax.tree.leaves(Both(1, 2)), lib.to_pure_dict(lib.state(Both(1, 2)))
+
+
+@alike
+def items_of_a_list_may_be_marked(lib: Any) -> Any:
+    items = lib.List([lib.data(jnp.ones(1)), lib.static(3), lib.data(lib.Param(2))])
+    items.append(lib.data(jnp.zeros(2)))
+    return len(items), items[1], lib.to_pure_dict(lib.state(items))
+
+
+def test_a_number_marked_data_in_a_list_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"List: 4 is marked data, and is no data"):
+        nnx.List([nnx.data(4)])
+    with pytest.raises(ArgumentError, match=r"is marked static, and is data in a list"):
+        nnx.List([nnx.static(nnx.Param(1))])
