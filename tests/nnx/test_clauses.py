@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx as flax_nnx
 
 from sortal import nnx
-from sortal.errors import ArgumentError, AxisError, VariableError
+from sortal.errors import ArgumentError, AxisError, OptimizerError, VariableError
 
 PROGRAMS: list[Any] = []
 
@@ -343,3 +344,40 @@ def test_a_number_marked_data_in_a_list_is_refused() -> None:
         nnx.List([nnx.data(4)])
     with pytest.raises(ArgumentError, match=r"is marked static, and is data in a list"):
         nnx.List([nnx.static(nnx.Param(1))])
+
+
+# -------------------------------------------------------------------------- training
+@alike
+def an_optimizer_takes_its_part_of_the_gradients(lib: Any) -> Any:
+    model = small(lib)
+    optimizer = lib.Optimizer(model, optax.adam(0.1), wrt=lib.Param)
+    everything = jax.tree.map(jnp.ones_like, lib.state(model))
+    optimizer.update(model, everything)
+    return lib.to_pure_dict(lib.state(model))
+
+
+def test_an_optimizer_refuses_gradients_of_what_the_model_has_not() -> None:
+    model, other = small(nnx), small(nnx)
+    other.v = nnx.Param(jnp.ones(1))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    with pytest.raises(OptimizerError, match=r"unknown: v \(Param\)"):
+        optimizer.update(model, nnx.state(other))
+    with pytest.raises(OptimizerError, match=r"missing: w \(Param\)"):
+        optimizer.update(model, nnx.state(model, nnx.BatchStat))
+
+
+@alike
+def optimizer_state_has_the_axes_of_optimizer_sharding(lib: Any) -> Any:
+    mesh = jax.make_mesh((1,), ("d",))
+    with jax.set_mesh(mesh):
+
+        class Layer(lib.Module):
+            def __init__(self) -> None:
+                self.w = lib.Param(jnp.ones((4, 2)), optimizer_sharding=("d", None))
+
+        model = Layer()
+        optimizer = lib.Optimizer(model, optax.adam(0.1), wrt=lib.Param)
+        optimizer.update(model, lib.grad(lambda m: (m.w[...] ** 2).sum())(model))
+        moments = jax.tree.leaves(lib.state(optimizer)["opt_state"])
+    placed = [str(x.sharding.spec) for x in moments if x.ndim == 2]
+    return placed, lib.to_pure_dict(lib.state(model))

@@ -35,6 +35,7 @@ from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
+from sortal.sharding.mesh_axes import declared_sharding, put
 from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
 from sortal.training.fitting import (
     ANEW,
@@ -528,12 +529,21 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
-            return snapshot(schema, list(map(placed, values, schema.metadata)))
+            old = x.schema.metadata
+            return snapshot(schema, list(map(_placed, values, schema.metadata, old)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
 
     return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
+
+
+def _placed(value: Any, metadata: Any, of_parameter: Any) -> Any:
+    """A new value where its metadata puts it, which may not be with its parameter."""
+    if "optimizer_sharding" in of_parameter and isinstance(value, jax.Array):
+        sharding = declared_sharding(OptVariable, metadata)
+        return value if sharding is None else put(value, sharding)
+    return placed(value, metadata)
 
 
 def _kept(schema: Schema) -> Schema:
@@ -553,6 +563,11 @@ def _as_optax_made(kept: Any, params: Schema) -> Any:
 def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
     """The Schema with the declared specs of what has not its parameter's shape."""
     metadata = list(schema.metadata)
+    for i, old in enumerate(metadata):
+        if "optimizer_sharding" in old:
+            rest = {k: x for k, x in old.items() if k != "optimizer_sharding"}
+            rest["out_sharding"] = old["optimizer_sharding"]
+            metadata[i] = Metadata.of(rest)
     for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
         if old.keys() & SPECS and path in owners:
             full, shape = shape_of(owners[path]), shape_of(values[i])
