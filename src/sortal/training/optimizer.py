@@ -529,8 +529,8 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
-            old = x.schema.metadata
-            return snapshot(schema, list(map(_placed, values, schema.metadata, old)))
+            both = schema.metadata, x.schema.metadata
+            return snapshot(schema, list(map(_placed, values, *both)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)
@@ -540,10 +540,8 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
 
 def _placed(value: Any, metadata: Any, of_parameter: Any) -> Any:
     """A new value where its metadata puts it, which may not be with its parameter."""
-    if "optimizer_sharding" in of_parameter and isinstance(value, jax.Array):
-        sharding = declared_sharding(OptVariable, metadata)
-        return value if sharding is None else put(value, sharding)
-    return placed(value, metadata)
+    own = "optimizer_sharding" in of_parameter and declared_sharding(None, metadata)
+    return put(value, own) if own else placed(value, metadata)
 
 
 def _kept(schema: Schema) -> Schema:
@@ -564,10 +562,8 @@ def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
     """The Schema with the declared specs of what has not its parameter's shape."""
     metadata = list(schema.metadata)
     for i, old in enumerate(metadata):
-        if "optimizer_sharding" in old:
-            rest = {k: x for k, x in old.items() if k != "optimizer_sharding"}
-            rest["out_sharding"] = old["optimizer_sharding"]
-            metadata[i] = Metadata.of(rest)
+        if (own := old.get("optimizer_sharding")) is not None:
+            metadata[i] = Metadata.of({**old, "out_sharding": own})
     for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
         if old.keys() & SPECS and path in owners:
             full, shape = shape_of(owners[path]), shape_of(values[i])

@@ -28,7 +28,7 @@ from sortal.transforms._adapter.binding import (
     write_back,
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
-from sortal.transforms._adapter.effects import Effects, Result
+from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,
@@ -40,6 +40,7 @@ from sortal.transforms._adapter.prefixes import (
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, named
+from sortal.transforms.returned import refuse_moved
 from sortal.transforms.shardings import declares
 
 _OF_JAX = ("axis_names", "check_vma")
@@ -440,32 +441,7 @@ class _Vmapped(_Call):
         return answer is None or type(answer) is int
 
     def check_returned(self, result: Result) -> None:
-        bound, effects = self.spread.bound, result.effects
-        if not (bound.roots and effects.outputs):
-            return
-        outs = given_for_objects(self.out_given, result.out)
-        schema = bound.alias_map.graphdef.schema
-        rows = [
-            f"{schema.describe(k)}: {self.spread.of_leaf(k)} in, {out} out"
-            for n, out in outs.items()
-            if self.fits(out)
-            for k in _came_in(bound, effects, n)
-            if self._moves(k, out)
-        ]
-        if rows:
-            raise AxisError(
-                "vmap: what was passed in comes back as itself, with the axis that it "
-                f"has; out_axes gives it another:\n{listing(rows)}\nGive both the "
-                "same axis, or return a new object: clone(model)."
-            )
-
-    def _moves(self, k: int, out: Any) -> bool:
-        """Whether a leaf that was passed in would come out along another axis."""
-        axis = self.spread.of_leaf(k)
-        if axis is None:
-            return out not in (None, 0)  # 0 is the default, for what is new
-        ranks = map(np.ndim, jax.tree.leaves(self.spread.bound.live_leaf(k)._value))
-        return out is None or any(axis % n != out % n for n in ranks)
+        refuse_moved(self.spread, self.out_given, result)
 
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, axis = leaf.value, leaf.answer
@@ -504,17 +480,6 @@ _CANNOT_STACK = _Fault(
     "vmap: values of replicas cannot be stacked along the axis given:",
     "Give these leaves an axis that they have, as in StateAxes({Kind: 0, ...: 1}).",
 )
-
-
-def _came_in(bound: BoundArguments, effects: Effects, n: int) -> list[int]:
-    """The leaves of output ``n`` that were passed in, by their number on entry."""
-    edits = effects.edits
-    graphdef = bound.alias_map.graphdef if edits is None else edits.graphdef
-    below = graphdef.leaves_below(effects.outputs[n]).values()
-    if edits is None:
-        return list(below)
-    origins = [edits.leaves[k].origin for k in below]
-    return [k for k in origins if k is not None]
 
 
 def _move(axis: int, value: Any) -> Any:
