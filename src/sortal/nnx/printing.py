@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sortal._engine.paths import show
 from sortal._engine.schema import kind_name
@@ -25,7 +26,7 @@ _STATISTICS = "stats"
 
 def _readable(x: Any) -> bool:
     """Whether the numbers of a value can be read here and now."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray):
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray):
         return False
     plain = jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
     if isinstance(x, np.ndarray) or not plain:

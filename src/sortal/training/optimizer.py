@@ -529,17 +529,18 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
-            both = schema.metadata, x.schema.metadata
-            return snapshot(schema, list(map(_placed, values, *both)))
-        value = jax.tree.map(own_buffer, value_of(x))
+            given = values, schema.metadata, x.schema.metadata
+            return snapshot(schema, list(map(_placed, *given)))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
-        return Hyperparam(value) if named else OptArray(value)
+        return (Hyperparam if named else OptArray)(
+            jax.tree.map(own_buffer, value_of(x))
+        )
 
     return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
 
 
 def _placed(value: Any, metadata: Any, of_parameter: Any) -> Any:
-    """A new value where its metadata puts it, which may not be with its parameter."""
+    """A new value where its metadata says, which may not be with its parameter."""
     own = "optimizer_sharding" in of_parameter and declared_sharding(None, metadata)
     return put(value, own) if own else placed(value, metadata)
 

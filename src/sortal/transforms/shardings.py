@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from sortal._engine.paths import Path, show
@@ -200,7 +201,8 @@ class _Answers:
         graphdef = found[0].definition.graphdef
         schema, rows = graphdef.schema, []
         for path, entry, first in graphdef.places():
-            given = self.given.get(path[0]) if path else None
+            root: Any = path[0] if path else None
+            given = self.given.get(root)
             if first == path or first[0] == path[0] or given is None:
                 continue
             for below, k in graphdef.leaves_below(entry).items():
@@ -221,7 +223,7 @@ class _Answers:
         moved = {}
         for k, answer in self.of_leaf.items():
             x = bound.live_leaf(k)._value
-            free = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
             fixed = free and isinstance(answer, jax.sharding.Sharding)
             if fixed and x.sharding != answer and not x.is_deleted():
                 moved[k] = jax.device_put(x, answer)
