@@ -35,8 +35,7 @@ from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
-from sortal.sharding.mesh_axes import declared_sharding, put
-from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
+from sortal.sharding.resolution import SPECS, shape_of, with_spec_like
 from sortal.training.fitting import (
     ANEW,
     check_arguments,
@@ -49,6 +48,7 @@ from sortal.training.fitting import (
     is_array,
     is_leaf,
     odd_shapes,
+    placed_like,
     same_shape,
 )
 
@@ -530,19 +530,13 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
             given = values, schema.metadata, x.schema.metadata
-            return snapshot(schema, list(map(_placed, *given)))
+            return snapshot(schema, list(map(placed_like, *given)))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return (Hyperparam if named else OptArray)(
             jax.tree.map(own_buffer, value_of(x))
         )
 
     return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
-
-
-def _placed(value: Any, metadata: Any, of_parameter: Any) -> Any:
-    """A new value where its metadata says, which may not be with its parameter."""
-    own = "optimizer_sharding" in of_parameter and declared_sharding(None, metadata)
-    return put(value, own) if own else placed(value, metadata)
 
 
 def _kept(schema: Schema) -> Schema:
