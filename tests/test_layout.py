@@ -73,6 +73,8 @@ ORDER = (
     "sortal.transforms.shardings",
     "sortal.transforms.donate",
     "sortal.transforms.retrace",
+    "sortal.transforms.returned",
+    "sortal.transforms.ahead",
     "sortal.transforms.compile",
     "sortal.transforms.export",
     "sortal.transforms.eager",

@@ -27,6 +27,7 @@ from sortal.transforms._adapter.tracing import (
     replace_roots,
 )
 from sortal.transforms.autodiff import (
+    Chosen,
     DiffState,
     FlatCall,
     differentiable,
@@ -225,6 +226,18 @@ class CustomVJP(_Custom):
         """
         self._rule = (fwd, bwd)
 
+    def cotangent(self, chosen: Chosen, out: Any) -> Any:
+        """What ``bwd`` is given of the cotangents; here that of the output.
+
+        Args:
+          chosen: what is differentiated by.
+          out: the cotangent of the output.
+
+        Returns:
+          The last argument of ``bwd``.
+        """
+        return out
+
     def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
         fwd_rule, bwd_rule = self.rule()
         chosen = call.call.chosen
@@ -239,7 +252,8 @@ class CustomVJP(_Custom):
 
         def bwd(saved: _Saved, cotangent: Result) -> tuple[Any, Any]:
             fixed, residuals = saved.load()
-            given = bwd_rule(*fixed, residuals, bare(cotangent.out))
+            cotangent = self.cotangent(chosen, bare(cotangent.out))
+            given = bwd_rule(*fixed, residuals, cotangent)
             if not isinstance(given, (tuple, list)):
                 raise ArgumentError(
                     "bwd must return a tuple with one cotangent for each argument "

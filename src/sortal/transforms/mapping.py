@@ -40,6 +40,7 @@ from sortal.transforms._adapter.prefixes import (
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
+from sortal.transforms.returned import refuse_moved
 from sortal.transforms.shardings import as_declared, declares
 
 _OF_JAX = ("axis_names", "check_vma")
@@ -74,7 +75,7 @@ def vmap(
         a tree of these, for each positional argument. Keyword arguments and the modules
         in them are mapped over axis 0, as in JAX.
       out_axes: likewise for what is returned. A module that was passed in comes back
-        as itself, whatever stands here.
+        as itself, and cannot be given another axis.
       axis_name: see ``jax.vmap``.
       axis_size: see ``jax.vmap``; needed where no argument has an axis.
       spmd_axis_name: see ``jax.vmap``.
@@ -410,6 +411,7 @@ class _Call:
         with mapped_over(declared):
             result = run(self.fn, args, kwargs)
         result.effects = parts.restored(result.effects, self.names)
+        self.check_returned(result)
         refused = _Refused(self.title)
         fresh = list(self._fresh(result))
         leaves = [*self._written(result), *fresh]
@@ -421,6 +423,9 @@ class _Call:
         ]
         result.effects = named(result.effects, new, self.names, self.entry)
         return self.lanes.sort(result, sent)
+
+    def check_returned(self, result: Result) -> None:
+        """Refuses answers for objects that were passed in, where they would move."""
 
     def _written(self, result: Result) -> Iterator[_Leaf]:
         spread = self.spread
@@ -458,6 +463,9 @@ class _Vmapped(_Call):
     def inside(self, given: Any) -> tuple[Any, Parts, bool]:
         given, parts = as_parts(given, self.spread.of_leaf, self.names)
         return given, parts, parts.of_wholes
+
+    def check_returned(self, result: Result) -> None:
+        refuse_moved(self.spread, self.out_given, result)
 
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, axis = leaf.value, leaf.answer
