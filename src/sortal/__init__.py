@@ -180,6 +180,8 @@ if _TYPE_CHECKING:
     from sortal.sharding.specs import get_abstract_model as get_abstract_model
     from sortal.sharding.specs import get_named_sharding as get_named_sharding
     from sortal.sharding.specs import get_partition_spec as get_partition_spec
+    from sortal.sharding.transfer import Transferred as Transferred
+    from sortal.sharding.transfer import transfer as transfer
     from sortal.training import metrics as metrics
     from sortal.training.ema import EMA as EMA
     from sortal.training.metrics import Metric as Metric

@@ -85,6 +85,7 @@ TABLE = contents(
             "abstract constrain init_sharded named_shardings shard specs"
         ),
         "sortal.sharding.report": "assert_sharded sharding_report",
+        "sortal.sharding.transfer": "Transferred transfer",
         "sortal.sharding.mesh_axes": (
             "logical_axis_rules use_eager_sharding using_eager_sharding"
         ),

@@ -353,16 +353,16 @@ class Image(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Twelve layers of attention and a perceptron."""
+    """Four layers of attention and a perceptron."""
 
     def __init__(self, rngs: Any):
         make = lambda size: nnx.Linear(*size, rngs=rngs)  # noqa: E731
-        self.norms = nnx.List([nnx.LayerNorm(4, rngs=rngs) for _ in range(12)])
+        self.norms = nnx.List([nnx.LayerNorm(4, rngs=rngs) for _ in range(4)])
         self.attention = nnx.List(
-            [nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False) for _ in range(12)]
+            [nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False) for _ in range(4)]
         )
-        self.up = nnx.List([make((4, 8)) for _ in range(12)])
-        self.down = nnx.List([make((8, 4)) for _ in range(12)])
+        self.up = nnx.List([make((4, 8)) for _ in range(4)])
+        self.down = nnx.List([make((8, 4)) for _ in range(4)])
         self.drop = nnx.Dropout(0.1, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:

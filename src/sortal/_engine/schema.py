@@ -61,6 +61,12 @@ class Schema(Interned):
         """Path to position."""
         return self.memo("index", lambda: {p: i for i, p in enumerate(self.paths)})
 
+    @property
+    def has_foreign(self) -> bool:
+        """Whether some of the leaves are Variables of another library."""
+        kinds = filter(None, self.kinds)
+        return self.memo("foreign", lambda: any(map(handler_of_kind, kinds)))
+
     def __len__(self) -> int:
         return len(self.paths)
 

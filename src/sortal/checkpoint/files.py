@@ -131,7 +131,8 @@ def _step(directory: Path, number: int) -> Step:
     path = directory / str(number)
     folders = _arrays(path)
     folder = max(folders, key=_number, default="")
-    if len(folders) > 1:  # while it is being replaced, or a save was interrupted
+    # While it is replaced, after an interrupted save, or when its arrays are gone.
+    if len(folders) != 1:
         with contextlib.suppress(CheckpointError):
             folder = glance(directory, number)["folder"]
     return Step(number, folder, folder.endswith("-kept"), _is_file(mark(path, folder)))
@@ -335,7 +336,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
     Readers find either the old manifest or this one. The arrays are on disk before.
     """
     folder = directory / str(manifest.step)
-    temporary = unfinished(folder, manifest)
+    temporary = unfinished(folder, manifest.folder)
     temporary.unlink(missing_ok=True)
     write_file(temporary, _manifest.to_bytes(manifest))
     temporary.replace(folder / _manifest.NAME)
@@ -348,9 +349,9 @@ def commit(directory: Path, manifest: Manifest) -> None:
         ) from e
 
 
-def unfinished(folder: Path, manifest: Manifest) -> Path:
+def unfinished(step: Path, folder: str) -> Path:
     """Where a manifest is written before it is renamed."""
-    return folder / f".manifest-{manifest.folder.removeprefix('arrays-')}"
+    return step / f".manifest-{folder.removeprefix('arrays-')}"
 
 
 def mark(step: Path, folder: str) -> Path:

@@ -18,6 +18,7 @@ from sortal._engine.nodes import LEAF
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.state import State
+from sortal._engine.tables import nbytes
 from sortal._engine.variable import Param, Variable, describe
 from sortal.errors import FilterError
 from sortal.filters import (
@@ -179,11 +180,8 @@ def _size(x: Any) -> tuple[int, int, str]:
     """Elements, bytes and dtype; an object that is no array counts as one element."""
     dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", None)
     if dtype is not None and shape is not None:
-        count = math.prod(shape)
-        return count, count * dtype.itemsize, str(dtype)
-    if isinstance(x, (bool, int, float, complex)):
-        return 1, jnp.result_type(x).itemsize, type(x).__name__
-    return 1, 0, type(x).__name__
+        return math.prod(shape), nbytes(x), str(dtype)
+    return 1, nbytes(x), type(x).__name__
 
 
 def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
