@@ -82,6 +82,7 @@ ORDER = (
     "sortal.transforms.autodiff",
     "sortal.transforms.derivatives",
     "sortal.transforms.custom",
+    "sortal.transforms.sizes",
     "sortal.transforms.mapping",
     "sortal.transforms._adapter.operands",
     "sortal.transforms._adapter",

@@ -81,38 +81,12 @@ class Jitted:
             result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
             _refuse_stale(bound, e)
-            self._refuse_arguments(bound, e)
+            refuse_arguments(self._fn, bound, self._static, e)
             raise
         out = write_back(bound, result)
         if type(call) is Sharded:
             call.place(bound, given, named)
         return out
-
-    def _refuse_arguments(self, bound: BoundArguments, cause: Exception) -> None:
-        """Says why JAX refused arguments; looked at only after it has."""
-        unhashable, bad, settings = [], [], []
-        for key, name, x in _named_arguments(self._fn, bound):
-            if key in self._static:
-                if not is_hashable(x):
-                    unhashable.append(f"{name}: {describe(x)}")
-                continue
-            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-                if not _goes_in(leaf):
-                    bad.append(f"{name}{jax.tree_util.keystr(path)}: {describe(leaf)}")
-                    settings += [] if path else [name]
-        if unhashable:
-            raise ArgumentError(
-                f"static arguments must be hashable; found:\n{listing(unhashable)}\n"
-                "Leave data out of static_argnums and static_argnames; use a tuple for "
-                "a list."
-            ) from cause
-        if bad:
-            names = ", ".join(map(repr, settings)) or "..."
-            raise ArgumentError(
-                "arguments of a compiled function are models, arrays and numbers; "
-                f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
-                f"which static_argnames=[{names}] names."
-            ) from cause
 
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,6 +204,55 @@ def _refuse_stale(bound: BoundArguments, cause: Exception) -> None:
             f"{len(stale)} leaves hold buffers that were donated to an earlier "
             f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
             "the copy that must survive with clone(model, arrays=True)."
+        ) from cause
+
+
+def refuse_arguments(
+    fn: Any,
+    bound: BoundArguments,
+    static: Collection[Any],
+    cause: Exception,
+    *,
+    option: str = "static_argnames",
+    first: int = 0,
+) -> None:
+    """Says why JAX refused arguments; looked at only after it has.
+
+    Args:
+      fn: the user's function.
+      bound: its arguments.
+      static: the positions and names of those that are static.
+      cause: what JAX raised.
+      option: the option that makes arguments static.
+      first: how many arguments stand before those of the call.
+
+    Raises:
+      ArgumentError: arguments are neither models, arrays nor numbers, or static and not
+        hashable; all are listed.
+    """
+    unhashable, bad, settings = [], [], []
+    for key, name, x in _named_arguments(fn, bound):
+        if key in static:
+            if not is_hashable(x):
+                unhashable.append(f"{name}: {describe(x)}")
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+            if not _goes_in(leaf):
+                bad.append(f"{name}{jax.tree_util.keystr(path)}: {describe(leaf)}")
+                by_name = option == "static_argnames"
+                settings += [] if path else [name if by_name else key - first]
+    if unhashable:
+        raise ArgumentError(
+            f"static arguments must be hashable; found:\n{listing(unhashable)}\n"
+            "Leave data out of static_argnums and static_argnames; use a tuple for "
+            "a list."
+        ) from cause
+    if bad:
+        names = ", ".join(map(repr, settings)) or "..."
+        raise ArgumentError(
+            "arguments of a compiled function are models, arrays and numbers; "
+            f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
+            f"which {option}=[{names}] names."
         ) from cause
 
 
