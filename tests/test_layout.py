@@ -73,7 +73,7 @@ ORDER = (
     "sortal.transforms.shardings",
     "sortal.transforms.donate",
     "sortal.transforms.retrace",
-    "sortal.transforms.returned",
+    "sortal.transforms.axes",
     "sortal.transforms.ahead",
     "sortal.transforms.compile",
     "sortal.transforms.export",

@@ -94,7 +94,7 @@ def capture(
 
 @contextlib.contextmanager
 def _recording(
-    module: Module,
+    module: Any,
     given: Sequence[tuple[Path, Any]],
     recorded: dict[type, dict[Path, Any]],
     method_outputs: Any,

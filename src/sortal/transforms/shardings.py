@@ -229,7 +229,7 @@ class _Answers:
                 moved[k] = jax.device_put(x, answer)
         if moved:
             effects = Effects(tuple(moved), (), None)
-            write_back(bound, Result(None, [*moved.values()], [], effects))
+            write_back(bound, Result(effects, (None, [*moved.values()], [])))
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
         def leaf(x: Any) -> Any:
