@@ -1008,7 +1008,37 @@ def captured(model):
     return capture(model, sortal.Intermediate)(jnp.ones((2, 3)))[1]
 
 
+def with_new_streams(model):
+    from sortal import nnx as names
+
+    return (
+        sortal.state(names.with_rngs(model, split=2), sortal.RngState),
+        sortal.state(names.with_rngs(model, fork="default"), sortal.RngState),
+        sortal.state(names.with_rngs(model, broadcast=2), sortal.RngState),
+        sortal.state(names.split_rngs(model, splits=3, graph=False), sortal.RngState),
+        sortal.state(
+            names.split_rngs(model, splits=1, squeeze=True, graph=False),
+            sortal.RngState,
+        ),
+        sortal.state(names.fork_rngs(model, split=2, graph=False), sortal.RngState),
+        sortal.state(names.fork_rngs(model, graph=False), sortal.RngState),
+        tuple(bits(key).tolist() for _, key, _ in names.rnglib.backup_keys(model)),
+    )
+
+
+def walked(model):
+    from sortal import nnx as names
+
+    return (
+        tuple(key for key, _ in names.iter_module_children(model)),
+        names.as_pure(sortal.state(model, sortal.Param))["norm"]["scale"].tolist(),
+        str(names.find_duplicates([model, model.own])),
+    )
+
+
 VERBS = {
+    "new streams": with_new_streams,
+    "walks": walked,
     "state": lambda m: sortal.state(m, sortal.Param),
     "split and merge": lambda m: sortal.state(sortal.merge(*sortal.split(m))),
     "variables": lambda m: sortal.variables(m),
