@@ -1036,7 +1036,29 @@ def walked(model):
     )
 
 
+def placed_by_names(model):
+    from sortal import nnx as names
+
+    model.norm.scale.set_metadata(out_sharding=("d",))
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    def shown(tree):
+        state = sortal.state(tree, sortal.Param)
+        return tuple((p, str(x.get_value())) for p, x in state.flat_state())
+
+    abstract = sortal.eval_shape(lambda m: sortal.clone(m), model)
+    with jax.set_mesh(mesh):
+        made = sortal.state(names.as_abstract(abstract), sortal.Param)
+    return (
+        shown(names.get_partition_spec(model)),
+        shown(names.get_partition_spec(sortal.state(model))),
+        shown(names.get_named_sharding(sortal.state(model), mesh)),
+        str(made["norm"]["scale"].get_value().sharding),
+    )
+
+
 VERBS = {
+    "names of axes": placed_by_names,
     "new streams": with_new_streams,
     "walks": walked,
     "state": lambda m: sortal.state(m, sortal.Param),
