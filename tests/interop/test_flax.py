@@ -22,7 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal._engine.plan import plan_of
-from sortal.errors import ArgumentError, AxisError, UnsupportedError, UpdateError
+from sortal.errors import (
+    ArgumentError,
+    AxisError,
+    UnsupportedError,
+    UpdateError,
+    VariableError,
+)
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -892,6 +898,21 @@ def test_modules_of_both_are_iterated(outer, inner):
     assert found[("drop",)] is model.drop
     children = [name for name, _ in sortal.iter_children(model)]
     assert children == ["drop", "norm", "own"]
+
+
+def test_a_variable_of_flax_is_no_value_of_one_of_ours():
+    theirs, ours = nnx.Param(jnp.ones(2)), sortal.Param(jnp.zeros(2))
+    for write in (
+        lambda: sortal.Param(theirs),
+        lambda: setattr(ours, "value", theirs),
+        lambda: ours.set_value(theirs),
+    ):
+        with pytest.raises(VariableError, match=r"Param.*Write .*\.value"):
+            write()
+    assert (ours.value == 0).all()
+    ours[...] = theirs
+    assert isinstance(ours.value, jax.Array)
+    assert (ours.value == 1).all()
 
 
 # ------------------------------------------------------------------------- sowing

@@ -67,7 +67,7 @@ class Variable(ArrayOperators, Generic[A]):
     __array_priority__ = 100
 
     def __init__(self, value: A, **metadata: Any):
-        if isinstance(value, Variable):
+        if is_variable(value):
             raise VariableError(
                 f"{type(self).__name__}(...) was given a {type(value).__name__}; a "
                 "Variable holds a plain value. Write "
@@ -138,7 +138,7 @@ class Variable(ArrayOperators, Generic[A]):
         """
         if index is not _MISSING:
             value = with_item(self._value, index, value)
-        if isinstance(value, Variable):
+        if is_variable(value):
             raise VariableError(
                 f"the value of a {type(self).__name__} cannot be a "
                 f"{type(value).__name__}. Write variable.value = other.value."
