@@ -125,9 +125,9 @@ class BoundArguments:
         if self.plans:
             self.alias_map = found = _alias_map(self.roots, self.plans)
             # What each root is among all, without what others bring.
-            mine = zip(self.flat_modules, found.definitions, found.picks, strict=True)
-            for flat_module, definition, pick in mine:
-                flat_module.definition = definition
+            definitions, picks = found.definitions, found.picks
+            for k, flat_module in enumerate(self.flat_modules):
+                flat_module.definition, pick = definitions[k], picks[k]
                 if pick is not None:
                     flat_module.values = [flat_module.values[j] for j in pick]
 
