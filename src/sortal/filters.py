@@ -125,6 +125,9 @@ class Nothing(Filter):
 class OfType(Filter):
     """Takes Variables of a kind and of its subclasses; written as the class itself.
 
+    A class that is no kind, no base of kinds, no type of array and not that of a leaf
+    that is there is refused where leaves are chosen.
+
     Args:
       type: the kind. Two classes of one name are two kinds; but ``sortal.Param`` and
         ``flax.nnx.Param`` take the same, and so do others of one name in the two.
@@ -564,14 +567,7 @@ def leaf_filter(literal: Any) -> Filter:
 
 
 def parts(filters: Iterable[Filter]) -> Iterator[Filter]:
-    """Filters and all that they are combined from.
-
-    Args:
-      filters: the filters.
-
-    Yields:
-      Each, before its parts.
-    """
+    """Filters and all that they are combined from, each before its parts."""
     for f in filters:
         yield f
         yield from parts(getattr(f, "filters", ()))
