@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -85,6 +86,18 @@ def test_other_rules_for_names_of_axes_are_another_program():
             w = nnx.Param(jnp.ones((8, 8)), out_sharding=("x",), eager_sharding=False)
             with nnx.logical_axis_rules([("x", axis)]):
                 double(w)
+            found.append(w.value.sharding.spec)
+    assert found == [P("a"), P("b")]
+
+
+def test_rules_of_linen_may_be_lists_where_shardings_are_given():
+    found, each = [], sortal.Policy({...: sortal.Rule(spec=P())})
+    f, ones = nnx.jit(lambda w: double(w), in_shardings=(each,)), jnp.ones((8, 8))
+    with jax.set_mesh(AB):
+        for axis in ("a", "b"):
+            w = nnx.Param(ones, out_sharding=("x",), eager_sharding=False)
+            with linen.logical_axis_rules([("x", axis), ("y", ["a", "b"])]):
+                f(w)
             found.append(w.value.sharding.spec)
     assert found == [P("a"), P("b")]
 

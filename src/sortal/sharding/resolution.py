@@ -148,7 +148,7 @@ def spec_for(answer: Any, value: Any, mesh: Any, name: Callable[[], str]) -> Any
     return answer(shape_of(value), mesh)
 
 
-def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
+def at_placement(value: Any, metadata: Mapping[str, Any]) -> Any:
     """A new value where the metadata says that ``shard`` put the like of it."""
     sharding = metadata.get(PLACEMENT)
     if sharding is None or not isinstance(value, jax.Array):

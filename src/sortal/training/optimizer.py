@@ -35,7 +35,7 @@ from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
-from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
+from sortal.sharding.resolution import SPECS, at_placement, shape_of, with_spec_like
 from sortal.training.fitting import (
     ANEW,
     check_arguments,
@@ -528,7 +528,7 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
-            return snapshot(schema, list(map(placed, values, schema.metadata)))
+            return snapshot(schema, list(map(at_placement, values, schema.metadata)))
         value = jax.tree.map(own_buffer, value_of(x))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
         return Hyperparam(value) if named else OptArray(value)

@@ -66,15 +66,22 @@ def as_declared(result: Result, given: Any) -> Result:
 def declares(given: Any) -> bool:
     """Whether some leaf of the FlatModules in ``given`` has a declared sharding."""
     schemas = {c.definition.graphdef.schema for c in find_flat_modules(given)}
-    return any(
-        declared_sharding(*pair) is not None
-        for schema in schemas
-        for pair in zip(schema.kinds, schema.metadata, strict=True)
+    return any(x is not None for schema in schemas for x in _declared(schema))
+
+
+def _declared(schema: Schema) -> list[Any]:
+    """The declared sharding of each leaf.
+
+    It follows from the leaves, the mesh and the settings in force, by which it is kept.
+    """
+    key = "declared", jax.sharding.get_abstract_mesh(), in_force()
+    return schema.memo(
+        key, lambda: list(map(declared_sharding, schema.kinds, schema.metadata))
     )
 
 
 def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
-    found = list(map(declared_sharding, schema.kinds, schema.metadata))
+    found = list(_declared(schema))
     for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
         if sharding is not None:
             n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
