@@ -146,8 +146,9 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
     """
     if _mapped.value:
         return None
-    if PLACEMENT in metadata:
-        return metadata[PLACEMENT]
+    put_there = metadata.get(PLACEMENT)
+    if put_there is not None:
+        return NamedSharding(put_there.mesh, short(put_there.spec))
     spec = own_spec(metadata)
     if spec is None:
         spec = getattr(kind, "options", {}).get("spec")
@@ -158,6 +159,14 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
         mesh = jax.sharding.get_abstract_mesh()
     on_it: Any = getattr(spec, "spec", spec)
     return None if mesh.empty else NamedSharding(mesh, on_it)
+
+
+def short(spec: Any) -> PartitionSpec:
+    """A spec without Nones at its end, which say nothing."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def put(value: Any, sharding: NamedSharding) -> Any:

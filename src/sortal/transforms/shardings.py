@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
+from sortal._engine.statics import PLACEMENT
 from sortal.errors import PolicyError
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
-from sortal.sharding.resolution import check_specs, spec_for
+from sortal.sharding.resolution import check_specs, placement, spec_for
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
@@ -40,8 +41,9 @@ def as_declared(result: Result, given: Any) -> Result:
     """What a compiled function did, with its leaves where they are declared to be.
 
     A leaf whose metadata or kind declares a spec leaves each compiled function with
-    it; XLA would otherwise choose what is cheapest there. What has fewer dimensions
-    than its spec is part of something mapped, and left to JAX.
+    it; XLA would otherwise choose what is cheapest there. What has another rank than
+    where ``shard`` put it, or fewer dimensions than its spec, is part of something that
+    ``jax.vmap`` maps over, and left to JAX.
 
     Args:
       result: what ``run`` returned; for use inside its trace.
@@ -85,7 +87,10 @@ def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
     for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
         if sharding is not None:
             n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
-            found[i] = None if n < len(sharding.spec) else sharding
+            part = PLACEMENT in schema.metadata[i] and not placement(
+                x, schema.metadata[i]
+            )
+            found[i] = None if part or n < len(sharding.spec) else sharding
     meshes = {sharding.mesh for sharding in found if sharding is not None}
     for mesh in meshes:
         mine = [s.spec if s is not None and s.mesh == mesh else None for s in found]
