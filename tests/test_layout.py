@@ -111,6 +111,7 @@ ORDER = (
     "sortal.checkpoint.fitting",
     "sortal.checkpoint.loading",
     "sortal.checkpoint.restoring",
+    "sortal.checkpoint.planning",
     "sortal.checkpoint.manager",
     "sortal.checkpoint.verifying",
     "sortal.checkpoint.copying",

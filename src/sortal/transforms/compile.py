@@ -13,7 +13,7 @@ from sortal._engine.foreign import to_native
 from sortal._engine.statics import is_hashable
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError, StaleBufferError, listing
+from sortal.errors import ArgumentError, ShardingError, StaleBufferError, listing
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
     BoundArguments,
@@ -82,6 +82,7 @@ class Jitted:
         except (RuntimeError, TypeError, ValueError) as e:
             _refuse_stale(bound, e)
             self._refuse_arguments(bound, e)
+            self._refuse_devices(bound, e)
             raise
         out = write_back(bound, result)
         if type(call) is Sharded:
@@ -113,6 +114,34 @@ class Jitted:
                 f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
                 f"which static_argnames=[{names}] names."
             ) from cause
+
+    def _refuse_devices(self, bound: BoundArguments, cause: Exception) -> None:
+        """Says which arguments lie on other devices; looked at only after an error."""
+        at: dict[Any, list[str]] = {}
+        for key, name, x in _named_arguments(self._fn, bound):
+            if key in self._static:
+                continue
+            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+                # What is bound to no device goes where the others are.
+                if getattr(leaf, "committed", False):
+                    where = f"{name}{jax.tree_util.keystr(path)}"
+                    at.setdefault(frozenset(leaf.sharding.device_set), []).append(where)
+        if len(at) < 2:
+            return
+        most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
+        rows = [
+            f"{where}: {_devices(devices)}"
+            for devices, names in at.items()
+            if devices != most
+            for where in names
+        ]
+        raise ShardingError(
+            f"a compiled function needs all arrays on the same devices; "
+            f"{len(at[most])} arrays lie on {_devices(most)}, and these on others:\n"
+            f"{listing(rows)}\n"
+            "Put models there by shard(model, mesh, policy), and other arrays by "
+            "jax.device_put(x, NamedSharding(mesh, P()))."
+        ) from cause
 
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -246,6 +275,11 @@ def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str,
         yield name, name, x
 
 
+def _devices(devices: Any) -> str:
+    numbers = sorted(device.id for device in devices)
+    return f"device {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} devices"
+
+
 def _goes_in(x: Any) -> bool:
     if isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__"):
         return True
@@ -334,6 +368,7 @@ def jit(
         to it.
       FilterError: at a call: ``donate`` takes no leaf of any argument.
       StaleBufferError: at a call: a leaf holds a buffer that was donated before.
+      ShardingError: at a call: arrays are bound to different devices.
       RetraceError: at a call: it traces again, and ``on_retrace`` is ``"raise"``.
 
     Example:
