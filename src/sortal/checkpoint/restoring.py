@@ -71,7 +71,7 @@ class Restored(NamedTuple):
     step: int
     metadata: Any
     metrics: Mapping[str, float]
-    path: Path
+    path: files.Location
     leaves: tuple[ModelPath, ...]
     kept: tuple[ModelPath, ...]
 
@@ -99,7 +99,7 @@ def restore(
     All processes of a program call it together.
 
     Args:
-      directory: where the steps are.
+      directory: where the steps are: a path, or an address such as ``s3://bucket/key``.
       root: what was given to ``save``, or something of the same structure.
       step: the number of a step, or ``"latest"``.
       only: a filter; other leaves are left as they are, and not read.
@@ -117,7 +117,7 @@ def restore(
       What was restored.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``.
+      ArgumentError: the directory is neither a path nor an address of an object store.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: the checkpoint does not fit the model; every difference is listed.
@@ -136,7 +136,7 @@ def restore(
       (2, 3)
     """
     options = Options(only, policy, partial, rename, cast, fill)
-    directory = files.local(directory)
+    directory = files.located(directory)
     group = Group(f"restoring from {directory}")
     plan: Any = None
     for left in reversed(range(_TRIES)):
@@ -187,7 +187,7 @@ _TRIES = 20
 
 def _changed(
     error: SortalError,
-    directory: Path,
+    directory: files.Location,
     step: int | str,
     number: int,
     manifest: Manifest | None,
@@ -204,7 +204,7 @@ def _changed(
 
 def _read_into(
     plan: Any,
-    directory: Path,
+    directory: files.Location,
     manifest: Manifest,
     options: Options,
     kinds: Mapping[str, type],
@@ -218,22 +218,24 @@ def _read_into(
     return found, *read_fit(plan, found, reader, sharding)
 
 
-def find_step(directory: Path, step: int | str) -> int:
+def find_step(directory: files.Location, step: int | str) -> int:
     """The number of a step; ``step`` may be ``"latest"``."""
     if step != "latest":
         return files.step_number(step)
     found = files.by_age(directory)
     if not found:
-        there = "" if directory.is_dir() else ", which is no folder"
+        there = ""
+        if isinstance(directory, Path) and not directory.is_dir():
+            there = ", which is no folder"
         raise NoCheckpointError(
             f"no checkpoint in {directory}{there}.{_above(directory)}"
         )
     return found[-1].number
 
 
-def _above(directory: Path) -> str:
+def _above(directory: files.Location) -> str:
     """Advice where a step was given instead of the directory of steps."""
-    if directory.name.isdecimal() and (directory / NAME).exists():
+    if directory.name.isdecimal() and (directory / NAME).is_file():
         return (
             f" It is a step itself: write {str(directory.parent)!r}, "
             f"step={directory.name}."
@@ -333,7 +335,7 @@ def load_state(
     """Reads the leaves of a step without a model.
 
     Args:
-      directory: where the steps are.
+      directory: where the steps are: a path, or an address such as ``s3://bucket/key``.
       step: the number of a step, or ``"latest"``.
       only: a filter; other leaves are not read.
       kinds: from the full names of kinds in the checkpoint to classes here. A kind
@@ -346,7 +348,7 @@ def load_state(
       A State.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``.
+      ArgumentError: the directory is neither a path nor an address of an object store.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: a value needs a model to be built, or the filter takes nothing.
@@ -363,7 +365,7 @@ def load_state(
         var: BatchStat(float32[3])
       )
     """
-    directory = files.local(directory)
+    directory = files.located(directory)
     not_in_a_trace("load_state")
     settle(directory)
     for left in reversed(range(_TRIES)):
@@ -379,7 +381,7 @@ def load_state(
 
 
 def _read_state(
-    directory: Path,
+    directory: files.Location,
     manifest: Manifest,
     only: Any,
     kinds: Mapping[str, type],
