@@ -272,3 +272,13 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path, placed, large):
     twice = jax.jit(lambda x: 2 * x, donate_argnums=0)(value)
     assert value.is_deleted()
     assert np.array_equal(twice, 2 * x)
+
+
+def test_dtypes_that_jax_does_not_hold_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "x", {"w": np.ones(3)})
+    model = {"w": nnx.Param(jax.ShapeDtypeStruct((3,), np.dtype(np.float64)))}
+    with pytest.raises(RestoreError, match=r"w \(Param\) is float64, which JAX holds"):
+        load_pretrained(folder, model, {"w": "w"})
+    host = {"w": nnx.Param(np.zeros(3))}
+    load_pretrained(folder, host, {"w": "w"})
+    assert host["w"].value.tolist() == [1, 1, 1]

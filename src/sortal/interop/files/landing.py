@@ -34,9 +34,9 @@ def land(want: Want, axis: int, read: Read) -> jax.Array:
       The array. It shares no memory with the file.
     """
     shape, dtype = want.array.shape, numpy_dtype(want.dtype)
-    sharding = want.sharding
+    sharding: Any = want.sharding
     if sharding is None:
-        sharding = jnp.zeros((), dtype).sharding
+        sharding = jnp.zeros(()).sharding
     places = {
         device: tuple(slice(*s.indices(n)) for s, n in zip(at, shape, strict=True))
         for device, at in sharding.addressable_devices_indices_map(shape).items()

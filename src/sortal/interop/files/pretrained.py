@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path, show
@@ -457,6 +458,12 @@ def _wants(
             faults.append(
                 f"dtype: {schema.describe(i)} is {live.dtype} in the model, {theirs} "
                 "in the folder; cast=True converts"
+            )
+            continue
+        if live.form == "jax" and dtypes.canonicalize_dtype(live.dtype) != live.dtype:
+            faults.append(
+                f"dtype: {schema.describe(i)} is {live.dtype}, which JAX holds only "
+                "with jax_enable_x64"
             )
             continue
         stored = Array(live.shape, theirs, "numpy")
