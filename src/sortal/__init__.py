@@ -80,6 +80,7 @@ if _TYPE_CHECKING:
     from sortal.module import dataclass as dataclass
     from sortal.module import iter_children as iter_children
     from sortal.module import iter_modules as iter_modules
+    from sortal.module import set_attributes as set_attributes
     from sortal.nn import initializers as initializers
     from sortal.nn.activations import PReLU as PReLU
     from sortal.nn.activations import celu as celu

@@ -46,7 +46,9 @@ TABLE = contents(
         ),
         "sortal.inspect.display": "display",
         "sortal.inspect.text": "explain tabulate",
-        "sortal.module": "Module Pytree dataclass iter_children iter_modules",
+        "sortal.module": (
+            "Module Pytree dataclass iter_children iter_modules set_attributes"
+        ),
         "sortal.nn": "initializers",
         "sortal.nn.activations": (
             "PReLU celu elu gelu glu hard_sigmoid hard_silu hard_swish hard_tanh "

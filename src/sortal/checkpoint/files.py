@@ -336,7 +336,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
     Readers find either the old manifest or this one. The arrays are on disk before.
     """
     folder = directory / str(manifest.step)
-    temporary = unfinished(folder, manifest)
+    temporary = unfinished(folder, manifest.folder)
     temporary.unlink(missing_ok=True)
     write_file(temporary, _manifest.to_bytes(manifest))
     temporary.replace(folder / _manifest.NAME)
@@ -349,9 +349,9 @@ def commit(directory: Path, manifest: Manifest) -> None:
         ) from e
 
 
-def unfinished(folder: Path, manifest: Manifest) -> Path:
+def unfinished(step: Path, folder: str) -> Path:
     """Where a manifest is written before it is renamed."""
-    return folder / f".manifest-{manifest.folder.removeprefix('arrays-')}"
+    return step / f".manifest-{folder.removeprefix('arrays-')}"
 
 
 def mark(step: Path, folder: str) -> Path:

@@ -111,6 +111,13 @@ def short(kind: Kind) -> str:
     return "unlabelled array" if kind.name is None else kind.name.rpartition(".")[2]
 
 
+def encode_path(path: Any) -> Path:
+    """A path as JSON can hold it: integers, strings, and other keys as text."""
+    return tuple(
+        k if type(k) in (str, int) else f"<{type(k).__name__}> {k!r}" for k in path
+    )
+
+
 def now() -> str:
     """The current time as manifests write it."""
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

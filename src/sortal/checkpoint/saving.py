@@ -10,7 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from sortal.checkpoint import files
 from sortal.checkpoint.layout import Layout, check_json, lay_out
@@ -24,9 +24,12 @@ from sortal.checkpoint.store import (
     refuse_fork,
     sync_tree,
 )
+from sortal.checkpoint.taking import Taken, take
 from sortal.checkpoint.values import arrays
 from sortal.errors import CheckpointError, SaveError
 from sortal.policy.policy import Policy
+
+T = TypeVar("T")
 
 
 def save(
@@ -109,13 +112,13 @@ def begin(
     refuse_fork(SaveError)
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
-    layout, folder, fault = None, "", ""
+    taken, folder, fault = None, "", ""
     held = contextlib.ExitStack()
     try:
         check_json("metadata", metadata)
         metadata = copy.deepcopy(metadata)  # the caller may change it meanwhile
         with uncollected():
-            layout = lay_out(root, only, policy, pin=not wait)
+            taken = take(root, only, policy, pin=not wait)
         if group.leads:
             held.callback(lock())
             folder = files.new_folder(directory, kept=afterwards is not None)
@@ -128,15 +131,15 @@ def begin(
     except BaseException:
         held.close()
         raise
-    assert layout is not None  # noqa: S101 - else there was a fault
-    manifest = Manifest(
-        step, folder, layout.kinds, layout.leaves, layout.aliases, layout.arrays, {},
-        layout.graphdef, metadata, dict(metrics or {}), _versions(), now(),
+    assert taken is not None  # noqa: S101 - else there was a fault
+    head = Manifest(
+        step, folder, (), (), (), {}, {}, "", metadata, dict(metrics or {}),
+        _versions(), now(),
     )  # fmt: skip
 
     def work() -> None:
         with held:
-            _write(directory, layout, manifest, group, afterwards)
+            _write(directory, taken, head, group, afterwards)
 
     saving = Saving(directory, step, work)
     return saving.run() if wait else saving.start()
@@ -153,22 +156,26 @@ def _agreed(group: Group, round: str, mine: Any, fault: str) -> list[Any]:
 
 def _write(
     directory: Path,
-    layout: Layout,
-    manifest: Manifest,
+    taken: Taken,
+    head: Manifest,
     group: Group,
     afterwards: Callable[[Manifest], None] | None,
 ) -> None:
-    root = directory / str(manifest.step) / manifest.folder
-    what = f"saving step {manifest.step} to {directory}"
+    root = directory / str(head.step) / head.folder
+    what = f"saving step {head.step} to {directory}"
     try:
-        _together(group, "folders", what, lambda: _prepare(root, layout, group))
+        layout = _together(group, "folders", what, lambda: _prepare(root, taken, group))
+        manifest = head._replace(
+            kinds=layout.kinds, leaves=layout.leaves, aliases=layout.aliases,
+            arrays=layout.arrays, graphdef=layout.graphdef,
+        )  # fmt: skip
         _together(group, "arrays", what, lambda: _arrays(root, layout, group))
         _together(
             group, "commit", what, lambda: _commit(directory, layout, manifest, group)
         )
     except SaveError:
         if group.leads:
-            _undo(directory, manifest)
+            _undo(directory, head)
         raise
     if group.leads:
         with files.as_save_error(
@@ -186,17 +193,17 @@ def _undo(directory: Path, manifest: Manifest) -> None:
             return  # it is committed already: only the sync failed
     shutil.rmtree(folder / manifest.folder, ignore_errors=True)
     with contextlib.suppress(OSError):
-        files.unfinished(folder, manifest).unlink(missing_ok=True)
+        files.unfinished(folder, manifest.folder).unlink(missing_ok=True)
         files.mark(folder, manifest.folder).unlink(missing_ok=True)
         folder.rmdir()
 
 
-def _together(group: Group, round: str, what: str, do: Callable[[], None]) -> None:
+def _together(group: Group, round: str, what: str, do: Callable[[], T]) -> T:
     """Does a step of the work in all processes; an error in one is raised in all."""
-    fault, cause = "", None
+    fault, cause, found = "", None, None
     try:
         with files.as_save_error(what, _NOTHING):
-            do()
+            found = do()
     except SaveError as e:
         if group.count == 1:
             raise
@@ -205,20 +212,24 @@ def _together(group: Group, round: str, what: str, do: Callable[[], None]) -> No
         _agreed(group, round, None, fault)
     except SaveError as e:
         raise e from cause
+    return cast("T", found)
 
 
 _NOTHING = "; nothing was committed, and earlier steps are as they were"
 
 
-def _prepare(root: Path, layout: Layout, group: Group) -> None:
+def _prepare(root: Path, taken: Taken, group: Group) -> Layout:
+    with uncollected():
+        layout = lay_out(taken)
     if not group.leads:
-        return
+        return layout
     files.clean(root.parent.parent)
     root.mkdir(parents=True)
     groups = [k.group for k in layout.kinds]
     prepare(root, layout.arrays, groups)
     if any(leaf.passing for leaf in layout.leaves):
         files.write_file(files.mark(root.parent, root.name), b"")
+    return layout
 
 
 def _arrays(root: Path, layout: Layout, group: Group) -> None:

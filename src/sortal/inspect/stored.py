@@ -12,13 +12,12 @@ import numpy as np
 from sortal._engine.paths import show
 from sortal._engine.state import State
 from sortal._engine.statics import static_key
-from sortal._engine.tables import Report, Table
+from sortal._engine.tables import Report, Table, size
 from sortal.checkpoint import files
 from sortal.checkpoint.copying import copy_step, refuse_existing
 from sortal.checkpoint.saving import save
 from sortal.checkpoint.verifying import Verified, verify
 from sortal.errors import DamagedError, SaveError, listing
-from sortal.inspect.text import size
 from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
 from sortal.interop.files.exchange import is_file, open_arrays, write_arrays
 

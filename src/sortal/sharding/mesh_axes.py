@@ -58,12 +58,16 @@ def _pairs(rules: Any) -> Rules:
 
 
 def mapped_over(declared: bool) -> Any:
-    """A ``with`` block for functions of parts of leaves, some with declared specs.
+    """A ``with`` block for functions of parts of leaves, some with specs of the whole.
 
-    A declared spec speaks of a whole leaf, so compiled functions that are called on
-    parts leave them where they are.
+    Compiled functions that are called in it leave all leaves where they are.
     """
     return _mapped(_mapped.value or declared)
+
+
+def in_mapped() -> bool:
+    """Whether specs may speak of arrays of which only parts are here."""
+    return _mapped.value
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from sortal._engine.statics import EMPTY
 from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
-from sortal.checkpoint.layout import encode_path
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
+from sortal.checkpoint.manifest import encode_path
 from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import (
     Array,

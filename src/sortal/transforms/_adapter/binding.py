@@ -122,13 +122,12 @@ class BoundArguments:
         self.kwargs = kwargs and {
             k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
-        plans = self.plans
-        if plans:
-            self.alias_map = found = _alias_map(self.roots, plans)
+        if self.plans:
+            self.alias_map = found = _alias_map(self.roots, self.plans)
             # What each root is among all, without what others bring.
-            definitions, picks = found.definitions, found.picks
-            for k, flat_module in enumerate(self.flat_modules):
-                flat_module.definition, pick = definitions[k], picks[k]
+            mine = zip(self.flat_modules, found.definitions, found.picks, strict=True)
+            for flat_module, definition, pick in mine:
+                flat_module.definition = definition
                 if pick is not None:
                     flat_module.values = [flat_module.values[j] for j in pick]
 
