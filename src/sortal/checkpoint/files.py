@@ -413,7 +413,9 @@ def remove(path: Path) -> None:
 
 
 def remove_arrays(root: Path, keep: Iterable[str]) -> None:
-    """Removes the arrays in a folder of arrays, but those named."""
+    """Removes the arrays in a folder of arrays, but those named; follows no link."""
+    if not stat.S_ISDIR(root.lstat().st_mode):
+        return
     kept = {root / name for name in keep}
     for group in list(root.iterdir()):
         if stat.S_ISDIR(group.lstat().st_mode):
