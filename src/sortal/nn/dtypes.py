@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from sortal._engine.variable import Variable, describe
+from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError
 
 PromoteDtype = Callable[..., Any]
@@ -123,7 +123,7 @@ def dot_general(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> 
 
 def promote(layer: Any, inputs: Any, *parameters: Any) -> Any:
     """A layer's inputs and parameters, cast by its ``promote_dtype``."""
-    values = (p[...] if isinstance(p, Variable) else p for p in parameters)
+    values = (p[...] if is_variable(p) else p for p in parameters)
     return layer.promote_dtype((as_array(layer, inputs), *values), dtype=layer.dtype)
 
 
