@@ -17,8 +17,8 @@ from sortal.transforms._adapter.binding import (
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.tracing import run
-from sortal.transforms.compile import refuse_arguments
 from sortal.transforms.eager import kept
+from sortal.transforms.refusals import refuse_arguments
 
 
 @as_decorator
