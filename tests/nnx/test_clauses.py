@@ -155,7 +155,7 @@ def vmap_takes_axes_of_keywords_from_the_signature(lib: Any) -> Any:
 
 @alike
 def vmap_gives_each_replica_its_keys_by_keyword(lib: Any) -> Any:
-    axes = lib.StateAxes({lib.RngStream: 0, ...: None})
+    axes = lib.StateAxes({lib.RngState: 0, ...: None})
 
     @lib.split_rngs(splits=3)
     @lib.vmap(in_axes=(0, 0))
