@@ -81,6 +81,7 @@ if _TYPE_CHECKING:
     from sortal.module import dataclass as dataclass
     from sortal.module import iter_children as iter_children
     from sortal.module import iter_modules as iter_modules
+    from sortal.module import set_attributes as set_attributes
     from sortal.nn import initializers as initializers
     from sortal.nn.activations import PReLU as PReLU
     from sortal.nn.activations import celu as celu
@@ -180,6 +181,8 @@ if _TYPE_CHECKING:
     from sortal.sharding.specs import get_abstract_model as get_abstract_model
     from sortal.sharding.specs import get_named_sharding as get_named_sharding
     from sortal.sharding.specs import get_partition_spec as get_partition_spec
+    from sortal.sharding.transfer import Transferred as Transferred
+    from sortal.sharding.transfer import transfer as transfer
     from sortal.training import metrics as metrics
     from sortal.training.ema import EMA as EMA
     from sortal.training.metrics import Metric as Metric

@@ -456,3 +456,18 @@ def test_all_of_it_works_on_models_of_flax_as_they_are():
     np.testing.assert_allclose(
         made.kernel.get_value(), same.kernel.get_value(), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("written", [sortal.Cache, "parms", sortal.Under("head")])
+def test_a_policy_that_takes_no_leaf_is_refused_and_moves_nothing(written):
+    model = sortal.Linear(8, 8, rngs=sortal.Rngs(0))
+    before = list(sortal.variables(model).values_list())
+    with pytest.raises(
+        ShardingError, match=r"no row of the Policy takes any of the \d+ leaves:\n"
+    ):
+        sortal.shard(model, MESH, {written: sortal.Rule(spec=P("d"))})
+    after = sortal.variables(model).values_list()
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    sortal.shard(model, MESH, {written: sortal.Rule(axis=0)})
+    rest = sortal.Rule(spec=P())
+    sortal.shard(model, MESH, {written: sortal.Rule(spec=P("d")), ...: rest})

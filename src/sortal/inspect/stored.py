@@ -332,7 +332,7 @@ def convert(
     ]
     to_orbax = target.startswith("orbax:")
     if to_orbax or is_file(target):
-        entries = list(_reporting(_arrays(entries, target), progress))
+        entries = list(_reporting(_arrays(entries, target, to_orbax), progress))
         write_arrays(files.local(target.removeprefix("orbax:")), entries, to_orbax)
     elif opened.format == "sortal":
         copy_step(opened.path, target, progress)
@@ -353,9 +353,14 @@ def _packed(e: Entry) -> bool:
     return e.dtype not in _GGUF
 
 
-def _arrays(entries: list[Entry], target: str) -> list[Entry]:
-    """Entries as arrays; refuses all plain values that no array holds."""
-    found = [(e, as_array(e)) for e in entries]
+def _arrays(entries: list[Entry], target: str, keys: bool) -> list[Entry]:
+    """Entries as arrays; refuses all plain values that no array holds.
+
+    ``keys`` says whether the target has PRNG keys, which elsewhere are their words.
+    """
+    found = [
+        (e, e if keys and e.dtype.startswith("key<") else as_array(e)) for e in entries
+    ]
     if odd := [f"{show(e.name)}: {e.dtype}" for e, new in found if new is None]:
         raise SaveError(
             f"{target} holds arrays only, and these values would be lost:\n"

@@ -15,9 +15,11 @@ from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import check_writable, describe
 from sortal.errors import ShardingError, listing
+from sortal.policy.policy import Policy
 from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import in_mapped, put, use_eager_sharding
 from sortal.sharding.resolution import (
+    UNRULED,
     Resolved,
     at_full_rank,
     check_specs,
@@ -187,8 +189,9 @@ def shard(
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
       PolicyError: a kind or a Variable has an answer that is no spec.
-      ShardingError: there is no mesh, specs do not fit, or raw arrays cannot be
-        written; all are listed and nothing is moved.
+      ShardingError: there is no mesh, specs do not fit their leaves or the mesh, raw
+        arrays cannot be written, or rows of the Policy have specs and none takes a
+        leaf; all are listed and nothing is moved.
       TraceError: the model belongs to another trace than the current one.
 
     Example:
@@ -203,10 +206,23 @@ def shard(
       [None, 'data']
     """
     found = on_mesh(model, _given_devices(mesh), policy, rules)
+    _check_takes(found, policy)
     _check_places(found.plan)
     shardings = found.shardings()
     _store(found.plan, jax.device_put(list(found.values), shardings), shardings)
     return model
+
+
+def _check_takes(found: OnMesh, policy: Any) -> None:
+    """Refuses a Policy by which every leaf would stay or go to every device."""
+    rows = Policy({} if policy is None else policy).all_answers("spec")
+    schema = found.plan.graphdef.schema
+    if rows and len(schema) and {by for _, by in found.found} <= {UNRULED, "placement"}:
+        raise ShardingError(
+            f"no row of the Policy takes any of the {len(schema)} leaves:\n"
+            + listing(map(schema.describe, range(len(schema))))
+            + "\nMend its filters; shard(model, mesh) puts all on every device."
+        )
 
 
 def _check_places(plan: Plan) -> None:

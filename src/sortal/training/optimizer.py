@@ -16,7 +16,7 @@ from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.marks import static
 from sortal._engine.paths import Path
 from sortal._engine.plan import bind, has_plan
-from sortal._engine.schema import Kind, Schema, plain_leaf_schema
+from sortal._engine.schema import Kind, Schema, plain_leaf_schema, taken
 from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
@@ -35,7 +35,7 @@ from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
-from sortal.sharding.resolution import SPECS, at_placement, shape_of, with_spec_like
+from sortal.sharding.resolution import SPECS, shape_of, with_spec_like
 from sortal.training.fitting import (
     ANEW,
     check_arguments,
@@ -48,6 +48,7 @@ from sortal.training.fitting import (
     is_array,
     is_leaf,
     odd_shapes,
+    placed_like,
     same_shape,
 )
 
@@ -142,7 +143,7 @@ class Optimizer(Pytree):
         divided = _divide(self.tx, groups, params)
         parts = _parts(params, [at for _, at in divided])
         states = tuple(
-            _stored(t.init(part), shared, params)
+            _stored(t.init(part), shared, part)
             for (t, _), part in zip(divided, parts, strict=True)
         )
         self.opt_state = states[0] if groups is None else states
@@ -345,10 +346,10 @@ def _divide(tx: Any, groups: Any, params: State) -> list[tuple[Any, Any]]:
 def _assign(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> list[tuple[int, ...]]:
-    takers = [
-        [g for g, f in enumerate(filters) if f.test(*row)]
-        for row in schema.rows(leaves)
-    ]
+    takers: list[list[int]] = [[] for _ in schema.paths]
+    for g, f in enumerate(filters):
+        for i in taken(f, schema, leaves):
+            takers[i].append(g)
     last = len(filters) - 1
     if isinstance(filters[last], Everything):
         takers = [[g for g in mine if g != last] or [last] for mine in takers]
@@ -365,10 +366,10 @@ def _assign(
             "Narrow the filters with & and ~, narrow wrt, or add a last group `...` "
             "for the rest."
         )
-    parts = [
-        tuple(i for i, (g,) in enumerate(takers) if g == group)
-        for group in range(len(filters))
-    ]
+    groups: list[list[int]] = [[] for _ in filters]
+    for i, (g,) in enumerate(takers):
+        groups[g].append(i)
+    parts = list(map(tuple, groups))
     empty = [repr(f) for f, mine in zip(filters, parts, strict=True) if not mine]
     if empty:
         raise OptimizerError(
@@ -528,10 +529,12 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
-            return snapshot(schema, list(map(at_placement, values, schema.metadata)))
-        value = jax.tree.map(own_buffer, value_of(x))
+            given = values, schema.metadata, x.schema.metadata
+            return snapshot(schema, list(map(placed_like, *given)))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
-        return Hyperparam(value) if named else OptArray(value)
+        return (Hyperparam if named else OptArray)(
+            jax.tree.map(own_buffer, value_of(x))
+        )
 
     return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
 
@@ -553,6 +556,9 @@ def _as_optax_made(kept: Any, params: Schema) -> Any:
 def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
     """The Schema with the declared specs of what has not its parameter's shape."""
     metadata = list(schema.metadata)
+    for i, old in enumerate(metadata):
+        if (own := old.get("optimizer_sharding")) is not None:
+            metadata[i] = Metadata.of({**old, "out_sharding": own})
     for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
         if old.keys() & SPECS and path in owners:
             full, shape = shape_of(owners[path]), shape_of(values[i])

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
 from sortal._engine.foreign import to_native
-from sortal._engine.statics import is_hashable
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError, ShardingError, StaleBufferError, listing
+from sortal.errors import ArgumentError
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     named_positions,
-    stale_buffers,
     unbind,
     write_back,
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.lanes import unsorted
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
+from sortal.transforms.ahead import Lowered
 from sortal.transforms.donate import Donation, rejoin, with_first
+from sortal.transforms.refusals import (
+    refuse_arguments,
+    refuse_devices,
+    refuse_stale,
+)
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded, as_declared
 
@@ -71,78 +76,21 @@ class Jitted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first, donation = self._first, self._donation
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
+        given, named, call = bound.args, bound.kwargs, self._plain
         try:
-            if donation is None or donation.is_differentiated(bound):
-                result = self._plain(*bound.args, **bound.kwargs)
-            else:
+            if donation is not None and not donation.is_differentiated(bound):
                 given, named = donation.lend(bound, donation.find)
-                result = self._jit(*given, **named)
+                call = self._jit
+            result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
-            stale = stale_buffers(bound.flat_modules)
-            if not stale:
-                self._refuse_arguments(bound, e)
-                self._refuse_devices(bound, e)
-                raise
-            raise StaleBufferError(
-                f"{len(stale)} leaves hold buffers that were donated to an earlier "
-                f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
-                "the copy that must survive with clone(model, arrays=True)."
-            ) from e
-        return write_back(bound, result)
-
-    def _refuse_arguments(self, bound: BoundArguments, cause: Exception) -> None:
-        """Says why JAX refused arguments; looked at only after it has."""
-        unhashable, bad, settings = [], [], []
-        for key, name, x in _named_arguments(self._fn, bound):
-            if key in self._static:
-                if not is_hashable(x):
-                    unhashable.append(f"{name}: {describe(x)}")
-                continue
-            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-                if not _goes_in(leaf):
-                    bad.append(f"{name}{jax.tree_util.keystr(path)}: {describe(leaf)}")
-                    settings += [] if path else [name]
-        if unhashable:
-            raise ArgumentError(
-                f"static arguments must be hashable; found:\n{listing(unhashable)}\n"
-                "Leave data out of static_argnums and static_argnames; use a tuple for "
-                "a list."
-            ) from cause
-        if bad:
-            names = ", ".join(map(repr, settings)) or "..."
-            raise ArgumentError(
-                "arguments of a compiled function are models, arrays and numbers; "
-                f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
-                f"which static_argnames=[{names}] names."
-            ) from cause
-
-    def _refuse_devices(self, bound: BoundArguments, cause: Exception) -> None:
-        """Says which arguments lie on other devices; looked at only after an error."""
-        at: dict[Any, list[str]] = {}
-        for key, name, x in _named_arguments(self._fn, bound):
-            if key in self._static:
-                continue
-            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-                # What is bound to no device goes where the others are.
-                if getattr(leaf, "committed", False):
-                    where = f"{name}{jax.tree_util.keystr(path)}"
-                    at.setdefault(frozenset(leaf.sharding.device_set), []).append(where)
-        if len(at) < 2:
-            return
-        most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
-        rows = [
-            f"{where}: {_devices(devices)}"
-            for devices, names in at.items()
-            if devices != most
-            for where in names
-        ]
-        raise ShardingError(
-            f"a compiled function needs all arrays on the same devices; "
-            f"{len(at[most])} arrays lie on {_devices(most)}, and these on others:\n"
-            f"{listing(rows)}\n"
-            "Put models there by shard(model, mesh, policy), and other arrays by "
-            "jax.device_put(x, NamedSharding(mesh, P()))."
-        ) from cause
+            refuse_stale(bound, e)
+            refuse_arguments(self._fn, bound, self._static, e)
+            refuse_devices(self._fn, bound, self._static, e)
+            raise
+        out = write_back(bound, result)
+        if type(call) is Sharded:
+            call.place(bound, given, named)
+        return out
 
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,9 +104,43 @@ class Jitted:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else JittedPartial(self, instance)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lowers for these arguments, as ``jax.jit(f).lower``; nothing is run."""
-        return self._without_running(self._jit.lower, args, kwargs)
+        lowered = self._without_running(self._jit.lower, args, kwargs)
+        given = {**dict(enumerate((*self._first, *args))), **kwargs}
+        static = {k: x for k, x in given.items() if k in self._static}
+        return Lowered(lowered, functools.partial(self._run, static))
+
+    def _run(self, static: dict[Any, Any], program: Any, rest: Any, named: Any) -> Any:
+        """Calls a program; ``static`` are the arguments that it is not given."""
+        args, kwargs = [*self._first, *rest], dict(named)
+        for key, x in static.items():
+            if isinstance(key, int):
+                args.insert(key, x)
+            else:
+                kwargs[key] = x
+        bound = BoundArguments(tuple(args), kwargs, self._static)
+        lent: list[Any] = []
+        given, kwargs = bound.args, bound.kwargs
+        if self._donation is not None:
+            (first, *given), kwargs = self._donation.lend(bound, self._donation.find)
+            lent = [first]
+        dynamic = [x for i, x in enumerate(given) if i not in self._static]
+        kwargs = {k: x for k, x in kwargs.items() if k not in self._static}
+        try:
+            result = program(*lent, *dynamic, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as e:
+            refuse_stale(bound, e)
+            if isinstance(e, RuntimeError) or "transformations" in str(e):
+                raise
+            raise ArgumentError(
+                "this program was compiled for other arguments: "
+                f"{str(e).strip().splitlines()[0]}\nCall the function that jit "
+                "returned, which compiles for each form, or lower it for this one."
+            ) from e
+        if isinstance(self._jit, Sharded):
+            result = unsorted(*result)
+        return write_back(bound, result)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Traces for these arguments, as ``jax.jit(f).trace``; nothing is run."""
@@ -207,7 +189,8 @@ class JittedPartial(functools.partial):
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.lower``, for the remaining arguments."""
-        return self.func.lower(*self.args, *args, **{**self.keywords, **kwargs})
+        lowered = self.func.lower(*self.args, *args, **{**self.keywords, **kwargs})
+        return lowered.bound(self.args, self.keywords)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.trace``, for the remaining arguments."""
@@ -216,32 +199,6 @@ class JittedPartial(functools.partial):
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.eval_shape``, for the remaining arguments."""
         return self.func.eval_shape(*self.args, *args, **{**self.keywords, **kwargs})
-
-
-def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
-    """Each argument with its position or keyword, and its name in the signature."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
-    for i, x in enumerate(bound.args):
-        yield i, names[i] if i < len(names) else f"argument {i}", x
-    for name, x in bound.kwargs.items():
-        yield name, name, x
-
-
-def _devices(devices: Any) -> str:
-    numbers = sorted(device.id for device in devices)
-    return f"device {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} devices"
-
-
-def _goes_in(x: Any) -> bool:
-    if isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__"):
-        return True
-    # NumPy's objects, text and times are no data of a program.
-    array = hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
-    return array and getattr(x.dtype, "kind", "") not in set("OSUMm")
 
 
 def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> Any:
@@ -297,7 +254,8 @@ def jit(
     returned. Only values that the function changed leave the compiled program. Objects
     that are returned are the very objects passed in; Variables shared by several
     arguments are one inside; new attributes and replaced modules are carried over. An
-    exception leaves everything as it was.
+    exception leaves everything as it was. As in JAX, what the function closes over is a
+    constant: pass each model as an argument, or later values of it are not seen.
 
     Args:
       fun: the function; without it a decorator is returned.

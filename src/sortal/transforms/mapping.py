@@ -39,8 +39,10 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
+from sortal.transforms.axes import check_ranks, refuse_moved, without
 from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
 from sortal.transforms.shardings import as_declared, declares
+from sortal.transforms.sizes import refuse_sizes
 
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
@@ -74,7 +76,7 @@ def vmap(
         a tree of these, for each positional argument. Keyword arguments and the modules
         in them are mapped over axis 0, as in JAX.
       out_axes: likewise for what is returned. A module that was passed in comes back
-        as itself, whatever stands here.
+        as itself, and cannot be given another axis.
       axis_name: see ``jax.vmap``.
       axis_size: see ``jax.vmap``; needed where no argument has an axis.
       spmd_axis_name: see ``jax.vmap``.
@@ -127,7 +129,12 @@ def vmap(
             spmd_axis_name=spmd_axis_name,
         )
         given = bound.args, bound.kwargs
-        return write_back(bound, as_declared(unsorted(*mapped(*given)), given))
+        try:
+            sorted_out = mapped(*given)
+        except ValueError as error:
+            refuse_sizes(spread, error)
+            raise
+        return write_back(bound, as_declared(unsorted(*sorted_out), given))
 
     return wrapper
 
@@ -242,38 +249,6 @@ def _spec(answer: Any) -> Any:
     if answer is None:
         return PartitionSpec()
     return getattr(answer, "spec", answer) if isinstance(answer, Sharding) else answer
-
-
-def check_ranks(spread: Spread) -> None:
-    """Refuses int axes that leaves do not have.
-
-    Args:
-      spread: the answers for one call.
-
-    Raises:
-      AxisError: some leaves have fewer axes; all are listed.
-    """
-    bad = [
-        f"{plan.graphdef.schema.describe(j)}: {describe(x)} has no axis {axis}"
-        for plan, axes in zip(spread.bound.plans, spread.roots, strict=True)
-        for j, (axis, value) in enumerate(zip(axes, plan.values(), strict=True))
-        if isinstance(axis, int)
-        for x in _without(axis, value)
-    ]
-    if bad:
-        raise AxisError(
-            f"these leaves do not have the axis they are to be mapped over:\n"
-            f"{listing(bad)}\nGive them axis None, as in StateAxes({{Kind: None, "
-            "...: 0})."
-        )
-
-
-def _without(axis: int, value: Any, more: int = 0) -> list[Any]:
-    """The arrays of a value that, given ``more`` axes, do not have the axis."""
-    # Nearly all values are one array, and taking a tree apart costs more than the rest.
-    arrays = [value] if isinstance(value, jax.Array) else jax.tree.leaves(value)
-    ranks = [np.ndim(x) + more for x in arrays]
-    return [x for x, n in zip(arrays, ranks, strict=True) if not -n <= axis < n]
 
 
 class _Leaf(NamedTuple):
@@ -403,6 +378,7 @@ class _Call:
         with mapped_over(declared):
             result = run(self.fn, args, kwargs)
         result.effects = parts.restored(result.effects, self.names)
+        self.check_returned(result)
         refused = _Refused(self.title)
         fresh = list(self._fresh(result))
         leaves = [*self._written(result), *fresh]
@@ -414,6 +390,9 @@ class _Call:
         ]
         result.effects = named(result.effects, new, self.names, self.entry)
         return self.lanes.sort(result, sent)
+
+    def check_returned(self, result: Result) -> None:
+        """Refuses answers for objects that were passed in, where they would move."""
 
     def _written(self, result: Result) -> Iterator[_Leaf]:
         spread = self.spread
@@ -452,13 +431,16 @@ class _Vmapped(_Call):
         given, parts = as_parts(given, self.spread.of_leaf, self.names)
         return given, parts, parts.of_wholes
 
+    def check_returned(self, result: Result) -> None:
+        refuse_moved(self.spread, self.out_given, result)
+
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, axis = leaf.value, leaf.answer
         if not self.fits(axis):
             refused.note(_NO_AXIS, f"{leaf.name}: {axis!r}")
             return Sent(0, value)
         if axis is not None:
-            for x in _without(axis, value, 1):
+            for x in without(axis, value, 1):
                 row = f"{leaf.name}: {describe(x)} has no axis {axis} once stacked"
                 refused.note(_CANNOT_STACK, row)
             if axis in self.lanes.answers:

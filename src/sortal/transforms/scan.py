@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from sortal._engine.foreign import to_native
+from sortal._engine.foreign import is_kind, to_native
 from sortal._engine.nodes import is_root
-from sortal._engine.variable import describe
+from sortal._engine.variable import RngCount, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.sharding.mesh_axes import mapped_over
@@ -33,9 +33,10 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
+from sortal.transforms.axes import check_ranks
 from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
 from sortal.transforms.eager import kept
-from sortal.transforms.mapping import check_ranks, per_argument
+from sortal.transforms.mapping import per_argument
 from sortal.transforms.shardings import as_declared
 
 
@@ -56,7 +57,8 @@ def scan(
 
     A leaf with an int axis is sliced: each step sees its own part and what it writes is
     stacked again. One with ``Carry`` goes from step to step. One with None is the same
-    at each step, and cannot be written. Leaves that are only read are no outputs. What
+    at each step, and cannot be written: a stream of keys gives the same keys at each
+    step. Leaves that are only read are no outputs. What
     a step adds to a module, such as an Intermediate, comes out stacked where its kind
     has an int axis.
 
@@ -286,7 +288,9 @@ class _Scan:
         effects, describe_leaf = result.effects, self.operands.describe
         if not only_added(self.operands, effects):
             raise LoopError(edited("the step of scan", self.operands, effects))
-        shared = [k for k in effects.written if self.roles[k] is None]
+        shared = [
+            k for k in effects.written if self.roles[k] is None and not self._counts(k)
+        ]
         if shared:
             raise AxisError(
                 "scan: leaves of axis None are the same at each step, but were written:"
@@ -314,6 +318,11 @@ class _Scan:
             for (path, old), new in zip(olds, news, strict=True)
         ]
         check_types("the step of scan", rows)
+
+    def _counts(self, k: int) -> bool:
+        """Whether a leaf says how many keys a stream has given out."""
+        kind = self.operands.bound.alias_map.graphdef.schema.kinds[k]
+        return kind is not None and is_kind(kind, RngCount)
 
     def _new_axes(self, result: Result) -> list[int]:
         """The axis of each leaf that a step makes; all must have one."""
@@ -364,7 +373,11 @@ class _Scan:
         stacked, written, fresh = ys
         last = dict(zip(self.carried, carried, strict=True))
         for k, value in zip(self.kept, written, strict=True):
-            last[k] = _from_front(value, self.roles[k])
+            if self.roles[k] is None:  # a count, which all steps began with
+                old = self.operands.values[k]
+                last[k] = jnp.maximum(old, jnp.max(value, axis=0, initial=0))
+            else:
+                last[k] = _from_front(value, self.roles[k])
         written = tuple(sorted(self.written))
         effects = Effects(written, self.effects.outputs, self.effects.edits)
         values = [last[k] for k in written]
@@ -377,8 +390,8 @@ class _Scan:
             is_leaf=is_answer,
         )
         bound = self.operands.bound
-        result = as_declared(Result(stacked, values, fresh, effects), bound.args)
-        out = write_back(bound, result)
+        result = Result(effects, (stacked, values, fresh))
+        out = write_back(bound, as_declared(result, bound.args))
         if self.out_at is None:
             return out
         carry = resolve(tree, bound.roots)
