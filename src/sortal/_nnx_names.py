@@ -14,7 +14,8 @@ TABLE = contents(
     {
         "sortal.nnx": (
             "bridge compat filterlib graph graphlib helpers metrics module optimizer "
-            "pytreelib rnglib spmd statelib tracers transforms traversals variablelib"
+            "proxy_caller pytreelib reprlib rnglib spmd statelib summary tracers "
+            "transforms traversals variablelib visualization"
         ),
         "sortal.nnx.calls": "call",
         "sortal.nnx.capturing": "capture",
@@ -43,6 +44,7 @@ TABLE = contents(
             "replace_by_pure_dict restore_int_paths split_state to_flat_state "
             "to_pure_dict"
         ),
+        "sortal.nnx.summary": "tabulate",
         "sortal.nnx.tracers": "TraceContextError",
         "sortal.nnx.transforms": (
             "StateAxes StateSharding StateSpecs checkpoint cond custom_vjp eval_shape "
@@ -62,7 +64,17 @@ TABLE = contents(
     }
 )
 TABLE["object"] = "sortal.nnx.pytreelib"
+TABLE["wrappers"] = "sortal.nnx.bridge"
 """Names of ``sortal.nnx`` that are not those of ``sortal``, and what each is."""
+
+ABSENT = {
+    "deprecations": "it is a tool of Flax's own source",
+    "extract": (
+        "it is the inside of Flax's transforms; nnx.to_tree and nnx.from_tree are its "
+        "public functions"
+    ),
+}
+"""Names of Flax that ``sortal.nnx`` does not have, and why."""
 
 KEYWORDS = frozenset({"copy", "graph", "graph_updates"})
 """Keywords that functions of ``sortal.nnx`` take and those of ``sortal`` do not."""

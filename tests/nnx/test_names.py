@@ -602,3 +602,11 @@ def test_the_comparison_sees_one_bit_and_one_entry() -> None:
         same({"a": (1, 2)}, {"a": (1,)})
     with pytest.raises(AssertionError):
         same(jnp.ones(2), jnp.ones(2, jnp.bfloat16))
+
+
+def test_the_protocol_of_recurrent_layers_is_where_flax_has_it() -> None:
+    from flax.nnx.nn import recurrent as theirs
+
+    from sortal.nn import recurrent
+
+    assert refused(recurrent.RNNBase.__call__, theirs.RNNBase.__call__) == set()

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flax import nnx as flax_nnx
 from tests.nnx.test_names import refused
 
-from sortal import nnx
+from sortal import _nnx_names, nnx
 from sortal.errors import UnsupportedError
 
 GUIDE = Path(__file__).parents[2] / "docs" / "migrating-from-flax.md"
-ABSENT = {
-    "deprecations": "a tool of Flax's own source",
-    "extract": "internals of Flax's transforms",
-    "proxy_caller": "internals of `call`",
-    "reprlib": "internals of Flax's prints",
-    "summary": "internals of `tabulate`",
-    "visualization": "internals of `display`",
-    "wrappers": "`nnx.bridge` has its names",
-}
+ABSENT = _nnx_names.ABSENT
 REFUSED = {
     "pmap": "`nnx.jit` with shardings, or `nnx.shard_map`",
     "update_context": "`nnx.jit` in the place of `jax.jit`",
@@ -75,7 +69,42 @@ def test_the_guide_shows_the_comparison() -> None:
 def test_each_name_is_there_or_is_said_to_be_absent() -> None:
     lacking = [n for n in NAMES if not hasattr(nnx, n)]
     assert lacking == sorted(ABSENT)
-    assert len(ABSENT) <= 10
+    assert len(ABSENT) + len(REFUSED) <= 10
+
+
+@pytest.mark.parametrize(("name", "why"), ABSENT.items())
+def test_an_absent_name_says_why(name: str, why: str) -> None:
+    with pytest.raises(AttributeError, match=re.escape(f"has no {name}: {why}.")):
+        getattr(nnx, name)
+
+
+def test_the_bridge_has_each_name_or_says_what_to_write() -> None:
+    public = {x for x in dir(flax_nnx.bridge) if not x.startswith("_")}
+    inside = {"interop", "module", "variables", "wrappers"}
+    lacking = {x for x in public - inside if not hasattr(nnx.bridge, x)}
+    assert lacking == set(nnx.bridge.ABSENT)
+    with pytest.raises(AttributeError, match=r"no compact: write a sortal Module"):
+        nnx.bridge.compact  # noqa: B018
+    with pytest.raises(AttributeError, match=r"NNXMeta: .*flax.linen.Partitioned"):
+        nnx.bridge.NNXMeta  # noqa: B018
+
+
+def test_texts_of_reprlib_are_those_of_flax() -> None:
+    def program(lib: Any) -> str:
+        class Point(lib.reprlib.Representable):
+            def __nnx_repr__(self) -> Any:
+                yield lib.reprlib.Object(type(self), same_line=self.flat)
+                yield lib.reprlib.Attr("x", [1, "a", None])
+                yield lib.reprlib.Attr("t", int)
+
+        texts = []
+        for Point.flat in (True, False):  # type: ignore[misc]
+            texts.append(repr(Point()))
+            texts.append(repr(lib.reprlib.PrettyMapping({"k": Point()})))
+            texts.append(repr(lib.reprlib.PrettySequence([Point(), 1.5])))
+        return "\n".join(texts)
+
+    assert program(nnx) == program(flax_nnx)
 
 
 @pytest.mark.parametrize("name", REFUSED)

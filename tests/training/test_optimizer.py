@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx as flax_nnx
 
+import sortal
 from sortal import nnx
 from sortal.errors import (
     ArgumentError,
@@ -670,7 +671,7 @@ def test_missing_and_unknown_gradients_are_all_listed(trained):
     grads["tail"] = nnx.Param(jnp.ones(2))
     grads["seen"] = nnx.BatchStat(jnp.ones(2))
     with pytest.raises(OptimizerError) as caught:
-        optimizer.update(model, grads)
+        sortal.Optimizer.update(optimizer, model, grads)
     text = str(caught.value)
     for row in (
         "missing: head.bias (Param)",
@@ -1038,7 +1039,7 @@ def test_a_param_added_later_under_a_row_of_the_policy_is_noticed():
 def test_gradients_of_frozen_leaves_are_refused_by_name():
     policy, _ = by_policy()
     model = make(nnx)
-    optimizer = nnx.Optimizer(model, policy)
+    optimizer = sortal.Optimizer(model, policy)
     with pytest.raises(OptimizerError, match=r"unknown: layers.0.bias \(Param\)"):
         optimizer.update(model, nnx.grad(loss_of)(model))
 
@@ -1199,7 +1200,7 @@ def test_path_filters_see_the_same_paths_in_grad_and_optimizer():
         with pytest.raises(
             FilterError, match=r"takes none of .*\n(.|\n)*b.w \(Param\)"
         ):
-            nnx.grad(lambda m: m["b"].w.value.sum(), wrt=nnx.At("b"))(models)
+            sortal.grad(lambda m: m["b"].w.value.sum(), wrt=nnx.At("b"))(models)
         found = nnx.grad(lambda m: m["a"].w.value.sum(), wrt=optimizer.wrt)(models)
         optimizer.update(models, found)
     assert models["a"].w.value.tolist() == [-0.5] * 3

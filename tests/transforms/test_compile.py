@@ -455,3 +455,83 @@ def test_eval_shape_of_an_abstract_model() -> None:
         lambda m, x: m(x), made, jax.ShapeDtypeStruct((5, 3), jnp.float32)
     )
     assert out.shape == (5, 2)
+
+
+# ---------------------------------------------------- programs compiled ahead
+class Ahead(nnx.Module):
+    def __init__(self) -> None:
+        self.w = nnx.Param(jnp.arange(3.0))
+        self.n = nnx.Variable(jnp.array(0))
+
+    @nnx.jit
+    def count(self, x: Any) -> Any:
+        self.n[...] += 1
+        return self.w * x
+
+
+def scaled(model: Ahead, x: Any, by: int = 1) -> Any:
+    model.n[...] += by
+    return model.w[...] * x
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"donate": nnx.Variable},
+        {"donate": True},
+        {"in_shardings": None},
+        {"donate_argnums": 0},
+    ],
+    ids=str,
+)
+def test_a_program_compiled_ahead_is_called_as_the_function(options: Any) -> None:
+    model, other = Ahead(), Ahead()
+    program = nnx.jit(scaled, **options).lower(model, 2.0).compile()
+    assert int(model.n[...]) == 0
+    np.testing.assert_array_equal(program(model, 3.0), np.arange(3.0) * 3)
+    np.testing.assert_array_equal(program(other, 4.0), np.arange(3.0) * 4)
+    program(other, 4.0)
+    assert (int(model.n[...]), int(other.n[...])) == (1, 2)
+
+
+@pytest.mark.parametrize("donate", [None, nnx.Variable])
+def test_what_was_static_is_left_out_of_a_call_of_a_program(donate: Any) -> None:
+    model = Ahead()
+    by_place = nnx.jit(scaled, static_argnums=2, donate=donate)
+    by_name = nnx.jit(scaled, static_argnames="by", donate=donate)
+    by_place.lower(model, 1.0, 5).compile()(model, 2.0)
+    by_name.lower(model, 1.0, by=7).compile()(model, 2.0)
+    assert int(model.n[...]) == 12
+
+
+def test_shardings_go_into_a_program() -> None:
+    mesh = jax.make_mesh((1,), ("d",))
+    on = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    model = Ahead()
+    f = nnx.jit(scaled, in_shardings=on, out_shardings=on)
+    out = f.lower(model, jnp.ones(3)).compile()(model, jnp.ones(3))
+    assert out.sharding == on
+    assert int(model.n[...]) == 1
+
+
+def test_programs_of_methods_and_partials_take_the_other_arguments() -> None:
+    model = Ahead()
+    of_method = model.count.lower(1.0).compile()
+    of_partial = nnx.jit_partial(scaled, model).lower(1.0).compile()
+    of_bound = nnx.jit(model.count).lower(1.0).compile()
+    for program in (of_method, of_partial, of_bound):
+        np.testing.assert_array_equal(program(2.0), np.arange(3.0) * 2)
+    assert int(model.n[...]) == 3
+    assert of_method.cost_analysis() is not None
+    assert "HloModule" in of_partial.as_text()
+
+
+def test_a_program_refuses_another_structure_or_shape() -> None:
+    model = Ahead()
+    program = nnx.jit(scaled).lower(model, jnp.ones(3)).compile()
+    with pytest.raises(ArgumentError, match="compiled for other arguments"):
+        program(model, jnp.ones((2, 3)))
+    with pytest.raises(ArgumentError, match="compiled for other arguments"):
+        program({"model": model}, jnp.ones(3))
+    assert int(model.n[...]) == 0

@@ -151,7 +151,8 @@ def by_age(directory: Location) -> list[Step]:
 def _step(directory: Location, number: int, inside: _Names) -> Step:
     folders = _arrays(inside)
     folder = max(folders, key=_number, default="")
-    if len(folders) > 1:  # while it is being replaced, or a save was interrupted
+    # While it is replaced, after an interrupted save, or when its arrays are gone.
+    if len(folders) != 1:
         with contextlib.suppress(CheckpointError):
             folder = glance(directory, number)["folder"]
     passing = inside.get(mark(folder)) is False

@@ -177,10 +177,25 @@ def product_options(layer: Any, out_sharding: Any) -> dict[str, Any]:
     return {
         "precision": layer.precision,
         **given(
-            out_sharding=out_sharding,
+            out_sharding=None if is_automatic(out_sharding) else out_sharding,
             preferred_element_type=layer.preferred_element_type,
         ),
     }
+
+
+def is_automatic(out_sharding: Any) -> bool:
+    """Whether a sharding is of automatic axes, of which JAX's products take none."""
+    if out_sharding is None:
+        return False
+    mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.are_all_axes_auto
+
+
+def constrain(y: Any, out_sharding: Any) -> Any:
+    """An output, constrained to a sharding of automatic mesh axes."""
+    if not is_automatic(out_sharding):
+        return y  # None, or the product had it
+    return lax.with_sharding_constraint(y, out_sharding)
 
 
 def name_of(owner: Any) -> str:

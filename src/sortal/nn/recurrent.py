@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,23 @@ def _orthogonal(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.A
     """``orthogonal``, also in half precision, which JAX lacks."""
     wide = jnp.promote_types(dtype, jnp.float32)
     return orthogonal()(key, shape, wide).astype(dtype)
+
+
+class RNNBase(Protocol):
+    """What ``Bidirectional`` calls: ``RNN``, or another callable like it."""
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        initial_carry: Any = None,
+        rngs: Any = None,
+        seq_lengths: jax.Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any: ...
 
 
 class RNNCellBase(Module):

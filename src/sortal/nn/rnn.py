@@ -14,7 +14,7 @@ from sortal.errors import ArgumentError
 from sortal.filters import All
 from sortal.module import Module
 from sortal.nn import dtypes
-from sortal.nn.recurrent import RNNCellBase
+from sortal.nn.recurrent import RNNBase, RNNCellBase
 from sortal.random import Rngs, RngStream, is_rngs, is_stream, split_rngs
 from sortal.transforms._adapter.prefixes import Carry, StateAxes
 from sortal.transforms.scan import scan
@@ -289,8 +289,8 @@ class Bidirectional(Module):
 
     def __init__(
         self,
-        forward_rnn: Callable[..., Any],
-        backward_rnn: Callable[..., Any],
+        forward_rnn: RNNBase,
+        backward_rnn: RNNBase,
         *,
         merge_fn: Callable[[jax.Array, jax.Array], jax.Array] = _concatenate,
         time_major: bool = False,

@@ -35,7 +35,7 @@ class Sequential(Module):
         return iter(self.layers)
 
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-        output: Any = None
+        output: Any = args[0] if len(args) == 1 else args
         for i, layer in enumerate(self.layers):
             if i > 0:
                 args, kwargs = _arguments(output)

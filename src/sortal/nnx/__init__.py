@@ -14,6 +14,7 @@ from sortal.nnx import old_names as _old_names
 if _TYPE_CHECKING:
     from sortal import *  # noqa: F403
     from sortal.nnx import bridge as bridge
+    from sortal.nnx import bridge as wrappers
     from sortal.nnx import compat as compat
     from sortal.nnx import filterlib as filterlib
     from sortal.nnx import graph as graph
@@ -22,15 +23,19 @@ if _TYPE_CHECKING:
     from sortal.nnx import metrics as metrics
     from sortal.nnx import module as module
     from sortal.nnx import optimizer as optimizer
+    from sortal.nnx import proxy_caller as proxy_caller
     from sortal.nnx import pytreelib as object
     from sortal.nnx import pytreelib as pytreelib
+    from sortal.nnx import reprlib as reprlib
     from sortal.nnx import rnglib as rnglib
     from sortal.nnx import spmd as spmd
     from sortal.nnx import statelib as statelib
+    from sortal.nnx import summary as summary
     from sortal.nnx import tracers as tracers
     from sortal.nnx import transforms as transforms
     from sortal.nnx import traversals as traversals
     from sortal.nnx import variablelib as variablelib
+    from sortal.nnx import visualization as visualization
     from sortal.nnx.calls import call as call
     from sortal.nnx.capturing import capture as capture
     from sortal.nnx.checking import checkify as checkify
@@ -94,6 +99,7 @@ if _TYPE_CHECKING:
     from sortal.nnx.statelib import split_state as split_state
     from sortal.nnx.statelib import to_flat_state as to_flat_state
     from sortal.nnx.statelib import to_pure_dict as to_pure_dict
+    from sortal.nnx.summary import tabulate as tabulate
     from sortal.nnx.tracers import TraceContextError as TraceContextError
     from sortal.nnx.transforms import StateAxes as StateAxes
     from sortal.nnx.transforms import StateSharding as StateSharding
@@ -145,6 +151,8 @@ if _TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
+        if name in _names.ABSENT:
+            raise AttributeError(f"sortal.nnx has no {name}: {_names.ABSENT[name]}.")
         own = name in _names.TABLE or name.startswith("_")
         if not own and hasattr(_sortal, name):
             globals()[name] = getattr(_sortal, name)

@@ -1,7 +1,8 @@
-"""Annotations ``nnx.Data[...]`` and ``nnx.Static[...]`` in the bodies of classes."""
+"""What the bodies of classes say: ``nnx.Data[...]``, ``nnx.Static[...]``, fields."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -22,10 +23,20 @@ def _role(annotation: Any) -> str | None:
     return None
 
 
+def _role_of_field(field: Any) -> str | None:
+    """What the metadata of a dataclass field says, also by its name in JAX."""
+    if not isinstance(field, dataclasses.Field):
+        return None
+    static = field.metadata.get("static")
+    by_name = None if static is None else "static" if static else "data"
+    return field.metadata.get("role", by_name)
+
+
 def _read(cls: Any) -> None:
     if not hasattr(cls, "_field_roles"):
         return  # a kind of Variable
     found = {k: _role(x) for k, x in vars(cls).get("__annotations__", {}).items()}
+    found |= {k: _role_of_field(x) or found.get(k) for k, x in vars(cls).items()}
     roles = {k: role for k, role in found.items() if role}
     if roles:
         cls._field_roles = {**(cls._field_roles or {}), **roles}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax.tree_util as jtu
 
 from sortal._engine.jax_compat import current_trace, register_pytree
+from sortal._engine.marks import Marked
+from sortal._engine.nodes import STATIC, handler_of
 from sortal._engine.paths import order
 from sortal._engine.variable import foreign_write
-from sortal.errors import PathAttributeError
+from sortal.errors import ArgumentError, PathAttributeError
 
 
 def _guarded(base: type, names: str) -> Callable[[type], type]:
@@ -24,7 +26,7 @@ def _guarded(base: type, names: str) -> Callable[[type], type]:
         def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self._trace is not current_trace():
                 raise foreign_write([(self, (), type(self).__name__)])
-            return change(self, *args, **kwargs)
+            return change(self, *map(_unmarked, args), **kwargs)
 
         return guarded
 
@@ -61,8 +63,25 @@ class List(list):
         _set_list_trace(self, current_trace())
         return self
 
+    def __init__(self, items: Iterable[Any] = ()):
+        super().__init__([_unmarked(x) for x in items])
+
     def __reduce__(self) -> Any:
         return (type(self), (), None, iter(list(self)))
+
+
+def _unmarked(x: Any) -> Any:
+    """An item without a mark that says what it is in any case."""
+    if not isinstance(x, Marked):
+        return x
+    is_leaf = handler_of(x.value) is not STATIC
+    if is_leaf is not (x.role == "data"):
+        raise ArgumentError(
+            f"List: {x.value!r} is marked {x.role}, and is {'' if is_leaf else 'no '}"
+            "data in a list. Put a number that is data into an array or a Variable, "
+            "and what is static into an attribute of its own."
+        )
+    return x.value
 
 
 _set_list_trace: Callable[[List, Any], None] = List.__dict__["_trace"].__set__

@@ -46,6 +46,79 @@ def ignoring(*names: str, empty: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     return decorate
 
 
+def by_position(
+    transform: Any, option: str, entries: Callable[[Any], int]
+) -> Callable[..., Any]:
+    """A transform whose functions may be given all their arguments by keyword.
+
+    They are put where the signature of the function has them, so that they are what
+    the option says of that position. Where it has entries for more positions than are
+    given, those get the defaults of the signature.
+
+    Args:
+      transform: takes a function first.
+      option: its option with an entry for each argument, or with positions.
+      entries: takes a value of the option; how many arguments it speaks of.
+
+    Returns:
+      The transform.
+    """
+    signature = inspect.signature(transform)
+    first = next(iter(signature.parameters))
+
+    @functools.wraps(transform)
+    def taking(*args: Any, **options: Any) -> Any:
+        if not args and first not in options:
+            return functools.partial(taking, **options)
+        made = transform(*args, **options)
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
+        f, wanted = given.arguments[first], entries(given.arguments[option])
+
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs or len(args) < wanted:
+                args, kwargs = _placed(f, args, kwargs, wanted)
+            return made(*args, **kwargs)
+
+        return call
+
+    return taking
+
+
+def _placed(
+    f: Any, args: Any, kwargs: dict[str, Any], wanted: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with those at their positions that were given by keyword."""
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):
+        return args, kwargs
+    found, rest = list(args), dict(kwargs)
+    for p in parameters[len(args) :]:
+        if p.kind is not p.POSITIONAL_OR_KEYWORD:
+            break
+        if p.name in rest:
+            found.append(rest.pop(p.name))
+        elif p.default is not p.empty and len(found) < wanted:
+            found.append(p.default)
+        else:
+            break
+    return tuple(found), rest
+
+
+def axes(option: Any) -> int:
+    """How many arguments ``in_axes`` has an entry for; 0 if it is one for all."""
+    return len(option) if isinstance(option, tuple | list) else 0
+
+
+def positions(option: Any) -> int:
+    """How many arguments there must be for ``argnums``."""
+    several = isinstance(option, tuple | list) and not hasattr(option, "argnum")
+    found = [getattr(x, "argnum", x) for x in (option if several else (option,))]
+    return max([x + 1 for x in found if isinstance(x, int)], default=0)
+
+
 def _signature(function: Any, names: tuple[str, ...]) -> inspect.Signature:
     """The function's signature, with the keywords in place of ``**_unknown``."""
     known = inspect.signature(function)

@@ -8,6 +8,7 @@ from sortal._engine.state import State
 from sortal._engine.variable import OptArray as OptArray
 from sortal._engine.variable import OptState as OptState
 from sortal._engine.variable import OptVariable as OptVariable
+from sortal.functional import state
 from sortal.policy.rule import UNSET
 from sortal.training import optimizer
 
@@ -37,6 +38,25 @@ class Optimizer(optimizer.Optimizer):
         self, model: Any, tx: Any, *, wrt: Any = UNSET, graph: bool | None = None
     ):
         super().__init__(model, tx, wrt=wrt)
+
+    def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> State:
+        """One step; see ``sortal.Optimizer.update``.
+
+        Args:
+          model: the model that the optimizer was made for.
+          grads: a State or nested dict with the leaves that ``wrt`` takes; others that
+            the model has are left out.
+          **kwargs: passed to ``tx.update``.
+
+        Returns:
+          The updates that were added to the parameters, as a State.
+        """
+        if isinstance(grads, State):
+            trained = self._trained.index
+            if any(path not in trained for path in grads.paths()):
+                others = state(model).schema.index.keys() - trained.keys()
+                grads = grads.filter(lambda path, _: path not in others)
+        return super().update(model, grads, **kwargs)
 
 
 class ModelAndOptimizer(Optimizer):

@@ -13,7 +13,7 @@ from sortal._engine.variable import RngCount as RngCount
 from sortal._engine.variable import RngKey as RngKey
 from sortal._engine.variable import RngState as RngState
 from sortal.errors import RngError
-from sortal.filters import to_filter
+from sortal.filters import leaf_filter
 from sortal.functional import iter_graph
 from sortal.nnx.keywords import ignoring
 from sortal.nnx.walks import recursive_map
@@ -71,9 +71,9 @@ def with_rngs(
     rules = {
         "split": _by_filter(split),
         "broadcast": _by_filter(broadcast),
-        "fork": [(f, to_filter(f), None) for f in forks],
+        "fork": [(f, leaf_filter(f), None) for f in forks],
     }
-    chosen = to_filter(only)
+    chosen = leaf_filter(only)
 
     def change(path: Path, x: Any) -> Any:
         if not isinstance(x, RngStream) or not _takes(chosen, path, x):
@@ -90,7 +90,7 @@ def _by_filter(shapes: Any) -> list[tuple[Any, Any, Any]]:
     if shapes is None:
         return []
     table = shapes if isinstance(shapes, Mapping) else {...: shapes}
-    return [(f, to_filter(f), shape) for f, shape in table.items()]
+    return [(f, leaf_filter(f), shape) for f, shape in table.items()]
 
 
 def _takes(chosen: Any, path: Path, stream: Any) -> bool:
@@ -152,7 +152,7 @@ def split_rngs(
         return random.split_rngs(*first, **options)
     if node is _ABSENT:
         return _of_arguments(lambda x: split_rngs(x, graph=False, **options))
-    chosen = to_filter(only)
+    chosen = leaf_filter(only)
 
     def change(path: Path, x: Any) -> Any:
         if not isinstance(x, RngStream) or not _takes(chosen, path, x):
@@ -197,7 +197,7 @@ def fork_rngs(
     if node is _ABSENT:
         return _of_arguments(lambda x: fork_rngs(x, split=split, graph=False))
     table = split if isinstance(split, Mapping) else {...: split}
-    rules = [(to_filter(f), shape) for f, shape in table.items()]
+    rules = [(leaf_filter(f), shape) for f, shape in table.items()]
 
     def change(path: Path, x: Any) -> Any:
         if isinstance(x, RngStream):

@@ -6,8 +6,10 @@ from sortal.nnx import checking
 from sortal.nnx.checking import checkify as checkify
 from sortal.nnx.checking import pmap as pmap
 from sortal.nnx.checking import transform_metadata as transform_metadata
-from sortal.nnx.keywords import ignoring
-from sortal.transforms import autodiff, control, custom, derivatives, mapping
+from sortal.nnx.gradients import by_variables, of_grad, of_value_and_grad
+from sortal.nnx.keywords import axes, by_position, ignoring, positions
+from sortal.nnx.pullbacks import custom_vjp as custom_vjp
+from sortal.transforms import autodiff, control, derivatives, mapping
 from sortal.transforms import compile as compiling
 from sortal.transforms import remat as rematerialisation
 from sortal.transforms import scan as scanning
@@ -24,20 +26,25 @@ _transform = ignoring("graph", "graph_updates")
 _derivative = ignoring("graph", "graph_updates", empty=("reduce_axes",))
 
 cond = _transform(control.cond)
-custom_vjp = _transform(custom.custom_vjp)
 eval_shape = _transform(compiling.eval_shape)
 fori_loop = _transform(control.fori_loop)
-grad = _derivative(autodiff.grad)
+grad = by_position(
+    by_variables(_derivative(autodiff.grad), of_grad), "argnums", positions
+)
 jit = _transform(compiling.jit)
 jvp = _transform(derivatives.jvp)
 make_jaxpr = _transform(derivatives.make_jaxpr)
 remat = _transform(rematerialisation.remat)
-scan = _transform(scanning.scan)
+scan = by_position(_transform(scanning.scan), "in_axes", axes)
 shard_map = _transform(mapping.shard_map)
 switch = _transform(control.switch)
-value_and_grad = _derivative(autodiff.value_and_grad)
+value_and_grad = by_position(
+    by_variables(_derivative(autodiff.value_and_grad), of_value_and_grad),
+    "argnums",
+    positions,
+)
 vjp = _derivative(derivatives.vjp)
-vmap = _transform(mapping.vmap)
+vmap = by_position(_transform(mapping.vmap), "in_axes", axes)
 while_loop = _transform(control.while_loop)
 
 checkpoint = remat

@@ -35,7 +35,7 @@ from sortal.filters import Any_, Everything, Filter, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
-from sortal.sharding.resolution import SPECS, placed, shape_of, with_spec_like
+from sortal.sharding.resolution import SPECS, shape_of, with_spec_like
 from sortal.training.fitting import (
     ANEW,
     check_arguments,
@@ -48,6 +48,7 @@ from sortal.training.fitting import (
     is_array,
     is_leaf,
     odd_shapes,
+    placed_like,
     same_shape,
 )
 
@@ -528,10 +529,12 @@ def _stored(tree: Any, shared: Any, params: State) -> Any:
         if isinstance(x, State):
             values = [jax.tree.map(own_buffer, v) for v in x.values_list()]
             schema = _fitting(_kept(x.schema), values, owners)
-            return snapshot(schema, list(map(placed, values, schema.metadata)))
-        value = jax.tree.map(own_buffer, value_of(x))
+            given = values, schema.metadata, x.schema.metadata
+            return snapshot(schema, list(map(placed_like, *given)))
         named = any(getattr(key, "name", None) == "hyperparams" for key in path)
-        return Hyperparam(value) if named else OptArray(value)
+        return (Hyperparam if named else OptArray)(
+            jax.tree.map(own_buffer, value_of(x))
+        )
 
     return jtu.tree_map_with_path(store, tree, is_leaf=is_leaf)
 
@@ -553,6 +556,9 @@ def _as_optax_made(kept: Any, params: Schema) -> Any:
 def _fitting(schema: Schema, values: Sequence[Any], owners: Any) -> Schema:
     """The Schema with the declared specs of what has not its parameter's shape."""
     metadata = list(schema.metadata)
+    for i, old in enumerate(metadata):
+        if (own := old.get("optimizer_sharding")) is not None:
+            metadata[i] = Metadata.of({**old, "out_sharding": own})
     for i, (path, old) in enumerate(zip(schema.paths, metadata, strict=True)):
         if old.keys() & SPECS and path in owners:
             full, shape = shape_of(owners[path]), shape_of(values[i])

@@ -91,6 +91,7 @@ def value_and_grad(
     wrt: Any = Param,
     holomorphic: bool = False,
     allow_int: bool = False,
+    allow_empty: bool = False,
     **_unknown: Never,
 ) -> Any:
     """The value and gradient of a scalar function of modules.
@@ -108,6 +109,8 @@ def value_and_grad(
       wrt: a filter that says which leaves of modules to differentiate by.
       holomorphic: see ``jax.grad``.
       allow_int: see ``jax.grad``; leaves of integer dtype are then allowed.
+      allow_empty: whether the gradient by a module of which ``wrt`` takes no leaf is an
+        empty State; it is an error otherwise.
 
     Returns:
       A function that returns ``(value, gradient)``, or ``((value, aux), gradient)``.
@@ -136,7 +139,8 @@ def value_and_grad(
         bound = BoundArguments((*first, *args), kwargs)
         chosen = [_resolve(d, len(bound.args), f) for d in wanted]
         call = FlatCall(bound, chosen, allow_int=allow_int)
-        call.refuse_untaken(each=True)
+        if not allow_empty:
+            call.refuse_untaken(each=True)
         if not allow_int:
             _refuse_integers(call, chosen)
         with_loss = with_aux(fn, has_aux, "loss")

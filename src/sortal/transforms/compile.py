@@ -13,7 +13,7 @@ from sortal._engine.foreign import to_native
 from sortal._engine.statics import is_hashable
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError, StaleBufferError, listing
+from sortal.errors import ArgumentError, ShardingError, StaleBufferError, listing
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
     BoundArguments,
@@ -24,7 +24,9 @@ from sortal.transforms._adapter.binding import (
 )
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.lanes import unsorted
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
+from sortal.transforms.ahead import Lowered
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded, as_declared
@@ -71,23 +73,21 @@ class Jitted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first, donation = self._first, self._donation
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
+        given, named, call = bound.args, bound.kwargs, self._plain
         try:
-            if donation is None or donation.is_differentiated(bound):
-                result = self._plain(*bound.args, **bound.kwargs)
-            else:
+            if donation is not None and not donation.is_differentiated(bound):
                 given, named = donation.lend(bound, donation.find)
-                result = self._jit(*given, **named)
+                call = self._jit
+            result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
-            stale = stale_buffers(bound.flat_modules)
-            if not stale:
-                self._refuse_arguments(bound, e)
-                raise
-            raise StaleBufferError(
-                f"{len(stale)} leaves hold buffers that were donated to an earlier "
-                f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
-                "the copy that must survive with clone(model, arrays=True)."
-            ) from e
-        return write_back(bound, result)
+            _refuse_stale(bound, e)
+            self._refuse_arguments(bound, e)
+            self._refuse_devices(bound, e)
+            raise
+        out = write_back(bound, result)
+        if type(call) is Sharded:
+            call.place(bound, given, named)
+        return out
 
     def _refuse_arguments(self, bound: BoundArguments, cause: Exception) -> None:
         """Says why JAX refused arguments; looked at only after it has."""
@@ -115,6 +115,34 @@ class Jitted:
                 f"which static_argnames=[{names}] names."
             ) from cause
 
+    def _refuse_devices(self, bound: BoundArguments, cause: Exception) -> None:
+        """Says which arguments lie on other devices; looked at only after an error."""
+        at: dict[Any, list[str]] = {}
+        for key, name, x in _named_arguments(self._fn, bound):
+            if key in self._static:
+                continue
+            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+                # What is bound to no device goes where the others are.
+                if getattr(leaf, "committed", False):
+                    where = f"{name}{jax.tree_util.keystr(path)}"
+                    at.setdefault(frozenset(leaf.sharding.device_set), []).append(where)
+        if len(at) < 2:
+            return
+        most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
+        rows = [
+            f"{where}: {_devices(devices)}"
+            for devices, names in at.items()
+            if devices != most
+            for where in names
+        ]
+        raise ShardingError(
+            f"a compiled function needs all arrays on the same devices; "
+            f"{len(at[most])} arrays lie on {_devices(most)}, and these on others:\n"
+            f"{listing(rows)}\n"
+            "Put models there by shard(model, mesh, policy), and other arrays by "
+            "jax.device_put(x, NamedSharding(mesh, P()))."
+        ) from cause
+
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -127,13 +155,47 @@ class Jitted:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else JittedPartial(self, instance)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lowers for these arguments, as ``jax.jit(f).lower``; nothing is run."""
-        return self._without_running(self._jit.lower, args, kwargs)
+        lowered = self._without_running(self._jit.lower, args, kwargs)
+        given = {**dict(enumerate((*self._first, *args))), **kwargs}
+        static = {k: x for k, x in given.items() if k in self._static}
+        return Lowered(lowered, functools.partial(self._run, static))
+
+    def _run(self, static: dict[Any, Any], program: Any, rest: Any, named: Any) -> Any:
+        """Calls a program; ``static`` are the arguments that it is not given."""
+        args, kwargs = [*self._first, *rest], dict(named)
+        for key, x in static.items():
+            if isinstance(key, int):
+                args.insert(key, x)
+            else:
+                kwargs[key] = x
+        bound = BoundArguments(tuple(args), kwargs, self._static)
+        lent: list[Any] = []
+        given, kwargs = bound.args, bound.kwargs
+        if self._donation is not None:
+            (first, *given), kwargs = self._donation.lend(bound, self._donation.find)
+            lent = [first]
+        dynamic = [x for i, x in enumerate(given) if i not in self._static]
+        kwargs = {k: x for k, x in kwargs.items() if k not in self._static}
+        try:
+            result = program(*lent, *dynamic, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as e:
+            _refuse_stale(bound, e)
+            if isinstance(e, RuntimeError) or "transformations" in str(e):
+                raise
+            raise ArgumentError(
+                "this program was compiled for other arguments: "
+                f"{str(e).strip().splitlines()[0]}\nCall the function that jit "
+                "returned, which compiles for each form, or lower it for this one."
+            ) from e
+        if isinstance(self._jit, Sharded):
+            result = unsorted(*result)
+        return write_back(bound, result)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Traces for these arguments, as ``jax.jit(f).trace``; nothing is run."""
-        return self._without_running(self._jit.trace, args, kwargs)
+        return Traced(self._without_running(self._jit.trace, args, kwargs))
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the output; nothing is run or changed."""
@@ -148,12 +210,38 @@ class Jitted:
             self._donation.forget()
 
 
+class Traced:
+    """What ``Jitted.trace`` returns: what ``jax.jit(f).trace`` does, but for export.
+
+    Its inputs are the flat values that ``jit`` hands to JAX, so an exported function
+    of them has no arguments that a caller could write.
+    """
+
+    def __init__(self, traced: Any):
+        self._traced = traced
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._traced, name)
+
+    def lower(self, **options: Any) -> Any:
+        """As the method of what ``jax.jit(f).trace`` returns."""
+        # Only jax.export asks for more than the platforms.
+        if options.keys() - {"lowering_platforms"}:
+            raise ArgumentError(
+                "jax.export.export takes functions compiled by jax.jit; this one was "
+                "compiled by jit of Sortal, whose models JAX would not know again in a "
+                "call. Write sortal.export(f)(...) for jax.export.export(f)(...)."
+            )
+        return self._traced.lower(**options)
+
+
 class JittedPartial(functools.partial):
     """A Jitted with its first arguments given, such as the object of a method."""
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.lower``, for the remaining arguments."""
-        return self.func.lower(*self.args, *args, **{**self.keywords, **kwargs})
+        lowered = self.func.lower(*self.args, *args, **{**self.keywords, **kwargs})
+        return lowered.bound(self.args, self.keywords)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.trace``, for the remaining arguments."""
@@ -162,6 +250,16 @@ class JittedPartial(functools.partial):
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.eval_shape``, for the remaining arguments."""
         return self.func.eval_shape(*self.args, *args, **{**self.keywords, **kwargs})
+
+
+def _refuse_stale(bound: BoundArguments, cause: Exception) -> None:
+    stale = stale_buffers(bound.flat_modules)
+    if stale:
+        raise StaleBufferError(
+            f"{len(stale)} leaves hold buffers that were donated to an earlier "
+            f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
+            "the copy that must survive with clone(model, arrays=True)."
+        ) from cause
 
 
 def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
@@ -175,6 +273,11 @@ def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str,
         yield i, names[i] if i < len(names) else f"argument {i}", x
     for name, x in bound.kwargs.items():
         yield name, name, x
+
+
+def _devices(devices: Any) -> str:
+    numbers = sorted(device.id for device in devices)
+    return f"device {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} devices"
 
 
 def _goes_in(x: Any) -> bool:
@@ -238,7 +341,8 @@ def jit(
     returned. Only values that the function changed leave the compiled program. Objects
     that are returned are the very objects passed in; Variables shared by several
     arguments are one inside; new attributes and replaced modules are carried over. An
-    exception leaves everything as it was.
+    exception leaves everything as it was. As in JAX, what the function closes over is a
+    constant: pass each model as an argument, or later values of it are not seen.
 
     Args:
       fun: the function; without it a decorator is returned.
@@ -264,6 +368,7 @@ def jit(
         to it.
       FilterError: at a call: ``donate`` takes no leaf of any argument.
       StaleBufferError: at a call: a leaf holds a buffer that was donated before.
+      ShardingError: at a call: arrays are bound to different devices.
       RetraceError: at a call: it traces again, and ``on_retrace`` is ``"raise"``.
 
     Example:

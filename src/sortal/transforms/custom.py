@@ -27,31 +27,13 @@ from sortal.transforms._adapter.tracing import (
     replace_roots,
 )
 from sortal.transforms.autodiff import (
+    Chosen,
     DiffState,
     FlatCall,
     differentiable,
     tangent_type,
 )
 from sortal.transforms.derivatives import bare, by_leaf
-
-
-class _Outcome(Result):
-    """A Result whose structure JAX finds equal in two traces that did the same."""
-
-
-def _outcome(result: Result) -> _Outcome:
-    return _Outcome(result.out, result.values, result.fresh, result.effects)
-
-
-def _deeds(effects: Effects) -> tuple[Any, ...]:
-    return (effects.written, effects.outputs, effects.edits)
-
-
-jtu.register_pytree_node(
-    _Outcome,
-    lambda r: ((r.out, r.values, r.fresh), _deeds(r.effects)),
-    lambda deeds, parts: _Outcome(*parts, Effects(*deeds)),
-)
 
 
 class _Saved:
@@ -110,18 +92,18 @@ class _OneCall:
         }
         self.did: Effects | None = None
 
-    def primal(self, inputs: Any, rest: Any) -> _Outcome:
+    def primal(self, inputs: Any, rest: Any) -> Result:
         result = self.call.run(self.fn, inputs, rest)
         self.did = result.effects
-        return _outcome(result)
+        return result
 
     def ruled(self, rule: Any, name: str, inputs: Any, rest: Any) -> tuple[Any, Any]:
         """Runs a rule that returns a pair: the outcome, and the pair's other half."""
         result = self.call.run(rule, inputs, rest)
         result.out, other = result.out
-        if self.did is not None and _deeds(self.did) != _deeds(result.effects):
+        if self.did not in (None, result.effects):
             raise GradientError(self._differ(name, self.did, result.effects))
-        return _outcome(result), other
+        return result, other
 
     def _differ(self, name: str, own: Effects, its: Effects) -> str:
         f = self.custom.__name__
@@ -244,6 +226,18 @@ class CustomVJP(_Custom):
         """
         self._rule = (fwd, bwd)
 
+    def cotangent(self, chosen: Chosen, out: Any) -> Any:
+        """What ``bwd`` is given of the cotangents; here that of the output.
+
+        Args:
+          chosen: what is differentiated by.
+          out: the cotangent of the output.
+
+        Returns:
+          The last argument of ``bwd``.
+        """
+        return out
+
     def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
         fwd_rule, bwd_rule = self.rule()
         chosen = call.call.chosen
@@ -256,9 +250,10 @@ class CustomVJP(_Custom):
         def fwd(inputs: Any, rest: Any) -> tuple[Any, Any]:
             return call.ruled(saving, "fwd", inputs, rest)
 
-        def bwd(saved: _Saved, cotangent: _Outcome) -> tuple[Any, Any]:
+        def bwd(saved: _Saved, cotangent: Result) -> tuple[Any, Any]:
             fixed, residuals = saved.load()
-            given = bwd_rule(*fixed, residuals, bare(cotangent.out))
+            cotangent = self.cotangent(chosen, bare(cotangent.out))
+            given = bwd_rule(*fixed, residuals, cotangent)
             if not isinstance(given, (tuple, list)):
                 raise ArgumentError(
                     "bwd must return a tuple with one cotangent for each argument "

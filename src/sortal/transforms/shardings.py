@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
-from sortal.errors import PolicyError
+from sortal._engine.statics import PLACEMENT
+from sortal.errors import AxisError, PolicyError, listing
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
-from sortal.sharding.resolution import check_specs, spec_for
+from sortal.sharding.resolution import check_specs, placement, spec_for
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
@@ -40,8 +43,9 @@ def as_declared(result: Result, given: Any) -> Result:
     """What a compiled function did, with its leaves where they are declared to be.
 
     A leaf whose metadata or kind declares a spec leaves each compiled function with
-    it; XLA would otherwise choose what is cheapest there. What has fewer dimensions
-    than its spec is part of something mapped, and left to JAX.
+    it; XLA would otherwise choose what is cheapest there. What has another rank than
+    where ``shard`` put it, or fewer dimensions than its spec, is part of something that
+    ``jax.vmap`` maps over, and left to JAX.
 
     Args:
       result: what ``run`` returned; for use inside its trace.
@@ -60,25 +64,35 @@ def as_declared(result: Result, given: Any) -> Result:
         edits = effects.edits
         new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
         fresh = _as_declared(edits.graphdef.schema.pick(new), fresh)
-    return Result(result.out, values, fresh, effects)
+    return Result(effects, (result.out, values, fresh))
 
 
 def declares(given: Any) -> bool:
     """Whether some leaf of the FlatModules in ``given`` has a declared sharding."""
     schemas = {c.definition.graphdef.schema for c in find_flat_modules(given)}
-    return any(
-        declared_sharding(*pair) is not None
-        for schema in schemas
-        for pair in zip(schema.kinds, schema.metadata, strict=True)
+    return any(x is not None for schema in schemas for x in _declared(schema))
+
+
+def _declared(schema: Schema) -> list[Any]:
+    """The declared sharding of each leaf.
+
+    It follows from the leaves, the mesh and the settings in force, by which it is kept.
+    """
+    key = "declared", jax.sharding.get_abstract_mesh(), in_force()
+    return schema.memo(
+        key, lambda: list(map(declared_sharding, schema.kinds, schema.metadata))
     )
 
 
 def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
-    found = list(map(declared_sharding, schema.kinds, schema.metadata))
+    found = list(_declared(schema))
     for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
         if sharding is not None:
             n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
-            found[i] = None if n < len(sharding.spec) else sharding
+            part = PLACEMENT in schema.metadata[i] and not placement(
+                x, schema.metadata[i]
+            )
+            found[i] = None if part or n < len(sharding.spec) else sharding
     meshes = {sharding.mesh for sharding in found if sharding is not None}
     for mesh in meshes:
         mine = [s.spec if s is not None and s.mesh == mesh else None for s in found]
@@ -132,6 +146,17 @@ class Sharded:
         packed = self._packed(args, kwargs)
         return unsorted(*packed.jit(*args, **kwargs))
 
+    def place(self, bound: BoundArguments, args: Sequence[Any], kwargs: Any) -> None:
+        """Puts what was only read where ``in_shardings`` has it, to stay there.
+
+        Args:
+          bound: the arguments of a call that has been made.
+          args: positional arguments as they were given to JAX.
+          kwargs: keyword arguments, likewise.
+        """
+        if self._in is not None and bound.roots:
+            self._packed(args, kwargs).answers.place(bound)
+
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of what ``jax.jit`` returns."""
         return self._packed(args, kwargs).jit.lower(*args, **kwargs)
@@ -160,6 +185,7 @@ class Sharded:
                 given = tuple(map(answers.tree, prefix, dynamic))
             else:
                 given = tuple(answers.tree(prefix, x) for x in dynamic)
+            answers.refuse_two((dynamic, named))
             options = self._options
             if prefix is not None:
                 options = {**options, "in_shardings": given}
@@ -178,6 +204,44 @@ class _Answers:
     def tree(self, prefix: Any, arg: Any) -> Any:
         """The shardings of one argument."""
         return jtu.tree_map(self._subtree, prefix, arg, is_leaf=is_answer)
+
+    def refuse_two(self, args: Any) -> None:
+        """Refuses shared Variables that are given two shardings."""
+        found = find_flat_modules(args)
+        if len(found) < 2:
+            return
+        graphdef = found[0].definition.graphdef
+        schema, rows = graphdef.schema, []
+        for path, entry, first in graphdef.places():
+            root: Any = path[0] if path else None
+            given = self.given.get(root)
+            if first == path or first[0] == path[0] or given is None:
+                continue
+            for below, k in graphdef.leaves_below(entry).items():
+                at = (*path, *below)
+                one = Schema.of([at[1:]], [schema.kinds[k]], [schema.metadata[k]])
+                (answer,) = leaf_answers(given, "spec", one, _no_values)
+                mine = self.of_leaf.get(k)
+                if mine is not None and answer is not None and answer != mine:
+                    rows.append(f"{one.describe(0)}: {mine}, and {answer}")
+        if rows:
+            raise AxisError(
+                "Variables that several arguments share have one sharding each; found "
+                f"two for:\n{listing(rows)}\nGive both arguments the same."
+            )
+
+    def place(self, bound: BoundArguments) -> None:
+        """Leaves live Variables that were only read where the program had them."""
+        moved = {}
+        for k, answer in self.of_leaf.items():
+            x = bound.live_leaf(k)._value
+            free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+            fixed = free and isinstance(answer, jax.sharding.Sharding)
+            if fixed and x.sharding != answer and not x.is_deleted():
+                moved[k] = jax.device_put(x, answer)
+        if moved:
+            effects = Effects(tuple(moved), (), None)
+            write_back(bound, Result(effects, (None, [*moved.values()], [])))
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
         def leaf(x: Any) -> Any:
@@ -246,7 +310,7 @@ class _Packed:
         out: Any,
         options: dict[str, Any],
     ):
-        self._traced, self._answers, self._out = traced, answers, out
+        self._traced, self.answers, self._out = traced, answers, out
         given = [out, *answers.given.values()]
         every = [None, *answers.of_leaf.values(), *all_answers(given, "spec")]
         every = [x for x in every if x is None or isinstance(x, _FIXED)]
@@ -265,9 +329,9 @@ class _Packed:
         written |= {k: values[k] for k in moved.keys() - written.keys()}
         effects = result.effects
         effects = Effects(tuple(written), effects.outputs, effects.edits)
-        of_leaf = {**self._answers.of_leaf, **moved}
+        of_leaf = {**self.answers.of_leaf, **moved}
         answers = [of_leaf.get(k) for k in written] + self._of_new(result)
-        result = Result(result.out, [*written.values()], result.fresh, effects)
+        result = Result(effects, (result.out, [*written.values()], result.fresh))
         sent = map(self._send, answers, [*result.values, *result.fresh])
         return self._lanes.sort(result, sent)
 
@@ -313,7 +377,7 @@ class _Packed:
 
     def _of_new(self, result: Result) -> list[Any]:
         outs = given_for_objects(self._out, result.out)
-        roots = self._answers.given
+        roots = self.answers.given
         return [
             # One sharding for a whole root speaks of the leaves that were there.
             _of_one(given, one, value) if by_kind(given) else None

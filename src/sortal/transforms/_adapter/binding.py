@@ -122,9 +122,8 @@ class BoundArguments:
         self.kwargs = kwargs and {
             k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
-        plans = self.plans
-        if plans:
-            self.alias_map = found = _alias_map(self.roots, plans)
+        if self.plans:
+            self.alias_map = found = _alias_map(self.roots, self.plans)
             # What each root is among all, without what others bring.
             definitions, picks = found.definitions, found.picks
             for k, flat_module in enumerate(self.flat_modules):

@@ -1,0 +1,3 @@
+"""What ``call`` returns, by NNX's module name."""
+
+from sortal.nnx.calls import ApplyCaller as ApplyCaller
