@@ -245,3 +245,19 @@ def test_what_the_disk_does_not_keep_is_a_failed_save(tmp_path, monkeypatch):
     assert files.steps(tmp_path) == [1]
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["1"]
     assert nnx.restore(tmp_path, root).step == 1
+
+
+def test_leaves_of_an_older_step_are_not_removed_through_a_link(tmp_path):
+    """The folder of arrays was moved elsewhere, and a link put into its place."""
+    root = {
+        "w": nnx.Param(jnp.ones(2)),
+        "x": nnx.Param(jnp.ones(2), checkpoint="keep-last"),
+    }
+    path = nnx.save(tmp_path / "run", root, step=1).path
+    (arrays,) = path.glob("arrays-*")
+    elsewhere = tmp_path / "elsewhere"
+    arrays.rename(elsewhere)
+    arrays.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    nnx.save(tmp_path / "run", root, step=2)
+    assert sorted(elsewhere.rglob("*")) == before

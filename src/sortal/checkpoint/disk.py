@@ -69,7 +69,9 @@ def _names(folder: Path) -> dict[str, bool | None]:
 
 
 def names(folder: Path) -> list[str]:
-    """The names of all files below a folder."""
+    """The names of all files below a folder; none below a link to one."""
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        return []
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
 
 

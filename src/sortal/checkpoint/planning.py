@@ -202,7 +202,7 @@ def restore_plan(
       A RestorePlan.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``.
+      ArgumentError: the directory is neither a path nor an address of an object store.
       NoCheckpointError: there is no such step.
       DamagedError: the manifest is damaged.
       RestoreError: the checkpoint does not fit the model; every difference is listed.
@@ -218,7 +218,7 @@ def restore_plan(
       >>> plan.total, plan.of("kernel")
       (36, [('Param/packed/c.0', (slice(64, 88, None),))])
     """
-    directory = files.local(directory)
+    directory = files.located(directory)
     number = find_step(directory, step)
     manifest = files.read_manifest(directory, number)
     options = Options(only, policy, partial, rename, cast, None)

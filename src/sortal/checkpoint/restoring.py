@@ -187,7 +187,11 @@ def restore(
 
 
 def _agreed_step(
-    directory: Path, step: int | str, passed: Mapping[int, str], group: Group, n: str
+    directory: files.Location,
+    step: int | str,
+    passed: Mapping[int, str],
+    group: Group,
+    n: str,
 ) -> int:
     """The number of the step that all processes are to read."""
     number, fault = -1, ""
@@ -203,7 +207,7 @@ def _agreed_step(
 
 
 def _told(
-    error: SortalError, newest: Path | None, fallback: bool, alone: bool
+    error: SortalError, newest: files.Location | None, fallback: bool, alone: bool
 ) -> tuple[str, str]:
     """The damage that another step is read for, or the fault; as texts for all.
 
@@ -222,7 +226,9 @@ def _told(
     return "", str(error)
 
 
-def _warn_of_damage(directory: Path, taken: int, passed: Mapping[int, str]) -> None:
+def _warn_of_damage(
+    directory: files.Location, taken: int, passed: Mapping[int, str]
+) -> None:
     if passed:
         word = "step" if len(passed) == 1 else "steps"
         warnings.warn(
