@@ -42,6 +42,7 @@ from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axes import check_ranks, refuse_moved, without
 from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
 from sortal.transforms.shardings import as_declared, declares
+from sortal.transforms.sizes import refuse_sizes
 
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
@@ -128,7 +129,12 @@ def vmap(
             spmd_axis_name=spmd_axis_name,
         )
         given = bound.args, bound.kwargs
-        return write_back(bound, as_declared(unsorted(*mapped(*given)), given))
+        try:
+            sorted_out = mapped(*given)
+        except ValueError as error:
+            refuse_sizes(spread, error)
+            raise
+        return write_back(bound, as_declared(unsorted(*sorted_out), given))
 
     return wrapper
 
