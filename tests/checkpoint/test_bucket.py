@@ -329,6 +329,8 @@ def test_what_is_not_there_is_said(run):
         nnx.restore(run, {"x": nnx.Param(jnp.ones(1))})
     with pytest.raises(SaveError, match=r"write to s3://nowhere/run: .*NoSuchBuck"):
         nnx.save("s3://nowhere/run", model(), step=0)
+    with pytest.raises(SaveError, match=r"write to s3://nowhere/: .*NoSuchBuck"):
+        nnx.save("s3://nowhere", model(), step=0)
 
 
 def test_a_store_that_does_not_answer_is_an_error_of_ours(run, monkeypatch):
@@ -346,10 +348,15 @@ def test_a_store_that_does_not_answer_is_an_error_of_ours(run, monkeypatch):
 
 def test_a_bucket_itself_is_a_directory(run):
     name = run.split("/")[2]
-    nnx.save(f"s3://{name}", {"w": nnx.Param(1)}, step=1)
+    nnx.save(f"s3://{name}", {"w": nnx.Param(1), "x": Last(1)}, step=1)
     nnx.save(f"s3://{name}/", {"w": nnx.Param(2)}, step=2)
     assert nnx.restore(f"s3://{name}/", root := {"w": nnx.Param(0)}).step == 2
     assert root["w"].value == 2
+    assert {x.split("/")[0] for x in bucket.names(at(f"s3://{name}"))} == {
+        ".lock", "1", "2"
+    }  # fmt: skip
+    bucket.write(at(f"s3://{name}"), {"x": b"y"})
+    assert bucket.read(at(f"s3://{name}", "x")) == b"y"
 
 
 def test_neighbours_whose_names_begin_alike_are_left_alone(run):

@@ -173,7 +173,7 @@ def fingerprints(
     started = {}
     for name, size in sizes.items():
         part = slice(max(size - 4, 0), None) if is_chunk(name) else None
-        started[name] = kvs.read(f"{root.key}/{name}", byte_range=part)
+        started[name] = kvs.read((root / name).key, byte_range=part)
     for name, future in started.items():
         try:
             yield name, _fingerprint(name, sizes[name], future)
@@ -202,9 +202,11 @@ def absent(root: Address, sizes: Mapping[str, int]) -> list[str]:
 def write(root: Address, files: Mapping[str, bytes]) -> None:
     """Writes files below ``root``."""
     kvs = _kvs(root)
-    started = [kvs.write(f"{root.key}/{n}", data) for n, data in files.items()]
-    for future in started:
-        _os_errors(future.result)
+    started = [kvs.write((root / name).key, data) for name, data in files.items()]
+    # All of them end before an error, or one could write what was removed meanwhile.
+    faults = [e for future in started if (e := future.exception()) is not None]
+    if faults:
+        raise OSError(errno.EIO, str(faults[0])) from faults[0]
 
 
 def sync(path: Address) -> None:
