@@ -69,10 +69,11 @@ def _names(folder: Path) -> dict[str, bool | None]:
 
 
 def names(folder: Path) -> list[str]:
-    """The names of all files below a folder; none below a link to one."""
-    if not stat.S_ISDIR(folder.lstat().st_mode):
+    """The names of all files below a folder; none below a link, or if it is gone."""
+    if folder.is_symlink():
         return []
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    walked = ((Path(at), inside) for at, _, inside in os.walk(folder))
+    return [str((at / x).relative_to(folder)) for at, inside in walked for x in inside]
 
 
 def open_file(file: Path) -> int:
