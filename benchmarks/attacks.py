@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import sortal
-from sortal.checkpoint import files
+from sortal.checkpoint import disk, files
 from sortal.checkpoint.verifying import verify
 
 BAD = (
@@ -353,7 +353,7 @@ def _committed(run: Path, step: int) -> bool:
 
 
 def _replace(path: Path, what: str, twin: Path, outside: Path) -> None:
-    files.remove(path)
+    disk.remove(path)
     if what in ("twin", "elsewhere", "dangling", "loop", "endless"):
         path.symlink_to(
             {"twin": twin, "elsewhere": outside / "file", "loop": path,

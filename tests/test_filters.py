@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 import sortal
 from sortal import nnx as sortal_nnx
 from sortal._engine.paths import matches
+from sortal._engine.schema import Schema, taken
+from sortal._engine.statics import EMPTY
+from sortal._engine.variable import metadata_of
 from sortal.errors import FilterError
 from sortal.filters import Calls, Filter, to_filter, to_predicate
 from strategies import BatchStat, LoRA, filters, located_leaves
@@ -202,6 +205,43 @@ def test_modules_are_still_chosen_by_their_class():
 def test_a_shape_that_contradicts_its_number_of_axes_is_refused():
     with pytest.raises(FilterError, match=r"a shape of 1 axes and ndim=2"):
         sortal.Shaped((3,), ndim=2)
+
+
+@given(filters, st.lists(located_leaves(), max_size=4, unique_by=lambda x: x[0]))
+def test_what_is_taken_of_many_is_what_is_taken_of_each(a, pairs):
+    """Of many leaves some filters are asked at once."""
+    paths = [path for path, _ in pairs]
+    leaves = [x for _, x in pairs]
+    variables = [x if isinstance(x, sortal.Variable) else None for x in leaves]
+    kinds = [None if x is None else type(x) for x in variables]
+    metadata = [EMPTY if x is None else metadata_of(x) for x in variables]
+    schema = Schema.of(paths, kinds, metadata)
+    assert taken(a, schema, leaves) == {
+        i for i, row in enumerate(schema.rows(leaves)) if a.test(*row)
+    }
+
+
+def test_a_function_in_a_filter_is_asked_only_what_the_others_leave_open():
+    asked = []
+
+    def ask(path, leaf):
+        asked.append(path)
+        return True
+
+    for written in (sortal.Param & Calls(ask), ~sortal.to_filter(sortal.Param) | ask):
+        asked.clear()
+        sortal.state(OURS, written)
+        assert set(asked) == set(sortal.state(OURS, sortal.Param).paths())
+    asked.clear()
+    assert len(sortal.state(OURS, (ask, ...))) == len(sortal.state(OURS))
+
+
+def test_a_subclass_of_a_filter_may_test_otherwise():
+    class Elsewhere(sortal.Under):
+        def test(self, path, kind, metadata, leaf):
+            return not super().test(path, kind, metadata, leaf)
+
+    assert leaf_paths(Elsewhere("layers")) == (("count",), ("kernel",))
 
 
 # ----------------------------------------------------- the same as Flax NNX

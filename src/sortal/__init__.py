@@ -42,6 +42,7 @@ if _TYPE_CHECKING:
     from sortal._engine.variable import Variable as Variable
     from sortal.checkpoint.manager import Checkpoints as Checkpoints
     from sortal.checkpoint.pending import Saving as Saving
+    from sortal.checkpoint.planning import restore_plan as restore_plan
     from sortal.checkpoint.restoring import Restored as Restored
     from sortal.checkpoint.restoring import load_state as load_state
     from sortal.checkpoint.restoring import restore as restore

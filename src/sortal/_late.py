@@ -34,6 +34,7 @@ TABLE = contents(
         ),
         "sortal.checkpoint.manager": "Checkpoints",
         "sortal.checkpoint.pending": "Saving",
+        "sortal.checkpoint.planning": "restore_plan",
         "sortal.checkpoint.restoring": "Restored load_state restore",
         "sortal.checkpoint.saving": "save",
         "sortal.errors": "SortalError TraceError",

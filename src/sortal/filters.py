@@ -125,6 +125,9 @@ class Nothing(Filter):
 class OfType(Filter):
     """Takes Variables of a kind and of its subclasses; written as the class itself.
 
+    A class that is no kind, no base of kinds, no type of array and not that of a leaf
+    that is there is refused where leaves are chosen.
+
     Args:
       type: the kind. Two classes of one name are two kinds; but ``sortal.Param`` and
         ``flax.nnx.Param`` take the same, and so do others of one name in the two.
@@ -267,8 +270,12 @@ class At(Filter):
     def __post_init__(self) -> None:
         _check_glob(self, self.pattern)
 
+    def fits(self) -> Callable[[str], bool]:
+        """The compiled pattern, a function of a path as text."""
+        return paths.glob(self.pattern)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.glob(self.pattern)(paths.joined(path))
+        return self.fits()(paths.joined(path))
 
     def __repr__(self) -> str:
         return f"At({self.pattern!r})"
@@ -295,8 +302,12 @@ class Under(Filter):
     def __post_init__(self) -> None:
         _check_glob(self, self.prefix)
 
+    def fits(self) -> Callable[[str], bool]:
+        """The compiled prefix, a function of a path as text."""
+        return paths.glob(self.prefix, True)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.glob(self.prefix, True)(paths.joined(path))
+        return self.fits()(paths.joined(path))
 
     def covers(self, other: Filter) -> bool:
         if isinstance(other, Under):
@@ -556,14 +567,7 @@ def leaf_filter(literal: Any) -> Filter:
 
 
 def parts(filters: Iterable[Filter]) -> Iterator[Filter]:
-    """Filters and all that they are combined from.
-
-    Args:
-      filters: the filters.
-
-    Yields:
-      Each, before its parts.
-    """
+    """Filters and all that they are combined from, each before its parts."""
     for f in filters:
         yield f
         yield from parts(getattr(f, "filters", ()))

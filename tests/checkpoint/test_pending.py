@@ -148,7 +148,7 @@ def test_what_cannot_be_saved_is_refused_at_once(tmp_path):
 
 
 def test_the_directory_is_taken_until_the_end(tmp_path, held):
-    from sortal.checkpoint.files import Lock
+    from sortal.checkpoint.disk import Lock
 
     saving = nnx.save(tmp_path, nnx.Rngs(0), step=0, wait=False)
     with pytest.raises(WriterError):
@@ -234,8 +234,8 @@ import sys, time
 import jax.numpy as jnp
 import sortal as nnx
 from sortal.checkpoint import saving
-real = saving.prepare
-saving.prepare = lambda *a: (time.sleep(0.5), real(*a))
+real = saving.descriptions
+saving.descriptions = lambda *a: (time.sleep(0.5), real(*a))[1]
 nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3_000_000))}, step=1, wait=False)
 """
     done = subprocess.run(
@@ -368,10 +368,10 @@ def test_a_process_that_was_interrupted_in_a_save_ends(tmp_path):
 import sys
 import jax.numpy as jnp
 import sortal as nnx
-from sortal.checkpoint import files
+from sortal.checkpoint import disk
 def interrupted(self):
     raise KeyboardInterrupt
-files.Syncs.finish = interrupted
+disk.Syncs.finish = interrupted
 try:
     nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3))}, step=1)
 except KeyboardInterrupt:

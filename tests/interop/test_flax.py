@@ -22,7 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal._engine.plan import plan_of
-from sortal.errors import ArgumentError, AxisError, UnsupportedError, UpdateError
+from sortal.errors import (
+    ArgumentError,
+    AxisError,
+    UnsupportedError,
+    UpdateError,
+    VariableError,
+)
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -821,10 +827,10 @@ def test_flax_s_optimizer_says_that_it_would_not_train_a_layer_of_ours(compiled)
     with pytest.raises(UnsupportedError) as error:
         (sortal.jit(step) if compiled else step)(model, optimizer)
     text = str(error.value)
-    assert text.startswith("Flax does not see these Variables of Sortal, and would")
+    assert text.startswith("Flax does not see these Variables of Sortal, and by kind")
     assert "ours.kernel (Param)" in text
     assert "theirs.kernel" not in text
-    assert "Write sortal.Optimizer(model, tx)" in text
+    assert "such as sortal.Optimizer(model, tx)" in text
     after = flat(sortal.state(model))
     assert all((after[path] == before[path]).all() for path in before)
     ours = sortal.Optimizer(model, optax.sgd(0.1))
@@ -892,6 +898,21 @@ def test_modules_of_both_are_iterated(outer, inner):
     assert found[("drop",)] is model.drop
     children = [name for name, _ in sortal.iter_children(model)]
     assert children == ["drop", "norm", "own"]
+
+
+def test_a_variable_of_flax_is_no_value_of_one_of_ours():
+    theirs, ours = nnx.Param(jnp.ones(2)), sortal.Param(jnp.zeros(2))
+    for write in (
+        lambda: sortal.Param(theirs),
+        lambda: setattr(ours, "value", theirs),
+        lambda: ours.set_value(theirs),
+    ):
+        with pytest.raises(VariableError, match=r"Param.*Write .*\.value"):
+            write()
+    assert (ours.value == 0).all()
+    ours[...] = theirs
+    assert isinstance(ours.value, jax.Array)
+    assert (ours.value == 1).all()
 
 
 # ------------------------------------------------------------------------- sowing
@@ -1008,7 +1029,59 @@ def captured(model):
     return capture(model, sortal.Intermediate)(jnp.ones((2, 3)))[1]
 
 
+def with_new_streams(model):
+    from sortal import nnx as names
+
+    return (
+        sortal.state(names.with_rngs(model, split=2), sortal.RngState),
+        sortal.state(names.with_rngs(model, fork="default"), sortal.RngState),
+        sortal.state(names.with_rngs(model, broadcast=2), sortal.RngState),
+        sortal.state(names.split_rngs(model, splits=3, graph=False), sortal.RngState),
+        sortal.state(
+            names.split_rngs(model, splits=1, squeeze=True, graph=False),
+            sortal.RngState,
+        ),
+        sortal.state(names.fork_rngs(model, split=2, graph=False), sortal.RngState),
+        sortal.state(names.fork_rngs(model, graph=False), sortal.RngState),
+        tuple(bits(key).tolist() for _, key, _ in names.rnglib.backup_keys(model)),
+    )
+
+
+def walked(model):
+    from sortal import nnx as names
+
+    return (
+        tuple(key for key, _ in names.iter_module_children(model)),
+        names.as_pure(sortal.state(model, sortal.Param))["norm"]["scale"].tolist(),
+        str(names.find_duplicates([model, model.own])),
+    )
+
+
+def placed_by_names(model):
+    from sortal import nnx as names
+
+    model.norm.scale.set_metadata(out_sharding=("d",))
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    def shown(tree):
+        state = sortal.state(tree, sortal.Param)
+        return tuple((p, str(x.get_value())) for p, x in state.flat_state())
+
+    abstract = sortal.eval_shape(lambda m: sortal.clone(m), model)
+    with jax.set_mesh(mesh):
+        made = sortal.state(names.as_abstract(abstract), sortal.Param)
+    return (
+        shown(names.get_partition_spec(model)),
+        shown(names.get_partition_spec(sortal.state(model))),
+        shown(names.get_named_sharding(sortal.state(model), mesh)),
+        str(made["norm"]["scale"].get_value().sharding),
+    )
+
+
 VERBS = {
+    "names of axes": placed_by_names,
+    "new streams": with_new_streams,
+    "walks": walked,
     "state": lambda m: sortal.state(m, sortal.Param),
     "split and merge": lambda m: sortal.state(sortal.merge(*sortal.split(m))),
     "variables": lambda m: sortal.variables(m),

@@ -230,3 +230,33 @@ def test_only_what_is_trained_changes(libraries):
     assert len(before) == 4
     assert all((after[path] == x).all() for path, x in before.items())
     assert all((after[path] != x).any() for path, x in adapters.items())
+
+
+WRAPPERS = {
+    "RNN": lambda outer, inner: outer.RNN(inner.GRUCell(4, 3, rngs=inner.Rngs(0))),
+    "Bidirectional": lambda outer, inner: outer.Bidirectional(
+        outer.RNN(inner.GRUCell(4, 3, rngs=inner.Rngs(0))),
+        outer.RNN(inner.GRUCell(4, 3, rngs=inner.Rngs(1))),
+    ),
+    "LoRA": lambda outer, inner: outer.LoRA(
+        4, 2, 3, base_module=inner.Linear(4, 3, rngs=inner.Rngs(0)), rngs=outer.Rngs(0)
+    ),
+    "Sequential": lambda outer, inner: outer.Sequential(
+        inner.Linear(4, 3, rngs=inner.Rngs(0)), inner.LayerNorm(3, rngs=inner.Rngs(0))
+    ),
+    "WeightNorm": lambda outer, inner: outer.WeightNorm(
+        inner.Linear(4, 3, rngs=inner.Rngs(0)), rngs=outer.Rngs(0)
+    ),
+    "SpectralNorm": lambda outer, inner: outer.SpectralNorm(
+        inner.Linear(4, 3, rngs=inner.Rngs(0)), rngs=outer.Rngs(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_layer_of_ours_around_one_of_flax_is_that_of_flax_alone(name):
+    reference, model = WRAPPERS[name](flax, flax), WRAPPERS[name](sortal, flax)
+    for _ in range(2):
+        assert_close(model(TOKENS), reference(TOKENS))
+    theirs = [path for path, _ in flax.to_flat_state(flax.state(reference))]
+    assert sorted(map(str, sortal.state(model).paths())) == sorted(map(str, theirs))

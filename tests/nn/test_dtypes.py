@@ -129,3 +129,32 @@ def test_layers_that_hold_the_default_product_are_copied_and_pickled() -> None:
     layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert nnx.graphdef(other) == nnx.graphdef(layer)
+
+
+def test_another_dot_general_in_the_place_of_that_of_jax_is_called() -> None:
+    layer = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+    x, plain = jnp.ones((1, 2)), jax.lax.dot_general
+    before = layer(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "dot_general", lambda *a, **k: 2 * plain(*a, **k))
+        np.testing.assert_array_equal(layer(x), 2 * before)
+    np.testing.assert_array_equal(layer(x), before)
+
+
+def test_other_code_in_the_dot_general_of_jax_is_run() -> None:
+    layer = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+    x, code = jnp.ones((1, 2)), jax.lax.dot_general.__code__
+
+    def zeros(lhs, rhs, dimension_numbers, precision=None,
+              preferred_element_type=None, *, out_sharding=None):  # fmt: skip
+        import jax.numpy as jnp
+
+        return jnp.zeros((lhs.shape[0], rhs.shape[1]))
+
+    before = layer(x)
+    try:
+        jax.lax.dot_general.__code__ = zeros.__code__
+        np.testing.assert_array_equal(layer(x), 0 * before)
+    finally:
+        jax.lax.dot_general.__code__ = code
+    np.testing.assert_array_equal(layer(x), before)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as flax_nnx
 
 import sortal as nnx
 from sortal.errors import ArgumentError
@@ -190,3 +191,16 @@ def test_recorded_weights_sum_to_one() -> None:
     (weights,) = nnx.pop(layer, nnx.Intermediate)["attention_weights"].value
     assert weights.shape == (2, 2, 3, 3)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+def test_a_cache_works_where_numbers_have_64_bits() -> None:
+    def decoded(lib: Any) -> Any:
+        layer = lib.MultiHeadAttention(2, 4, decode=True, rngs=lib.Rngs(0))
+        layer.init_cache((1, 3, 4))
+        step = lib.jit(lambda layer, x: layer(x))
+        x = jnp.linspace(0, 1, 4, dtype=jnp.float32).reshape(1, 1, 4)
+        return [np.asarray(f(layer, x)) for f in (step, step, lambda m, x: m(x))]
+
+    with jax.enable_x64(True):
+        found, expected = decoded(nnx), decoded(flax_nnx)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal._engine.tables import nbytes
-from sortal.demo.llama import Config, Llama
 from sortal.errors import PathError, ShardingError
-from sortal.sharding import presets
 
 MESH = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 ROWS = {sortal.At("kernel"): sortal.Rule(spec=P("d"))}
@@ -114,28 +111,3 @@ def test_assert_sharded_names_a_leaf_that_was_left_on_one_device():
     model.kernel.value = jnp.ones((16, 8))
     with pytest.raises(ShardingError, match=r"(?s)evenly:\n *kernel \(Param\): 512 B"):
         sortal.assert_sharded(model)
-
-
-def test_a_plan_for_70_billion_parameters_on_256_devices_needs_neither():
-    config = Config(
-        vocabulary=128_256,
-        features=8192,
-        hidden=28_672,
-        layers=80,
-        heads=64,
-        key_value_heads=8,
-        tied=False,
-    )
-
-    def make():
-        model = Llama(config, rngs=sortal.Rngs(0), param_dtype=jnp.bfloat16)
-        return model, sortal.Optimizer(model, optax.adam(1e-3), wrt=sortal.Param)
-
-    mesh = AbstractMesh((16, 16), ("data", "model"))
-    policy = presets.fsdp_tensor_parallel()
-    model = sortal.abstract(make, mesh, policy)
-    report = sortal.sharding_report(model, mesh, policy)
-    params = [r for r in report.rows if r.kind is sortal.Param]
-    assert 70e9 < sum(r.bytes for r in params) / 2 < 71e9
-    assert report.on_device < 1.02 * report.total / 256
-    sortal.assert_sharded(model)

@@ -236,7 +236,7 @@ def test_metadata_that_is_changed_inside_gets_its_entry_back() -> None:
     sortal.vmap(change)(w)
     assert w.get_metadata("note") == "new"
     assert w.get_metadata("spec") == P("a", "b")
-    assert w.get_metadata("placement") == NamedSharding(AUTO, P("a", "b"))
+    assert w.get_metadata("placement") == NamedSharding(AUTO, P("a", "b", None))
 
 
 # --------------------------------------------------------------------- names of axes

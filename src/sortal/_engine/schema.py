@@ -9,15 +9,20 @@ import jax
 import numpy as np
 
 from sortal._engine.foreign import handler_of_kind, variable_bases
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import Path, joined, show
 from sortal._engine.statics import EMPTY, Interned, Metadata
 from sortal._engine.variable import Variable
 from sortal.errors import FilterError, listing
 from sortal.filters import (
+    All,
+    Any_,
+    At,
     Everything,
     Filter,
+    Not,
     Nothing,
     OfType,
+    Under,
     leaf_filter,
     parts,
     to_filter,
@@ -150,18 +155,55 @@ def _divide(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> Selection:
     _check_classes(schema, filters, leaves)
-    takes = [
-        frozenset(i for i, row in enumerate(schema.rows(leaves)) if f.test(*row))
-        for f in filters
-    ]
+    takes = [taken(f, schema, leaves) for f in filters]
     _check_order(filters, takes)
-    rest = range(len(schema))
+    rest = set(range(len(schema)))
     parts = []
-    for taken in takes:
-        mine = tuple(i for i in rest if i in taken)
+    for found in takes:
+        mine = tuple(sorted(found & rest))
         parts.append((schema.pick(mine), mine))
-        rest = [i for i in rest if i not in taken]
-    return Selection(tuple(parts), tuple(rest))
+        rest -= found
+    return Selection(tuple(parts), tuple(sorted(rest)))
+
+
+def taken(f: Filter, schema: Schema, leaves: Sequence[Any] | None) -> set[int]:
+    """The positions of the leaves that a filter takes.
+
+    Args:
+      f: the filter.
+      schema: the leaves.
+      leaves: the leaves themselves; None for filters that structure decides.
+
+    Returns:
+      The positions for which ``f.test`` is true.
+    """
+    paths, kinds, metadata = schema.paths, schema.kinds, schema.metadata
+    values = leaves if leaves is not None else [None] * len(schema)
+    texts = schema.memo("texts", lambda: list(map(joined, schema.paths)))
+
+    def among(f: Any, at: set[int]) -> set[int]:
+        # Exact types, because a subclass may test otherwise. What `test` would not be
+        # asked, because an earlier part of a filter has decided, is not asked here.
+        kind = type(f)
+        if kind is Any_ and Everything() in f.filters:
+            return at
+        if kind is Any_:
+            left = at
+            for part in f.filters:
+                left = left - among(part, left)
+            return at - left
+        if kind is All:
+            for part in f.filters:
+                at = among(part, at)
+            return at
+        if kind is Not:
+            return at - among(f.filters[0], at)
+        if kind is At or kind is Under:
+            fits = f.fits()
+            return {i for i in at if fits(texts[i])}
+        return {i for i in at if f.test(paths[i], kinds[i], metadata[i], values[i])}
+
+    return among(f, set(range(len(schema))))
 
 
 def _check_classes(
@@ -212,7 +254,7 @@ def _is_instance(x: Any, cls: type) -> bool:
         return False
 
 
-def _check_order(filters: tuple[Filter, ...], takes: list[frozenset[int]]) -> None:
+def _check_order(filters: tuple[Filter, ...], takes: list[set[int]]) -> None:
     """Refuses a filter for which an earlier one leaves nothing, whatever the leaves."""
     for n, later in enumerate(filters):
         last = n == len(filters) - 1 and isinstance(later, Everything)

@@ -74,7 +74,7 @@ class Restored(NamedTuple):
     step: int
     metadata: Any
     metrics: Mapping[str, float]
-    path: Path
+    path: files.Location
     leaves: tuple[ModelPath, ...]
     kept: tuple[ModelPath, ...]
 
@@ -103,7 +103,7 @@ def restore(
     All processes of a program call it together.
 
     Args:
-      directory: where the steps are.
+      directory: where the steps are: a path, or an address such as ``s3://bucket/key``.
       root: what was given to ``save``, or something of the same structure.
       step: the number of a step, or ``"latest"``.
       only: a filter; other leaves are left as they are, and not read.
@@ -123,7 +123,7 @@ def restore(
       What was restored.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``;
+      ArgumentError: the directory is neither a path nor an address of an object store;
         ``fallback`` with another step than the latest.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
@@ -143,7 +143,7 @@ def restore(
       (2, 3)
     """
     options = Options(only, policy, partial, rename, cast, fill)
-    directory = files.local(directory)
+    directory = files.located(directory)
     if fallback and step != "latest":
         raise ArgumentError(
             f"fallback=True is for the newest step, step='latest'; found {step!r}."
@@ -187,7 +187,11 @@ def restore(
 
 
 def _agreed_step(
-    directory: Path, step: int | str, passed: Mapping[int, str], group: Group, n: str
+    directory: files.Location,
+    step: int | str,
+    passed: Mapping[int, str],
+    group: Group,
+    n: str,
 ) -> int:
     """The number of the step that all processes are to read."""
     number, fault = -1, ""
@@ -203,7 +207,7 @@ def _agreed_step(
 
 
 def _told(
-    error: SortalError, newest: Path | None, fallback: bool, alone: bool
+    error: SortalError, newest: files.Location | None, fallback: bool, alone: bool
 ) -> tuple[str, str]:
     """The damage that another step is read for, or the fault; as texts for all.
 
@@ -222,7 +226,9 @@ def _told(
     return "", str(error)
 
 
-def _warn_of_damage(directory: Path, taken: int, passed: Mapping[int, str]) -> None:
+def _warn_of_damage(
+    directory: files.Location, taken: int, passed: Mapping[int, str]
+) -> None:
     if passed:
         word = "step" if len(passed) == 1 else "steps"
         warnings.warn(
@@ -244,7 +250,7 @@ _TRIES = 20
 
 def _changed(
     error: SortalError,
-    directory: Path,
+    directory: files.Location,
     step: int | str,
     number: int,
     manifest: Manifest | None,
@@ -262,7 +268,7 @@ def _changed(
 
 def _read_into(
     plan: Any,
-    directory: Path,
+    directory: files.Location,
     manifest: Manifest,
     options: Options,
     kinds: Mapping[str, type],
@@ -277,7 +283,7 @@ def _read_into(
 
 
 def find_step(
-    directory: Path,
+    directory: files.Location,
     step: int | str,
     passed: Mapping[int, str] = _NONE,
 ) -> int:
@@ -289,7 +295,9 @@ def find_step(
         return files.step_number(step)
     found = files.by_age(directory)
     if not found:
-        there = "" if directory.is_dir() else ", which is no folder"
+        there = ""
+        if isinstance(directory, Path) and not directory.is_dir():
+            there = ", which is no folder"
         raise NoCheckpointError(
             f"no checkpoint in {directory}{there}.{_above(directory)}"
         )
@@ -299,9 +307,9 @@ def find_step(
     return whole[-1]
 
 
-def _above(directory: Path) -> str:
+def _above(directory: files.Location) -> str:
     """Advice where a step was given instead of the directory of steps."""
-    if directory.name.isdecimal() and (directory / NAME).exists():
+    if directory.name.isdecimal() and (directory / NAME).is_file():
         return (
             f" It is a step itself: write {str(directory.parent)!r}, "
             f"step={directory.name}."
@@ -401,7 +409,7 @@ def load_state(
     """Reads the leaves of a step without a model.
 
     Args:
-      directory: where the steps are.
+      directory: where the steps are: a path, or an address such as ``s3://bucket/key``.
       step: the number of a step, or ``"latest"``.
       only: a filter; other leaves are not read.
       kinds: from the full names of kinds in the checkpoint to classes here. A kind
@@ -414,7 +422,7 @@ def load_state(
       A State.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``.
+      ArgumentError: the directory is neither a path nor an address of an object store.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: a value needs a model to be built, or the filter takes nothing.
@@ -431,7 +439,7 @@ def load_state(
         var: BatchStat(float32[3])
       )
     """
-    directory = files.local(directory)
+    directory = files.located(directory)
     not_in_a_trace("load_state")
     settle(directory)
     for left in reversed(range(_TRIES)):
@@ -447,7 +455,7 @@ def load_state(
 
 
 def _read_state(
-    directory: Path,
+    directory: files.Location,
     manifest: Manifest,
     only: Any,
     kinds: Mapping[str, type],

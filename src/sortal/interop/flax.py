@@ -311,10 +311,12 @@ def _items(state: State) -> tuple[list[tuple[Any, Any]], None]:
     unseen = [i for i, k in enumerate(kinds) if k and issubclass(k, _kinds.Variable)]
     if unseen:
         raise UnsupportedError(
-            "Flax does not see these Variables of Sortal, and would leave them out:\n"
+            "Flax does not see these Variables of Sortal, and by kind leaves them "
+            "out:\n"
             + listing(map(state.schema.describe, unseen))
-            + "\nWrite sortal.Optimizer(model, tx), which trains layers of both, or "
-            "give Flax a State without them, as state.filter(Under('encoder'))."
+            + "\nWrite Sortal's own function, such as sortal.Optimizer(model, tx) or "
+            "sortal.jit, which take models of both; or give Flax a State without them, "
+            "as state.filter(Under('encoder'))."
         )
     return [(key, state[key]) for key in sorted(state, key=paths.order)], None
 

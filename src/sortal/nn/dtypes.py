@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from sortal._engine.variable import Variable, describe
+from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError
 
 PromoteDtype = Callable[..., Any]
@@ -103,8 +103,10 @@ def reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return jnp.reshape(x, shape)
 
 
+_OF_JAX = lax.dot_general
+_CODE = getattr(_OF_JAX, "__code__", None)
 _dot_general = jax.jit(
-    lax.dot_general,
+    _OF_JAX,
     static_argnames=(
         "dimension_numbers",
         "precision",
@@ -116,14 +118,21 @@ _dot_general = jax.jit(
 
 
 def dot_general(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> Any:
-    """``jax.lax.dot_general``, traced once for all layers of one size."""
+    """``jax.lax.dot_general``, traced once for all layers of one size.
+
+    Where a library has put another function in its place, or other code into it, as
+    those do that quantize products, that is called each time.
+    """
     # A plain function, so that a layer that holds it can be copied and pickled.
-    return _dot_general(x, kernel, dimension_numbers, **options)
+    now = lax.dot_general
+    if now is _OF_JAX and getattr(now, "__code__", None) is _CODE:
+        return _dot_general(x, kernel, dimension_numbers, **options)
+    return now(x, kernel, dimension_numbers, **options)
 
 
 def promote(layer: Any, inputs: Any, *parameters: Any) -> Any:
     """A layer's inputs and parameters, cast by its ``promote_dtype``."""
-    values = (p[...] if isinstance(p, Variable) else p for p in parameters)
+    values = (p[...] if is_variable(p) else p for p in parameters)
     return layer.promote_dtype((as_array(layer, inputs), *values), dtype=layer.dtype)
 
 

@@ -390,7 +390,8 @@ class MultiHeadAttention(Module):
                 f"places, and {int(place)} are taken. Call init_cache for a longer "
                 "one, or to begin again."
             )
-        start = (*(0 for _ in batch), place, 0, 0)
+        zero = jnp.zeros_like(place)  # of its dtype, whatever numbers are by default
+        start = (*(zero for _ in batch), place, zero, zero)
         for cache, new in ((keys, key), (values, value)):
             if full is not False:
                 # JAX moves slices beyond the end back onto the last entries.

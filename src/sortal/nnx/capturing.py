@@ -66,7 +66,7 @@ def capture(
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        module = owner if owner is not None or not args else args[0]
+        module: Any = owner if owner is not None or not args else args[0]
         if not is_module(module):
             found = describe(module) if hasattr(module, "dtype") else type(module)
             raise ArgumentError(
@@ -94,7 +94,7 @@ def capture(
 
 @contextlib.contextmanager
 def _recording(
-    module: Module,
+    module: Any,
     given: Sequence[tuple[Path, Any]],
     recorded: dict[type, dict[Path, Any]],
     method_outputs: Any,

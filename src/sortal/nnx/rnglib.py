@@ -19,6 +19,7 @@ from sortal.nnx.keywords import ignoring
 from sortal.nnx.walks import recursive_map
 from sortal.random import Rngs as Rngs
 from sortal.random import RngStream as RngStream
+from sortal.random import is_stream
 from sortal.random import restore_rngs as restore_rngs
 
 reseed = ignoring("graph")(random.reseed)
@@ -76,7 +77,7 @@ def with_rngs(
     chosen = leaf_filter(only)
 
     def change(path: Path, x: Any) -> Any:
-        if not isinstance(x, RngStream) or not _takes(chosen, path, x):
+        if not is_stream(x) or not _takes(chosen, path, x):
             return x
         name, shape = _rule(path, x, rules)
         if name is None:
@@ -155,10 +156,10 @@ def split_rngs(
     chosen = leaf_filter(only)
 
     def change(path: Path, x: Any) -> Any:
-        if not isinstance(x, RngStream) or not _takes(chosen, path, x):
+        if not is_stream(x) or not _takes(chosen, path, x):
             return x
         new = x.split(splits)
-        return RngStream(new.key[0], tag=x.tag) if squeeze else new
+        return type(x)(new.key[0], tag=x.tag) if squeeze else new
 
     return recursive_map(change, node)
 
@@ -200,10 +201,10 @@ def fork_rngs(
     rules = [(leaf_filter(f), shape) for f, shape in table.items()]
 
     def change(path: Path, x: Any) -> Any:
-        if isinstance(x, RngStream):
+        if is_stream(x):
             for takes, shape in rules:
                 if _takes(takes, path, x):
-                    return x.fork(split=shape)
+                    return x.fork() if shape is None else x.split(shape)
         return x
 
     return recursive_map(change, node)
@@ -256,8 +257,4 @@ def backup_keys(node: Any, /, *, graph: bool | None = None) -> list[tuple[Any, .
       >>> bool((rngs() == key).all())
       True
     """
-    return [
-        (x, x.key[...], x.count[...])
-        for _, x in iter_graph(node)
-        if isinstance(x, RngStream)
-    ]
+    return [(x, x.key[...], x.count[...]) for _, x in iter_graph(node) if is_stream(x)]

@@ -8,6 +8,7 @@ from sortal.nnx.checking import pmap as pmap
 from sortal.nnx.checking import transform_metadata as transform_metadata
 from sortal.nnx.gradients import by_variables, of_grad, of_value_and_grad
 from sortal.nnx.keywords import axes, by_position, ignoring, positions
+from sortal.nnx.loops import branches_of, fori_loop_of, scan_of, while_loop_of
 from sortal.nnx.pullbacks import custom_vjp as custom_vjp
 from sortal.transforms import autodiff, control, derivatives, mapping
 from sortal.transforms import compile as compiling
@@ -25,9 +26,9 @@ for _table in (StateAxes, StateSharding):
 _transform = ignoring("graph", "graph_updates")
 _derivative = ignoring("graph", "graph_updates", empty=("reduce_axes",))
 
-cond = _transform(control.cond)
+cond = branches_of(_transform(control.cond))
 eval_shape = _transform(compiling.eval_shape)
-fori_loop = _transform(control.fori_loop)
+fori_loop = fori_loop_of(_transform(control.fori_loop))
 grad = by_position(
     by_variables(_derivative(autodiff.grad), of_grad), "argnums", positions
 )
@@ -35,9 +36,9 @@ jit = _transform(compiling.jit)
 jvp = _transform(derivatives.jvp)
 make_jaxpr = _transform(derivatives.make_jaxpr)
 remat = _transform(rematerialisation.remat)
-scan = by_position(_transform(scanning.scan), "in_axes", axes)
+scan = by_position(scan_of(_transform(scanning.scan)), "in_axes", axes)
 shard_map = _transform(mapping.shard_map)
-switch = _transform(control.switch)
+switch = branches_of(_transform(control.switch))
 value_and_grad = by_position(
     by_variables(_derivative(autodiff.value_and_grad), of_value_and_grad),
     "argnums",
@@ -45,6 +46,6 @@ value_and_grad = by_position(
 )
 vjp = _derivative(derivatives.vjp)
 vmap = by_position(_transform(mapping.vmap), "in_axes", axes)
-while_loop = _transform(control.while_loop)
+while_loop = while_loop_of(_transform(control.while_loop))
 
 checkpoint = remat

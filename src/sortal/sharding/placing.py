@@ -18,7 +18,13 @@ from sortal.errors import ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import in_mapped, put, use_eager_sharding
-from sortal.sharding.resolution import UNRULED, Resolved, check_specs, resolve
+from sortal.sharding.resolution import (
+    UNRULED,
+    Resolved,
+    at_full_rank,
+    check_specs,
+    resolve,
+)
 from sortal.transforms.compile import eval_shape
 
 M = TypeVar("M")
@@ -238,7 +244,8 @@ def _store(plan: Plan, values: Sequence[Any], shardings: Sequence[Any]) -> None:
     """Writes values, and into the metadata of Variables where they are to stay."""
     store_all([plan.leaves], values)
     metadata = plan.graphdef.schema.metadata
-    for leaf, old, sharding in zip(plan.leaves, metadata, shardings, strict=True):
+    found = map(at_full_rank, shardings, values)
+    for leaf, old, sharding in zip(plan.leaves, metadata, found, strict=True):
         if type(leaf) is not Slot and old.get(PLACEMENT) != sharding:
             leaf.set_metadata({**old, PLACEMENT: sharding})
 

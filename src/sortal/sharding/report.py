@@ -17,6 +17,7 @@ from sortal._engine.tables import Report, Table, nbytes, size
 from sortal._engine.variable import Param
 from sortal.errors import PathError, ShardingError, listing
 from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import short
 from sortal.sharding.placing import on_mesh
 from sortal.sharding.resolution import UNRULED, axes_of
 
@@ -194,14 +195,6 @@ def sharding_report(
             )
         )
     return ShardingReport(rows, found.mesh)
-
-
-def short(spec: Any) -> PartitionSpec:
-    """A spec without Nones at its end, which say nothing."""
-    entries = list(spec)
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
 
 
 def assert_sharded(

@@ -12,11 +12,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from sortal._engine.foreign import same_kind, to_native
+from sortal._engine.foreign import to_native
 from sortal._engine.jax_compat import differs_in_vmap, varying_axes
 from sortal._engine.leaves import held
 from sortal._engine.schema import Schema
-from sortal._engine.variable import RngCount, RngKey, describe
+from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
@@ -39,9 +39,10 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
+from sortal.transforms.axes import check_ranks, refuse_moved, without
 from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
-from sortal.transforms.returned import refuse_moved
 from sortal.transforms.shardings import as_declared, declares
+from sortal.transforms.sizes import refuse_sizes
 
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
@@ -128,7 +129,12 @@ def vmap(
             spmd_axis_name=spmd_axis_name,
         )
         given = bound.args, bound.kwargs
-        return write_back(bound, as_declared(unsorted(*mapped(*given)), given))
+        try:
+            sorted_out = mapped(*given)
+        except ValueError as error:
+            refuse_sizes(spread, error)
+            raise
+        return write_back(bound, as_declared(unsorted(*sorted_out), given))
 
     return wrapper
 
@@ -243,45 +249,6 @@ def _spec(answer: Any) -> Any:
     if answer is None:
         return PartitionSpec()
     return getattr(answer, "spec", answer) if isinstance(answer, Sharding) else answer
-
-
-def check_ranks(spread: Spread) -> None:
-    """Refuses int axes that leaves do not have.
-
-    Args:
-      spread: the answers for one call.
-
-    Raises:
-      AxisError: some leaves have fewer axes; all are listed.
-    """
-    bad = [
-        (plan.graphdef.schema, j, f"{describe(x)} has no axis {axis}")
-        for plan, axes in zip(spread.bound.plans, spread.roots, strict=True)
-        for j, (axis, value) in enumerate(zip(axes, plan.values(), strict=True))
-        if isinstance(axis, int)
-        for x in _without(axis, value)
-    ]
-    if not bad:
-        return
-    remedies = ["Give them axis None, as in StateAxes({Kind: None, ...: 0})."]
-    drawn = [
-        any(same_kind(s.kinds[j], k) for k in (RngKey, RngCount)) for s, j, _ in bad
-    ]
-    if any(drawn):  # with axis None all replicas would draw the same
-        remedies.insert(0, "Divide random streams first, by @split_rngs(splits=n).")
-    raise AxisError(
-        "these leaves do not have the axis they are to be mapped over:\n"
-        f"{listing(f'{s.describe(j)}: {why}' for s, j, why in bad)}\n"
-        + " ".join(remedies[: 1 if all(drawn) else None])
-    )
-
-
-def _without(axis: int, value: Any, more: int = 0) -> list[Any]:
-    """The arrays of a value that, given ``more`` axes, do not have the axis."""
-    # Nearly all values are one array, and taking a tree apart costs more than the rest.
-    arrays = [value] if isinstance(value, jax.Array) else jax.tree.leaves(value)
-    ranks = [np.ndim(x) + more for x in arrays]
-    return [x for x, n in zip(arrays, ranks, strict=True) if not -n <= axis < n]
 
 
 class _Leaf(NamedTuple):
@@ -473,7 +440,7 @@ class _Vmapped(_Call):
             refused.note(_NO_AXIS, f"{leaf.name}: {axis!r}")
             return Sent(0, value)
         if axis is not None:
-            for x in _without(axis, value, 1):
+            for x in without(axis, value, 1):
                 row = f"{leaf.name}: {describe(x)} has no axis {axis} once stacked"
                 refused.note(_CANNOT_STACK, row)
             if axis in self.lanes.answers:

@@ -33,9 +33,10 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
+from sortal.transforms.axes import check_ranks
 from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
 from sortal.transforms.eager import kept
-from sortal.transforms.mapping import check_ranks, per_argument
+from sortal.transforms.mapping import per_argument
 from sortal.transforms.shardings import as_declared
 
 

@@ -78,7 +78,7 @@ def _opened(path: Path, step: int | str) -> Opened:
     if path.suffix in _SUFFIXES and path.is_file():
         return _SUFFIXES[path.suffix](path)
     if (path / _manifest.NAME).is_file() or files.steps(path):
-        return steps.read(open_step(path, step))
+        return steps.read(Path(open_step(path, step)))
     if huggingface.is_folder(path):
         return huggingface.read(path)
     if orbax.items(path).trees:

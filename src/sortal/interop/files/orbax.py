@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sortal._engine.nested import nest
-from sortal.checkpoint.files import read_file
+from sortal.checkpoint import disk
 from sortal.checkpoint.values import dtype_name
 from sortal.errors import DamagedError, SaveError
 from sortal.interop.files.entries import Entry, Opened, named, part
@@ -141,7 +141,7 @@ def _json(root: Path) -> dict[str, Any]:
     found = {}
     for file in sorted(root.glob(f"*/{_JSON}")):
         try:
-            found[file.parent.name] = json.loads(read_file(file))
+            found[file.parent.name] = json.loads(disk.read(file))
         except (OSError, ValueError, RecursionError):
             continue  # another sort of item
     return {"metadata": found} if found else {}

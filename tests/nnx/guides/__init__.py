@@ -1,0 +1,1 @@
+"""Counterparts of Flax's guides: the same calls in the same order."""
