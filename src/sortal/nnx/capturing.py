@@ -8,12 +8,14 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from sortal._engine.foreign import is_kind
 from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path
 from sortal._engine.state import State, as_state
 from sortal._engine.variable import Variable
 from sortal.errors import ArgumentError, PathError, listing
 from sortal.module import RECORDS, Module, iter_modules
+from sortal.nnx import capturing_flax
 from sortal.nnx.containers import Dict
 
 _METHODS = "methods"
@@ -61,12 +63,12 @@ def capture(
             f, fn, *var_types, init=init, method_outputs=method_outputs
         )
     owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
-    owner = owner if isinstance(owner, Module) else None
+    owner = owner if _is_module(owner) else None
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         module = owner if owner is not None or not args else args[0]
-        if not isinstance(module, Module):
+        if not _is_module(module):
             raise ArgumentError(
                 "capture needs to know which module sows: a Module, a method of one, "
                 f"or a function whose first argument is one; found a "
@@ -92,8 +94,10 @@ def _recording(
     method_outputs: Any,
 ) -> Iterator[None]:
     """Has modules record kinds apart; afterwards ``recorded`` has them by path."""
-    modules = _modules(module)
-    homes = {path: {kind: Dict() for kind in recorded} for path, _ in modules}
+    modules, theirs = _modules(module), _modules(module, ours=False)
+    homes = {
+        path: {kind: Dict() for kind in recorded} for path, _ in (*modules, *theirs)
+    }
     homeless = [path for path, _ in given if path[:-1] not in homes]
     if homeless:
         raise PathError(
@@ -102,6 +106,7 @@ def _recording(
         )
     for path, leaf in given:
         homes[path[:-1]][type(leaf)][path[-1]] = leaf.replace()
+    classes = {type(m) for _, m in (*modules, *theirs)}
     before = [(m, get_dict(m).get(RECORDS)) for _, m in modules]
     for path, m in modules:
         records = Dict({kind.__qualname__: x for kind, x in homes[path].items()})
@@ -109,7 +114,8 @@ def _recording(
             records[_METHODS] = method_outputs.__qualname__
         setattr(m, RECORDS, records)
     try:
-        with _sowing_methods({type(m) for _, m in modules}, method_outputs):
+        flax_records = capturing_flax.recording(theirs, given, recorded)
+        with _sowing_methods(classes, method_outputs), flax_records:
             yield
     finally:
         for path, m in _modules(module):
@@ -121,9 +127,12 @@ def _recording(
                 delattr(m, RECORDS)
 
 
-def _modules(module: Module) -> list[tuple[Path, Module]]:
-    # Those of Flax in a model keep what they sow in attributes.
-    return [(path, m) for path, m in iter_modules(module) if isinstance(m, Module)]
+def _is_module(x: Any) -> bool:
+    return isinstance(x, Module) or is_kind(type(x), Module)  # Flax's is its pair
+
+
+def _modules(module: Any, *, ours: bool = True) -> list[tuple[Path, Any]]:
+    return [(p, m) for p, m in iter_modules(module) if isinstance(m, Module) is ours]
 
 
 def _collect(path: Path, module: Module, recorded: dict[type, Any]) -> None:
@@ -161,7 +170,8 @@ def _sowing(method: Any, name: str, kind: Any) -> Any:
     @functools.wraps(method)
     def sowing(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = method(self, *args, **kwargs)
-        self.sow(kind, name, out)
+        mine = kind if isinstance(self, Module) else capturing_flax.kind_of_flax(kind)
+        self.sow(mine, name, out)
         return out
 
     return sowing
