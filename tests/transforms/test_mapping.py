@@ -651,7 +651,7 @@ def test_a_module_passed_in_comes_back_as_itself() -> None:
         m.w[...] += 1
         return m, {"sub": m.sub, "w": m.w, "new": Holder(of=m.sub)}
 
-    out, rest = sortal.vmap(f, out_axes=(None, 0))(model)
+    out, rest = sortal.vmap(f, out_axes=0)(model)
     assert out is model
     assert rest["sub"] is model.sub
     assert rest["w"] is model.w

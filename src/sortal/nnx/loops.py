@@ -236,10 +236,10 @@ def scan_of(transform: Any) -> Any:
 
     @functools.wraps(transform)
     def taking(*args: Any, **options: Any) -> Any:
-        made = transform(*args, **options)
-        if not args:
-            return lambda f: taking(f, **options)
-        f = args[0]
+        f = args[0] if args else options.pop("f", None)
+        if f is None:
+            return functools.partial(taking, **options)
+        made = transform(f, **options)
         in_axes = options.get("in_axes", (Carry, 0))
         at = 0 if in_axes is Carry else _carry_at(in_axes)
         out_at = _carry_at(options.get("out_axes", (Carry, 0)))
