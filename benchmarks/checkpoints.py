@@ -1,9 +1,10 @@
 """Saving and restoring beside raw files, safetensors and Orbax, on one disk.
 
-``python -m benchmarks.checkpoints [--quick] [--directory DIR]`` prints two tables: a
-large state, 524 MB in 400 leaves, and 5,000 leaves of 256 bytes. Contenders take turns;
-a row has the least time of each. Each save goes to a new place, and is on disk when the
-clock stops; a restore ends with JAX arrays in memory.
+``python -m benchmarks.checkpoints [--quick] [--directory DIR]`` prints a table for each
+of ``STATES``, one of directories that have 30 steps already, and the memory of a save.
+Contenders take turns; a row has the least time of each. Each save goes to a new place,
+and is on disk when the clock stops; a restore ends with JAX arrays in memory. In the
+column ``blocked`` is how long the program waits for a save that goes on beside it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,14 @@ import sortal
 from benchmarks.report import Row, Table, facts, facts_text
 
 State = dict[str, Any]
-Contender = tuple[Callable[[Path, State], None], Callable[[Path, State], Any]]
+
+
+class Contender(NamedTuple):
+    """Ways to save and restore; ``begin`` returns at once, with what waits for it."""
+
+    save: Callable[[Path, State], Any]
+    restore: Callable[[Path, State], Any]
+    begin: Callable[[Path, State], Callable[[], Any]] | None = None
 
 
 # ------------------------------------------------------------------------- contenders
@@ -85,12 +93,16 @@ def _orbax(compressed: bool) -> Contender:
         with context():
             ocp.save_pytree(at, state)
 
+    def begin(at: Path, state: State) -> Callable[[], Any]:
+        with context():
+            return ocp.save_pytree_async(at, state).result
+
     def restore(at: Path, state: State) -> Any:
         like = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in state.items()}
         with context():
             return ocp.load_pytree(at, like)
 
-    return save, restore
+    return Contender(save, restore, begin)
 
 
 class _Model(sortal.Module):
@@ -108,6 +120,10 @@ def _sortal_save(at: Path, state: State) -> None:
     sortal.save(at, _models[id(state)], step=0)
 
 
+def _sortal_begin(at: Path, state: State) -> Callable[[], Any]:
+    return sortal.save(at, _models[id(state)], step=0, wait=False).wait
+
+
 def _sortal_restore(at: Path, state: State) -> Any:
     root = _Model({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in state.items()})
     sortal.restore(at, root)
@@ -116,12 +132,13 @@ def _sortal_restore(at: Path, state: State) -> Any:
 
 def contenders() -> Iterator[tuple[str, Contender]]:
     """Those that are installed, by name."""
-    yield "sortal", (_sortal_save, _sortal_restore)
-    yield "raw file + fsync", (_raw_save, _raw_restore)
+    yield "sortal", Contender(_sortal_save, _sortal_restore, _sortal_begin)
+    yield "raw file + fsync", Contender(_raw_save, _raw_restore)
     try:
         import safetensors  # noqa: F401
 
-        yield "safetensors + fsync", (_safetensors_save, _safetensors_restore)
+        found = Contender(_safetensors_save, _safetensors_restore)
+        yield "safetensors + fsync", found
     except ImportError:
         pass
     try:
@@ -131,24 +148,53 @@ def contenders() -> Iterator[tuple[str, Contender]]:
         pass
 
 
-# ------------------------------------------------------------------------- measurement
+# ----------------------------------------------------------------------------- states
+def _leaves(shapes: Mapping[str, tuple[int, ...]]) -> State:
+    rng = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape, np.float32))
+        for name, shape in shapes.items()
+    }
+
+
 def large(quick: bool) -> State:
     """524 MB in 400 leaves; a hundredth of it if ``quick``."""
     count, size = (4, 1 << 18) if quick else (400, 327_680)
-    rng = np.random.default_rng(0)
-    return {
-        f"leaf{i}": jnp.asarray(rng.standard_normal(size, np.float32))
-        for i in range(count)
-    }
+    return _leaves({f"leaf{i}": (size,) for i in range(count)})
 
 
 def small(quick: bool) -> State:
     """5,000 leaves of 256 bytes; 50 if ``quick``."""
-    rng = np.random.default_rng(0)
-    return {
-        f"leaf{i}": jnp.asarray(rng.standard_normal(64, np.float32))
-        for i in range(50 if quick else 5000)
-    }
+    return _leaves({f"leaf{i}": (64,) for i in range(50 if quick else 5000)})
+
+
+def many(quick: bool) -> State:
+    """100,000 leaves of 256 bytes; 1,000 if ``quick``."""
+    return _leaves({f"leaf{i}": (64,) for i in range(1000 if quick else 100_000)})
+
+
+def gpt2(quick: bool) -> State:
+    """The shapes of GPT-2 small; narrower if ``quick``."""
+    d, words = (32, 503) if quick else (768, 50_257)
+    block = {
+        "ln_1.weight": (d,), "ln_1.bias": (d,), "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,), "attn.c_proj.weight": (d, d),
+        "attn.c_proj.bias": (d,), "ln_2.weight": (d,), "ln_2.bias": (d,),
+        "mlp.c_fc.weight": (d, 4 * d), "mlp.c_fc.bias": (4 * d,),
+        "mlp.c_proj.weight": (4 * d, d), "mlp.c_proj.bias": (d,),
+    }  # fmt: skip
+    ends = {"wte.weight": (words, d), "wpe.weight": (1024, d)}
+    ends |= {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+    blocks = {f"h.{i}.{k}": shape for i in range(12) for k, shape in block.items()}
+    return _leaves(ends | blocks)
+
+
+STATES = {"large": large, "small": small, "many": many, "gpt2": gpt2}
+
+
+# ------------------------------------------------------------------------- measurement
+_SLOW = 5.0
+"""Seconds; contenders that take longer need not be run often to be seen to be slow."""
 
 
 def measure(
@@ -158,7 +204,7 @@ def measure(
     _models[id(state)] = _Model(state)
     megabytes = sum(v.nbytes for v in state.values()) / 1e6
     table = Table(f"{title}: {megabytes:.0f} MB in {len(state)} leaves", "seconds")
-    least: dict[str, list[float]] = {}
+    least: dict[str, dict[str, float]] = {}
     found = dict(contenders())
     if names:
         found = {name: found[name] for name in names.split(";")}
@@ -166,34 +212,68 @@ def measure(
     gc.collect()
     gc.freeze()
     for turn in range(rounds):
-        for name, (save, restore) in found.items():
-            # Slow contenders need not be run often to be seen to be slow.
-            if turn and name.startswith("orbax") and turn % 3:
+        for name, contender in found.items():
+            best = least.setdefault(name, {})
+            if best.get("save", 0) > _SLOW or (turn % 3 and name.startswith("orbax")):
                 continue
-            times = _once(save, restore, state, where / f"{name}-{turn}")
-            best = least.setdefault(name, list(times))
-            least[name] = [min(a, b) for a, b in zip(best, times, strict=True)]
-            print(f"{name}: {times[0]:.3f} {times[1]:.3f}", file=sys.stderr)
+            for column, x in _once(contender, state, where / f"{name}-{turn}").items():
+                best[column] = min(x, best.get(column, x))
+            shown = " ".join(f"{column} {x:.3f}" for column, x in best.items())
+            print(f"{name}: {shown}", file=sys.stderr)
     gc.unfreeze()
+    del _models[id(state)]
     ours = least["sortal"]
-    for name, (saved, restored) in least.items():
-        row: dict[str, float | None] = {"save": saved, "restore": restored}
-        row |= {"save/sortal": saved / ours[0], "restore/sortal": restored / ours[1]}
-        table.rows.append(Row(name, row))
+    for name, times in least.items():
+        ratios = {f"{k}/sortal": times[k] / ours[k] for k in ("save", "restore")}
+        table.rows.append(Row(name, {**times, **ratios}))
     return table
 
 
-def _once(save: Any, restore: Any, state: State, at: Path) -> tuple[float, float]:
+def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
     os.sync()
     start = time.perf_counter()
-    save(at, state)
-    saved = time.perf_counter() - start
-    start = time.perf_counter()
-    found = restore(at, state)
-    jax.block_until_ready(found)
-    restored = time.perf_counter() - start
+    found = do()
+    return time.perf_counter() - start, found
+
+
+def _once(contender: Contender, state: State, at: Path) -> dict[str, float]:
+    times = {}
+    if contender.begin is not None:
+        begin = contender.begin
+        times["blocked"], wait = _timed(lambda: begin(at, state))
+        times["save"] = times["blocked"] + _timed(wait)[0]
+    if times.get("save", 0) < _SLOW:
+        shutil.rmtree(at, ignore_errors=True)
+        times["save"], _ = _timed(lambda: contender.save(at, state))
+    files = (path for path in at.rglob("*") if path.is_file())
+    times["MB on disk"] = sum(path.stat().st_size for path in files) / 1e6
+    times["restore"], _ = _timed(
+        lambda: jax.block_until_ready(contender.restore(at, state))
+    )
     shutil.rmtree(at)
-    return saved, restored
+    return times
+
+
+def older(quick: bool, where: Path, rounds: int) -> Table:
+    """Saves of 5,000 leaves into directories that have 30 steps already."""
+    model, steps = _Model(small(quick)), 30
+    title = f"Directories with {steps} steps: {len(vars(model))} leaves"
+    table = Table(title, "seconds")
+    managed = sortal.Checkpoints(where / "managed", keep=None)
+    for step in range(steps):
+        sortal.save(where / "plain", model, step=step)
+        managed.save(model, step=step)
+    ways = {
+        "save, no older step": lambda n: sortal.save(where / f"new{n}", model, step=n),
+        "save": lambda n: sortal.save(where / "plain", model, step=n),
+        "Checkpoints.save": lambda n: managed.save(model, step=n),
+        "Checkpoints.restore": lambda n: managed.restore(model, step=n),
+    }
+    for name, do in ways.items():
+        times = [_timed(lambda: do(steps + n))[0] for n in range(rounds)]  # noqa: B023
+        table.rows.append(Row(name, {"seconds": min(times)}))
+    managed.close()
+    return table
 
 
 def peak_memory(quick: bool, where: Path) -> Table:
@@ -231,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a hundredth of the size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
-    parser.add_argument("--only", default="large,small,memory")
+    parser.add_argument("--only", default=",".join([*STATES, "older", "memory"]))
     parser.add_argument("--contenders", help="by semicolon; all if absent")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -243,18 +323,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         where, quick = Path(folder), options.quick
         rounds = 1 if quick else options.rounds
-        if "large" in wanted:
-            print(
-                measure(
-                    "Large", large(quick), where, rounds, options.contenders
-                ).markdown()
-            )
-        if "small" in wanted:
-            print(
-                measure(
-                    "Small", small(quick), where, rounds, options.contenders
-                ).markdown()
-            )
+        for name in filter(wanted.__contains__, STATES):
+            state = STATES[name](quick)
+            title, names = name.capitalize(), options.contenders
+            print(measure(title, state, where, rounds, names).markdown())
+        if "older" in wanted:
+            print(older(quick, where, rounds).markdown())
         if "memory" in wanted:
             print(peak_memory(quick, where).markdown())
     return 0

@@ -1,9 +1,9 @@
 """What becomes of checkpoints when things go wrong, counted.
 
-``python -m benchmarks.faults`` damages, truncates, kills and starves at full size and
-prints one table; ``--quick`` does a little of each. A fault is *silent* if a restore
-went through and gave other numbers than were saved: there must be none. It is a *crash*
-if anything but an error of Sortal came out: none of these either.
+``python -m benchmarks.faults`` damages, truncates, kills, starves and attacks at full
+size and prints one table; ``--quick`` does a little of each. A fault is *silent* if a
+restore went through and gave other numbers than were saved: there must be none. It is a
+*crash* or *raw* if anything but an error of Sortal came out: none of these either.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import sortal
+from benchmarks import attacks, histories
+from benchmarks.attacks import BAD
+from benchmarks.histories import leftovers
 from benchmarks.report import Row, Table
 from sortal.checkpoint.verifying import verify
 
@@ -207,7 +210,7 @@ def kills(where: Path, times: int, same_step: bool, wait: bool) -> Counter[str]:
             del committed[step]
     last = max(committed, default=0) + 1
     sortal.save(where, model(last), step=last)
-    found["left behind"] = len(_leftovers(where))
+    found["left behind"] = len(leftovers(where))
     return found
 
 
@@ -234,7 +237,7 @@ def _kill(
 
 
 def _aftermath(where: Path, committed: dict[int, int]) -> Iterator[str]:
-    if _leftovers(where):
+    if leftovers(where):
         yield "unfinished"
     there = _steps(where)
     for step in committed:
@@ -258,17 +261,6 @@ def _aftermath(where: Path, committed: dict[int, int]) -> Iterator[str]:
             return
         committed[step] = generation
     yield "intact"
-
-
-def _leftovers(where: Path) -> list[Path]:
-    left = []
-    for step in where.iterdir():
-        if step.is_dir():
-            folders = [f for f in step.iterdir() if f.name.startswith("arrays-")]
-            done = (step / "manifest.json").is_file()
-            left += folders[done:] if done else folders
-            left += list(step.glob(".manifest-*"))
-    return left
 
 
 # ------------------------------------------------------------------------- starvation
@@ -316,7 +308,7 @@ def starved(where: Path, times: int) -> Counter[str]:
         except Exception:  # noqa: BLE001 - that there is none is the claim
             found["crash"] += 1
         found[_still(where, saved)] += 1
-    found["left behind"] = len(_leftovers(where))
+    found["left behind"] = len(leftovers(where))
     return found
 
 
@@ -366,16 +358,40 @@ def _still(where: Path, saved: Model) -> str:
 
 
 # ------------------------------------------------------------------------ the command
+CHILDREN: dict[str, tuple[int, Callable[..., None]]] = {
+    "saver": (3, lambda p, same, wait: _saver(Path(p), same == "1", wait == "1")),
+    "writer": (2, lambda p, same: histories.write_on(Path(p), same == "1")),
+    "manager": (2, lambda p, wait: histories.manage_on(Path(p), wait == "1")),
+    "converter": (2, lambda a, b: histories.convert_on(Path(a), Path(b))),
+    "forker": (2, lambda p, n: histories.fork_once(Path(p), int(n))),
+}
+"""What processes that the rows start do, and with how many words."""
+
+ATTACKS: list[tuple[str, int, Callable[[Path, int], Counter[str]]]] = [
+    ("hostile manifests", 2000, attacks.lying),
+    ("links, pipes and folders", 1000, attacks.links),
+    ("readers beside deletions", 1000, lambda p, n: histories.beside(p, n, False)),
+    ("readers beside a replacement", 1000, lambda p, n: histories.beside(p, n, True)),
+    ("histories of retention", 2000, histories.histories),
+    ("histories with clock jumps", 500, lambda p, n: histories.histories(p, n, True)),
+    ("kill -9 of a manager", 50, histories.killed_managers),
+    ("kill -9 of convert", 50, histories.killed_converts),
+    ("forks", 50, histories.forks),
+]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs all faults and prints a table."""
     parser = argparse.ArgumentParser("benchmarks.faults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few of each")
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--saver", nargs=3, help=argparse.SUPPRESS)
+    for name, (count, _) in CHILDREN.items():
+        parser.add_argument(f"--{name}", nargs=count, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.saver:
-        where, same, wait = options.saver
-        _saver(Path(where), bool(int(same)), bool(int(wait)))
+    for name, (_, work) in CHILDREN.items():
+        if words := getattr(options, name):
+            work(*words)
+            return 0
     share = 50 if options.quick else 1
     table = Table("Faults", "occurrences")
     damages = (flip, 2000), (truncate, 500), (remove, 100), (foreign, 100)
@@ -402,6 +418,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(("disk full", lambda p: starved(p, max(4, 100 // share))))
         times = max(1, 20 // share)
         rows.append((f"resumed training, {times}", lambda p: resumed(p, times)))
+        rows += [(f"{name}, {n // share}", lambda p, do=do, n=n: do(p, n // share))
+                 for name, n, do in ATTACKS]  # fmt: skip
         rows = [row for row in rows if options.only in row[0]]
         for i, (name, run) in enumerate(rows):
             where = Path(folder) / str(i)
@@ -410,9 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
             table.rows.append(Row(name, dict(found)))
             print(name, dict(found), file=sys.stderr, flush=True)
     print(table.markdown())
-    bad = ("silent", "crash", "half restored", "unverified", "lost", "other")
-    bad = (*bad, "left behind")
-    return int(any(row.values.get(what) for row in table.rows for what in bad))
+    return int(any(row.values.get(what) for row in table.rows for what in BAD))
 
 
 if __name__ == "__main__":

@@ -152,8 +152,12 @@ def test_checkpoints_are_timed_and_their_memory_measured(tmp_path, capsys):
     words = ["--quick", "--contenders", "sortal;raw file + fsync"]
     assert checkpoints.main([*words, "--directory", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for title in ("## Large: 4 MB", "## Small", "## Memory of a synchronous save"):
+    for title in (
+        "## Large: 4 MB", "## Small", "## Many", "## Gpt2: 1 MB in 148 leaves",
+        "## Directories with 30 steps", "## Memory of a synchronous save",
+    ):  # fmt: skip
         assert title in printed
+    assert printed.count("blocked") == len(checkpoints.STATES)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import gc
 import pickle
+import re
 import weakref
 from typing import Any, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import sortal
+from sortal import nnx as sortal_nnx
 from sortal._engine.paths import matches
+from sortal._engine.schema import Schema, taken
+from sortal._engine.statics import EMPTY
+from sortal._engine.variable import metadata_of
 from sortal.errors import FilterError
 from sortal.filters import Calls, Filter, to_filter, to_predicate
 from strategies import BatchStat, LoRA, filters, located_leaves
@@ -95,6 +101,147 @@ def test_covering_holds_for_what_combinators_imply(a, b):
 )
 def test_covering_by_kinds_paths_and_negation(wide, narrow, expected):
     assert to_filter(wide).covers(to_filter(narrow)) is expected
+
+
+# ------------------------------------------------ filters that can take nothing
+class Scale(sortal.Module):
+    def __init__(self):
+        self.w = sortal.Param(jnp.ones(2))
+        self.steps = sortal_nnx.data(3)
+        self.mask = jnp.ones(2)
+
+
+OBJECTS = [sortal.Linear, sortal.Module, nnx.Linear, nnx.Module, list, dict, tuple]
+
+
+@pytest.mark.parametrize("cls", OBJECTS)
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda c: c,
+        lambda c: (sortal.Param, c),
+        lambda c: sortal.Param & ~sortal.OfType(c),
+        lambda c: sortal.Not(sortal.Any(c, "tag")),
+    ],
+)
+def test_a_class_of_objects_that_hold_leaves_is_refused(cls, written):
+    """It can take nothing in any model, alone or in what is combined."""
+    name = re.escape(cls.__name__)
+    sentence = rf"^{name}: a filter takes leaves, .* Name a kind such as Param, or"
+    for use in (
+        lambda f: sortal.state(Scale(), f),
+        lambda f: sortal.split(Scale(), f, ...),
+        lambda f: sortal.pop(Scale(), f),
+        lambda f: sortal.variables(Scale(), f),
+        lambda f: sortal.state(Scale()).filter(f),
+        lambda f: sortal.grad(lambda m: m.w.sum(), wrt=f)(Scale()),
+        lambda f: sortal.Optimizer(Scale(), optax.sgd(0.1), wrt=f),
+        lambda f: sortal.Optimizer(Scale(), {f: optax.sgd(0.1), ...: optax.sgd(0.2)}),
+        lambda f: sortal.EMA(Scale(), decay=0.9, only=f),
+        lambda f: sortal.jit(lambda m: None, donate=f)(Scale()),
+        lambda f: sortal.StateAxes({f: 0, ...: None}),
+        lambda f: sortal.StateSharding({f: None}),
+        lambda f: sortal.Policy({f: sortal.Rule(axis=0)}),
+        lambda f: sortal.split_rngs(sortal.Rngs(0), splits=2, only=f),
+        lambda f: sortal.Rngs(0).fork(split={f: 2}),
+    ):
+        with pytest.raises(FilterError, match=sentence):
+            use(written(cls))
+
+
+@pytest.mark.parametrize("cls", [float, str, dataclasses.Field, type])
+def test_a_class_that_is_no_kind_is_refused_where_no_leaf_is_one(cls):
+    for written in (cls, (sortal.Param, cls), sortal.Not(cls)):
+        with pytest.raises(
+            FilterError,
+            match=rf"^{cls.__name__}: no kind, and none of the 3 leaves is one",
+        ):
+            sortal.state(Scale(), written)
+
+
+def test_a_class_of_values_that_are_leaves_takes_them():
+    assert sortal.state(Scale(), int).paths() == (("steps",),)
+    assert sortal.State({"a": 3, "b": 1.0}).filter(int).paths() == (("a",),)
+
+
+def test_what_can_take_something_in_some_model_may_be_empty_in_this_one():
+    class Frozen:
+        pass
+
+    class FrozenParam(sortal.Param, Frozen):
+        pass
+
+    empty = [
+        sortal.BatchStat,
+        nnx.BatchStat,
+        nnx.LoRAParam,
+        BatchStat,
+        Frozen,
+        FrozenParam,
+        np.ndarray,
+        jax.ShapeDtypeStruct,
+        "parms",
+        sortal.At("x"),
+        sortal.Shaped((7,)),
+        sortal.PathIn(),
+        None,
+        (),
+        lambda path, leaf: False,
+    ]
+    for written in empty:
+        assert sortal.state(Scale(), written).paths() == ()
+        assert len(sortal.split(Scale(), written, ...)) == 3
+    assert len(sortal.state(Scale(), object)) == 3
+
+
+def test_modules_are_still_chosen_by_their_class():
+    model = [sortal.Dropout(0.5), sortal.Linear(1, 1, rngs=sortal.Rngs(0))]
+    box = sortal.Sequential(*model)
+    box.set_attributes(sortal.Dropout, deterministic=True)
+    assert model[0].deterministic
+    assert to_filter(sortal.Not(sortal.Dropout))((), model[1])
+
+
+def test_a_shape_that_contradicts_its_number_of_axes_is_refused():
+    with pytest.raises(FilterError, match=r"a shape of 1 axes and ndim=2"):
+        sortal.Shaped((3,), ndim=2)
+
+
+@given(filters, st.lists(located_leaves(), max_size=4, unique_by=lambda x: x[0]))
+def test_what_is_taken_of_many_is_what_is_taken_of_each(a, pairs):
+    """Of many leaves some filters are asked at once."""
+    paths = [path for path, _ in pairs]
+    leaves = [x for _, x in pairs]
+    variables = [x if isinstance(x, sortal.Variable) else None for x in leaves]
+    kinds = [None if x is None else type(x) for x in variables]
+    metadata = [EMPTY if x is None else metadata_of(x) for x in variables]
+    schema = Schema.of(paths, kinds, metadata)
+    assert taken(a, schema, leaves) == {
+        i for i, row in enumerate(schema.rows(leaves)) if a.test(*row)
+    }
+
+
+def test_a_function_in_a_filter_is_asked_only_what_the_others_leave_open():
+    asked = []
+
+    def ask(path, leaf):
+        asked.append(path)
+        return True
+
+    for written in (sortal.Param & Calls(ask), ~sortal.to_filter(sortal.Param) | ask):
+        asked.clear()
+        sortal.state(OURS, written)
+        assert set(asked) == set(sortal.state(OURS, sortal.Param).paths())
+    asked.clear()
+    assert len(sortal.state(OURS, (ask, ...))) == len(sortal.state(OURS))
+
+
+def test_a_subclass_of_a_filter_may_test_otherwise():
+    class Elsewhere(sortal.Under):
+        def test(self, path, kind, metadata, leaf):
+            return not super().test(path, kind, metadata, leaf)
+
+    assert leaf_paths(Elsewhere("layers")) == (("count",), ("kernel",))
 
 
 # ----------------------------------------------------- the same as Flax NNX
@@ -403,7 +550,6 @@ def test_shapes_and_dtypes_of_variables_and_raw_arrays():
     assert sortal.Shaped([2, 3]) == shaped
     assert hash(sortal.Shaped([2, 3])) == hash(shaped)
     assert sortal.Shaped(ndim=1)((), jnp.ones(3))
-    assert not sortal.Shaped((3,), ndim=2)((), jnp.ones(3))
     assert sortal.Dtyped(jnp.floating)((), jnp.ones(3, jnp.bfloat16))
     assert sortal.Dtyped("int32")((), np.ones(3, np.int32))
     assert not sortal.Dtyped(jnp.float32)((), jnp.ones(3, jnp.int32))

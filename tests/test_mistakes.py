@@ -130,6 +130,14 @@ def a_scan_that_returns_its_carry_alone() -> None:
     step(jnp.zeros(2), X)
 
 
+def text_for_a_function_that_is_recomputed() -> None:
+    sortal.remat(lambda m, mode: m(X).sum())(Model(), "train")
+
+
+def a_model_and_data_mapped_alike() -> None:
+    sortal.vmap(lambda m, x: m(x))(Model(), X)
+
+
 # ---------------------------------------------------------------------------- layers
 def a_layer_without_rngs() -> None:
     sortal.Linear(3, 2)
@@ -157,6 +165,10 @@ def the_class_of_a_layer() -> None:
 
 def adding_to_a_variable() -> None:
     Model().layer.bias += 1  # type: ignore[operator]
+
+
+def another_shape_for_a_variable() -> None:
+    Model().layer.kernel[...] = jnp.ones(3)
 
 
 def a_model_hidden_in_a_plain_object() -> None:
@@ -258,6 +270,18 @@ def generate_more_than_the_cache_holds() -> None:
     generate(max_new_tokens=20)
 
 
+def one_token_to_stop_at() -> None:
+    generate(stop=5)
+
+
+def half_a_number_of_tokens() -> None:
+    generate(max_new_tokens=2.0)
+
+
+def half_a_top_k() -> None:
+    generate(temperature=1.0, top_k=2.5, rngs=sortal.Rngs(0))
+
+
 def sampling_without_keys() -> None:
     generate(temperature=1.0)
 
@@ -347,6 +371,20 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
         ("cannot write to layer.bias (Param)", "Pass the object that holds it"),
     ),
     (
+        text_for_a_function_that_is_recomputed,
+        ARGUMENT,
+        ("  mode: 'train'", "which static_argnums=[1] names."),
+    ),
+    (
+        a_model_and_data_mapped_alike,
+        errors.AxisError,
+        (
+            "axis 0 of layer.kernel (Param), float32[2,1], has 2",
+            "axis 0 of argument 1, float32[4,2], has 4",
+            "in_axes=(None, 0), or by kind StateAxes({Param: None, ...: 0}).",
+        ),
+    ),
+    (
         a_scan_that_returns_its_carry_alone,
         ARGUMENT,
         ("asks for a tuple of 2; the step of scan returned float32[2].",),
@@ -377,6 +415,15 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
         adding_to_a_variable,
         errors.VariableError,
         ("in the place of a Param.", "Write variable[...] += x."),
+    ),
+    (
+        another_shape_for_a_variable,
+        errors.UpdateError,
+        (
+            "float32[3] cannot be written",
+            "Param(float32[2,1])[...]",
+            "variable.value = x",
+        ),
     ),
     (
         a_model_hidden_in_a_plain_object,
@@ -455,6 +502,9 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
         CACHE,
         ("has no room", "holds 0 of 8 tokens", "init_cache(model, batch, length)"),
     ),
+    (one_token_to_stop_at, ARGUMENT, ("stop=5;", "Write stop=[5].")),
+    (half_a_number_of_tokens, ARGUMENT, ("max_new_tokens=2.0; it is a whole number",)),
+    (half_a_top_k, ARGUMENT, ("top_k=2.5; it is a whole number",)),
     (sampling_without_keys, ARGUMENT, ("needs random keys: rngs=nnx.Rngs(0).",)),
 ]
 

@@ -42,6 +42,7 @@ if _TYPE_CHECKING:
     from sortal._engine.variable import Variable as Variable
     from sortal.checkpoint.manager import Checkpoints as Checkpoints
     from sortal.checkpoint.pending import Saving as Saving
+    from sortal.checkpoint.planning import restore_plan as restore_plan
     from sortal.checkpoint.restoring import Restored as Restored
     from sortal.checkpoint.restoring import load_state as load_state
     from sortal.checkpoint.restoring import restore as restore
@@ -80,6 +81,7 @@ if _TYPE_CHECKING:
     from sortal.module import dataclass as dataclass
     from sortal.module import iter_children as iter_children
     from sortal.module import iter_modules as iter_modules
+    from sortal.module import set_attributes as set_attributes
     from sortal.nn import initializers as initializers
     from sortal.nn.activations import PReLU as PReLU
     from sortal.nn.activations import celu as celu
@@ -179,6 +181,8 @@ if _TYPE_CHECKING:
     from sortal.sharding.specs import get_abstract_model as get_abstract_model
     from sortal.sharding.specs import get_named_sharding as get_named_sharding
     from sortal.sharding.specs import get_partition_spec as get_partition_spec
+    from sortal.sharding.transfer import Transferred as Transferred
+    from sortal.sharding.transfer import transfer as transfer
     from sortal.training import metrics as metrics
     from sortal.training.ema import EMA as EMA
     from sortal.training.metrics import Metric as Metric

@@ -34,6 +34,7 @@ TABLE = contents(
         ),
         "sortal.checkpoint.manager": "Checkpoints",
         "sortal.checkpoint.pending": "Saving",
+        "sortal.checkpoint.planning": "restore_plan",
         "sortal.checkpoint.restoring": "Restored load_state restore",
         "sortal.checkpoint.saving": "save",
         "sortal.errors": "SortalError TraceError",
@@ -46,7 +47,9 @@ TABLE = contents(
         ),
         "sortal.inspect.display": "display",
         "sortal.inspect.text": "explain tabulate",
-        "sortal.module": "Module Pytree dataclass iter_children iter_modules",
+        "sortal.module": (
+            "Module Pytree dataclass iter_children iter_modules set_attributes"
+        ),
         "sortal.nn": "initializers",
         "sortal.nn.activations": (
             "PReLU celu elu gelu glu hard_sigmoid hard_silu hard_swish hard_tanh "
@@ -83,6 +86,7 @@ TABLE = contents(
             "abstract constrain init_sharded named_shardings shard specs"
         ),
         "sortal.sharding.report": "assert_sharded sharding_report",
+        "sortal.sharding.transfer": "Transferred transfer",
         "sortal.sharding.mesh_axes": (
             "logical_axis_rules use_eager_sharding using_eager_sharding"
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Union, get_args, get_origin
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sortal._engine import paths
 from sortal._engine.foreign import handler_of_kind, is_kind
+from sortal._engine.nodes import is_node_class
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, is_variable, metadata_of, value_of
 from sortal.errors import ArgumentError, FilterError
@@ -123,6 +124,9 @@ class Nothing(Filter):
 @dataclass(frozen=True, repr=False)
 class OfType(Filter):
     """Takes Variables of a kind and of its subclasses; written as the class itself.
+
+    A class that is no kind, no base of kinds, no type of array and not that of a leaf
+    that is there is refused where leaves are chosen.
 
     Args:
       type: the kind. Two classes of one name are two kinds; but ``sortal.Param`` and
@@ -266,8 +270,12 @@ class At(Filter):
     def __post_init__(self) -> None:
         _check_glob(self, self.pattern)
 
+    def fits(self) -> Callable[[str], bool]:
+        """The compiled pattern, a function of a path as text."""
+        return paths.glob(self.pattern)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.glob(self.pattern)(paths.joined(path))
+        return self.fits()(paths.joined(path))
 
     def __repr__(self) -> str:
         return f"At({self.pattern!r})"
@@ -294,8 +302,12 @@ class Under(Filter):
     def __post_init__(self) -> None:
         _check_glob(self, self.prefix)
 
+    def fits(self) -> Callable[[str], bool]:
+        """The compiled prefix, a function of a path as text."""
+        return paths.glob(self.prefix, True)
+
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
-        return paths.glob(self.prefix, True)(paths.joined(path))
+        return self.fits()(paths.joined(path))
 
     def covers(self, other: Filter) -> bool:
         if isinstance(other, Under):
@@ -315,7 +327,7 @@ class Shaped(Filter):
       ndim: the number of axes, or None for any.
 
     Raises:
-      FilterError: neither is given.
+      FilterError: neither is given, or both and they contradict one another.
 
     Example:
       >>> import jax.numpy as jnp
@@ -331,8 +343,14 @@ class Shaped(Filter):
     def __post_init__(self) -> None:
         if self.shape is None and self.ndim is None:
             raise FilterError("Shaped() needs shape=(...) or ndim=...; found neither.")
-        if self.shape is not None:
-            object.__setattr__(self, "shape", tuple(self.shape))
+        if self.shape is None:
+            return
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.ndim not in (None, len(self.shape)):
+            raise FilterError(
+                f"{self!r} can take nothing: a shape of {len(self.shape)} axes and "
+                f"ndim={self.ndim}. Write one of the two."
+            )
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         shape = getattr(value_of(leaf), "shape", None)
@@ -521,6 +539,38 @@ def to_filter(literal: Any) -> Filter:
         "such as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "
         "function of (path, leaf)."
     )
+
+
+def leaf_filter(literal: Any) -> Filter:
+    """Reads a filter literal that is about leaves; ``to_filter`` may be about modules.
+
+    Args:
+      literal: as for ``to_filter``.
+
+    Returns:
+      The Filter.
+
+    Raises:
+      FilterError: it is no filter, or a class in it is one of objects that hold leaves,
+        which can take nothing in any model; all such are named.
+    """
+    found = to_filter(literal)
+    classes = [f.type for f in parts((found,)) if isinstance(f, OfType)]
+    bad = [cls.__name__ for cls in classes if is_node_class(cls)]
+    if bad:
+        raise FilterError(
+            f"{', '.join(bad)}: a filter takes leaves, and an object of such a class "
+            "holds them, so that no leaf of any model is one. Name a kind such as "
+            "Param, or a path such as Under('encoder')."
+        )
+    return found
+
+
+def parts(filters: Iterable[Filter]) -> Iterator[Filter]:
+    """Filters and all that they are combined from, each before its parts."""
+    for f in filters:
+        yield f
+        yield from parts(getattr(f, "filters", ()))
 
 
 def _with_no_arguments(cls: type[Filter]) -> Filter:

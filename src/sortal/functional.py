@@ -46,7 +46,8 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
       A State, or a tuple with one State for each filter where there are several.
 
     Raises:
-      FilterError: a filter is malformed, or an earlier one swallows a later one.
+      FilterError: a filter is malformed, names a class that no leaf can be, or is
+        swallowed by an earlier one.
       StructureError: a static value in the model cannot be hashed.
 
     Example:

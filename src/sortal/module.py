@@ -213,7 +213,9 @@ class Module(Pytree):
         Raises:
           ArgumentError: no module chosen has one of the names; nothing is set.
         """
-        set_where_present(self, filters or ..., attributes, raise_if_not_found)
+        set_attributes(
+            self, *filters, raise_if_not_found=raise_if_not_found, **attributes
+        )
 
     def train(self, **attributes: Any) -> None:
         """Puts Dropout, BatchNorm and similar layers into training mode.
@@ -268,17 +270,31 @@ RECORDS = "_records"
 """The attribute with what calls record apart from attributes: by kind, then name."""
 
 
-def set_where_present(
-    root: Any, only: Any, attributes: dict[str, Any], strict: bool
+def set_attributes(
+    node: Any, /, *filters: Any, raise_if_not_found: bool = True, **attributes: Any
 ) -> None:
-    """Sets attributes of the modules that have them.
+    """Sets attributes of all modules, of Sortal and of Flax, that already have them.
 
-    If ``strict``, a name that no module has is refused before anything is set.
+    Args:
+      node: a Module or a container of modules, of either library.
+      *filters: which modules; a module class takes its instances. All if absent.
+      raise_if_not_found: whether a name that no module has is an error.
+      **attributes: names and new values.
+
+    Raises:
+      ArgumentError: no module chosen has one of the names; nothing is set.
+
+    Example:
+      >>> import sortal as nnx
+      >>> model = [nnx.Dropout(0.5), nnx.BatchNorm(2, rngs=nnx.Rngs(0))]
+      >>> nnx.set_attributes(model, deterministic=True, use_running_average=True)
+      >>> model[0].deterministic, model[1].use_running_average
+      (True, True)
     """
-    chosen = to_filter(only)
-    modules = [m for path, m in iter_modules(root) if chosen(path, m)]
+    chosen = to_filter(filters or ...)
+    modules = [m for path, m in iter_modules(node) if chosen(path, m)]
     absent = [n for n in attributes if not any(hasattr(m, n) for m in modules)]
-    if absent and strict:
+    if absent and raise_if_not_found:
         raise ArgumentError(
             f"no module of {len(modules)} chosen has the attribute "
             f"{', '.join(map(repr, absent))}; nothing was set. Check the spelling and "
@@ -308,10 +324,11 @@ def iter_modules(node: Any, /, **_unknown: Never) -> Iterator[tuple[Path, Module
     """
     if _unknown:
         refuse_unknown("iter_modules", _unknown)
-    return iter_nodes(node, _is_module)
+    return iter_nodes(node, is_module)
 
 
-def _is_module(x: Any) -> bool:
+def is_module(x: Any) -> bool:
+    """Whether ``x`` is a Module, of Sortal or of another library."""
     return isinstance(x, Module) or is_kind(type(x), Module)  # Flax's is its pair
 
 
@@ -338,7 +355,7 @@ def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Mod
     handler = handler_of(node)
     attributes = handler.items(node) if has_plan(node) else {}
     pairs = sorted(attributes.items(), key=lambda pair: order(pair[0]))
-    return ((name, x) for name, x in pairs if _is_module(x))
+    return ((name, x) for name, x in pairs if is_module(x))
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))

@@ -17,7 +17,7 @@ from sortal._engine.paths import Path, show
 from sortal._engine.variable import RngCount, RngKey, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import RngAttributeError, RngError, UnsupportedError
-from sortal.filters import to_filter
+from sortal.filters import leaf_filter
 from sortal.functional import iter_nodes
 from sortal.module import Pytree
 
@@ -260,7 +260,7 @@ class Rngs(_Draws, Pytree):
     def _derive(self, splits: Any, derive: Callable[..., RngStream]) -> Rngs:
         if not isinstance(splits, Mapping):
             splits = {...: splits}
-        chosen = [(to_filter(f), k) for f, k in splits.items()]
+        chosen = [(leaf_filter(f), k) for f, k in splits.items()]
         made = {}
         for name, stream in self.items():
             k = next((k for f, k in chosen if _takes(f, (name,), stream)), None)
@@ -299,7 +299,7 @@ class RngBackups:
 
 
 def _streams(node: Any, only: Any) -> list[tuple[Path, RngStream]]:
-    chosen = to_filter(only)
+    chosen = leaf_filter(only)
     found = iter_nodes(node, is_stream)
     return [(path, s) for path, s in found if _takes(chosen, path, s)]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import sortal as nnx
-from sortal.checkpoint import files
+from sortal.checkpoint import disk, files
 from sortal.errors import ArgumentError
 from sortal.interop.files import exchange
 
@@ -48,7 +48,7 @@ def test_everything_is_on_disk_before_the_manifest_gets_its_name(tmp_path, monke
 
 def test_a_deletion_first_makes_the_step_not_count(tmp_path, monkeypatch):
     nnx.save(tmp_path, nnx.Rngs(0), step=0)
-    monkeypatch.setattr(files, "clean_step", lambda folder, keep: None)
+    monkeypatch.setattr(files, "clean_step", lambda directory, step, keep: None)
     files.forget(tmp_path, 0)
     assert files.steps(tmp_path) == []
     assert (tmp_path / "0").exists()
@@ -82,9 +82,9 @@ def test_syncs_reports_every_fault_and_syncs_the_rest(tmp_path, monkeypatch):
         if path.name.startswith("bad"):
             raise OSError(5, f"no {path.name}")
 
-    monkeypatch.setattr(files, "sync", failing)
+    monkeypatch.setattr(disk, "sync", failing)
     names = ["a", "bad1", "b", "bad2", *map(str, range(20))]
-    syncs = files.Syncs()
+    syncs = disk.Syncs()
     for name in names:
         syncs.add(tmp_path / name)
     assert sorted(str(e) for e in syncs.finish()) == [
@@ -96,7 +96,7 @@ def test_syncs_reports_every_fault_and_syncs_the_rest(tmp_path, monkeypatch):
 
 def test_syncs_asks_the_system_about_the_files(tmp_path):
     (tmp_path / "there").write_bytes(b"x")
-    syncs = files.Syncs()
+    syncs = disk.Syncs()
     syncs.add(tmp_path / "there")
     syncs.add(tmp_path / "missing")
     (fault,) = syncs.finish()
@@ -110,6 +110,29 @@ def test_syncs_asks_the_system_about_the_files(tmp_path):
         lambda at: nnx.restore(at, nnx.Rngs(0)),
         lambda at: nnx.load_state(at),
         lambda at: nnx.Checkpoints(at),
+    ],
+)
+def test_an_address_of_no_object_store_is_refused(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for at in ("hdfs://bucket/run", "http://host/x", Path("gs://bucket/run"), "s3://"):
+        with pytest.raises(ArgumentError, match=r"found the address .\w+:/"):
+            call(at)
+    with pytest.raises(ArgumentError, match="an address has no empty part"):
+        call("s3://bucket/a/../b")
+    with pytest.raises(ArgumentError, match=r"found a Linear\. It comes first"):
+        call(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_of_a_file_is_its_path(tmp_path):
+    nnx.save(f"file://{tmp_path}/a%20b", nnx.Rngs(0), step=3)
+    assert files.steps(tmp_path / "a b") == [3]
+    assert nnx.restore(tmp_path / "a b", nnx.Rngs(1)).step == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
         lambda at: exchange.open_arrays(at),
         lambda at: exchange.export(at, nnx.Rngs(0)),
     ],
@@ -181,14 +204,14 @@ def test_a_leftover_that_cannot_be_removed_is_told_and_blocks_no_save(
 ):
     left = tmp_path / "1" / "arrays-0123456789abcdef"
     left.mkdir(parents=True)
-    real = files.shutil.rmtree
+    real = disk.shutil.rmtree
 
     def denied(path):
         if path == left:
             raise PermissionError(13, "Permission denied", str(path))
         real(path)
 
-    monkeypatch.setattr(files.shutil, "rmtree", denied)
+    monkeypatch.setattr(disk.shutil, "rmtree", denied)
     with pytest.warns(UserWarning, match="cannot be removed: .*0123456789abcdef"):
         nnx.save(tmp_path, nnx.Rngs(0), step=2)
     assert files.steps(tmp_path) == [2]
@@ -197,14 +220,14 @@ def test_a_leftover_that_cannot_be_removed_is_told_and_blocks_no_save(
 def test_a_sync_that_fails_after_the_commit_says_that_the_step_is_there(
     tmp_path, monkeypatch
 ):
-    real = files.sync
+    real = disk.sync
 
     def failing(path):
         if path.name == "1" and (path / "manifest.json").exists():
             raise OSError(5, "Input/output error")
         real(path)
 
-    monkeypatch.setattr(files, "sync", failing)
+    monkeypatch.setattr(disk, "sync", failing)
     with pytest.raises(nnx.errors.SaveError, match="can be restored, but") as caught:
         nnx.save(tmp_path, nnx.Rngs(0), step=1)
     assert "nothing was committed" not in str(caught.value)
@@ -212,14 +235,14 @@ def test_a_sync_that_fails_after_the_commit_says_that_the_step_is_there(
 
 
 def test_a_sync_that_fails_in_any_way_commits_nothing(tmp_path, monkeypatch):
-    real = files.sync
+    real = disk.sync
 
     def failing(path):
         if path.name == "c.0":
             raise MemoryError
         real(path)
 
-    monkeypatch.setattr(files, "sync", failing)
+    monkeypatch.setattr(disk, "sync", failing)
     with pytest.raises(nnx.errors.SaveError, match="nothing was committed"):
         nnx.save(tmp_path, nnx.Rngs(0), step=1)
     assert files.steps(tmp_path) == []

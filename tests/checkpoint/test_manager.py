@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sortal as nnx
-from sortal.checkpoint import files, saving
+from sortal.checkpoint import disk, files, saving
 from sortal.checkpoint.manifest import File, Stored, to_bytes
 from sortal.checkpoint.values import Place
 from sortal.errors import ArgumentError, NoCheckpointError, SaveError, WriterError
@@ -220,7 +220,7 @@ def test_the_best_step_stays_when_its_manifest_cannot_be_read(
     if how == "a newer format":
         manifest.write_bytes(of_version(before, 2))
     else:
-        monkeypatch.setattr(files, "read_file", failing(files.read_file, "1"))
+        monkeypatch.setattr(disk, "read", failing(disk.read, "1"))
     with nnx.Checkpoints(tmp_path, **rule) as kept:
         kept.save(model(3), step=3, metrics={"score": 0.2})
     monkeypatch.undo()
@@ -293,13 +293,13 @@ def test_nothing_outside_the_directory_is_deleted(tmp_path):
 def test_the_cost_of_a_save_does_not_grow_with_the_steps(tmp_path, monkeypatch):
     """Counted in manifests that are read."""
     counts = []
-    real = files.read_file
+    real = disk.read
 
     def counted(file):
         counts[-1] += 1
         return real(file)
 
-    monkeypatch.setattr(files, "read_file", counted)
+    monkeypatch.setattr(disk, "read", counted)
     with nnx.Checkpoints(tmp_path, keep=2, keep_every=2, best="score") as kept:
         for step in range(12):
             counts.append(0)

@@ -17,7 +17,9 @@ import pytest
 
 import sortal as nnx
 from benchmarks import faults
+from sortal._engine.paths import show
 from sortal.checkpoint import pending
+from sortal.checkpoint.files import read_manifest
 from sortal.checkpoint.layout import Layout
 from sortal.errors import SaveError, WriterError
 
@@ -65,8 +67,88 @@ def test_what_happens_to_the_model_meanwhile_is_not_saved(tmp_path, held):
     assert len(filled) == 8
 
 
+class Note(nnx.Variable):
+    pass
+
+
+def test_what_becomes_of_the_structure_meanwhile_is_not_saved(tmp_path, held):
+    """Leaves added, removed, retyped and shared; shapes and containers edited."""
+    raw = np.arange(6.0)
+    root = nnx.Module()
+    root.layers = [nnx.Param(jnp.ones(3)), nnx.Param(jnp.ones(4))]
+    root.raw, root.key = raw, nnx.Variable(jax.random.key(3))
+    root.note = Note({"a": [raw[:2], 7]}, sort="first")
+    kept = {"metadata": {"at": [1, 2]}, "only": nnx.Not(nnx.BatchStat)}
+    saving = nnx.save(tmp_path, root, step=0, wait=False, **kept)
+    raw.shape = (2, 3)
+    root.note.value["a"].append(jnp.ones(9))
+    root.note.value["b"] = 1
+    root.note.set_metadata(sort="second")
+    root.layers.pop()
+    root.layers.append(root.layers[0])
+    root.layers[0].value = jnp.zeros((5, 5), jnp.int8)
+    root.late = nnx.BatchStat(jnp.ones(1))
+    root.key.value = jax.random.key(4)
+    kept["metadata"]["at"].clear()
+    del root.raw
+    held.set()
+    saving.wait()
+    found = nnx.load_state(tmp_path)
+    assert [show(path) for path in found.paths()] == [
+        "key", "layers.0", "layers.1", "note", "raw"
+    ]  # fmt: skip
+    assert found["layers"][1].value.shape == (4,)
+    assert found["layers"][0].value.dtype == jnp.float32
+    assert found["raw"].shape == (6,)
+    assert found["note"].sort == "first"
+    assert found["note"].value["a"][1:] == [7]
+    assert list(found["note"].value) == ["a"]
+    assert jnp.array_equal(
+        jax.random.key_data(found["key"].value), jax.random.key_data(jax.random.key(3))
+    )
+    manifest = read_manifest(tmp_path, 0)
+    assert manifest.metadata == {"at": [1, 2]}
+    assert manifest.aliases == ()
+
+
+def test_arrays_on_several_devices_may_be_donated_meanwhile(tmp_path, held):
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    root = {}
+    for size in (64, 2_097_152):  # packed, and by itself
+        for spec in (("y",), ("x", "y"), ()):
+            to = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+            value = np.arange(size, dtype=np.float32).reshape(-1, 4)
+            root[f"w{size}{spec}"] = nnx.Param(jax.device_put(value, to))
+    before = {name: np.array(x.value) for name, x in root.items()}
+    saving = nnx.save(tmp_path, root, step=0, wait=False)
+    step = jax.jit(lambda xs: [x * 0 for x in xs], donate_argnums=0)
+    new = step([x.value for x in root.values()])
+    for x, value in zip(root.values(), new, strict=True):
+        x.value = value
+    jax.block_until_ready(new)
+    held.set()
+    saving.wait()
+    assert len(nnx.restore(tmp_path, root).leaves) == 6
+    for name, x in root.items():
+        assert np.array_equal(x.value, before[name])
+        assert x.value.sharding.mesh == mesh
+
+
+def test_what_cannot_be_saved_is_refused_at_once(tmp_path):
+    root = {"a": nnx.Param(jnp.ones(3)), "b": nnx.Variable({1, 2})}
+    with pytest.raises(SaveError, match=r"b \(Variable\): a set"):
+        nnx.save(tmp_path, root, step=0, wait=False)
+    root["b"] = nnx.Param(jnp.ones(3))
+    root["b"].value.delete()
+    with pytest.raises(SaveError, match=r"b \(Param\): its buffer was donated"):
+        nnx.save(tmp_path, root, step=0, wait=False)
+    with pytest.raises(SaveError, match="plain JSON"):
+        nnx.save(tmp_path, nnx.Rngs(0), step=0, wait=False, metadata={"x": {1}})
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_directory_is_taken_until_the_end(tmp_path, held):
-    from sortal.checkpoint.files import Lock
+    from sortal.checkpoint.disk import Lock
 
     saving = nnx.save(tmp_path, nnx.Rngs(0), step=0, wait=False)
     with pytest.raises(WriterError):
@@ -152,8 +234,8 @@ import sys, time
 import jax.numpy as jnp
 import sortal as nnx
 from sortal.checkpoint import saving
-real = saving.prepare
-saving.prepare = lambda *a: (time.sleep(0.5), real(*a))
+real = saving.descriptions
+saving.descriptions = lambda *a: (time.sleep(0.5), real(*a))[1]
 nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3_000_000))}, step=1, wait=False)
 """
     done = subprocess.run(
@@ -286,10 +368,10 @@ def test_a_process_that_was_interrupted_in_a_save_ends(tmp_path):
 import sys
 import jax.numpy as jnp
 import sortal as nnx
-from sortal.checkpoint import files
+from sortal.checkpoint import disk
 def interrupted(self):
     raise KeyboardInterrupt
-files.Syncs.finish = interrupted
+disk.Syncs.finish = interrupted
 try:
     nnx.save(sys.argv[1], {"x": nnx.Param(jnp.arange(3))}, step=1)
 except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from sortal._engine.plan import bind
 from sortal.checkpoint import files, restoring
 from sortal.checkpoint.store import Reader
 from sortal.errors import (
+    ArgumentError,
     CheckpointError,
     DamagedError,
     NoCheckpointError,
@@ -542,3 +544,88 @@ def test_a_step_that_is_always_replaced_is_an_error_in_the_end(tmp_path, monkeyp
     monkeypatch.setattr(restoring, "Reader", Changing)
     with pytest.raises(nnx.errors.DamagedError, match="damaged"):
         nnx.load_state(tmp_path)
+
+
+# -------------------------------------------------------------- a damaged newest step
+def three_steps(directory):
+    """Saved in the order 1, 3, 2, so that step 2 is the newest."""
+    for step in (1, 3, 2):
+        root = {"w": nnx.Param(jnp.full(3, float(step)))}
+        nnx.save(directory, root, step=step)
+
+
+def _no_chunk(step):
+    next(step.glob("arrays-*/Param/packed/c.0")).unlink()
+
+
+def _no_arrays(step):
+    shutil.rmtree(next(step.glob("arrays-*")))
+
+
+def _flipped(step):
+    file = next(step.glob("arrays-*/Param/packed/c.0"))
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+
+
+def _foreign(step):
+    (step / "manifest.json").write_bytes(b"{}")
+
+
+DAMAGES = [_no_chunk, _no_arrays, _flipped, _foreign]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_step_is_named_with_what_to_do(tmp_path, damage):
+    three_steps(tmp_path)
+    damage(tmp_path / "2")
+    into = {"w": nnx.Param(jnp.zeros(3))}
+    with untouched(into), pytest.raises(DamagedError) as caught:
+        nnx.restore(tmp_path, into)
+    told = str(caught.value)
+    assert told.startswith(f"step 2, the newest in {tmp_path}, cannot be read: ")
+    assert told.endswith("fallback=True takes the newest step that is whole instead.")
+    with pytest.raises(DamagedError) as caught:
+        nnx.restore(tmp_path, into, step=2)
+    assert "fallback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_step_is_taken_with_a_warning_of_both(tmp_path, damage):
+    three_steps(tmp_path)
+    damage(tmp_path / "2")
+    into = {"w": nnx.Param(jnp.zeros(3))}
+    with pytest.warns(RuntimeWarning, match=r"step 3 .* instead of step 2") as told:
+        found = nnx.restore(tmp_path, into, fallback=True)
+    assert found.step == 3
+    assert into["w"].value.tolist() == [3.0] * 3
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    damage(tmp_path / "3")
+    with pytest.warns(RuntimeWarning, match=r"(?s)step 1 .* of steps 2, 3, .*2: .*3: "):
+        assert nnx.restore(tmp_path, into, fallback=True).step == 1
+    with nnx.Checkpoints(tmp_path) as kept, pytest.warns(RuntimeWarning) as told:
+        assert kept.restore(into, fallback=True).step == 1
+    damage(tmp_path / "1")
+    with pytest.raises(DamagedError, match=r"(?s)no step .* is whole:.*2: .*3: .*1: "):
+        nnx.restore(tmp_path, into, fallback=True)
+    assert into["w"].value.tolist() == [1.0] * 3
+
+
+def test_a_whole_newest_step_is_taken_without_a_word(tmp_path):
+    three_steps(tmp_path)
+    into = {"w": nnx.Param(jnp.zeros(3))}
+    assert nnx.restore(tmp_path, into, fallback=True).step == 2
+
+
+def test_what_does_not_fit_the_model_is_no_damage_to_fall_back_from(tmp_path):
+    three_steps(tmp_path)
+    with pytest.raises(RestoreError, match="w"):
+        nnx.restore(tmp_path, {"w": nnx.Param(jnp.zeros(4))}, fallback=True)
+
+
+def test_a_fallback_is_from_the_newest_step_only(tmp_path):
+    three_steps(tmp_path)
+    with pytest.raises(ArgumentError, match=r"fallback=True .* step='latest'; found 2"):
+        nnx.restore(tmp_path, {"w": nnx.Param(jnp.zeros(3))}, step=2, fallback=True)

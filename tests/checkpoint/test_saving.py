@@ -13,7 +13,7 @@ import pytest
 
 import sortal as nnx
 from benchmarks import faults
-from sortal.checkpoint import files
+from sortal.checkpoint import disk, files
 from sortal.checkpoint.verifying import verify
 from sortal.errors import ArgumentError, SaveError, StructureError, WriterError
 
@@ -129,7 +129,7 @@ def test_a_static_that_cannot_be_hashed_is_refused_by_path(tmp_path):
 
 
 def test_two_writers_of_one_directory_are_refused(tmp_path):
-    held = files.Lock(tmp_path)
+    held = disk.Lock(tmp_path)
     with pytest.raises(WriterError, match=r"another writer is at work in .*process \d"):
         nnx.save(tmp_path, nnx.Rngs(0), step=0)
     held.release()
@@ -230,14 +230,14 @@ def test_what_the_disk_does_not_keep_is_a_failed_save(tmp_path, monkeypatch):
     """A chunk that cannot be synced, as when the disk reports an error late."""
     root = {"x": nnx.Param(jnp.arange(3_000_000))}
     nnx.save(tmp_path, root, step=1)
-    real = files.sync
+    real = disk.sync
 
     def failing(path):
         if path.name == "c.1":
             raise OSError(5, "Input/output error")
         real(path)
 
-    monkeypatch.setattr(files, "sync", failing)
+    monkeypatch.setattr(disk, "sync", failing)
     with pytest.raises(SaveError, match="Input/output error") as caught:
         nnx.save(tmp_path, root, step=2)
     assert "nothing was committed" in str(caught.value)
@@ -245,3 +245,19 @@ def test_what_the_disk_does_not_keep_is_a_failed_save(tmp_path, monkeypatch):
     assert files.steps(tmp_path) == [1]
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["1"]
     assert nnx.restore(tmp_path, root).step == 1
+
+
+def test_leaves_of_an_older_step_are_not_removed_through_a_link(tmp_path):
+    """The folder of arrays was moved elsewhere, and a link put into its place."""
+    root = {
+        "w": nnx.Param(jnp.ones(2)),
+        "x": nnx.Param(jnp.ones(2), checkpoint="keep-last"),
+    }
+    path = nnx.save(tmp_path / "run", root, step=1).path
+    (arrays,) = path.glob("arrays-*")
+    elsewhere = tmp_path / "elsewhere"
+    arrays.rename(elsewhere)
+    arrays.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    nnx.save(tmp_path / "run", root, step=2)
+    assert sorted(elsewhere.rglob("*")) == before

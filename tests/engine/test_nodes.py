@@ -622,3 +622,36 @@ def test_numbers_in_a_marked_list_are_written_by_a_transform():
     double(model)
     np.testing.assert_allclose(model.rates, [0.2, 0.2], rtol=1e-6)
     assert model.names == ["a", None]
+
+
+def test_variables_and_modules_in_a_class_are_refused_unless_an_attribute_hides_them():
+    class Scaled(sortal.Module):
+        scale = sortal.Param(jnp.ones(2))
+        inner = sortal.Module()
+        table = jnp.arange(3)
+
+    @dataclasses.dataclass
+    class Default(sortal.Module):
+        scale: sortal.Param = sortal.Param(1.0)  # noqa: RUF009
+
+    with pytest.raises(StructureError) as e:
+        sortal.jit(lambda m: m.scale * 2)(Scaled())
+    where = "in the class Scaled, where it is part of no model; set it in __init__, as"
+    assert str(e.value).splitlines()[1:3] == [
+        f"  scale: a Param {where} self.scale = ...",
+        f"  inner: a Module {where} self.inner = ...",
+    ]
+    assert sortal.state(Default()).paths() == (("scale",),)
+
+
+def test_a_class_with_slots_is_refused_for_nothing_would_find_what_is_in_them():
+    with pytest.raises(StructureError, match=r"class Slotted has __slots__, \('w',\)"):
+
+        class Slotted(sortal.Module):
+            __slots__ = ("w",)
+
+    with pytest.raises(StructureError, match="class Point has __slots__"):
+
+        @dataclasses.dataclass(slots=True)
+        class Point(sortal.Module):
+            w: Any

@@ -23,6 +23,7 @@ from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal.errors import (
     ArgumentError,
     FilterError,
+    MergeError,
     PathAttributeError,
     PathError,
     TraceError,
@@ -985,3 +986,21 @@ def test_a_state_of_a_lone_variable_has_the_empty_path():
     with pytest.raises(PathError, match="a lone leaf has no key"):
         state.to_pure_dict()
     assert copy.deepcopy(state) == state
+
+
+class _FlaxAdapter(nnx.Param):
+    pass
+
+
+def test_what_is_done_to_a_flax_variable_in_a_state_is_seen_at_once():
+    state = sortal.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    graphdef = sortal.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))[0]
+    kernel = state["kernel"]
+    assert "tag" not in dict(state.schema.metadata[1])
+    kernel.set_metadata(tag="x")
+    assert state.schema.metadata[1]["tag"] == "x"
+    assert sortal.merge(graphdef, state).kernel.get_metadata()["tag"] == "x"
+    object.__setattr__(kernel, "__class__", _FlaxAdapter)
+    assert state.schema.kinds[1] is _FlaxAdapter
+    with pytest.raises(MergeError, match="wrong kind: kernel"):
+        sortal.merge(graphdef, state)

@@ -200,6 +200,24 @@ def test_a_filter_that_matches_no_leaf_is_noted():
     )
 
 
+def test_a_part_of_a_filter_that_matches_no_leaf_is_noted():
+    model = model_with_all()
+    assert notes(model, (nnx.Param, nnx.At("bn.var"))).startswith(
+        "Filter 1, Any(Param, At('bn.var')): its part At('bn.var') matches no leaf."
+    )
+    inner = nnx.Param & ~nnx.Under("head")
+    assert "its part Under('head') matches no leaf." in notes(model, inner)
+    assert "part" not in notes(model, (nnx.Param, nnx.At("bn.mean")), ~nnx.At("w"))
+    assert "part" not in notes(model, nnx.Not(None), ())
+
+
+def test_a_class_that_holds_leaves_is_noted_as_one_that_state_refuses():
+    text = notes(model_with_all(), nnx.Linear)
+    assert "Filter 1, Linear, matches no leaf." in text
+    assert "Linear: a filter takes leaves, and an object of such a class" in text
+    assert "Filter 1, float, matches no leaf." in notes(model_with_all(), float)
+
+
 def test_a_filter_swallowed_by_an_earlier_one_is_noted_with_the_better_order():
     text = notes(model_with_all(), nnx.Variable, nnx.Param)
     assert "Filter 2, Param, takes nothing: all 1 of its leaves go to" in text

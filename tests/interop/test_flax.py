@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import subprocess
 import sys
+import tempfile
 import weakref
 from typing import Any
 
@@ -20,7 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal._engine.plan import plan_of
-from sortal.errors import AxisError, UnsupportedError, UpdateError
+from sortal.errors import (
+    ArgumentError,
+    AxisError,
+    UnsupportedError,
+    UpdateError,
+    VariableError,
+)
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -220,6 +228,38 @@ def test_variables_that_are_no_plain_boxes_are_refused_by_path():
     assert "b (Param): its metadata 'names' cannot be hashed" in text
 
 
+@pytest.mark.skipif(
+    not hasattr(nnx.variablelib, "HijaxVariable"), reason="this Flax has none"
+)
+def test_variables_of_hijax_are_refused_by_path():
+    """Their class is none of Variable's, so that they would be arrays or statics."""
+    with nnx.var_defaults(hijax=True):
+        linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        variable = nnx.Param(jnp.ones(2))
+    holder = sortal.Sequential(linear)
+    holder.w = variable
+    for use in (
+        lambda: sortal.state(linear, sortal.Param),
+        lambda: sortal.split([linear]),
+        lambda: sortal.state(holder),
+        lambda: sortal.state([variable]),
+        lambda: sortal.grad(lambda m: m(X[:, :2]).sum())(linear),
+        lambda: sortal.jit(lambda m: m)(holder),
+        lambda: sortal.jit(lambda v: v)(variable),
+        lambda: sortal.Optimizer(linear, optax.sgd(0.1)),
+    ):
+        with pytest.raises(UnsupportedError, match="hijax=True") as error:
+            use()
+        assert "make it without" in str(error.value)
+    with pytest.raises(UnsupportedError) as error:
+        sortal.state(holder)
+    assert re.findall(r"^  (\S+) ", str(error.value), re.MULTILINE) == [
+        "layers.0.bias",
+        "layers.0.kernel",
+        "w",
+    ]
+
+
 # ------------------------------------------------------------------------ staleness
 EDITS = {
     "eval": lambda m: m.eval(),
@@ -319,16 +359,16 @@ class Image(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Twelve layers of attention and a perceptron."""
+    """Four layers of attention and a perceptron."""
 
     def __init__(self, rngs: Any):
         make = lambda size: nnx.Linear(*size, rngs=rngs)  # noqa: E731
-        self.norms = nnx.List([nnx.LayerNorm(4, rngs=rngs) for _ in range(12)])
+        self.norms = nnx.List([nnx.LayerNorm(4, rngs=rngs) for _ in range(4)])
         self.attention = nnx.List(
-            [nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False) for _ in range(12)]
+            [nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False) for _ in range(4)]
         )
-        self.up = nnx.List([make((4, 8)) for _ in range(12)])
-        self.down = nnx.List([make((8, 4)) for _ in range(12)])
+        self.up = nnx.List([make((4, 8)) for _ in range(4)])
+        self.down = nnx.List([make((8, 4)) for _ in range(4)])
         self.drop = nnx.Dropout(0.1, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
@@ -763,6 +803,79 @@ def test_eval_and_train_reach_the_layers_of_flax_in_a_module():
     assert (model.norm.mean[...] != mean).any()
 
 
+class Mixed(nnx.Module):
+    """A layer of each library in a module of Flax."""
+
+    def __init__(self):
+        self.theirs = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        self.ours = sortal.Linear(3, 2, rngs=sortal.Rngs(1))
+
+    def __call__(self, x):
+        return self.ours(self.theirs(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_flax_s_optimizer_says_that_it_would_not_train_a_layer_of_ours(compiled):
+    model = Mixed()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    def step(model, optimizer):
+        grads = sortal.grad(lambda m: (m(X) ** 2).mean())(model)
+        optimizer.update(model, grads)
+
+    before = flat(sortal.state(model))
+    with pytest.raises(UnsupportedError) as error:
+        (sortal.jit(step) if compiled else step)(model, optimizer)
+    text = str(error.value)
+    assert text.startswith("Flax does not see these Variables of Sortal, and by kind")
+    assert "ours.kernel (Param)" in text
+    assert "theirs.kernel" not in text
+    assert "such as sortal.Optimizer(model, tx)" in text
+    after = flat(sortal.state(model))
+    assert all((after[path] == before[path]).all() for path in before)
+    ours = sortal.Optimizer(model, optax.sgd(0.1))
+    ours.update(model, sortal.grad(lambda m: (m(X) ** 2).mean())(model))
+    after = flat(sortal.state(model))
+    assert all((after[path] != before[path]).any() for path in before)
+
+
+def test_flax_s_optimizer_trains_its_own_layers_by_a_state_without_ours():
+    model = Mixed()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    loss = lambda m: (m(X) ** 2).mean()  # noqa: E731
+    grads = sortal.grad(loss, wrt=sortal.Param & sortal.Under("theirs"))(model)
+    before = flat(sortal.state(model))
+    optimizer.update(model, grads)
+    after = flat(sortal.state(model))
+    assert (after["theirs", "kernel"] != before["theirs", "kernel"]).any()
+
+
+@pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])
+@pytest.mark.parametrize("inner", [sortal, nnx], ids=["sortal", "flax"])
+def test_set_attributes_reaches_the_modules_of_both(outer, inner):
+    model = mixed(outer, inner)
+    x = jnp.ones((4, 3)) + jnp.arange(3)
+    sortal.set_attributes(model, deterministic=True, use_running_average=True)
+    np.testing.assert_allclose(model(x), x / np.sqrt(1 + 1e-5), rtol=1e-5)
+    sortal.set_attributes(model, inner.Dropout, deterministic=False)
+    assert not model.drop.deterministic
+    assert model.norm.use_running_average
+    with pytest.raises(ArgumentError, match="no module of 4 chosen has the attribute"):
+        sortal.set_attributes(model, determinstic=True)
+
+
+def test_explain_says_where_the_eval_of_flax_stopped():
+    """Flax's own method walks Flax's modules alone."""
+    model = mixed(nnx, sortal)
+    assert "evaluation" not in str(sortal.explain(model, ...))
+    model.eval()
+    text = str(sortal.explain(model, ...)).replace("\n", " ")
+    assert "deterministic is True in Flax's modules (own) and False in Sortal's" in text
+    assert "sortal.set_attributes(model, deterministic=True)" in text
+    sortal.set_attributes(model, deterministic=True, use_running_average=True)
+    assert "Flax's modules" not in str(sortal.explain(model, ...))
+
+
 @pytest.mark.parametrize("outer", [sortal, nnx], ids=["sortal", "flax"])
 @pytest.mark.parametrize("inner", [sortal, nnx], ids=["sortal", "flax"])
 def test_a_view_reaches_the_modules_of_both(outer, inner):
@@ -785,3 +898,219 @@ def test_modules_of_both_are_iterated(outer, inner):
     assert found[("drop",)] is model.drop
     children = [name for name, _ in sortal.iter_children(model)]
     assert children == ["drop", "norm", "own"]
+
+
+def test_a_variable_of_flax_is_no_value_of_one_of_ours():
+    theirs, ours = nnx.Param(jnp.ones(2)), sortal.Param(jnp.zeros(2))
+    for write in (
+        lambda: sortal.Param(theirs),
+        lambda: setattr(ours, "value", theirs),
+        lambda: ours.set_value(theirs),
+    ):
+        with pytest.raises(VariableError, match=r"Param.*Write .*\.value"):
+            write()
+    assert (ours.value == 0).all()
+    ours[...] = theirs
+    assert isinstance(ours.value, jax.Array)
+    assert (ours.value == 1).all()
+
+
+# ------------------------------------------------------------------------- sowing
+class Sows(nnx.Module):
+    """Sows and perturbs, and holds a module of either library that does."""
+
+    def __init__(self, inner=None):
+        self.inner = inner
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "x", x)
+        x = self.perturb("at", 2 * x)
+        return x if self.inner is None else self.inner(x)
+
+
+class OurSows(sortal.Module):
+    __init__, __call__ = Sows.__init__, Sows.__call__
+
+
+NESTED = {
+    "flax": lambda: Sows(Sows()),
+    "sortal in flax": lambda: Sows(OurSows()),
+    "flax in sortal": lambda: OurSows(Sows(Sows())),
+    "in turns": lambda: OurSows(Sows(OurSows(Sows()))),
+}
+
+
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="this Flax has none")
+@pytest.mark.parametrize("kinds", [sortal, nnx], ids=["our kinds", "Flax's kinds"])
+@pytest.mark.parametrize("name", NESTED)
+def test_what_modules_of_flax_sow_is_captured(name, kinds):
+    from sortal.nnx import capture
+
+    model = NESTED[name]()
+    depth = len(list(sortal.iter_modules(model)))
+    x = jnp.array(3.0)
+    out, sown, zeros = capture(model, kinds.Intermediate, kinds.Perturbation)(x)
+    assert out == x * 2**depth
+    paths = [("inner",) * n for n in range(depth)]
+    assert {p: v.get_value() for p, v in sown.flat_state()} == {
+        (*p, "x"): (x * 2**n,) for n, p in enumerate(paths)
+    }
+    assert {p: v.get_value() for p, v in zeros.flat_state()} == {
+        (*p, "at"): 0 for p in paths
+    }
+    assert not sortal.state(model).paths()
+    loss = lambda zeros, model: capture(model, init=zeros)(x)  # noqa: E731
+    grads = sortal.grad(loss)(zeros, model)
+    assert {p: v.get_value() for p, v in grads.flat_state()} == {
+        (*p, "at"): 2 ** (depth - 1 - n) for n, p in enumerate(paths)
+    }
+
+    @sortal.jit
+    def forward(model, x):
+        return capture(model, kinds.Intermediate)(x)
+
+    _, again = forward(model, x)
+    assert again.paths() == sown.paths()
+    assert not sortal.state(model).paths()
+
+
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="this Flax has none")
+def test_after_an_error_modules_of_flax_capture_nothing():
+    from sortal.nnx import capture
+
+    class Fails(Sows):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "x", x)
+            raise RuntimeError
+
+    model = Sows(Fails())
+    with pytest.raises(RuntimeError):
+        capture(model, nnx.Intermediate)(1.0)
+    assert [k for k in vars(model) if "captures" in k] == []
+    assert [k for k in vars(model.inner) if "captures" in k] == []
+
+
+# ------------------------------------------------------------------------ every verb
+def averaged(model):
+    ema = sortal.EMA(model, decay=0.5, only=sortal.Param)
+    sortal.update(
+        model, jax.tree.map(lambda x: x + 1, sortal.state(model, sortal.Param))
+    )
+    ema.update(model)
+    return sortal.state(ema.apply_to(model))
+
+
+def popped(model):
+    model.seen = type(model.norm.mean)(jnp.ones(2))
+    return sortal.pop(model, lambda path, leaf: path[0] == "seen"), sortal.state(model)
+
+
+def restored(model):
+    with tempfile.TemporaryDirectory() as place:
+        sortal.save(place, model, step=1)
+        before = sortal.state(model)
+        sortal.update(model, {"norm": {"scale": jnp.zeros(3)}})
+        sortal.restore(place, model)
+    return before, sortal.state(model)
+
+
+def sharded(model):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    policy = {sortal.Param: sortal.Rule(spec=P("d"))}
+    made = sortal.shard(model, mesh, policy)
+    state = sortal.state(made)
+    where = {path: str(x.get_value().sharding.spec) for path, x in state.flat_state()}
+    return state, where, str(sortal.specs(made, policy))
+
+
+def captured(model):
+    from sortal.nnx import capture
+
+    return capture(model, sortal.Intermediate)(jnp.ones((2, 3)))[1]
+
+
+def with_new_streams(model):
+    from sortal import nnx as names
+
+    return (
+        sortal.state(names.with_rngs(model, split=2), sortal.RngState),
+        sortal.state(names.with_rngs(model, fork="default"), sortal.RngState),
+        sortal.state(names.with_rngs(model, broadcast=2), sortal.RngState),
+        sortal.state(names.split_rngs(model, splits=3, graph=False), sortal.RngState),
+        sortal.state(
+            names.split_rngs(model, splits=1, squeeze=True, graph=False),
+            sortal.RngState,
+        ),
+        sortal.state(names.fork_rngs(model, split=2, graph=False), sortal.RngState),
+        sortal.state(names.fork_rngs(model, graph=False), sortal.RngState),
+        tuple(bits(key).tolist() for _, key, _ in names.rnglib.backup_keys(model)),
+    )
+
+
+def walked(model):
+    from sortal import nnx as names
+
+    return (
+        tuple(key for key, _ in names.iter_module_children(model)),
+        names.as_pure(sortal.state(model, sortal.Param))["norm"]["scale"].tolist(),
+        str(names.find_duplicates([model, model.own])),
+    )
+
+
+def placed_by_names(model):
+    from sortal import nnx as names
+
+    model.norm.scale.set_metadata(out_sharding=("d",))
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    def shown(tree):
+        state = sortal.state(tree, sortal.Param)
+        return tuple((p, str(x.get_value())) for p, x in state.flat_state())
+
+    abstract = sortal.eval_shape(lambda m: sortal.clone(m), model)
+    with jax.set_mesh(mesh):
+        made = sortal.state(names.as_abstract(abstract), sortal.Param)
+    return (
+        shown(names.get_partition_spec(model)),
+        shown(names.get_partition_spec(sortal.state(model))),
+        shown(names.get_named_sharding(sortal.state(model), mesh)),
+        str(made["norm"]["scale"].get_value().sharding),
+    )
+
+
+VERBS = {
+    "names of axes": placed_by_names,
+    "new streams": with_new_streams,
+    "walks": walked,
+    "state": lambda m: sortal.state(m, sortal.Param),
+    "split and merge": lambda m: sortal.state(sortal.merge(*sortal.split(m))),
+    "variables": lambda m: sortal.variables(m),
+    "clone": lambda m: sortal.state(sortal.clone(m, arrays=True)),
+    "pop": popped,
+    "iter_graph": lambda m: [
+        p for p, x in sortal.iter_graph(m) if p and not isinstance(x, tuple)
+    ],
+    "iter_modules": lambda m: [p for p, _ in sortal.iter_modules(m)],
+    "iter_children": lambda m: [name for name, _ in sortal.iter_children(m)],
+    "explain": lambda m: str(sortal.explain(m, sortal.Param, sortal.BatchStat)).count(
+        "own.rngs"
+    ),
+    "tabulate": lambda m: str(sortal.tabulate(m)).count("own.rngs"),
+    "EMA": averaged,
+    "save and restore": restored,
+    "shard": sharded,
+    "reseed": lambda m: (sortal.reseed(m, default=3), sortal.state(m, sortal.RngKey)),
+    "capture": captured,
+}
+
+
+def comparable(x):
+    if isinstance(x, sortal.State):
+        return {path: bits(x).tolist() for path, x in x.flat_state()}
+    return [comparable(y) for y in x] if isinstance(x, tuple) else x
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_does_to_a_model_of_flax_what_it_does_to_ours(name):
+    theirs, ours = VERBS[name](mixed(nnx, nnx)), VERBS[name](mixed(sortal, sortal))
+    assert comparable(theirs) == comparable(ours)

@@ -224,3 +224,30 @@ def test_what_cannot_be_is_refused() -> None:
     nnx.init_cache(layer, 3, 8)
     with pytest.raises(ArgumentError, match=r"cache for 3 sequences; .* Make caches"):
         layer(inputs())
+
+
+@pytest.mark.parametrize("library", [nnx, flax_nnx], ids=["sortal", "flax"])
+def test_attention_with_a_cache_of_its_own_is_named_with_what_to_call(library):
+    rngs = library.Rngs(0)
+    heads = library.MultiHeadAttention(2, 4, decode=True, rngs=rngs)
+    model = library.Sequential(library.Linear(4, 4, rngs=rngs), heads)
+    for call_ in (
+        lambda: nnx.init_cache(model, batch=2, length=8),
+        lambda: nnx.reset_cache(model),
+    ):
+        with pytest.raises(CacheError) as error:
+            call_()
+        text = str(error.value)
+        assert "attention.init_cache((batch, length, features)) makes and" in text
+        assert "layers.1 (MultiHeadAttention)" in text
+
+
+@pytest.mark.parametrize("library", [nnx, flax_nnx], ids=["sortal", "flax"])
+def test_a_decoder_in_a_module_of_either_library_gets_its_cache(library):
+    model = library.Sequential(build())
+    nnx.init_cache(model, batch=2, length=8)
+    x = inputs(length=3)
+    first, second = (np.asarray(model(x)) for _ in range(2))
+    assert np.abs(first - second).max() > 1e-3, "the second call continues"
+    nnx.reset_cache(model)
+    np.testing.assert_array_equal(model(x), first)

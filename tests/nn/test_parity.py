@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import sortal
 import sortal.nn
@@ -361,6 +363,47 @@ def test_an_output_gets_the_sharding_asked_for_as_in_flax(name: str) -> None:
         ours = look(sortal)
         assert "@data" in ours[0]
         assert ours == look(flax_nnx)
+
+
+BOTH = {
+    kind: jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    for kind in (AxisType.Explicit, AxisType.Auto)
+}
+WANTED: dict[str, tuple[Any, Any, Any]] = {
+    "Linear": ((8, 8), P("x", None, "y"), {}),
+    "LinearGeneral": ((8, (4, 2)), P("x", None, "y", None), {}),
+    "Einsum": (("bti,io->bto", (8, 8), (8,)), P("x", None, "y"), {}),
+    "Conv": ((8, 8, 3), P("x", None, "y"), {}),
+    "LoRALinear": ((8, 8), P("x", None, "y"), {"lora_rank": 2}),
+    "Embed": ((16, 8), P("x", None, "y"), {}),
+    "one vector": ((1, 8), P("x", None, "y"), {}),
+    "attend": ((16, 8), P("x", None, "y"), {}),
+    "MultiHeadAttention": ((4, 8), P("x", None, "y"), {"decode": False}),
+}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("name", WANTED)
+def test_out_sharding_acts_on_explicit_and_auto_meshes(name: str, kind: Any) -> None:
+    """The numbers are those of one device, and lie where they were asked for."""
+    arguments, spec, options = WANTED[name]
+    mesh = BOTH[kind]
+    embeds = name in ("Embed", "one vector", "attend")
+    layer = getattr(sortal, "Embed" if embeds else name)
+    layer = layer(*arguments, **options, rngs=sortal.Rngs(0))
+    x = random((8, 4, 8))
+    if name in ("Embed", "one vector"):
+        x = np.arange(32).reshape(8, 4) % arguments[0]
+    f = layer.attend if name == "attend" else layer
+    more = {"qkv_sharding": P("x", None, "y", None)} if "Multi" in name else {}
+    expected = f(x)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(x, NamedSharding(mesh, P("x")))
+        for given_as in (spec, NamedSharding(mesh, spec)):
+            found = jax.jit(lambda x, to=given_as: f(x, out_sharding=to, **more))(given)
+            wanted = NamedSharding(mesh, spec)
+            assert found.sharding.is_equivalent_to(wanted, found.ndim)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 LOOKUPS = {

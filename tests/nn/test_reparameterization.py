@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as flax_nnx
 
 from sortal import nnx
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, FilterError
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 
@@ -130,3 +131,20 @@ def test_a_flag_that_nobody_set_is_asked_for() -> None:
     layer.use_running_average = None
     with pytest.raises(ArgumentError, match=r"does not know its use_running_average"):
         layer(X)
+
+
+@pytest.mark.parametrize("make", [weight_norm, spectral_norm])
+def test_the_weights_of_a_layer_of_flax_are_normalised_likewise(make: Any) -> None:
+    theirs, ours = make(flax_nnx.Linear(3, 5, rngs=flax_nnx.Rngs(0))), make()
+    for _ in range(2):
+        np.testing.assert_array_equal(theirs(X), ours(X))
+    found = theirs.layer_instance.kernel[...]
+    np.testing.assert_array_equal(found, ours.layer_instance.kernel[...])
+    assert (found != linear().kernel[...]).any()
+
+
+def test_a_layer_of_which_no_weight_is_taken_is_refused() -> None:
+    with pytest.raises(FilterError, match=r"PathContains\('kernel'\) takes no weight"):
+        weight_norm(nnx.Embed(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(FilterError, match="Linear: a filter takes leaves"):
+        weight_norm(variable_filter=nnx.Linear)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,6 +79,24 @@ def test_a_compiled_function_under_shard_map_sees_the_part_of_its_device(of):
     assert (w.value == 2).all()
 
 
+@pytest.mark.parametrize("kind", [AUTO, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [("d", None), (None, "d", None)])
+def test_a_compiled_function_under_vmap_of_jax_leaves_its_part_alone(kind, spec):
+    """JAX hands over parts with the metadata of wholes; their rank tells them apart."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    w, rule = nnx.Param(jnp.ones((8,) * len(spec))), sortal.Rule(spec=P(*spec))
+    sortal.shard(w, mesh, {nnx.Param: rule})
+
+    def both(w):
+        double(w)
+        return w.value
+
+    for f in (jax.vmap(both), jax.jit(jax.vmap(both))):
+        found = f(w)
+        assert found.sharding.is_equivalent_to(w.value.sharding, len(spec))
+        assert (found == 2).all()
+
+
 def test_other_rules_for_names_of_axes_are_another_program():
     found = []
     with jax.set_mesh(AB):
@@ -85,6 +104,18 @@ def test_other_rules_for_names_of_axes_are_another_program():
             w = nnx.Param(jnp.ones((8, 8)), out_sharding=("x",), eager_sharding=False)
             with nnx.logical_axis_rules([("x", axis)]):
                 double(w)
+            found.append(w.value.sharding.spec)
+    assert found == [P("a"), P("b")]
+
+
+def test_rules_of_linen_may_be_lists_where_shardings_are_given():
+    found, each = [], sortal.Policy({...: sortal.Rule(spec=P())})
+    f, ones = nnx.jit(lambda w: double(w), in_shardings=(each,)), jnp.ones((8, 8))
+    with jax.set_mesh(AB):
+        for axis in ("a", "b"):
+            w = nnx.Param(ones, out_sharding=("x",), eager_sharding=False)
+            with linen.logical_axis_rules([("x", axis), ("y", ["a", "b"])]):
+                f(w)
             found.append(w.value.sharding.spec)
     assert found == [P("a"), P("b")]
 
@@ -136,3 +167,27 @@ def test_out_shardings_that_do_not_fit_are_refused_by_path():
     for make in (lambda m: m, lambda m: Holder()):
         with pytest.raises(ShardingError, match=r"w \(Param\) \[6\]: P\('d'\), but"):
             nnx.jit(make, out_shardings=bad)(Holder())
+
+
+def test_arguments_on_other_devices_are_named_by_path():
+    model = sortal.shard(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), D8)
+    late = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    late.kernel.value = jax.device_put(late.kernel.value, jax.devices()[2])
+    x = jax.device_put(jnp.ones((8, 8)), jax.devices()[3])
+    f = nnx.jit(lambda model, late, x: late(model(x)))
+    with pytest.raises(ShardingError) as e:
+        f(model, late, x)
+    assert "2 arrays lie on 8 devices" in str(e.value)
+    assert "late['kernel']: device 2" in str(e.value)
+    assert "x: device 3" in str(e.value)
+    assert "bias" not in str(e.value)  # of late: bound to no device
+    sortal.shard(late, D8)
+    f(model, late, jax.device_put(x, NamedSharding(D8, P("d"))))
+
+
+def test_an_error_of_the_function_itself_is_passed_on():
+    def fails(model, x):
+        raise ValueError("of the user")
+
+    with pytest.raises(ValueError, match="of the user"):
+        nnx.jit(fails)(sortal.shard(Holder(), D8), jnp.ones(8))

@@ -195,6 +195,39 @@ def test_jit_refuses_shardings_that_do_not_fit_by_path():
         sortal.jit(lambda m: m(jnp.ones((2, 16))), in_shardings=(table,))(model)
 
 
+def test_without_a_mesh_that_of_the_context_is_used_or_asked_for():
+    verbs = [
+        lambda: sortal.shard(Net()),
+        lambda: sortal.init_sharded(Net),
+        lambda: sortal.named_shardings(Net()),
+        lambda: sortal.sharding_report(Net()),
+    ]
+    for verb in verbs:
+        with pytest.raises(ShardingError, match="there is no mesh; pass mesh="):
+            verb()
+    with jax.set_mesh(MESH):
+        model = sortal.shard(Net(), policy=ROWS)
+        made = sortal.init_sharded(Net, policy=ROWS)
+        found = sortal.named_shardings(Net(), policy=ROWS)
+        assert sortal.sharding_report(model).mesh == MESH
+    assert found["linear"]["kernel"].value == NamedSharding(MESH, P("d"))
+    for x in (model, made):
+        assert x.linear.kernel.value.sharding == NamedSharding(MESH, P("d"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "text"),
+    [
+        (ROWS, r"mesh is a jax.sharding.Mesh; found \{.*shard\(model, mesh, policy\)"),
+        (MESH.abstract_mesh, "an AbstractMesh has no devices.*constrain"),
+    ],
+)
+def test_what_is_no_mesh_of_devices_is_refused(mesh, text):
+    for verb in (sortal.shard, lambda *x: sortal.init_sharded(Net, *x[1:])):
+        with pytest.raises(ShardingError, match=f"(?s){text}"):
+            verb(Net(), mesh)
+
+
 # ------------------------------------------------------------------------------ moving
 def test_shard_puts_each_leaf_where_it_belongs_and_keeps_the_numbers():
     model, same = Net(), Net()
@@ -423,3 +456,18 @@ def test_all_of_it_works_on_models_of_flax_as_they_are():
     np.testing.assert_allclose(
         made.kernel.get_value(), same.kernel.get_value(), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("written", [sortal.Cache, "parms", sortal.Under("head")])
+def test_a_policy_that_takes_no_leaf_is_refused_and_moves_nothing(written):
+    model = sortal.Linear(8, 8, rngs=sortal.Rngs(0))
+    before = list(sortal.variables(model).values_list())
+    with pytest.raises(
+        ShardingError, match=r"no row of the Policy takes any of the \d+ leaves:\n"
+    ):
+        sortal.shard(model, MESH, {written: sortal.Rule(spec=P("d"))})
+    after = sortal.variables(model).values_list()
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    sortal.shard(model, MESH, {written: sortal.Rule(axis=0)})
+    rest = sortal.Rule(spec=P())
+    sortal.shard(model, MESH, {written: sortal.Rule(spec=P("d")), ...: rest})

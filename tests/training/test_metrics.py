@@ -304,8 +304,8 @@ DTYPES = ["float32", "bfloat16", "float16", "int8", "int32", "bool"]
 MASKS = ["none", "bool", "int32", "float32", "bfloat16", "float16"]
 batches = st.lists(
     st.tuples(
-        st.integers(0, 5),
-        st.integers(0, 4),
+        st.sampled_from([0, 5]),  # each shape is compiled anew
+        st.just(3),
         st.sampled_from(DTYPES),
         st.sampled_from(MASKS),
         st.booleans(),

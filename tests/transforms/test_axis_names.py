@@ -1,4 +1,4 @@
-"""transform_metadata; whole programs against Flax are in test_nnx_names."""
+"""Specs and names inside a map and after it; whole programs are in test_nnx_names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import nnx as flax_nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import sortal
 from sortal import PARTITION_NAME, Param
+from sortal.errors import ArgumentError, ShardingError
+from sortal.sharding.presets import LargestAxis
 
 MANY = {PARTITION_NAME: "layers", "notes": "new"}
 
@@ -78,3 +84,221 @@ def test_what_a_constructor_or_step_adds_is_named_too() -> None:
     )(layers, jnp.ones(3))
     assert layers.seen.get_metadata("out_sharding") == ("layers", "a")
     assert layers.w.get_metadata("out_sharding") == ("layers", "a")
+
+
+# ------------------------------------------------------------------ specs of parts
+AUTO, EXPLICIT = (
+    jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    for kind in (AxisType.Auto, AxisType.Explicit)
+)
+LAYERS = {PARTITION_NAME: "layers"}
+
+
+class Stat(sortal.Variable, spec=P("a", "b")):
+    """A kind with a spec of its own."""
+
+
+def placed(mesh: Any = AUTO, *spec: Any) -> Param:
+    rule = sortal.Rule(spec=P(*spec or ("a", "b")))
+    return sortal.shard(Param(jnp.ones((8, 4, 4))), mesh, {Param: rule})
+
+
+def mapped(how: str, f: Any, w: Any, axis: int = 0, **options: Any) -> None:
+    if how == "vmap":
+        return sortal.vmap(f, in_axes=axis, out_axes=axis, **options)(w)
+    return sortal.scan(f, in_axes=axis, out_axes=axis, **options)(w)
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+@pytest.mark.parametrize(
+    ("w", "axis", "part"),
+    [
+        (lambda: placed(), 0, P("b")),
+        (lambda: placed(), 1, P("a")),
+        (lambda: placed(), -1, P("a", "b")),
+        (lambda: Param(jnp.ones((8, 4)), spec=P("a", "b")), 0, P("b")),
+        (lambda: Stat(jnp.ones((8, 4))), 0, P("b")),
+    ],
+)
+def test_a_part_lacks_the_entry_of_the_axis_that_it_is_a_part_along(
+    how: str, w: Any, axis: int, part: Any
+) -> None:
+    seen, w = [], w()
+    before = sortal.graphdef(w)
+
+    def look(w: Any) -> None:
+        seen.append(spec_of(w))
+        w[...] = w * 2
+
+    mapped(how, look, w, axis)
+    assert set(seen) == {part}
+    assert sortal.graphdef(w) is before
+    assert (w.value == 2).all()
+
+
+def spec_of(w: Any) -> Any:
+    return sortal.specs({"w": w})["w"].value
+
+
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_constrain_divides_the_dimensions_of_the_part(mesh: Any) -> None:
+    """Against jax.vmap of JAX's own constraint; the square part hid the mistake."""
+    w = placed(mesh, None, "a")
+
+    @sortal.jit
+    def mine(w: Any) -> Any:
+        return sortal.vmap(lambda w: sortal.constrain(w, mesh=mesh).value * 1)(w)
+
+    def by_hand(x: Any) -> Any:
+        put = jax.lax.with_sharding_constraint
+        put = jax.sharding.reshard if mesh is EXPLICIT else put
+        return put(x, NamedSharding(mesh, P("a"))) * 1
+
+    expected = jax.jit(jax.vmap(by_hand))(w.value)
+    assert mine(w).sharding.is_equivalent_to(expected.sharding, 3)
+    assert not expected.sharding.is_fully_replicated
+
+
+def train(model: Any, optimizer: Any, x: Any) -> None:
+    grads = sortal.grad(lambda m: (m(x) ** 2).mean())(model)
+    optimizer.update(model, grads)
+
+
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+def test_a_map_called_eagerly_leaves_parameters_where_they_were(
+    how: str, mesh: Any
+) -> None:
+    """ZeRO-1 over an ensemble: its moments are divided, its parameters are not."""
+    zero = {
+        sortal.OptState: sortal.Rule(spec=LargestAxis("a", 0)),
+        ...: sortal.Rule(spec=P()),
+    }
+    keys = jax.random.split(jax.random.key(0), 2)
+    make = sortal.vmap(lambda key: sortal.Linear(8, 8, rngs=sortal.Rngs(key)))
+    adam = sortal.vmap(lambda m: sortal.Optimizer(m, optax.adam(1e-2), wrt=Param))
+    models = make(keys)
+    both = sortal.shard((models, adam(models)), mesh, zero)
+    declared = [x.sharding for x in jax.tree.leaves(sortal.state(both))]
+    x = jnp.ones((4, 8))
+    if how == "vmap":
+        sortal.vmap(sortal.jit(train), in_axes=(0, 0, None))(*both, x)
+    else:
+        step = sortal.jit(train)
+        sortal.scan(
+            lambda m, o: step(m, o, x), in_axes=(0, 0), out_axes=None, length=2
+        )(*both)
+    jax.block_until_ready(sortal.state(both).values_list())
+    found = [x.sharding for x in jax.tree.leaves(sortal.state(both))]
+    for new, old, x in zip(
+        found, declared, jax.tree.leaves(sortal.state(both)), strict=True
+    ):
+        assert new.is_equivalent_to(old, x.ndim), (new, old)
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+def test_what_comes_out_stacked_is_divided_along_the_axis_as_what_went_in(
+    how: str,
+) -> None:
+    model = sortal.shard(
+        sortal.vmap(lambda key: sortal.Linear(4, 4, rngs=sortal.Rngs(key)))(
+            jax.random.split(jax.random.key(0), 8)
+        ),
+        AUTO,
+        {sortal.At("kernel"): sortal.Rule(spec=P("a", "b"))},
+    )
+    made = mapped(how, lambda m: sortal.Optimizer(m, optax.adam(1.0), wrt=Param), model)
+    moments = [
+        v.value for path, v in sortal.state(made).flat_state() if path[-1] == "kernel"
+    ]
+    assert len(moments) == 2
+    for x in moments:
+        assert x.shape == (8, 4, 4)
+        assert x.sharding.spec == P("a", "b")
+
+
+def test_a_new_variable_with_a_spec_comes_out_with_an_entry_more() -> None:
+    make = sortal.vmap(lambda x: (Param(x, spec=P("b")), Stat(x, tag="t")), out_axes=1)
+    own, of_kind = make(jnp.ones((8, 4, 4)))
+    assert spec_of(own) == P("b", None)
+    assert spec_of(of_kind) == P("a", None, "b")
+    over = sortal.vmap(lambda x: Param(x, spec=P("b")), spmd_axis_name="a")
+    with jax.set_mesh(AUTO):
+        assert spec_of(over(jnp.ones((8, 4)))) == P("a", "b")
+
+
+def test_metadata_that_is_changed_inside_gets_its_entry_back() -> None:
+    w = placed()
+
+    def change(w: Any) -> None:
+        w.set_metadata(spec=P("b"), note="new")
+
+    sortal.vmap(change)(w)
+    assert w.get_metadata("note") == "new"
+    assert w.get_metadata("spec") == P("a", "b")
+    assert w.get_metadata("placement") == NamedSharding(AUTO, P("a", "b", None))
+
+
+# --------------------------------------------------------------------- names of axes
+def names_inside(nnx: Any, how: str, axis: int, names: Any, more: Any) -> Any:
+    more_names = {"notes": ("x", "new", "new"), "eager_sharding": False}
+    w = nnx.Param(jnp.ones((2, 2, 2)), out_sharding=names, **more_names)
+    seen = []
+
+    def look(w: Any, c: Any) -> Any:
+        seen.append((w.get_metadata().get("out_sharding"), w.get_metadata()["notes"]))
+        w[...] = w[...] * 2
+        return c
+
+    if how == "vmap":
+        nnx.vmap(look, in_axes=(axis, 0), transform_metadata=more)(w, jnp.ones(2))
+    else:
+        run = nnx.scan(
+            look,
+            in_axes=(axis, nnx.Carry),
+            out_axes=nnx.Carry,
+            transform_metadata=more,
+        )
+        run(w, jnp.ones(()))
+    seen.append((w.get_metadata().get("out_sharding"), w.get_metadata()["notes"]))
+    return set(seen)
+
+
+@pytest.mark.parametrize("more", [{}, LAYERS, {**LAYERS, "notes": "new"}])
+@pytest.mark.parametrize(
+    ("axis", "names"),
+    [(1, ("a", "layers", "b")), (2, ("a", "b", "layers")), (1, None)],
+)
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+def test_the_name_of_the_axis_is_taken_away_where_flax_does(
+    how: str, axis: int, names: Any, more: Any
+) -> None:
+    mine = names_inside(sortal.nnx, how, axis, names, more)
+    assert mine == names_inside(flax_nnx, how, axis, names, more)
+
+
+def test_another_name_at_the_place_of_the_axis_is_refused() -> None:
+    model = sortal.Module()
+    for name in ("x", "y"):
+        setattr(model, name, Param(jnp.ones((2, 2)), out_sharding=(name, "b")))
+    with pytest.raises(ArgumentError) as e:
+        sortal.vmap(lambda m: None, transform_metadata=LAYERS)(model)
+    assert "x (Param): ('x', 'b') has 'x' at axis 0" in str(e.value)
+    assert "y (Param): ('y', 'b') has 'y' at axis 0" in str(e.value)
+    assert "'layers'" in str(e.value)
+    short = Param(jnp.ones((2, 2)), out_sharding=("a",))
+    sortal.vmap(lambda w: None, in_axes=1, transform_metadata=LAYERS)(short)
+
+
+def test_names_of_a_whole_are_not_applied_to_its_parts() -> None:
+    w = Param(jnp.ones((8, 4, 4)), out_sharding=("a", "b"), eager_sharding=False)
+    double = sortal.jit(lambda w: w.set_value(w[...] * 2))
+    with jax.set_mesh(AUTO):
+        sortal.vmap(double)(w)
+        assert w.value.sharding.spec == P("a", "b")
+        with pytest.raises(ShardingError) as e:
+            sortal.jit(sortal.vmap(sortal.constrain))(w)
+        sortal.vmap(sortal.constrain, transform_metadata={PARTITION_NAME: "a"})(w)
+    assert "speak of whole arrays" in str(e.value)
+    assert "PARTITION_NAME" in str(e.value)
+    np.testing.assert_array_equal(w.value, 2)

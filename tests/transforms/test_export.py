@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -17,6 +18,7 @@ from models import Net
 from sortal.errors import ArgumentError
 
 X = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
+DEVICE = jax.devices()[0]
 
 
 def again(exported):
@@ -130,3 +132,28 @@ def test_another_model_or_layout_is_refused_before_anything_is_written():
         exported.call(Net(), X, X)
     with pytest.raises(ArgumentError, match="no function that"):
         sortal.Exported.deserialize(b"something else")
+
+
+@pytest.mark.parametrize("args", [(Net(), X), (X,)])
+def test_jaxs_own_export_of_a_jitted_function_is_refused_with_what_to_write(args):
+    f = sortal.jit(lambda *args: args[-1] * 2)
+    with pytest.raises(ArgumentError, match=r"(?s)sortal\.export\(f\)\(\.\.\.\)"):
+        jax.export.export(f)(*args)
+    placed = sortal.jit(f, out_shardings=jax.sharding.SingleDeviceSharding(DEVICE))
+    with pytest.raises(ArgumentError, match=r"sortal\.export"):
+        jax.export.export(placed)(*args)
+    with pytest.raises(ArgumentError, match=r"sortal\.export"):
+        jax.export.export(sortal.jit(Net.__call__).__get__(Net()))(X)
+
+
+def test_jaxs_own_export_of_a_jax_function_of_models_goes_on_working():
+    model = sortal.Linear(3, 2, rngs=sortal.Rngs(0))
+    made = jax.export.export(jax.jit(lambda m, x: sortal.jit(lambda m: m(x))(m)))
+    np.testing.assert_allclose(made(model, X).call(model, X), model(X), rtol=1e-6)
+
+
+def test_a_traced_function_is_lowered_and_compiled_as_of_jax():
+    traced = sortal.jit(lambda x: x * 2).trace(X)
+    assert traced.fun_name == "<lambda>"
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.multiply" in text

@@ -538,7 +538,7 @@ def test_leaves_that_lack_their_axis_are_all_listed(value: Any) -> None:
 
 def test_leaves_of_other_lengths_are_named_by_path() -> None:
     model = Holder(a=Param(jnp.ones(4)), b=Cache(jnp.ones(3)))
-    with pytest.raises(ValueError, match="inconsistent sizes") as e:
+    with pytest.raises(ValueError, match="must have one size") as e:
         sortal.vmap(lambda m: m.a.value)(model)
     assert re.search(r"\ba\b.*float32\[4\]", str(e.value))
     assert re.search(r"\bb\b.*float32\[3\]", str(e.value))
@@ -651,7 +651,7 @@ def test_a_module_passed_in_comes_back_as_itself() -> None:
         m.w[...] += 1
         return m, {"sub": m.sub, "w": m.w, "new": Holder(of=m.sub)}
 
-    out, rest = sortal.vmap(f, out_axes=0)(model)
+    out, rest = sortal.vmap(f)(model)
     assert out is model
     assert rest["sub"] is model.sub
     assert rest["w"] is model.w
@@ -1336,3 +1336,18 @@ def test_a_sharded_function_under_jit_is_traced_once() -> None:
     step(model, BATCH)
     assert len(traces) == seen <= 2
     assert int(model.n.value) == 3
+
+
+def test_streams_that_were_not_divided_are_to_be_divided_and_not_shared() -> None:
+    """With axis None each layer of the stack would draw the same kernel."""
+    with pytest.raises(AxisError) as e:
+        sortal.vmap(lambda rngs: sortal.Linear(2, 2, rngs=rngs))(sortal.Rngs(0))
+    assert str(e.value).splitlines() == [
+        "these leaves do not have the axis they are to be mapped over:",
+        "  default.count (RngCount): uint32[] has no axis 0",
+        "  default.key (RngKey): key<fry>[] has no axis 0",
+        "Divide random streams first, by @split_rngs(splits=n).",
+    ]
+    both = Holder(w=Param(1.0), rngs=sortal.Rngs(0))
+    with pytest.raises(AxisError, match=r"by @split_rngs.*\. Give them axis None"):
+        sortal.vmap(lambda model: None)(both)

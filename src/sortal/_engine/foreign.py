@@ -133,6 +133,11 @@ def register_variable(base: type, handler: VariableHandler) -> None:
     _found.clear()
 
 
+def variable_bases() -> tuple[type, ...]:
+    """The classes that all Variables of the libraries registered so far derive from."""
+    return tuple(_handlers)
+
+
 def handler_of_kind(kind: type) -> VariableHandler | None:
     """The handler for Variables of a class; None where no other library has it."""
     try:
@@ -147,6 +152,11 @@ def handler_of_kind(kind: type) -> VariableHandler | None:
 def pair(ours: type, theirs: type) -> None:
     """Makes two kinds count as one, so that filters by either take both."""
     _twins[ours], _twins[theirs] = theirs, ours
+
+
+def twin(kind: type) -> type:
+    """The kind that is paired with ``kind``; itself where there is none."""
+    return _twins.get(kind, kind)
 
 
 def ancestry(kind: type) -> Iterator[type]:

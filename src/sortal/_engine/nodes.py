@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 import enum
+import functools
 import itertools
 import operator
 import types
@@ -16,11 +17,12 @@ import jax
 import numpy as np
 
 from sortal._engine import paths
-from sortal._engine.foreign import note_class
+from sortal._engine.foreign import note_class, register_library_of
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable, static_key
 from sortal._engine.variable import foreign_write, is_variable
+from sortal.errors import StructureError
 
 
 class Child(enum.IntEnum):
@@ -60,6 +62,12 @@ class Node:
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
+        slots = vars(cls).get("__slots__")
+        if slots:
+            raise StructureError(
+                f"class {cls.__name__} has __slots__, {slots!r}, in which no transform "
+                "finds an attribute; leave them out."
+            )
         note_class(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -433,6 +441,19 @@ def handler_of(obj: Any) -> Any:
         return found
 
 
+def is_node_class(cls: type) -> bool:
+    """Whether all objects of a class are nodes, so that none is ever a leaf.
+
+    Args:
+      cls: any class.
+
+    Returns:
+      True for classes that are registered, and those derived from them.
+    """
+    register_library_of(cls)
+    return any(base in _registry for base in cls.__mro__)
+
+
 def is_root(x: Any) -> bool:
     """Whether transforms carry ``x`` as a whole: a Variable, or an object of kinds.
 
@@ -495,6 +516,13 @@ def is_static_value(obj: Any, handler: Any) -> bool:
             return False
     # What is refused makes it a node, so that the culprit in it has its own path.
     return is_hashable(obj)
+
+
+@functools.cache
+def class_state(cls: type) -> Mapping[str, str]:
+    """Class attributes that hold Variables or Modules, by name, with their type's."""
+    found = {k: x for base in reversed(cls.__mro__) for k, x in vars(base).items()}
+    return {name: type(x).__name__ for name, x in found.items() if is_root(x)}
 
 
 def hidden_state(obj: Any) -> str:

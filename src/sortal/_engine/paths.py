@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import re
 import types
 from collections.abc import Callable, Hashable, Iterable
@@ -142,7 +143,21 @@ def glob(pattern: str, below: bool = False) -> Callable[[str], bool]:
         *inner, last = middle
         regex += "".join(f"(?>{skip}?{run})" for run in inner if run) + skip + last
     fits = re.compile(regex, re.DOTALL).fullmatch
-    return lambda text: fits(text) is not None
+    # Most paths fail by what is plain at either end, which is compared faster.
+    start, end = _plain_start(entries), _plain_end(entries)
+    return lambda text: (
+        text.startswith(start) and text.endswith(end) and fits(text) is not None
+    )
+
+
+def _plain_start(entries: list[list[str]]) -> str:
+    plain = itertools.takewhile(lambda entry: len(entry) == 1, entries)
+    return joined(tuple(text for (text,) in plain))
+
+
+def _plain_end(entries: list[list[str]]) -> str:
+    plain = itertools.takewhile(lambda entry: len(entry) == 1, reversed(entries))
+    return joined(tuple(text for (text,) in plain)[::-1])
 
 
 def _entries(pattern: str) -> list[list[str]]:

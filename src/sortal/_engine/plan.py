@@ -139,6 +139,12 @@ class Plan:
                 return False
         return True
 
+    def same(self, root: Any) -> bool:
+        """As ``valid``, without trust in notes: everything is compared."""
+        records = (*self._noting, *self._silent)
+        metadata = [x._metadata for x in self._variables]
+        return metadata == self._metadata and all(r.same(root) for r in records)
+
     def _unedited(self, root: Any) -> bool:
         if [x._metadata for x in self._variables] != self._metadata:
             return False
@@ -300,26 +306,36 @@ def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> An
     """
     leaves = graphdef.build_leaves(values, metadata)
     root, nodes = graphdef.build(leaves)
-    known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
     as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
-    raw = (x for x, kind in zip(leaves, graphdef.schema.kinds, strict=True) if not kind)
-    if known and as_described and all(handler_of(x) is LEAF for x in raw):
-        plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
-        plan.watch(root)
-        _keep(root, (plan,))
+    if as_described and isinstance(root, Node):
+        plan = plan_of_built(graphdef, root, nodes, leaves)
+        if plan is not None:
+            _keep(root, (plan,))
     return root
 
 
+def plan_of_built(
+    graphdef: GraphDef, root: Any, nodes: Sequence[Any], leaves: Sequence[Any]
+) -> Plan | None:
+    """The plan of what ``graphdef.build`` returned; None where only a walk can tell."""
+    known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
+    raw = (x for x, kind in zip(leaves, graphdef.schema.kinds, strict=True) if not kind)
+    if not known or any(handler_of(x) is not LEAF for x in raw):
+        return None
+    plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
+    plan.watch(root)
+    return plan
+
+
 def _built_as_walked(graphdef: GraphDef) -> bool:
-    """Whether this is a Node whose objects are surely built as they were walked.
+    """Whether these are objects that are surely built as they were walked.
 
     That holds for our own objects and Python's own containers. What another type does
     when it is filled or built only a walk can tell.
     """
     classes = [record.cls for record in graphdef.records]
     others = {x for x in classes if not issubclass(x, Node)}
-    of_python = others <= {list, dict, tuple, types.MethodType}
-    return of_python and bool(classes) and classes[0] not in others
+    return bool(classes) and others <= {list, dict, tuple, types.MethodType}
 
 
 def has_plan(root: Any) -> bool:

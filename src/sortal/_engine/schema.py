@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sortal._engine.paths import Path, show
+import jax
+import numpy as np
+
+from sortal._engine.foreign import handler_of_kind, variable_bases
+from sortal._engine.paths import Path, joined, show
 from sortal._engine.statics import EMPTY, Interned, Metadata
+from sortal._engine.variable import Variable
 from sortal.errors import FilterError, listing
-from sortal.filters import Everything, Filter, Nothing, to_filter
+from sortal.filters import (
+    All,
+    Any_,
+    At,
+    Everything,
+    Filter,
+    Not,
+    Nothing,
+    OfType,
+    Under,
+    leaf_filter,
+    parts,
+    to_filter,
+)
 
 Kind = type | None
 
@@ -42,6 +60,12 @@ class Schema(Interned):
     def index(self) -> dict[Path, int]:
         """Path to position."""
         return self.memo("index", lambda: {p: i for i, p in enumerate(self.paths)})
+
+    @property
+    def has_foreign(self) -> bool:
+        """Whether some of the leaves are Variables of another library."""
+        kinds = filter(None, self.kinds)
+        return self.memo("foreign", lambda: any(map(handler_of_kind, kinds)))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -118,7 +142,8 @@ def select(
       The Selection, kept with the schema where structure alone decides.
 
     Raises:
-      FilterError: a literal is no filter, or an earlier filter swallows a later one.
+      FilterError: a literal is no filter, an earlier filter swallows a later one, or a
+        class is neither a kind, a base of kinds or a type of array, nor that of a leaf.
     """
     filters = tuple(map(to_filter, literals))
     if all(f.structural for f in filters):
@@ -129,21 +154,107 @@ def select(
 def _divide(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> Selection:
-    takes = [
-        frozenset(i for i, row in enumerate(schema.rows(leaves)) if f.test(*row))
-        for f in filters
-    ]
+    _check_classes(schema, filters, leaves)
+    takes = [taken(f, schema, leaves) for f in filters]
     _check_order(filters, takes)
-    rest = range(len(schema))
+    rest = set(range(len(schema)))
     parts = []
-    for taken in takes:
-        mine = tuple(i for i in rest if i in taken)
+    for found in takes:
+        mine = tuple(sorted(found & rest))
         parts.append((schema.pick(mine), mine))
-        rest = [i for i in rest if i not in taken]
-    return Selection(tuple(parts), tuple(rest))
+        rest -= found
+    return Selection(tuple(parts), tuple(sorted(rest)))
 
 
-def _check_order(filters: tuple[Filter, ...], takes: list[frozenset[int]]) -> None:
+def taken(f: Filter, schema: Schema, leaves: Sequence[Any] | None) -> set[int]:
+    """The positions of the leaves that a filter takes.
+
+    Args:
+      f: the filter.
+      schema: the leaves.
+      leaves: the leaves themselves; None for filters that structure decides.
+
+    Returns:
+      The positions for which ``f.test`` is true.
+    """
+    paths, kinds, metadata = schema.paths, schema.kinds, schema.metadata
+    values = leaves if leaves is not None else [None] * len(schema)
+    texts = schema.memo("texts", lambda: list(map(joined, schema.paths)))
+
+    def among(f: Any, at: set[int]) -> set[int]:
+        # Exact types, because a subclass may test otherwise. What `test` would not be
+        # asked, because an earlier part of a filter has decided, is not asked here.
+        kind = type(f)
+        if kind is Any_ and Everything() in f.filters:
+            return at
+        if kind is Any_:
+            left = at
+            for part in f.filters:
+                left = left - among(part, left)
+            return at - left
+        if kind is All:
+            for part in f.filters:
+                at = among(part, at)
+            return at
+        if kind is Not:
+            return at - among(f.filters[0], at)
+        if kind is At or kind is Under:
+            fits = f.fits()
+            return {i for i in at if fits(texts[i])}
+        return {i for i in at if f.test(paths[i], kinds[i], metadata[i], values[i])}
+
+    return among(f, set(range(len(schema))))
+
+
+def _check_classes(
+    schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
+) -> None:
+    """Refuses classes that can take nothing, in any model or but for a leaf of this."""
+    for f in filters:
+        leaf_filter(f)
+    named = (f.type for f in parts(filters) if isinstance(f, OfType))
+    odd = [cls for cls in named if not _takes_by_itself(cls)]
+    if not odd:
+        return
+    values = [x for _, kind, _, x in schema.rows(leaves) if kind is None]
+    idle = [c.__name__ for c in odd if not any(_is_instance(x, c) for x in values)]
+    if idle:
+        raise FilterError(
+            f"{', '.join(idle)}: no kind, and none of the {len(schema)} leaves is one, "
+            "so that it takes nothing. Name a kind such as Param, or a type of array "
+            "such as jax.Array."
+        )
+
+
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+def _takes_by_itself(cls: type) -> bool:
+    """Whether it is a kind, a base of a kind there is, or about types of arrays."""
+    if issubclass(cls, Variable) or handler_of_kind(cls) is not None:
+        return True
+    try:
+        return (
+            issubclass(cls, _ARRAYS)
+            or any(issubclass(array, cls) for array in _ARRAYS)
+            or _derives(cls, (Variable, *variable_bases()))
+        )
+    except TypeError:  # a protocol that no class can be asked for
+        return False
+
+
+def _derives(cls: type, kinds: Iterable[type]) -> bool:
+    return any(issubclass(k, cls) or _derives(cls, k.__subclasses__()) for k in kinds)
+
+
+def _is_instance(x: Any, cls: type) -> bool:
+    try:
+        return isinstance(x, cls)
+    except TypeError:
+        return False
+
+
+def _check_order(filters: tuple[Filter, ...], takes: list[set[int]]) -> None:
     """Refuses a filter for which an earlier one leaves nothing, whatever the leaves."""
     for n, later in enumerate(filters):
         last = n == len(filters) - 1 and isinstance(later, Everything)

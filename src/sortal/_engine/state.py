@@ -52,8 +52,10 @@ class _Stored:
     def schema(self) -> Schema:
         """Paths, kinds and metadata, as they are now."""
         cells, boxed = self._cells
-        if boxed and self._checked != edits.last:
-            now, old = edits.last, self._schema
+        old = self._schema
+        # Variables of other libraries note no edit, and so are looked at each time.
+        if boxed and (self._checked != edits.last or old.has_foreign):
+            now = edits.last
             kinds, metadata = _kinds(cells)
             if kinds != old.kinds or metadata != old.metadata:
                 self._schema = Schema.of(old.paths, kinds, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any, NamedTuple
 
 _WIDTH = 80
@@ -126,3 +127,39 @@ def html(*tables: Table) -> str:
         inline_styles=True,
         code_format="<pre style='line-height:1.3;white-space:pre'>{code}</pre>",
     )
+
+
+# ------------------------------------------------------------------ numbers
+def nbytes(x: Any) -> int:
+    """The bytes of an array, real or abstract, or of a number; of other objects 0.
+
+    Example:
+      >>> import numpy as np
+      >>> nbytes(np.ones((2, 3), np.float16)), nbytes(1.5), nbytes("text")
+      (12, 4, 0)
+    """
+    dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", None)
+    if dtype is not None and shape is not None:
+        return math.prod(shape) * dtype.itemsize
+    if isinstance(x, (bool, int, float, complex)):
+        import jax.numpy as jnp
+
+        return jnp.result_type(x).itemsize
+    return 0
+
+
+def size(count: int) -> str:
+    """A number of bytes with a unit.
+
+    Example:
+      >>> size(512), size(20_480), size(3 * 10**9)
+      ('512 B', '20.5 kB', '3.0 GB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    scaled, units = float(count), iter("kMGTPE")
+    for unit in units:
+        scaled /= 1000
+        if scaled < 999.95 or unit == "E":
+            break
+    return f"{scaled:.1f} {unit}B"

@@ -15,7 +15,12 @@ from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.operators import ArrayOperators, plain, with_item
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
-from sortal.errors import TraceError, VariableAttributeError, VariableError
+from sortal.errors import (
+    TraceError,
+    UpdateError,
+    VariableAttributeError,
+    VariableError,
+)
 from sortal.sharding.mesh_axes import placed
 
 A = TypeVar("A")
@@ -62,7 +67,7 @@ class Variable(ArrayOperators, Generic[A]):
     __array_priority__ = 100
 
     def __init__(self, value: A, **metadata: Any):
-        if isinstance(value, Variable):
+        if is_variable(value):
             raise VariableError(
                 f"{type(self).__name__}(...) was given a {type(value).__name__}; a "
                 "Variable holds a plain value. Write "
@@ -133,7 +138,7 @@ class Variable(ArrayOperators, Generic[A]):
         """
         if index is not _MISSING:
             value = with_item(self._value, index, value)
-        if isinstance(value, Variable):
+        if is_variable(value):
             raise VariableError(
                 f"the value of a {type(self).__name__} cannot be a "
                 f"{type(value).__name__}. Write variable.value = other.value."
@@ -154,7 +159,12 @@ class Variable(ArrayOperators, Generic[A]):
 
     def __setitem__(self, index: Any, new: Any) -> None:
         self._check_writable()
-        write(self, with_item(self._value, index, new))
+        try:
+            value = with_item(self._value, index, new)
+        except ValueError as error:
+            _refuse_shape(self, index, new, error)
+            raise
+        write(self, value)
 
     def replace(self, value: Any = _MISSING, **metadata: Any) -> Variable[Any]:
         """A new Variable of the same kind with another value or more metadata.
@@ -401,6 +411,25 @@ def _read_by_method(kind: Any) -> None:
 def _write_by_method(kind: Any) -> None:
     """Makes a write to a part call the kind's own ``set_value``."""
     kind.__setitem__ = lambda self, at, new: self.set_value(plain(new), index=at)
+
+
+def _refuse_shape(
+    variable: Variable[Any], index: Any, new: Any, cause: Exception
+) -> None:
+    """Says so where a write failed because the shapes do not broadcast."""
+    try:
+        part = np.shape(variable._value[index])
+        fits = np.broadcast_shapes(part, np.shape(plain(new))) == part
+    except ValueError:
+        fits = False
+    if not fits:
+        at = "..." if index is Ellipsis else "index"
+        old = f"{type(variable).__name__}({describe(variable._value)})"
+        raise UpdateError(
+            f"{describe(plain(new))} cannot be written to {old}[{at}], a part of shape "
+            f"{list(part)}: a write by index broadcasts, and keeps the shape. Write "
+            "variable.value = x to replace the value."
+        ) from cause
 
 
 def describe(value: Any) -> str:

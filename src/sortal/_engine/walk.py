@@ -123,6 +123,13 @@ class Walk:
                 f"{', '.join(obj.__dict__)}, which copies of a {type(obj).__base__} "
                 "do not keep; derive it from sortal.Module"
             )
+        for name, kind in _nodes.class_state(type(obj)).items():
+            if name not in handler.items(obj):
+                self._bad.append(
+                    f"{show((*path, name))}: a {kind} in the class "
+                    f"{type(obj).__name__}, where it is part of no model; set it in "
+                    f"__init__, as self.{name} = ..."
+                )
         self.nodes.append(obj)
         self._records.append(None)
         children = iter(handler.items(obj).items())

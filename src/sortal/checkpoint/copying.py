@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from sortal.checkpoint import files
+from sortal.checkpoint import disk, files
 from sortal.checkpoint.manifest import Manifest
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.verifying import read_step, verify
@@ -44,7 +44,7 @@ def copy_step(
         raise DamagedError(
             f"{folder} is damaged; nothing was copied:\n{listing(faults)}"
         )
-    lock = files.Lock(directory)
+    lock = disk.Lock(directory)
     try:
         refuse_existing(directory, manifest.step)
         new = manifest._replace(folder=files.new_folder(directory, kept=False))
@@ -53,7 +53,7 @@ def copy_step(
             try:
                 _copy(folder / manifest.folder, to / new.folder, new)
                 if any(leaf.passing for leaf in new.leaves):
-                    files.write_file(files.mark(to, new.folder), b"")
+                    disk.write_file(to / files.mark(new.folder), b"")
                 files.commit(directory, new)
             except BaseException:
                 shutil.rmtree(to / new.folder, ignore_errors=True)
@@ -65,7 +65,7 @@ def copy_step(
 
 def _copy(old: Path, new: Path, manifest: Manifest) -> None:
     folders = {new, new.parent, new.parent.parent}
-    syncs = files.Syncs()
+    syncs = disk.Syncs()
     try:
         for name in manifest.files:
             to = new / name
@@ -78,7 +78,7 @@ def _copy(old: Path, new: Path, manifest: Manifest) -> None:
     if faults:
         raise faults[0]
     for folder in folders:
-        files.sync(folder)
+        disk.sync(folder)
     reader = Reader(new, manifest)
-    if odd := [f"{n}: {fault}" for n in manifest.files if (fault := reader.fault(n))]:
-        raise OSError(f"the copy differs:\n{listing(odd)}")
+    if odd := reader.faults(manifest.files):
+        raise OSError(f"the copy differs:\n{listing(map(': '.join, odd.items()))}")

@@ -1,23 +1,24 @@
-"""Files on disk: commit by rename, fsync, the lock of a directory, and clean-up."""
+"""The files of steps: which there are, what counts, commits, deletions and clean-up.
+
+A directory is a path on disk or an address in an object store; ``disk`` and ``bucket``
+have what differs between them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import queue
 import re
 import secrets
-import shutil
-import socket
-import stat
-import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
+from sortal.checkpoint import bucket, disk
 from sortal.checkpoint import manifest as _manifest
+from sortal.checkpoint.bucket import Address
 from sortal.checkpoint.manifest import Manifest
 from sortal.errors import (
     ArgumentError,
@@ -25,10 +26,10 @@ from sortal.errors import (
     DamagedError,
     NoCheckpointError,
     SaveError,
-    WriterError,
 )
 
-LOCK = ".lock"
+Location = Path | Address
+"""A directory or file: on disk, or in an object store."""
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 _FOLDER = re.compile(r"arrays-(?:([0-9a-f]{12})-[0-9a-f]{8}(-kept)?|[0-9a-f]{16})")
 _BESIDE = re.compile(
@@ -37,13 +38,18 @@ _BESIDE = re.compile(
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
-def new_folder(directory: Path, kept: bool) -> str:
+def on(at: Location) -> Any:
+    """What reads and writes there: the module ``disk`` or ``bucket``."""
+    return bucket if isinstance(at, Address) else disk
+
+
+def new_folder(directory: Location, kept: bool) -> str:
     """A new name for the folder that holds the arrays of one save.
 
     It has the number of the save in this directory, so that the order of saves is known
     without a clock, and says whether a ``Checkpoints`` saved it and may delete it.
     """
-    names = (name for step in _folders(directory) for name in _arrays(step))
+    names = (name for inside in _tree(directory).values() for name in _arrays(inside))
     number = max(map(_number, names), default=-1) + 1
     number = min(max(number, 0), (1 << 48) - 1)
     return f"arrays-{number:012x}-{secrets.token_hex(4)}{'-kept' if kept else ''}"
@@ -55,24 +61,42 @@ def _number(folder: str) -> int:
     return int(found[1], 16) if found and found[1] else -1
 
 
+def located(path: Any) -> Location:
+    """The directory of a checkpoint from the user: a path, or an address.
+
+    Addresses are those of object stores, ``s3://bucket/key`` and ``gs://bucket/key``,
+    and ``file:///path``.
+    """
+    if isinstance(path, Address):
+        return path
+    text = _text(path)
+    if text.startswith("file:///"):
+        return local(unquote(urlsplit(text).path))
+    return Address.of(text) or local(path)
+
+
+def _text(path: Any) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise ArgumentError(
+            "a directory or file is a string or a path; found a "
+            f"{type(path).__name__}. It comes first, before the model."
+        ) from None
+
+
 def local(path: Any) -> Path:
     """A path from the user as an absolute one.
 
     Addresses such as ``gs://...`` are refused: as a path, one would make a local folder
     of that name.
     """
-    try:
-        text = os.fsdecode(path)
-    except TypeError:
-        raise ArgumentError(
-            "a directory or file is a string or a path; found a "
-            f"{type(path).__name__}. It comes first, before the model."
-        ) from None
+    text = _text(path)
     if _URL.match(text):
         raise ArgumentError(
-            f"checkpoints and files are read and written by the file system; found the "
-            f"address {text!r}. Use a local folder and copy it, or one where the "
-            "storage is mounted."
+            f"this is read and written by the file system; found the address {text!r}. "
+            "Use a local folder and copy it, or one where the storage is mounted. "
+            "Checkpoints may also be at s3://bucket/key and gs://bucket/key."
         )
     if "\0" in text:
         raise ArgumentError(f"a path has no zero bytes; found {text!r:.200}.")
@@ -109,93 +133,64 @@ class Step(NamedTuple):
     passing: bool
 
 
-def steps(directory: Path) -> list[int]:
+def steps(directory: Location) -> list[int]:
     """The committed steps in a directory, in rising order; none if there is no such."""
-    found = _folders(directory)
-    return sorted(int(p.name) for p in found if _is_file(p / _manifest.NAME))
+    return sorted(n for n, inside in _tree(directory).items() if _committed(inside))
 
 
-def by_age(directory: Path) -> list[Step]:
+def by_age(directory: Location) -> list[Step]:
     """The committed steps, from the one saved first to the one saved last.
 
     Steps of the first version, whose saves have no number, come first, by their own.
     """
-    found = []
-    for number in steps(directory):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # just deleted
-            found.append(_step(directory, number))
+    tree = _tree(directory).items()
+    found = [_step(directory, n, inside) for n, inside in tree if _committed(inside)]
     return sorted(found, key=lambda step: (_number(step.folder), step.number))
 
 
-def _step(directory: Path, number: int) -> Step:
-    path = directory / str(number)
-    folders = _arrays(path)
+def _step(directory: Location, number: int, inside: _Names) -> Step:
+    folders = _arrays(inside)
     folder = max(folders, key=_number, default="")
-    if len(folders) > 1:  # while it is being replaced, or a save was interrupted
+    # While it is replaced, after an interrupted save, or when its arrays are gone.
+    if len(folders) != 1:
         with contextlib.suppress(CheckpointError):
             folder = glance(directory, number)["folder"]
-    return Step(number, folder, folder.endswith("-kept"), _is_file(mark(path, folder)))
+    passing = inside.get(mark(folder)) is False
+    return Step(number, folder, folder.endswith("-kept"), passing)
 
 
-def _folders(directory: Path) -> list[Path]:
-    """The folders that have numbers of steps as names; links are none."""
+_Names = Mapping[str, bool | None]
+"""The names in a folder; True for a folder, False for a file, None for a link."""
+
+
+def _tree(directory: Location) -> dict[int, _Names]:
+    """What is in the folders that have numbers of steps as names; links are none."""
     try:
-        with os.scandir(directory) as found:
-            return [
-                directory / entry.name
-                for entry in found
-                if _STEP.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            ]
+        found = on(directory).tree(directory, _STEP.fullmatch)
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return {}
     except OSError as e:
         raise CheckpointError(f"{directory} cannot be read: {e}") from e
+    return {int(name): inside for name, inside in found.items()}
 
 
-def _arrays(step: Path) -> list[str]:
+def _committed(inside: _Names) -> bool:
+    return inside.get(_manifest.NAME) is False
+
+
+def _arrays(inside: _Names) -> list[str]:
     """The names of the folders of arrays in the folder of a step."""
-    with os.scandir(step) as found:
-        return [
-            entry.name
-            for entry in found
-            if _FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-        ]
+    return [n for n, is_folder in inside.items() if is_folder and _FOLDER.fullmatch(n)]
 
 
-def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, and no link."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False
-
-
-def step_of(folder: Path) -> int:
+def step_of(folder: Location) -> int:
     """The step number in the name of a folder."""
     if not _STEP.fullmatch(folder.name):
         raise DamagedError(f"{folder} does not have the number of a step as its name.")
     return int(folder.name)
 
 
-def open_file(file: Path) -> int:
-    """A descriptor of a regular file; others, which may block, are an OSError."""
-    at = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(at).st_mode):
-        return at
-    os.close(at)
-    raise OSError(errno.EINVAL, "not a regular file")
-
-
-def read_file(file: Path) -> bytes:
-    """The bytes of a regular file, no larger than any manifest."""
-    with os.fdopen(open_file(file), "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size > _manifest.LARGEST:
-            raise OSError(errno.EFBIG, f"larger than any manifest: {size:,} bytes")
-        return opened.read()
-
-
-def read_manifest(directory: Path, step: int) -> Manifest:
+def read_manifest(directory: Location, step: int) -> Manifest:
     """The manifest of a committed step; refuses one of another step."""
     file = directory / str(step) / _manifest.NAME
     manifest = _manifest.from_bytes(_manifest_bytes(directory, step), str(file))
@@ -203,7 +198,7 @@ def read_manifest(directory: Path, step: int) -> Manifest:
     return manifest
 
 
-def glance(directory: Path, step: int) -> dict[str, Any]:
+def glance(directory: Location, step: int) -> dict[str, Any]:
     """The JSON of a step's manifest; its bytes are those that were written.
 
     Much faster than ``read_manifest``, which also checks that it does not contradict
@@ -215,10 +210,10 @@ def glance(directory: Path, step: int) -> dict[str, Any]:
     return body
 
 
-def _manifest_bytes(directory: Path, step: int) -> bytes:
+def _manifest_bytes(directory: Location, step: int) -> bytes:
     file = directory / str(step) / _manifest.NAME
     try:
-        return read_file(file)
+        return on(file).read(file)
     except (FileNotFoundError, NotADirectoryError):
         found = ", ".join(map(str, steps(directory))) or "none"
         raise NoCheckpointError(
@@ -228,7 +223,7 @@ def _manifest_bytes(directory: Path, step: int) -> bytes:
         raise DamagedError(f"{file} cannot be read: {e}") from e
 
 
-def _check_names(file: Path, step: int, found: Any, folder: Any) -> None:
+def _check_names(file: Location, step: int, found: Any, folder: Any) -> None:
     if found != step:
         raise DamagedError(
             f"{file.parent} holds step {found}: it was renamed or copied. Give it "
@@ -240,107 +235,28 @@ def _check_names(file: Path, step: int, found: Any, folder: Any) -> None:
         )
 
 
-def is_whole(directory: Path, step: Step) -> bool:
+def is_whole(directory: Location, step: Step) -> bool:
     """Whether the manifest is readable and all files are there in their sizes."""
     try:
         body = glance(directory, step.number)
         root = directory / str(step.number) / body["folder"]
-        expected = {root / name: size for name, (size, _) in body["files"].items()}
-        found = {file: file.lstat() for file in (root, *expected)}
+        sizes = {name: size for name, (size, _) in body["files"].items()}
+        return not on(root).absent(root, sizes)
     except (CheckpointError, OSError, TypeError, ValueError):
         return False
-    return stat.S_ISDIR(found[root].st_mode) and all(
-        stat.S_ISREG(found[file].st_mode) and found[file].st_size == size
-        for file, size in expected.items()
-    )
 
 
-# ------------------------------------------------------------------------ durability
-def sync(path: Path) -> None:
-    """Calls fsync on a file, or on a folder for the names of its files."""
-    at = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)
-
-
-class Syncs:
-    """Calls fsync on many paths from four threads, while more files are being written.
-
-    File systems group fsyncs that arrive together. The threads are plain ones, because
-    ``concurrent.futures`` takes no work once the main thread has ended, and a save may
-    outlive it. Where no thread can be started, ``finish`` does the work. Nothing waits
-    for a thread if ``finish`` is never called, as after an interrupt.
-    """
-
-    def __init__(self) -> None:
-        self._paths: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
-        self._faults: list[BaseException] = []
-        self._threads: list[threading.Thread] = []
-        with contextlib.suppress(RuntimeError):  # no more threads
-            for _ in range(4):
-                thread = threading.Thread(target=self._work, daemon=True)
-                thread.start()
-                self._threads.append(thread)
-
-    def _work(self) -> None:
-        while (path := self._paths.get()) is not None:
-            try:
-                sync(path)
-            except BaseException as e:  # noqa: BLE001 - none may pass for a sync
-                self._faults.append(e)
-
-    def add(self, path: Path) -> None:
-        """Queues a path."""
-        self._paths.put(path)
-
-    def finish(self) -> list[BaseException]:
-        """Waits for all; returns the errors."""
-        for _ in self._threads or (None,):
-            self._paths.put(None)
-        if not self._threads:
-            self._work()
-        for thread in self._threads:
-            thread.join()
-        return self._faults
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Writes and fsyncs a new file; its name needs a ``sync`` of the folder."""
-    with file.open("xb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A new file that replaces ``path`` once the block has written all of it."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}{suffix}")
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as e:
-        raise SaveError(f"writing {path} failed: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def commit(directory: Path, manifest: Manifest) -> None:
-    """Makes a step count, by renaming its manifest into place.
+# ---------------------------------------------------------------------------- commit
+def commit(directory: Location, manifest: Manifest) -> None:
+    """Makes a step count, by putting its manifest into place.
 
     Readers find either the old manifest or this one. The arrays are on disk before.
     """
-    folder = directory / str(manifest.step)
-    temporary = unfinished(folder, manifest)
-    temporary.unlink(missing_ok=True)
-    write_file(temporary, _manifest.to_bytes(manifest))
-    temporary.replace(folder / _manifest.NAME)
+    folder, data = directory / str(manifest.step), _manifest.to_bytes(manifest)
+    temporary = unfinished(manifest.folder)
+    on(folder).publish(folder / _manifest.NAME, temporary, data)
     try:
-        sync(folder)
+        on(folder).sync(folder)
     except OSError as e:
         raise SaveError(
             f"step {manifest.step} is saved to {directory} and can be restored, but "
@@ -348,40 +264,46 @@ def commit(directory: Path, manifest: Manifest) -> None:
         ) from e
 
 
-def unfinished(folder: Path, manifest: Manifest) -> Path:
+def unfinished(folder: str) -> str:
     """Where a manifest is written before it is renamed."""
-    return folder / f".manifest-{manifest.folder.removeprefix('arrays-')}"
+    return f".manifest-{folder.removeprefix('arrays-')}"
 
 
-def mark(step: Path, folder: str) -> Path:
+def mark(folder: str) -> str:
     """The file that says of a save that some of its leaves go at the next one."""
-    return step / f".last-{folder.removeprefix('arrays-')}"
+    return f".last-{folder.removeprefix('arrays-')}"
 
 
-def forget(directory: Path, step: int) -> None:
+def discard(directory: Location, step: int, folder: str) -> None:
+    """Removes what a save has written that was not committed, as far as it can be."""
+    path = directory / str(step)
+    for name in (folder, unfinished(folder), mark(folder)):
+        with contextlib.suppress(OSError):
+            on(path).remove(path / name)
+    on(path).remove_empty(path)
+
+
+def forget(directory: Location, step: int) -> None:
     """Deletes a step: its manifest first, so that it no longer counts."""
     folder = directory / str(step)
-    (folder / _manifest.NAME).unlink()
-    sync(folder)
-    clean_step(folder, keep=None)
+    on(folder).remove(folder / _manifest.NAME)
+    on(folder).sync(folder)
+    clean_step(directory, step, keep=None)
 
 
-def clean(directory: Path) -> None:
+def clean(directory: Location) -> None:
     """Removes what interrupted saves and deletions left, and nothing else.
 
     What cannot be removed is left, with a warning.
     """
-    for folder in _folders(directory):
-        committed = os.path.lexists(folder / _manifest.NAME)
+    for step, inside in _tree(directory).items():
+        keep, ours = None, list(filter(is_ours, inside))
         try:
-            ours = [p.name for p in folder.iterdir() if is_ours(p.name)]
-            if committed:
-                if sum(map(bool, map(_FOLDER.fullmatch, ours))) == len(ours) == 1:
+            if _manifest.NAME in inside:
+                if len(_arrays(inside)) == len(ours) == 1:
                     continue
-                keep = read_manifest(directory, int(folder.name)).folder
-            else:
-                keep = None
-            clean_step(folder, keep)
+                keep = read_manifest(directory, step).folder
+            clean_step(directory, step, keep)
         except CheckpointError:
             continue  # its folder is not known, so everything is kept
         except OSError as e:
@@ -391,112 +313,28 @@ def clean(directory: Path) -> None:
             )
 
 
-def clean_step(folder: Path, keep: str | None) -> None:
+def clean_step(directory: Location, step: int, keep: str | None) -> None:
     """Removes what saves made in a step but ``keep``; an empty step goes too."""
-    kept = () if keep is None else (keep, mark(folder, keep).name)
-    for path in list(folder.iterdir()):
-        if path.name not in kept and is_ours(path.name):
-            remove(path)
+    folder = directory / str(step)
+    kept = () if keep is None else (keep, mark(keep))
+    for name in on(directory).tree(directory, str(step).__eq__).get(str(step), ()):
+        if name not in kept and is_ours(name):
+            on(folder).remove(folder / name)
     if keep is None:
-        with contextlib.suppress(OSError):  # it holds files that are not ours
-            folder.rmdir()
-    sync(folder.parent)
+        on(folder).remove_empty(folder)
+    on(directory).sync(directory)
 
 
-def remove(path: Path) -> None:
-    """Removes a file, a link, or a folder with what is in it; follows no link."""
-    if stat.S_ISDIR(path.lstat().st_mode):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def remove_arrays(root: Path, keep: Iterable[str]) -> None:
+def remove_arrays(root: Location, keep: Iterable[str]) -> None:
     """Removes the arrays in a folder of arrays, but those named."""
-    kept = {root / name for name in keep}
-    for group in list(root.iterdir()):
-        if stat.S_ISDIR(group.lstat().st_mode):
-            for path in list(group.iterdir()):
-                if path not in kept and stat.S_ISDIR(path.lstat().st_mode):
-                    remove(path)
+    there = (name.rpartition("/")[0] for name in on(root).names(root))
+    for name in sorted({x for x in there if "/" in x} - set(keep)):
+        on(root).remove(root / name)
 
 
 def is_ours(name: str) -> bool:
     """Whether only a save gives this name to a file in the folder of a step."""
     return bool(_FOLDER.fullmatch(name) or _BESIDE.fullmatch(name))
-
-
-# ---------------------------------------------------------------------------- writers
-class Lock:
-    """The lock of a directory's one writer; the system releases it if the owner dies.
-
-    Raises:
-      WriterError: another writer holds it.
-      SaveError: the directory cannot be made or written to.
-    """
-
-    def __init__(self, directory: Path):
-        self._path, self._process = directory / LOCK, os.getpid()
-        try:
-            made = [p for p in (directory, *directory.parents) if not p.exists()]
-            directory.mkdir(parents=True, exist_ok=True)
-            for folder in made:
-                sync(folder.parent)
-            self._file = self._open()
-        except OSError as e:
-            raise SaveError(f"cannot write to {directory}: {e}") from e
-        self._take(directory)
-        with contextlib.suppress(OSError):  # a full disk; the lock holds anyway
-            self._file.truncate(0)
-            me = f"process {os.getpid()} on {socket.gethostname()}\n"
-            self._file.write(me.encode())
-
-    def _open(self) -> Any:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        at = os.open(self._path, flags, 0o666)
-        if not stat.S_ISREG(os.fstat(at).st_mode):
-            os.close(at)
-            raise OSError(errno.EINVAL, f"{self._path} is not a regular file")
-        return os.fdopen(at, "r+b", buffering=0)
-
-    def _take(self, directory: Path) -> None:
-        import fcntl
-
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            owner = self._file.read(200).decode(errors="replace").strip() or "unknown"
-            self._file.close()
-            raise WriterError(
-                f"another writer is at work in {directory} ({owner}). One directory "
-                "has one writer: close the other Checkpoints, or save elsewhere."
-            ) from None
-        except OSError as e:
-            self._file.close()
-            raise SaveError(
-                f"{directory} is on a file system without locks (flock: {e.strerror}), "
-                "so that two writers could not be kept apart. Save to another one."
-            ) from e
-
-    @property
-    def holds(self) -> bool:
-        """Whether this process holds it, and the file is still in its directory."""
-        if self._file.closed or self._process != os.getpid():
-            return False
-        try:
-            there = os.lstat(self._path)
-        except OSError:
-            return False
-        return os.path.samestat(there, os.fstat(self._file.fileno()))
-
-    def release(self) -> None:
-        """Releases the lock, also where forked children have the file open."""
-        import fcntl
-
-        if not self._file.closed and self._process == os.getpid():
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._file.close()
 
 
 @contextlib.contextmanager

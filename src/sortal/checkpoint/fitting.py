@@ -18,8 +18,9 @@ from sortal._engine.schema import Schema, kind_name, select
 from sortal._engine.state import as_state
 from sortal._engine.statics import EMPTY
 from sortal._engine.variable import make
-from sortal.checkpoint.layout import aliases_of, encode_path, namesakes
-from sortal.checkpoint.manifest import Path
+from sortal.checkpoint.layout import aliases_of
+from sortal.checkpoint.manifest import Path, encode_path
+from sortal.checkpoint.taking import namesakes
 from sortal.checkpoint.values import (
     DTYPES,
     Array,

@@ -1,39 +1,39 @@
-"""What a save writes: the chosen leaves, their records, and where each array goes."""
+"""What a save writes: the records of leaves, and where each array goes."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import jax
-import numpy as np
 
 from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
-from sortal._engine.plan import bind
-from sortal._engine.schema import Schema, kind_name, select
+from sortal._engine.schema import kind_name
 from sortal._engine.variable import Variable
-from sortal.checkpoint.manifest import METADATA, Kind, Leaf, Path, Stored
+from sortal.checkpoint.manifest import (
+    METADATA,
+    Kind,
+    Leaf,
+    Path,
+    Stored,
+    encode_path,
+)
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
+from sortal.checkpoint.taking import Split, Taken
 from sortal.checkpoint.values import (
     DEPTH,
-    PLAIN,
+    RECORDS,
     Array,
     Place,
     Tree,
-    UnsavableError,
     arrays,
     describe,
     with_arrays,
 )
 from sortal.errors import SaveError, listing
-from sortal.filters import to_filter
-from sortal.policy.policy import Policy, answers
 
 
 class Layout(NamedTuple):
@@ -52,138 +52,33 @@ class Layout(NamedTuple):
     graphdef: str
 
 
-def lay_out(root: Any, only: Any, policy: Policy | None, pin: bool) -> Layout:
-    """Decides what is saved and where each array goes.
-
-    ``only`` is a filter or None. The policy's setting ``checkpoint`` is read. ``pin``
-    copies values, so that they stay as they are whatever the program does with the
-    model next.
-    """
-    plan = bind(root)
-    schema, values = plan.graphdef.schema, plan.values()
-    _refuse_statics(root)
-    chosen = range(len(schema))
-    if only is not None:
-        chosen = select(schema, (only,), plan.view).parts[0][1]
-    keep = answers("checkpoint", schema, policy, plan.view, default="keep")
-    chosen = [i for i in chosen if keep[i] != "drop"]
-    if len(schema) and not chosen:
-        what = "the policy" if only is None else f"only={to_filter(only)!r}"
-        raise SaveError(
-            f"nothing to save: {what} takes none of the {len(schema)} "
-            f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
-        )
-    trees, live = _leaf_values(schema, chosen, values)
-    kinds, number = _kinds([schema.kinds[i] for i in chosen])
-    place = _Places(pin)
+def lay_out(taken: Taken) -> Layout:
+    """Decides where each array goes. Touches no live object but arrays."""
+    graphdef, schema = taken.graphdef, taken.graphdef.schema
+    kinds, number = _kinds([schema.kinds[i] for i in taken.chosen])
+    place, data = _Places(), iter(taken.data)
     leaves = []
-    for i, tree in zip(chosen, trees, strict=True):
-        kind, passing = number[schema.kinds[i]], keep[i] == "keep-last"
-        path = encode_path(schema.paths[i])
-        group = kinds[kind].group
-        new = place.all(tree, live, group, path, passing)
-        metadata = {k: v for k, v in schema.metadata[i].items() if type(v) in METADATA}
+    for i, passing, value in zip(
+        taken.chosen, taken.passing, taken.values, strict=True
+    ):
+        kind, path = number[schema.kinds[i]], encode_path(schema.paths[i])
+        tree = value if type(value) in RECORDS else describe(value, [])
+        new = place.all(tree, data, kinds[kind].group, path, passing)
+        metadata = {}
+        if schema.metadata[i]:
+            items = schema.metadata[i].items()
+            metadata = {k: v for k, v in items if type(v) in METADATA}
         leaves.append(Leaf(path, kind, new, metadata, passing))
-    _refuse_namesakes(leaves)
-    _refuse_addresses([schema.paths[i] for i in chosen])
     return Layout(
         kinds,
         tuple(leaves),
-        aliases_of(plan.graphdef),
+        aliases_of(graphdef),
         place.stored(),
         place.packs,
         place.own,
         frozenset(place.shared),
-        fingerprint(plan.graphdef),
+        fingerprint(graphdef),
     )
-
-
-def _leaf_values(
-    schema: Schema, chosen: list[int], values: list[Any]
-) -> tuple[list[Tree], Iterator[Any]]:
-    """The records of leaves and their arrays; refuses all unsavable leaves at once."""
-    trees, live, faults = [], [], []
-    for i in chosen:
-        before = len(live)
-        try:
-            trees.append(describe(values[i], live))
-        except UnsavableError as e:
-            faults.append(f"{schema.describe(i)}: {e}")
-        if what := _not_there(live[before:]):
-            faults.append(f"{schema.describe(i)}: {what}")
-    if faults:
-        raise SaveError(
-            "a checkpoint holds arrays, Python scalars, strings, and pytrees of these; "
-            f"found:\n{listing(faults)}\nNothing was saved. Leave them out with only=, "
-            "or put them into metadata=."
-        )
-    return trees, iter(live)
-
-
-def _not_there(live: list[Any]) -> str:
-    for x in live:
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return "a shape without values"
-        if isinstance(x, jax.Array) and x.is_deleted():
-            return "its buffer was donated to a call and is gone"
-    return ""
-
-
-def _refuse_statics(root: Any) -> None:
-    """Refuses scalars in plain containers: they look saved, and are static."""
-    found: list[str] = []
-    seen: set[int] = set()
-    todo: list[tuple[Path, Any]] = [((), root)]
-    while todo:
-        path, x = todo.pop()
-        if type(x) in (dict, list, tuple):
-            if id(x) in seen:
-                continue
-            seen.add(id(x))
-        if type(x) is dict:
-            todo += [((*path, key), child) for key, child in x.items()]
-        elif type(x) in (list, tuple):
-            todo += [((*path, i), child) for i, child in enumerate(x)]
-        elif type(x) in PLAIN or isinstance(x, np.generic):
-            found.append(f"{show(path)}: {x!r:.60}")
-    if found:
-        raise SaveError(
-            "numbers and strings in plain containers are static, and checkpoints hold "
-            f"no static values; found:\n{listing(sorted(found))}\nPut them into "
-            "metadata=, or into Variables."
-        )
-
-
-def _refuse_namesakes(leaves: list[Leaf]) -> None:
-    """Keys other than strings and integers are stored as text, which may collide."""
-    if found := namesakes(leaf.path for leaf in leaves):
-        raise SaveError(
-            "several leaves have one path once their keys are text; found:\n"
-            f"{listing(found)}\nUse strings or integers as keys."
-        )
-
-
-def _refuse_addresses(paths: Iterable[Any]) -> None:
-    """A key whose text holds its address has another one in the next process."""
-    found = [
-        show(path)
-        for path in paths
-        if any(type(k) not in (str, int) and _ADDRESS.search(repr(k)) for k in path)
-    ]
-    if found:
-        raise SaveError(
-            "keys whose repr holds an address in memory, under which no other process "
-            f"would find them; found:\n{listing(found)}\nUse strings or integers as "
-            "keys, or give their class a __repr__."
-        )
-
-
-_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
-
-
-def namesakes(paths: Iterable[Any]) -> list[str]:
-    """The stored paths that occur more than once."""
-    return [show(path) for path, n in Counter(paths).items() if n > 1]
 
 
 # ------------------------------------------------------------------ kinds and paths
@@ -244,13 +139,6 @@ def free(name: str, taken: set[str]) -> str:
     return found
 
 
-def encode_path(path: Any) -> Path:
-    """A path as JSON can hold it: integers, strings, and other keys as text."""
-    return tuple(
-        k if type(k) in (str, int) else f"<{type(k).__name__}> {k!r}" for k in path
-    )
-
-
 def aliases_of(graphdef: GraphDef) -> tuple[tuple[Path, Path], ...]:
     """Pairs of an alias path and the first path of the same leaf or node."""
     return graphdef.memo("checkpoint aliases", lambda: _aliases(graphdef))
@@ -289,86 +177,56 @@ def fingerprint(graphdef: GraphDef) -> str:
 class _Places:
     """Assigns storage: small arrays go into packs, others are stored by themselves."""
 
-    def __init__(self, pin: bool):
+    def __init__(self) -> None:
         self.packs: dict[str, list[tuple[int, Any]]] = {}
         self.own: dict[str, list[Piece]] = {}
         self.shared: set[str] = set()
         self._ends: dict[str, int] = {}
         self._stored: dict[str, Stored] = {}
         self._names: set[str] = set()
-        self._pin = pin
 
     def all(
-        self, tree: Tree, live: Iterator[Any], group: str, path: Path, passing: bool
+        self, tree: Tree, data: Iterator[Any], group: str, path: Path, passing: bool
     ) -> Tree:
         """The value, with a place for each of its arrays."""
         if type(tree) is Array:
-            return self._place(tree, next(live), group, path, passing)
+            return self._place(tree, next(data), group, path, passing)
         new = [
-            self._place(array, next(live), group, path, passing)
+            self._place(array, next(data), group, path, passing)
             for array in arrays(tree)
         ]
         return with_arrays(tree, iter(new))
 
     def _place(
-        self, array: Array, live: Any, group: str, path: Path, passing: bool
+        self, array: Array, data: Any, group: str, path: Path, passing: bool
     ) -> Array:
         size = array.nbytes
         if size == 0:
             return array
-        whole, shard = _whole(live)
-        if whole is None or size >= SMALL:
+        if type(data) is Split or size >= SMALL:
             last = "~last" if passing else ""
             taken = (f"{group}/{x}" for x in ("packed", "packed~last", "zarr.json"))
             taken = self._names.union(map(str.casefold, taken))
             wanted = f"{group}/{file_name(show(path))}{last}"
             name = free(wanted, taken)
             self._names.add(name.casefold())
-            self._stored[name] = stored_array(array, shard)
-            self.own[name] = [self._held(piece) for piece in _pieces(live, whole)]
-            if whole is None:
+            if not isinstance(data, Split):
+                data = Split(None, False, [Piece((0,) * data.ndim, data)])
+            self._stored[name] = stored_array(array, data.shard)
+            self.own[name] = data.pieces
+            if data.shared:
                 self.shared.add(name)
             return array._replace(place=Place(name, None))
         name = f"{group}/packed~last" if passing else f"{group}/packed"
         at = -(-self._ends.get(name, 0) // ALIGN) * ALIGN
         self._ends[name] = at + size
-        data = self._held(Piece((), whole)).data if self._pin else whole
         self.packs.setdefault(name, []).append((at, data))
         return Array(*array[:-1], Place(name, at))
-
-    def _held(self, piece: Piece) -> Piece:
-        if not self._pin:
-            return piece
-        if isinstance(piece.data, np.ndarray):
-            return piece._replace(data=piece.data.copy())
-        # On CPU a view, which keeps the buffer from being donated; else a copy.
-        return piece._replace(data=np.asarray(piece.data))
 
     def stored(self) -> dict[str, Stored]:
         """All arrays to write, by name."""
         packs = {name: packed(end) for name, end in self._ends.items()}
         return {**packs, **self._stored}
-
-
-def _whole(live: Any) -> tuple[Any, tuple[int, ...] | None]:
-    """The array, if this process has all of it, and the shape of its shards."""
-    if not isinstance(live, jax.Array):
-        return live, None
-    if live.is_fully_replicated:
-        alone = len(live.sharding.device_set) == 1
-        return (live if alone else live.addressable_data(0)), None
-    shard = live.sharding.shard_shape(live.shape)
-    return (live if live.is_fully_addressable else None), shard
-
-
-def _pieces(live: Any, whole: Any) -> list[Piece]:
-    if not isinstance(live, jax.Array) or live.is_fully_replicated:
-        return [Piece((0,) * live.ndim, whole)]
-    return [
-        Piece(tuple(s.start or 0 for s in shard.index), shard.data)
-        for shard in live.addressable_shards
-        if shard.replica_id == 0
-    ]
 
 
 def check_json(what: str, x: Any) -> None:

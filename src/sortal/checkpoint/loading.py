@@ -137,8 +137,12 @@ def load(reader: Reader, wants: Sequence[Want]) -> list[Any]:
     return found
 
 
+_Span = tuple[int, int, int]
+"""Where an array begins and ends in its pack, and its number."""
+
+
 def _jobs(wants: Sequence[Want], put: _Putter, found: list[Any]) -> Iterator[_Job]:
-    packs: dict[str, list[int]] = {}
+    packs: dict[str, list[_Span]] = {}
     for i, want in enumerate(wants):
         place = want.array.place
         if place is None:
@@ -147,51 +151,42 @@ def _jobs(wants: Sequence[Want], put: _Putter, found: list[Any]) -> Iterator[_Jo
         elif place.offset is None:
             yield from _own(want, place.array, i, put, found)
         else:
-            packs.setdefault(place.array, []).append(i)
-    for name, numbers in packs.items():
-        numbers.sort(key=lambda i: _span(wants[i].array))
-        for window in _windows(wants, numbers):
+            span = place.offset, place.offset + want.array.nbytes, i
+            packs.setdefault(place.array, []).append(span)
+    for name, spans in packs.items():
+        for window in _windows(sorted(spans)):
             yield _packed(name, wants, window, put, found)
 
 
-def _windows(wants: Sequence[Want], numbers: list[int]) -> Iterator[list[int]]:
+def _windows(spans: list[_Span]) -> Iterator[list[_Span]]:
     """Groups neighbours in a pack, up to a number of bytes, into one read each."""
-    window: list[int] = []
-    start = end = 0
-    for i in numbers:
-        offset, after = _span(wants[i].array)
-        if window and (after - start > _WINDOW or offset - end > _WINDOW // 16):
+    window: list[_Span] = []
+    first = last = 0
+    for span in spans:
+        start, end, _ = span
+        if window and (end - first > _WINDOW or start - last > _WINDOW // 16):
             yield window
             window = []
         if not window:
-            start, end = offset, after
-        window.append(i)
-        end = max(end, after)
+            first, last = start, end
+        window.append(span)
+        last = max(last, end)
     if window:
         yield window
 
 
-def _span(array: Array) -> tuple[int, int]:
-    """Where an array begins and ends in its pack."""
-    offset = array.place.offset if array.place else None
-    start = offset or 0
-    return start, start + array.nbytes
-
-
 def _packed(
-    name: str, wants: Sequence[Want], window: list[int], put: _Putter, found: list[Any]
+    name: str, wants: Sequence[Want], window: list[_Span], put: _Putter, found: list
 ) -> _Job:
-    start, _ = _span(wants[window[0]].array)
-    end = max(_span(wants[i].array)[1] for i in window)
+    first, last = window[0][0], max(end for _, end, _ in window)
 
     def then(memory: np.ndarray) -> None:
-        for i in window:
+        for start, end, i in window:
             array = wants[i].array
-            first, last = _span(array)
-            part = memory[first - start : last - start].view(numpy_dtype(array.dtype))
+            part = memory[start - first : end - first].view(numpy_dtype(array.dtype))
             found[i] = put.whole(wants[i], part.reshape(array.stored_shape))
 
-    return _Job(name, (slice(start, end),), "uint8", then)
+    return _Job(name, (slice(first, last),), "uint8", then)
 
 
 def _own(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from sortal.checkpoint import files
@@ -30,7 +31,8 @@ class Checkpoints:
     end of a ``with`` block, or the end of the process. Reading is always possible.
 
     Args:
-      directory: where the steps are; it is made if need be.
+      directory: where the steps are, a path or an address such as
+        ``s3://bucket/key``; it is made if need be.
       keep: how many of the steps saved last stay; None for all. Steps that cannot be
         read, or that no ``Checkpoints`` saved, do not count and are never deleted.
       keep_every: steps that are multiples of this are never deleted.
@@ -40,7 +42,7 @@ class Checkpoints:
 
     Raises:
       ArgumentError: ``keep``, ``keep_every`` or ``mode`` has another value, or the
-        directory is no local path.
+        directory is neither a path nor an address of an object store.
 
     Example:
       >>> import tempfile
@@ -74,10 +76,10 @@ class Checkpoints:
                 "keep and keep_every are numbers from 1 on, or None, and mode is "
                 f"'max' or 'min'; found {', '.join(bad) or f'mode={mode!r}'}."
             )
-        self.directory = files.local(directory)
+        self.directory = files.located(directory)
         self._keep, self._keep_every = keep, keep_every
         self._best, self._mode, self._policy = best, mode, policy
-        self._lock: files.Lock | None = None
+        self._lock: Any = None
         self._metrics: dict[str, Mapping[str, float]] = {}
 
     # ----------------------------------------------------------------------- writing
@@ -124,12 +126,12 @@ class Checkpoints:
             afterwards=self._delete_old,
         )  # fmt: skip
 
-    def _take_lock(self) -> Callable[[], None]:
+    def _take_lock(self) -> contextlib.AbstractContextManager[Any]:
         if self._lock is None or not self._lock.holds:
-            self._lock = files.Lock(self.directory)
+            self._lock = files.on(self.directory).Lock(self.directory)
             # A manager that is dropped must release the lock.
             weakref.finalize(self, self._lock.release)
-        return lambda: None  # the end of one save does not release it
+        return contextlib.nullcontext(self._lock)  # held beyond the end of a save
 
     def delete(self, step: int | str) -> None:
         """Deletes a step.

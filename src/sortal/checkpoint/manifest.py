@@ -111,6 +111,13 @@ def short(kind: Kind) -> str:
     return "unlabelled array" if kind.name is None else kind.name.rpartition(".")[2]
 
 
+def encode_path(path: Any) -> Path:
+    """A path as JSON can hold it: integers, strings, and other keys as text."""
+    return tuple(
+        k if type(k) in (str, int) else f"<{type(k).__name__}> {k!r}" for k in path
+    )
+
+
 def now() -> str:
     """The current time as manifests write it."""
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
@@ -329,7 +336,7 @@ def _check_whole(m: Manifest) -> None:
     for name, stored in m.arrays.items():
         chunks = chunk_files(name, stored)
         expected.update(chunks)
-        size = math.prod(stored.chunks) * numpy_dtype(stored.dtype).itemsize + 4
+        size = chunk_size(stored)
         if any(c in m.files and m.files[c].size != size for c in chunks):
             raise _FormError(f"the files of {name} do not have the size of its chunks")
     groups = {k.group for k in m.kinds} | {name.partition("/")[0] for name in m.arrays}
@@ -364,6 +371,16 @@ def chunk_files(name: str, stored: Stored) -> list[str]:
 def chunk_file(name: str, at: Iterable[int]) -> str:
     """The file of one chunk, from its index along each axis."""
     return f"{name}/c" + "".join(f".{i}" for i in at)
+
+
+def chunk_size(stored: Stored) -> int:
+    """The bytes of the file of each chunk, of which the last four are its checksum."""
+    return math.prod(stored.chunks) * numpy_dtype(stored.dtype).itemsize + 4
+
+
+def is_chunk(file: str) -> bool:
+    """Whether a file of a step is a chunk, not metadata of an array or a group."""
+    return not file.endswith("zarr.json")
 
 
 def chunk_counts(stored: Stored) -> list[int]:

@@ -8,8 +8,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
+from sortal.checkpoint.files import Location
 from sortal.errors import SaveError
 
 _known: list[Saving] = []
@@ -40,14 +40,14 @@ class Saving:
       1
     """
 
-    def __init__(self, directory: Path, step: int, work: Callable[[], None]):
+    def __init__(self, directory: Location, step: int, work: Callable[[], None]):
         self.directory, self.step = directory, step
         self._work: Callable[[], None] | None = work
         self._failure: SaveError | None = None
         self._thread: threading.Thread | None = None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """The folder of the step."""
         return self.directory / str(self.step)
 
@@ -120,7 +120,7 @@ class Saving:
         return f"Saving({str(self.path)!r}, {state})"
 
 
-def settle(directory: Path | None = None) -> None:
+def settle(directory: Location | None = None) -> None:
     """Raises the failure of an earlier save, if no call has raised it before.
 
     It waits for saves to ``directory``; other saves count only if they have ended.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ from sortal.checkpoint.values import (
     tuple_of,
 )
 from sortal.errors import (
+    ArgumentError,
     CheckpointError,
     DamagedError,
     NoCheckpointError,
@@ -71,7 +74,7 @@ class Restored(NamedTuple):
     step: int
     metadata: Any
     metrics: Mapping[str, float]
-    path: Path
+    path: files.Location
     leaves: tuple[ModelPath, ...]
     kept: tuple[ModelPath, ...]
 
@@ -90,6 +93,7 @@ def restore(
     fill: Any = None,
     kinds: Mapping[str, type] | None = None,
     sharding: Any = None,
+    fallback: bool = False,
 ) -> Restored:
     """Reads a step into a live model: all of it, or nothing.
 
@@ -99,7 +103,7 @@ def restore(
     All processes of a program call it together.
 
     Args:
-      directory: where the steps are.
+      directory: where the steps are: a path, or an address such as ``s3://bucket/key``.
       root: what was given to ``save``, or something of the same structure.
       step: the number of a step, or ``"latest"``.
       only: a filter; other leaves are left as they are, and not read.
@@ -112,12 +116,15 @@ def restore(
       kinds: from the full names of kinds in the checkpoint to classes here.
       sharding: where arrays are put instead of where the model has them: a Sharding or
         PartitionSpec for all, a ``StateSharding``, or a Policy with specs.
+      fallback: True takes, where the latest step is damaged, the newest that is whole,
+        with a RuntimeWarning that names both.
 
     Returns:
       What was restored.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``.
+      ArgumentError: the directory is neither a path nor an address of an object store;
+        ``fallback`` with another step than the latest.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: the checkpoint does not fit the model; every difference is listed.
@@ -136,22 +143,20 @@ def restore(
       (2, 3)
     """
     options = Options(only, policy, partial, rename, cast, fill)
-    directory = files.local(directory)
+    directory = files.located(directory)
+    if fallback and step != "latest":
+        raise ArgumentError(
+            f"fallback=True is for the newest step, step='latest'; found {step!r}."
+        )
     group = Group(f"restoring from {directory}")
     plan: Any = None
-    for left in reversed(range(_TRIES)):
-        number, fault = -1, ""
-        try:
-            not_in_a_trace("restore")
-            settle(directory)
-            number = find_step(directory, step) if group.leads else -1
-        except SortalError as e:
-            if group.count == 1:
-                raise
-            fault = str(e)
-        number = group.decide(f"step {left}", number, fault)[0]
+    passed: dict[int, str] = {}
+    left = _TRIES
+    while True:
+        n = f"{len(passed)}.{left}"
+        number = _agreed_step(directory, step, passed, group, n)
         plan = plan or bind(root)
-        manifest, read_from = None, ""
+        manifest, read_from, damage, fault = None, "", "", ""
         try:
             with uncollected():
                 manifest = files.read_manifest(directory, number)
@@ -160,43 +165,102 @@ def restore(
                 )
             read_from = manifest.folder
         except SortalError as e:
-            again = left and _changed(e, directory, step, number, manifest)
-            if group.count == 1 and not again:
-                raise
-            fault = "" if again else str(e)
-        all_from = group.decide(f"read {left}", read_from, fault)
-        if manifest and read_from and len(set(all_from)) == 1:
+            if not (left and _changed(e, directory, step, number, manifest, passed)):
+                newest = directory / str(number) if step == "latest" else None
+                damage, fault = _told(e, newest, fallback, alone=group.count == 1)
+        answers = group.decide(f"read {n}", [read_from, damage], fault)
+        if damages := [text for _, text in answers if text]:
+            passed[number], left = damages[0], _TRIES
+        elif manifest and read_from and all(x == read_from for x, _ in answers):
             break
-    else:
-        raise DamagedError(f"step {number} of {directory} was replaced again and again")
+        elif not left:
+            raise DamagedError(f"step {number} was replaced again and again")
+        left -= 1
     store_all([leaves], values)
+    _warn_of_damage(directory, number, passed)
     paths = plan.graphdef.schema.paths
     return Restored(
-        number,
-        manifest.metadata,
-        manifest.metrics,
-        directory / str(number),
+        number, manifest.metadata, manifest.metrics, directory / str(number),
         tuple(paths[p.at] for p in found.pairs),
         tuple(paths[i] for i in sorted([*found.kept, *found.filled])),
-    )
+    )  # fmt: skip
 
 
+def _agreed_step(
+    directory: files.Location,
+    step: int | str,
+    passed: Mapping[int, str],
+    group: Group,
+    n: str,
+) -> int:
+    """The number of the step that all processes are to read."""
+    number, fault = -1, ""
+    try:
+        not_in_a_trace("restore")
+        settle(directory)
+        number = find_step(directory, step, passed) if group.leads else -1
+    except SortalError as e:
+        if group.count == 1:
+            raise
+        fault = str(e)
+    return group.decide(f"step {n}", number, fault)[0]
+
+
+def _told(
+    error: SortalError, newest: files.Location | None, fallback: bool, alone: bool
+) -> tuple[str, str]:
+    """The damage that another step is read for, or the fault; as texts for all.
+
+    Where no other process waits for it, the fault is raised.
+    """
+    if isinstance(error, DamagedError) and fallback:
+        return str(error), ""
+    if isinstance(error, DamagedError) and newest:
+        error = DamagedError(
+            f"step {newest.name}, the newest in {newest.parent}, cannot be read: "
+            f"{error}\n"
+            "fallback=True takes the newest step that is whole instead."
+        ).with_traceback(error.__traceback__)
+    if alone:
+        raise error
+    return "", str(error)
+
+
+def _warn_of_damage(
+    directory: files.Location, taken: int, passed: Mapping[int, str]
+) -> None:
+    if passed:
+        word = "step" if len(passed) == 1 else "steps"
+        warnings.warn(
+            f"step {taken} of {directory} was restored instead of {word} "
+            f"{', '.join(map(str, passed))}, newer and damaged:\n{_faults(passed)}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _faults(passed: Mapping[int, str]) -> str:
+    return listing(f"{number}: {text}" for number, text in passed.items())
+
+
+_NONE: Mapping[int, str] = types.MappingProxyType({})
 _TRIES = 20
 """How often a step is read that a writer replaces or deletes meanwhile."""
 
 
 def _changed(
     error: SortalError,
-    directory: Path,
+    directory: files.Location,
     step: int | str,
     number: int,
     manifest: Manifest | None,
+    passed: Mapping[int, str] = _NONE,
 ) -> bool:
     """Whether an error while a step was read comes from a change of it meanwhile."""
     if not isinstance(error, (DamagedError, NoCheckpointError)):
         return False
     try:
-        now = find_step(directory, step)
+        now = find_step(directory, step, passed)
         return now != number or files.read_manifest(directory, now) != manifest
     except CheckpointError:
         return manifest is not None
@@ -204,7 +268,7 @@ def _changed(
 
 def _read_into(
     plan: Any,
-    directory: Path,
+    directory: files.Location,
     manifest: Manifest,
     options: Options,
     kinds: Mapping[str, type],
@@ -218,22 +282,34 @@ def _read_into(
     return found, *read_fit(plan, found, reader, sharding)
 
 
-def find_step(directory: Path, step: int | str) -> int:
-    """The number of a step; ``step`` may be ``"latest"``."""
+def find_step(
+    directory: files.Location,
+    step: int | str,
+    passed: Mapping[int, str] = _NONE,
+) -> int:
+    """The number of a step; ``step`` may be ``"latest"``.
+
+    ``passed`` has the numbers of steps that are damaged, and how.
+    """
     if step != "latest":
         return files.step_number(step)
     found = files.by_age(directory)
     if not found:
-        there = "" if directory.is_dir() else ", which is no folder"
+        there = ""
+        if isinstance(directory, Path) and not directory.is_dir():
+            there = ", which is no folder"
         raise NoCheckpointError(
             f"no checkpoint in {directory}{there}.{_above(directory)}"
         )
-    return found[-1].number
+    whole = [x.number for x in found if x.number not in passed]
+    if not whole:
+        raise DamagedError(f"no step in {directory} is whole:\n{_faults(passed)}")
+    return whole[-1]
 
 
-def _above(directory: Path) -> str:
+def _above(directory: files.Location) -> str:
     """Advice where a step was given instead of the directory of steps."""
-    if directory.name.isdecimal() and (directory / NAME).exists():
+    if directory.name.isdecimal() and (directory / NAME).is_file():
         return (
             f" It is a step itself: write {str(directory.parent)!r}, "
             f"step={directory.name}."
@@ -333,7 +409,7 @@ def load_state(
     """Reads the leaves of a step without a model.
 
     Args:
-      directory: where the steps are.
+      directory: where the steps are: a path, or an address such as ``s3://bucket/key``.
       step: the number of a step, or ``"latest"``.
       only: a filter; other leaves are not read.
       kinds: from the full names of kinds in the checkpoint to classes here. A kind
@@ -346,7 +422,7 @@ def load_state(
       A State.
 
     Raises:
-      ArgumentError: the directory is no path, or an address such as ``gs://...``.
+      ArgumentError: the directory is neither a path nor an address of an object store.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: a value needs a model to be built, or the filter takes nothing.
@@ -363,7 +439,7 @@ def load_state(
         var: BatchStat(float32[3])
       )
     """
-    directory = files.local(directory)
+    directory = files.located(directory)
     not_in_a_trace("load_state")
     settle(directory)
     for left in reversed(range(_TRIES)):
@@ -379,7 +455,7 @@ def load_state(
 
 
 def _read_state(
-    directory: Path,
+    directory: files.Location,
     manifest: Manifest,
     only: Any,
     kinds: Mapping[str, type],

@@ -7,26 +7,21 @@ import copy
 import importlib.metadata
 import os
 import platform
-import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
-from sortal.checkpoint import files
+from sortal.checkpoint import files, forks
 from sortal.checkpoint.layout import Layout, check_json, lay_out
 from sortal.checkpoint.manifest import Manifest, now
 from sortal.checkpoint.pending import Saving, settle
 from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
-from sortal.checkpoint.store import (
-    Writer,
-    fingerprints,
-    prepare,
-    refuse_fork,
-    sync_tree,
-)
+from sortal.checkpoint.store import Writer, descriptions, fingerprints
+from sortal.checkpoint.taking import Taken, take
 from sortal.checkpoint.values import arrays
-from sortal.errors import CheckpointError, SaveError
+from sortal.errors import CheckpointError, SaveError, WriterError
 from sortal.policy.policy import Policy
+
+T = TypeVar("T")
 
 
 def save(
@@ -47,7 +42,8 @@ def save(
     replaced in the same way. All processes of a program call it together.
 
     Args:
-      directory: where the steps are; it is made if need be.
+      directory: where the steps are, a path or an address such as
+        ``s3://bucket/key``; it is made if need be.
       root: a Module, or a container such as ``{"model": model, "optimizer":
         optimizer}``; what they share is saved once.
       step: the number of the step.
@@ -64,7 +60,8 @@ def save(
       A Saving, which has the ``path`` of the step.
 
     Raises:
-      ArgumentError: the step is no whole number, or the directory no local path.
+      ArgumentError: the step is no whole number, or the directory neither a path nor
+        an address of an object store.
       SaveError: something cannot be saved or written; nothing was committed.
       WriterError: another writer is at work in the directory.
       TraceError: it is called inside a transform.
@@ -79,15 +76,23 @@ def save(
       >>> nnx.load_state(directory).paths()
       (('bias',), ('kernel',))
     """
-    directory = files.local(directory)
+    at = files.located(directory)
     return begin(
-        directory, root, files.step_number(step), only=only, policy=policy,
-        metadata=metadata, wait=wait, lock=lambda: files.Lock(directory).release,
+        at, root, files.step_number(step), only=only, policy=policy,
+        metadata=metadata, wait=wait, lock=lambda: _released(files.on(at).Lock(at)),
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _released(lock: Any) -> Iterator[Any]:
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
 def begin(
-    directory: Path,
+    directory: files.Location,
     root: Any,
     step: int,
     *,
@@ -95,29 +100,29 @@ def begin(
     policy: Policy | None,
     metadata: Any,
     wait: bool,
-    lock: Callable[[], Callable[[], None]],
+    lock: Callable[[], contextlib.AbstractContextManager[Any]],
     metrics: Mapping[str, float] | None = None,
     afterwards: Callable[[Manifest], None] | None = None,
 ) -> Saving:
     """Does the work of ``save``, for ``save`` and ``Checkpoints``.
 
-    In process 0 ``lock`` takes the right to write and returns what releases it.
+    In process 0 ``lock`` takes the right to write, for as long as the save lasts.
     ``afterwards``, which only ``Checkpoints`` gives, is called there when the step is
     committed.
     """
     not_in_a_trace("save")
-    refuse_fork(SaveError)
+    forks.refuse_fork(SaveError)
     settle(directory)
     group = Group(f"saving step {step} to {directory}")
-    layout, folder, fault = None, "", ""
+    taken, locked, folder, fault = None, None, "", ""
     held = contextlib.ExitStack()
     try:
         check_json("metadata", metadata)
         metadata = copy.deepcopy(metadata)  # the caller may change it meanwhile
         with uncollected():
-            layout = lay_out(root, only, policy, pin=not wait)
+            taken = take(root, only, policy, pin=not wait)
         if group.leads:
-            held.callback(lock())
+            locked = held.enter_context(lock())
             folder = files.new_folder(directory, kept=afterwards is not None)
     except Exception as e:
         if group.count == 1:
@@ -128,15 +133,15 @@ def begin(
     except BaseException:
         held.close()
         raise
-    assert layout is not None  # noqa: S101 - else there was a fault
-    manifest = Manifest(
-        step, folder, layout.kinds, layout.leaves, layout.aliases, layout.arrays, {},
-        layout.graphdef, metadata, dict(metrics or {}), _versions(), now(),
+    assert taken is not None  # noqa: S101 - else there was a fault
+    head = Manifest(
+        step, folder, (), (), (), {}, {}, "", metadata, dict(metrics or {}),
+        _versions(), now(),
     )  # fmt: skip
 
     def work() -> None:
         with held:
-            _write(directory, layout, manifest, group, afterwards)
+            _write(directory, taken, head, group, locked, afterwards)
 
     saving = Saving(directory, step, work)
     return saving.run() if wait else saving.start()
@@ -152,23 +157,31 @@ def _agreed(group: Group, round: str, mine: Any, fault: str) -> list[Any]:
 
 
 def _write(
-    directory: Path,
-    layout: Layout,
-    manifest: Manifest,
+    directory: files.Location,
+    taken: Taken,
+    head: Manifest,
     group: Group,
+    lock: Any,
     afterwards: Callable[[Manifest], None] | None,
 ) -> None:
-    root = directory / str(manifest.step) / manifest.folder
-    what = f"saving step {manifest.step} to {directory}"
+    root = directory / str(head.step) / head.folder
+    what = f"saving step {head.step} to {directory}"
     try:
-        _together(group, "folders", what, lambda: _prepare(root, layout, group))
+        layout, described = _together(
+            group, "folders", what, lambda: _prepare(root, taken, group)
+        )
+        manifest = head._replace(
+            kinds=layout.kinds, leaves=layout.leaves, aliases=layout.aliases,
+            arrays=layout.arrays, graphdef=layout.graphdef,
+        )  # fmt: skip
         _together(group, "arrays", what, lambda: _arrays(root, layout, group))
         _together(
-            group, "commit", what, lambda: _commit(directory, layout, manifest, group)
-        )
+            group, "commit", what,
+            lambda: group.leads and _commit(directory, manifest, described, lock),
+        )  # fmt: skip
     except SaveError:
         if group.leads:
-            _undo(directory, manifest)
+            _undo(directory, head)
         raise
     if group.leads:
         with files.as_save_error(
@@ -179,24 +192,19 @@ def _write(
                 afterwards(manifest)
 
 
-def _undo(directory: Path, manifest: Manifest) -> None:
-    folder = directory / str(manifest.step)
+def _undo(directory: files.Location, head: Manifest) -> None:
     with contextlib.suppress(CheckpointError, OSError):
-        if files.read_manifest(directory, manifest.step).folder == manifest.folder:
+        if files.read_manifest(directory, head.step).folder == head.folder:
             return  # it is committed already: only the sync failed
-    shutil.rmtree(folder / manifest.folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        files.unfinished(folder, manifest).unlink(missing_ok=True)
-        files.mark(folder, manifest.folder).unlink(missing_ok=True)
-        folder.rmdir()
+    files.discard(directory, head.step, head.folder)
 
 
-def _together(group: Group, round: str, what: str, do: Callable[[], None]) -> None:
+def _together(group: Group, round: str, what: str, do: Callable[[], T]) -> T:
     """Does a step of the work in all processes; an error in one is raised in all."""
-    fault, cause = "", None
+    fault, cause, found = "", None, None
     try:
         with files.as_save_error(what, _NOTHING):
-            do()
+            found = do()
     except SaveError as e:
         if group.count == 1:
             raise
@@ -205,23 +213,27 @@ def _together(group: Group, round: str, what: str, do: Callable[[], None]) -> No
         _agreed(group, round, None, fault)
     except SaveError as e:
         raise e from cause
+    return cast("T", found)
 
 
 _NOTHING = "; nothing was committed, and earlier steps are as they were"
 
 
-def _prepare(root: Path, layout: Layout, group: Group) -> None:
-    if not group.leads:
-        return
-    files.clean(root.parent.parent)
-    root.mkdir(parents=True)
-    groups = [k.group for k in layout.kinds]
-    prepare(root, layout.arrays, groups)
-    if any(leaf.passing for leaf in layout.leaves):
-        files.write_file(files.mark(root.parent, root.name), b"")
+def _prepare(
+    root: files.Location, taken: Taken, group: Group
+) -> tuple[Layout, dict[str, bytes]]:
+    with uncollected():
+        layout = lay_out(taken)
+    described = descriptions(layout.arrays, [k.group for k in layout.kinds])
+    if group.leads:
+        files.clean(root.parent.parent)
+        files.on(root).write(root, described)
+        if any(leaf.passing for leaf in layout.leaves):
+            files.on(root).write_file(root.parent / files.mark(root.name), b"")
+    return layout, described
 
 
-def _arrays(root: Path, layout: Layout, group: Group) -> None:
+def _arrays(root: files.Location, layout: Layout, group: Group) -> None:
     with Writer(root) as writer:
         for name, stored in layout.arrays.items():
             if name in layout.packs and group.leads:
@@ -230,27 +242,36 @@ def _arrays(root: Path, layout: Layout, group: Group) -> None:
                 writer.write(name, stored, layout.own[name])
 
 
-def _commit(directory: Path, layout: Layout, manifest: Manifest, group: Group) -> None:
-    if not group.leads:
-        return
+def _commit(
+    directory: files.Location, manifest: Manifest, described: Any, lock: Any
+) -> None:
     root = directory / str(manifest.step) / manifest.folder
-    groups = [k.group for k in layout.kinds]
-    sync_tree(root, layout.arrays, groups)
-    found = fingerprints(root, layout.arrays, groups)
+    files.on(root).sync_tree(root, described)
+    _refuse_other_writers(directory, lock)  # whose clean-up may have removed arrays
+    found = fingerprints(root, manifest.arrays, described)
+    _refuse_other_writers(directory, lock)
     with uncollected():
         files.commit(directory, manifest._replace(files=found))
 
 
-def _retire(directory: Path, manifest: Manifest) -> None:
+def _refuse_other_writers(directory: files.Location, lock: Any) -> None:
+    if not lock.holds:
+        raise WriterError(
+            f"another writer has taken over {directory} since this save began; "
+            "nothing was committed. One directory has one writer."
+        )
+
+
+def _retire(directory: files.Location, manifest: Manifest) -> None:
     """Removes the step that is replaced, and ``keep-last`` leaves of older steps."""
-    files.clean_step(directory / str(manifest.step), manifest.folder)
+    files.clean_step(directory, manifest.step, manifest.folder)
     for step in files.by_age(directory):
         if step.passing and step.number != manifest.step:
             with contextlib.suppress(CheckpointError):  # a damaged one is left as it is
                 _drop_passing(directory, files.read_manifest(directory, step.number))
 
 
-def _drop_passing(directory: Path, old: Manifest) -> None:
+def _drop_passing(directory: files.Location, old: Manifest) -> None:
     passing = (leaf for leaf in old.leaves if leaf.passing)
     gone = {a.place.array for x in passing for a in arrays(x.value) if a.place}
     kept = old._replace(
@@ -263,7 +284,7 @@ def _drop_passing(directory: Path, old: Manifest) -> None:
         files.commit(directory, kept)
     files.remove_arrays(folder / old.folder, kept.arrays)
     # Last, so that an interrupted removal is done by the next save.
-    files.mark(folder, old.folder).unlink()
+    files.on(folder).remove(folder / files.mark(old.folder))
 
 
 def _versions() -> dict[str, str]:

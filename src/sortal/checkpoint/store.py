@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import math
-import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from sortal.checkpoint.files import Syncs, open_file, read_file
+from sortal.checkpoint import forks
+from sortal.checkpoint.files import Location, on
 from sortal.checkpoint.manifest import (
     File,
     Manifest,
     Stored,
     chunk_file,
     chunk_files,
+    chunk_size,
     storage_dtype,
 )
 from sortal.checkpoint.values import Array, numpy_dtype
-from sortal.errors import CheckpointError, DamagedError, RestoreError
+from sortal.errors import DamagedError, RestoreError
 
 CHUNK = 4 << 20
 """Bytes of a chunk, unless the array is very large; see decision 0021."""
 _LARGEST_CHUNK = 64 << 20
-_IN_FLIGHT = 5
 SMALL = CHUNK
 """Arrays of fewer bytes are packed together into one array of bytes."""
 ALIGN = 64
@@ -120,12 +118,12 @@ def zarr_json(stored: Stored) -> dict[str, Any]:
 GROUP_JSON = b'{"zarr_format":3,"node_type":"group","attributes":{}}\n'
 
 
-def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
+def _open(root: Location, name: str, stored: Stored, context: Any) -> Any:
     import tensorstore as ts
 
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{root / name}/"},
+        "kvstore": on(root).spec(root / name),
         "metadata": zarr_json(stored),
         # By default zarr reads a missing chunk as zeros.
         "store_data_equal_to_fill_value": True,
@@ -136,27 +134,6 @@ def _open(root: Path, name: str, stored: Stored, context: Any) -> Any:
     return opened.result()
 
 
-_users: set[int] = set()
-"""The processes that used TensorStore: this one, or one that it was forked from."""
-
-
-def refuse_fork(error: type[CheckpointError]) -> None:
-    """Refuses a process forked from one that used TensorStore, which would abort."""
-    if _users and os.getpid() not in _users:
-        raise error(
-            "this process was forked from one that had used TensorStore, whose threads "
-            "do not live on in it. Start processes with the method 'spawn', as in "
-            "multiprocessing.get_context('spawn')."
-        )
-
-
-def _context(**more: Any) -> Any:
-    import tensorstore as ts
-
-    _users.add(os.getpid())
-    return ts.Context({"file_io_concurrency": {"limit": _IN_FLIGHT}, **more})
-
-
 # -------------------------------------------------------------------------- writing
 class Writer:
     """Writes arrays into an existing folder, with a few chunks in flight at a time.
@@ -164,14 +141,12 @@ class Writer:
     A context manager: at its end, all chunks are on disk.
     """
 
-    def __init__(self, root: Path):
-        self._root = root
-        # The name of the folder is unique, so its files need no locks. TensorStore
-        # would also sync the folder after each chunk.
-        self._context = _context(file_io_sync=False, file_io_locking={"mode": "none"})
+    def __init__(self, root: Location):
+        self._root, self._most = root, on(root).IN_FLIGHT
+        self._context = on(root).context()
         self._in_flight: deque[Any] = deque()
         self._buffers: list[np.ndarray] = []
-        self._syncs = Syncs()
+        self._syncs = on(root).Syncs()
 
     def __enter__(self) -> Self:
         return self
@@ -232,14 +207,14 @@ class Writer:
             start(buffer[: at - done], reuse=False)
 
     def _buffer(self, size: int) -> np.ndarray:
-        while not self._buffers and len(self._in_flight) >= _IN_FLIGHT:
+        while not self._buffers and len(self._in_flight) >= self._most:
             self._finish_oldest()
         if self._buffers and self._buffers[-1].size >= size:
             return self._buffers.pop()[:size]
         return np.empty(size, np.uint8)
 
     def _start(self, to: Any, file: str, data: np.ndarray, reuse: bool = False) -> None:
-        while len(self._in_flight) >= _IN_FLIGHT:
+        while len(self._in_flight) >= self._most:
             self._finish_oldest()
         # The data is not changed before the write ends, so that no copy is needed.
         writing = to.write(data, can_reference_source_data_indefinitely=True)
@@ -253,27 +228,15 @@ class Writer:
             self._buffers.append(buffer)
 
 
-def prepare(root: Path, arrays: dict[str, Stored], groups: Iterable[str]) -> None:
-    """Makes the folders and metadata files of all arrays and groups."""
-    (root / "zarr.json").write_bytes(GROUP_JSON)
-    for group in groups:
-        (root / group).mkdir()
-        (root / group / "zarr.json").write_bytes(GROUP_JSON)
+def descriptions(
+    arrays: Mapping[str, Stored], groups: Iterable[str]
+) -> dict[str, bytes]:
+    """The metadata files of all arrays and groups of a step, by name."""
+    found = {"zarr.json": GROUP_JSON}
+    found |= {f"{group}/zarr.json": GROUP_JSON for group in groups}
     for name, stored in arrays.items():
-        (root / name).mkdir()
-        data = json.dumps(zarr_json(stored)).encode()
-        (root / name / "zarr.json").write_bytes(data)
-
-
-def sync_tree(root: Path, arrays: Iterable[str], groups: Iterable[str]) -> None:
-    """Syncs the folders and files of ``prepare``, and the names of the chunks."""
-    folders = [root, *(root / name for name in (*groups, *arrays))]
-    above = [root.parent, root.parent.parent]
-    syncs = Syncs()
-    for path in (*folders, *(f / "zarr.json" for f in folders), *above):
-        syncs.add(path)
-    if faults := syncs.finish():
-        raise faults[0]
+        found[f"{name}/zarr.json"] = json.dumps(zarr_json(stored)).encode()
+    return found
 
 
 def _file_of(name: str, stored: Stored, at: Sequence[slice]) -> str:
@@ -319,40 +282,27 @@ def as_bytes(host: np.ndarray) -> np.ndarray:
 
 
 def fingerprints(
-    root: Path, arrays: dict[str, Stored], groups: Iterable[str]
+    root: Location, arrays: Mapping[str, Stored], described: Mapping[str, bytes]
 ) -> dict[str, File]:
-    """Size and checksum of every file below ``root``, once written.
-
-    A chunk ends with the crc32c of its other bytes.
-    """
-    found = {}
-    for name in ("zarr.json", *(f"{n}/zarr.json" for n in (*groups, *arrays))):
-        data = (root / name).read_bytes()
-        found[name] = File(len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+    """Size and checksum of every file below ``root``, once written."""
+    sizes = {name: len(data) for name, data in described.items()}
     for name, stored in arrays.items():
-        for file in chunk_files(name, stored):
-            found[file] = _chunk(root / file)
+        sizes |= dict.fromkeys(chunk_files(name, stored), chunk_size(stored))
+    found = dict(on(root).fingerprints(root, sizes))
+    for file in found.values():
+        if isinstance(file, OSError):
+            raise file
     return found
-
-
-def _chunk(file: Path) -> File:
-    at = open_file(file)
-    try:
-        size = os.fstat(at).st_size
-        tail = os.pread(at, 4, max(size - 4, 0))
-    finally:
-        os.close(at)
-    return File(size, f"crc32c:{int.from_bytes(tail, 'little'):08x}")
 
 
 # -------------------------------------------------------------------------- reading
 class Reader:
     """Reads arrays of one step, and refuses files that differ from the manifest."""
 
-    def __init__(self, root: Path, manifest: Manifest):
-        refuse_fork(RestoreError)
+    def __init__(self, root: Location, manifest: Manifest):
+        forks.refuse_fork(RestoreError)
         self._root, self._manifest = root, manifest
-        self._context = _context()
+        self._context = on(root).context()
         self._opened: dict[str, Any] = {}
 
     def check(self, names: Iterable[str]) -> list[str]:
@@ -363,32 +313,17 @@ class Reader:
         names = list(names)
         groups = dict.fromkeys(name.partition("/")[0] for name in names)
         files = ["zarr.json", *(f"{name}/zarr.json" for name in (*groups, *names))]
-        files += [
-            file
-            for name in names
-            for file in chunk_files(name, self._manifest.arrays[name])
-        ]
-        return [f"{file}: {fault}" for file in files if (fault := self.fault(file))]
+        for name in names:
+            files += chunk_files(name, self._manifest.arrays[name])
+        return [f"{file}: {fault}" for file, fault in self.faults(files).items()]
 
-    def fault(self, name: str) -> str:
-        """What is wrong with one file by its size and checksum; empty if nothing."""
-        expected, file = self._manifest.files[name], self._root / name
-        try:
-            if expected.checksum.startswith("crc32c:"):
-                found = _chunk(file)
-            else:
-                size = file.stat().st_size
-                if size != expected.size:
-                    return f"{size:,} bytes, not {expected.size:,}"
-                digest = hashlib.sha256(read_file(file)).hexdigest()
-                found = File(size, f"sha256:{digest}")
-        except FileNotFoundError:
-            return "missing"
-        except OSError as e:
-            return f"cannot be read ({e.strerror or e})"
-        if found.size != expected.size:
-            return f"{found.size:,} bytes, not {expected.size:,}"
-        return "" if found == expected else "not what was written: another checksum"
+    def faults(self, files: Iterable[str]) -> dict[str, str]:
+        """What is wrong with files by size and checksum; sound ones are left out."""
+        expected = {name: self._manifest.files[name] for name in files}
+        sizes = {name: file.size for name, file in expected.items()}
+        found = on(self._root).fingerprints(self._root, sizes)
+        faults = ((name, _fault(file, expected[name])) for name, file in found)
+        return {name: fault for name, fault in faults if fault}
 
     def read(self, name: str, at: Sequence[slice], into: np.ndarray) -> Any:
         """Starts to read a part of an array into memory; ``wait`` takes the result."""
@@ -409,6 +344,16 @@ class Reader:
             raise DamagedError(
                 f"{self._root / name} is damaged; nothing was restored: {e}"
             ) from e
+
+
+def _fault(found: File | OSError, expected: File) -> str:
+    if isinstance(found, FileNotFoundError):
+        return "missing"
+    if isinstance(found, OSError):
+        return f"cannot be read ({found.strerror or found})"
+    if found.size != expected.size:
+        return f"{found.size:,} bytes, not {expected.size:,}"
+    return "" if found == expected else "not what was written: another checksum"
 
 
 def host_memory(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

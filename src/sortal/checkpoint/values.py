@@ -109,6 +109,7 @@ class Nest(NamedTuple):
 
 
 Tree = Array | Plain | Nest
+RECORDS = (Array, Plain, Nest)
 
 
 class UnsavableError(TypeError):
@@ -125,6 +126,12 @@ def numpy_dtype(name: str) -> np.dtype:
 def dtype_name(dtype: Any) -> str:
     """The name of a dtype; cached, because NumPy computes it each time."""
     return dtype.name
+
+
+@functools.lru_cache(maxsize=256)
+def is_storable(dtype: Any) -> bool:
+    """Whether the bytes of such an array are stored as they are; not so PRNG keys."""
+    return dtype.name in DTYPES
 
 
 @functools.lru_cache(maxsize=256)

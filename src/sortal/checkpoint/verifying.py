@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sortal.checkpoint import files
+from sortal.checkpoint.files import Location
 from sortal.checkpoint.manifest import NAME, Manifest
 from sortal.checkpoint.restoring import find_step
 from sortal.checkpoint.store import Reader, chunk_slices, host_memory
@@ -20,22 +20,22 @@ from sortal.errors import CheckpointError, DamagedError
 class Verified(NamedTuple):
     """What was read, its faults, and the files that the manifest does not list."""
 
-    path: Path
+    path: Location
     files: int
     bytes: int
     faults: tuple[str, ...]
     extra: tuple[str, ...]
 
 
-def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Path:
+def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Location:
     """The folder of a step; ``path`` is that folder, or the one of all steps."""
-    path = files.local(path)
-    if (path / NAME).is_file():
-        return path
-    return path / str(find_step(path, step))
+    at = files.located(path)
+    if (at / NAME).is_file():
+        return at
+    return at / str(find_step(at, step))
 
 
-def read_step(path: Path) -> Manifest:
+def read_step(path: Location) -> Manifest:
     """The manifest in the folder of a step."""
     return files.read_manifest(path.parent, files.step_of(path))
 
@@ -62,7 +62,7 @@ _TRIES = 20
 """How often a step is read that a writer replaces or deletes meanwhile."""
 
 
-def _changed(path: Any, step: int | str, folder: Path, manifest: Manifest) -> bool:
+def _changed(path: Any, step: int | str, folder: Location, manifest: Manifest) -> bool:
     try:
         return open_step(path, step) != folder or read_step(folder) != manifest
     except CheckpointError:
@@ -70,14 +70,14 @@ def _changed(path: Any, step: int | str, folder: Path, manifest: Manifest) -> bo
 
 
 def _verify(
-    folder: Path, manifest: Manifest, progress: Callable[[int, int], None]
+    folder: Location, manifest: Manifest, progress: Callable[[int, int], None]
 ) -> Verified:
     root = folder / manifest.folder
     reader = Reader(root, manifest)
-    faults = [f"{n}: {f}" for n in manifest.files if (f := reader.fault(n))]
+    bad = reader.faults(manifest.files)
+    faults = [f"{name}: {fault}" for name, fault in bad.items()]
     total = sum(file.size for file in manifest.files.values())
     done = 0
-    bad = {fault.partition(": ")[0] for fault in faults}
     for name, stored in manifest.arrays.items():
         for file, at in chunk_slices(name, stored):
             if file not in bad:
@@ -90,6 +90,5 @@ def _verify(
             done += manifest.files[file].size
             progress(done, total)
     progress(total, total)
-    there = (p.relative_to(root) for p in root.rglob("*") if p.is_file())
-    extra = sorted(set(map(str, there)) - set(manifest.files))
+    extra = sorted(set(files.on(root).names(root)) - set(manifest.files))
     return Verified(folder, len(manifest.files) + 1, total, tuple(faults), tuple(extra))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,22 @@ from sortal._engine.nodes import LEAF
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.state import State
+from sortal._engine.tables import nbytes
 from sortal._engine.variable import Param, Variable, describe
-from sortal.filters import At, Filter, OfType, WithTag, to_filter
+from sortal.errors import FilterError
+from sortal.filters import (
+    At,
+    Filter,
+    Nothing,
+    OfType,
+    WithTag,
+    leaf_filter,
+    parts,
+    to_filter,
+)
 from sortal.functional import state as state_of
 from sortal.inspect.naming import full_name, labels
+from sortal.module import Module, iter_modules
 
 Kind = type | None
 
@@ -168,11 +180,8 @@ def _size(x: Any) -> tuple[int, int, str]:
     """Elements, bytes and dtype; an object that is no array counts as one element."""
     dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", None)
     if dtype is not None and shape is not None:
-        count = math.prod(shape)
-        return count, count * dtype.itemsize, str(dtype)
-    if isinstance(x, (bool, int, float, complex)):
-        return 1, jnp.result_type(x).itemsize, type(x).__name__
-    return 1, 0, type(x).__name__
+        return math.prod(shape), nbytes(x), str(dtype)
+    return 1, nbytes(x), type(x).__name__
 
 
 def _other_paths(graphdef: GraphDef) -> dict[Path, tuple[Path, ...]]:
@@ -252,7 +261,7 @@ def facts(model: Any, *filters: Any) -> Facts:
     read = tuple(map(to_filter, filters))
     plan = bind(model)
     schema = plan.graphdef.schema
-    named = [f.type for f in _parts(read) if isinstance(f, OfType)]
+    named = [f.type for f in parts(read) if isinstance(f, OfType)]
     names = labels([*schema.kinds, *named])
     rows = [leaf._replace(label=names[leaf.kind]) for leaf in leaves(model)]
     taken = []
@@ -266,10 +275,13 @@ def facts(model: Any, *filters: Any) -> Facts:
     tags = [m["tag"] for m in schema.metadata if "tag" in m]
     notes = [
         *_idle_filters(table, read, taken),
+        *_idle_parts(table, read, list(schema.rows(plan.view()))),
+        *_classes_of_objects(read),
         *_tag_hints(read, schema.paths, tags, rows),
         *_wide_filters(read, taken),
         *_namesakes(rows, named),
         *_trained_statistics(rows),
+        *_split_modes(model),
     ]
     return Facts(tuple(taken), table, tuple(dict.fromkeys(notes)))
 
@@ -285,13 +297,6 @@ def _filter_row(
         sum(leaf.elements for leaf in mine),
         sum(number in (t.by, *t.also) for t in taken),
     )
-
-
-def _parts(filters: Iterable[Filter]) -> Iterator[Filter]:
-    """The filters and all that they are combined from."""
-    for f in filters:
-        yield f
-        yield from _parts(getattr(f, "filters", ()))
 
 
 def _idle_filters(
@@ -312,13 +317,34 @@ def _idle_filters(
         )
 
 
+def _idle_parts(
+    table: Sequence[FilterRow], read: Sequence[Filter], rows: Sequence[Any]
+) -> Iterator[str]:
+    for row, whole in zip(table, read, strict=True):
+        inner = [f for f in parts((whole,)) if f is not whole]
+        for f in inner if row.matches else ():
+            named = isinstance(f, (Nothing, WithTag)) or hasattr(f, "filters")
+            if not named and not any(f.test(*leaf) for leaf in rows):
+                yield (
+                    f"Filter {row.number}, {row.label}: its part {f!r} matches no leaf."
+                )
+
+
+def _classes_of_objects(read: Sequence[Filter]) -> Iterator[str]:
+    for f in read:
+        try:
+            leaf_filter(f)
+        except FilterError as error:
+            yield str(error)
+
+
 def _tag_hints(
     read: Sequence[Filter],
     paths: Sequence[Path],
     tags: Sequence[str],
     rows: Sequence[LeafRow],
 ) -> Iterator[str]:
-    texts = [f.tag for f in _parts(read) if isinstance(f, WithTag)]
+    texts = [f.tag for f in parts(read) if isinstance(f, WithTag)]
     for text in texts:
         if text in tags:
             continue
@@ -401,6 +427,26 @@ def _trained_statistics(rows: Sequence[LeafRow]) -> Iterator[str]:
                 f"{group[0].label} is a subclass of Param, so that wrt=Param trains "
                 f"it: {_some(at)}. Derive it from Variable if it is recorded rather "
                 "than learned."
+            )
+
+
+def _split_modes(model: Any) -> Iterator[str]:
+    """Where one library's modules are all in training, the other's in evaluation."""
+    modules = list(iter_modules(model))
+    for name in ("deterministic", "use_running_average"):
+        having = [(p, m) for p, m in modules if isinstance(getattr(m, name, 0), bool)]
+        ours = {show(p): getattr(m, name) for p, m in having if isinstance(m, Module)}
+        theirs = {
+            show(p): getattr(m, name) for p, m in having if not isinstance(m, Module)
+        }
+        modes = {*theirs.values()}, {*ours.values()}
+        if [*map(len, modes)] == [1, 1] and modes[0] != modes[1]:
+            (there,), (here,) = modes
+            yield (
+                f"{name} is {there} in Flax's modules ({_some([*theirs])}) and {here} "
+                f"in Sortal's ({_some([*ours])}). Flax's own eval() and train() reach "
+                f"Flax's modules alone: write sortal.set_attributes(model, {name}="
+                f"{there})."
             )
 
 

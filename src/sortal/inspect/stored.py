@@ -12,13 +12,12 @@ import numpy as np
 from sortal._engine.paths import show
 from sortal._engine.state import State
 from sortal._engine.statics import static_key
-from sortal._engine.tables import Report, Table
+from sortal._engine.tables import Report, Table, size
 from sortal.checkpoint import files
 from sortal.checkpoint.copying import copy_step, refuse_existing
 from sortal.checkpoint.saving import save
 from sortal.checkpoint.verifying import Verified, verify
 from sortal.errors import DamagedError, SaveError, listing
-from sortal.inspect.text import size
 from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
 from sortal.interop.files.exchange import is_file, open_arrays, write_arrays
 
@@ -333,7 +332,7 @@ def convert(
     ]
     to_orbax = target.startswith("orbax:")
     if to_orbax or is_file(target):
-        entries = list(_reporting(_arrays(entries, target), progress))
+        entries = list(_reporting(_arrays(entries, target, to_orbax), progress))
         write_arrays(files.local(target.removeprefix("orbax:")), entries, to_orbax)
     elif opened.format == "sortal":
         copy_step(opened.path, target, progress)
@@ -354,9 +353,14 @@ def _packed(e: Entry) -> bool:
     return e.dtype not in _GGUF
 
 
-def _arrays(entries: list[Entry], target: str) -> list[Entry]:
-    """Entries as arrays; refuses all plain values that no array holds."""
-    found = [(e, as_array(e)) for e in entries]
+def _arrays(entries: list[Entry], target: str, keys: bool) -> list[Entry]:
+    """Entries as arrays; refuses all plain values that no array holds.
+
+    ``keys`` says whether the target has PRNG keys, which elsewhere are their words.
+    """
+    found = [
+        (e, e if keys and e.dtype.startswith("key<") else as_array(e)) for e in entries
+    ]
     if odd := [f"{show(e.name)}: {e.dtype}" for e, new in found if new is None]:
         raise SaveError(
             f"{target} holds arrays only, and these values would be lost:\n"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sortal._engine.paths import show
-from sortal._engine.tables import Report, Table
+from sortal._engine.tables import Report, Table, size
 from sortal.inspect import rows as _rows
 from sortal.inspect.rows import FilterRow, KindChange, KindRow, LeafRow, Match
 
@@ -210,20 +210,3 @@ def _share(takes: int, matches: int) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f", {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def size(count: int) -> str:
-    """A number of bytes with a unit.
-
-    Example:
-      >>> size(512), size(20_480), size(3 * 10**9)
-      ('512 B', '20.5 kB', '3.0 GB')
-    """
-    if count < 1000:
-        return f"{count} B"
-    scaled, units = float(count), iter("kMGTPE")
-    for unit in units:
-        scaled /= 1000
-        if scaled < 999.95 or unit == "E":
-            break
-    return f"{scaled:.1f} {unit}B"

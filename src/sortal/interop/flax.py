@@ -28,7 +28,7 @@ from sortal._engine.jax_compat import current_trace
 from sortal._engine.nodes import Handler, Node, register_node
 from sortal._engine.state import State
 from sortal._engine.statics import Metadata, is_hashable
-from sortal.errors import UnsupportedError
+from sortal.errors import UnsupportedError, listing
 from sortal.module import Module
 from sortal.nn.lora import LoRAParam
 from sortal.transforms import autodiff
@@ -80,12 +80,7 @@ class FlaxVariables(VariableHandler):
     def refusal(self, variable: Any) -> str:
         metadata = self._get_metadata(variable)
         modes = [mode for mode in ("ref", "hijax") if metadata.get(mode)]
-        if not modes:
-            return ""
-        return (
-            f"made with {modes[0]}=True, so that its value is no plain array; make it "
-            "without"
-        )
+        return _BOXED.format(modes[0]) if modes else ""
 
     def make(self, kind: type, value: Any, metadata: Metadata) -> Any:
         made = object.__new__(kind)
@@ -93,6 +88,19 @@ class FlaxVariables(VariableHandler):
         self._set_metadata(made, dict(metadata))
         self._set(made, value)
         return made
+
+
+class HijaxVariables(VariableHandler):
+    """Variables of Flax in a hijax type, which are of no class of a kind."""
+
+    def entries(self, variables: Sequence[Any]) -> list[dict[str, Any]]:
+        return [{} for _ in variables]
+
+    def refusal(self, variable: Any) -> str:
+        return _BOXED.format("hijax")
+
+
+_BOXED = "made with {}=True, so that its value is no plain array; make it without"
 
 
 class Shape(NamedTuple):
@@ -247,6 +255,9 @@ def register() -> None:
             "Write pip install --upgrade flax."
         )
     register_variable(nnx.Variable, FlaxVariables())
+    hijax = getattr(nnx.variablelib, "HijaxVariable", None)
+    if hijax is not None:
+        register_variable(hijax, HijaxVariables())
     register_node(nnx.Pytree, FlaxObjects())
     for bridging in (nnx.bridge.Module, nnx.bridge.ToNNX):
         register_node(bridging, FlaxBridges())
@@ -295,6 +306,18 @@ def _with_subclasses(cls: type) -> Iterator[type]:
 
 
 def _items(state: State) -> tuple[list[tuple[Any, Any]], None]:
+    """The entries of a State for Flax's functions, such as its Optimizer."""
+    kinds = state.schema.kinds
+    unseen = [i for i, k in enumerate(kinds) if k and issubclass(k, _kinds.Variable)]
+    if unseen:
+        raise UnsupportedError(
+            "Flax does not see these Variables of Sortal, and by kind leaves them "
+            "out:\n"
+            + listing(map(state.schema.describe, unseen))
+            + "\nWrite Sortal's own function, such as sortal.Optimizer(model, tx) or "
+            "sortal.jit, which take models of both; or give Flax a State without them, "
+            "as state.filter(Under('encoder'))."
+        )
     return [(key, state[key]) for key in sorted(state, key=paths.order)], None
 
 

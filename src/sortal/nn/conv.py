@@ -275,7 +275,7 @@ class Conv(_Conv):
 
         Args:
           inputs: array (*batch, *spatial, in_features), with any number of batch axes.
-          out_sharding: sharding of the output, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
 
         Returns:
           Array (*batch, *spatial, out_features), the spatial sizes as padding and
@@ -305,7 +305,7 @@ class Conv(_Conv):
             feature_group_count=self.feature_group_count,
             **dtypes.product_options(self, out_sharding),
         )
-        return _finish(y, bias, batch)
+        return dtypes.constrain(_finish(y, bias, batch), out_sharding)
 
     def _padded(self, x: Any) -> tuple[Any, str | Pairs]:
         """Applies the paddings that JAX's convolutions do not have."""

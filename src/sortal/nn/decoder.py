@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.paths import show
 from sortal._engine.variable import describe
-from sortal.errors import ArgumentError, CacheError
+from sortal.errors import ArgumentError, CacheError, listing
 from sortal.module import Module, iter_modules
 from sortal.nn import dtypes
 from sortal.nn.cache import KVCache
@@ -227,7 +228,7 @@ def init_cache(
     if not found:
         raise CacheError(
             f"init_cache found no DecoderAttention in {type(model).__name__}, and so "
-            "nothing that could use a cache."
+            f"nothing that could use a cache.{_caches_of_their_own(model)}"
         )
     made = [
         KVCache(
@@ -268,10 +269,25 @@ def reset_cache(model: Any, where: Any = None) -> None:
     if not found:
         raise CacheError(
             f"reset_cache found no KVCache in {type(model).__name__}. Make them with "
-            "init_cache(model, batch, length)."
+            f"init_cache(model, batch, length).{_caches_of_their_own(model)}"
         )
     for cache in found:
         cache.reset(where)
+
+
+def _caches_of_their_own(model: Any) -> str:
+    """A sentence about attention that is called with its own cache, Flax's too."""
+    found = [
+        f"{show(p)} ({type(m).__name__})"
+        for p, m in iter_modules(model)
+        if hasattr(m, "init_cache")
+    ]
+    if not found:
+        return ""
+    return (
+        "\nThese have a cache of their own, which attention.init_cache((batch, length, "
+        f"features)) makes and empties:\n{listing(found)}"
+    )
 
 
 def _check_heads(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from sortal._engine.variable import Variable, describe
+from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError
 
 PromoteDtype = Callable[..., Any]
@@ -132,7 +132,7 @@ def dot_general(x: Any, kernel: Any, dimension_numbers: Any, **options: Any) -> 
 
 def promote(layer: Any, inputs: Any, *parameters: Any) -> Any:
     """A layer's inputs and parameters, cast by its ``promote_dtype``."""
-    values = (p[...] if isinstance(p, Variable) else p for p in parameters)
+    values = (p[...] if is_variable(p) else p for p in parameters)
     return layer.promote_dtype((as_array(layer, inputs), *values), dtype=layer.dtype)
 
 
@@ -186,10 +186,25 @@ def product_options(layer: Any, out_sharding: Any) -> dict[str, Any]:
     return {
         "precision": layer.precision,
         **given(
-            out_sharding=out_sharding,
+            out_sharding=None if is_automatic(out_sharding) else out_sharding,
             preferred_element_type=layer.preferred_element_type,
         ),
     }
+
+
+def is_automatic(out_sharding: Any) -> bool:
+    """Whether a sharding is of automatic axes, of which JAX's products take none."""
+    if out_sharding is None:
+        return False
+    mesh = getattr(out_sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.are_all_axes_auto
+
+
+def constrain(y: Any, out_sharding: Any) -> Any:
+    """An output, constrained to a sharding of automatic mesh axes."""
+    if not is_automatic(out_sharding):
+        return y  # None, or the product had it
+    return lax.with_sharding_constraint(y, out_sharding)
 
 
 def name_of(owner: Any) -> str:

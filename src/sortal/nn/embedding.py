@@ -83,7 +83,7 @@ class Embed(Module):
 
         Args:
           inputs: integer array of any shape.
-          out_sharding: sharding of the output, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
 
         Returns:
           Array (*inputs.shape, features).
@@ -100,20 +100,18 @@ class Embed(Module):
         (table,) = self.promote_dtype(
             (self.embedding[...],), dtype=self.dtype, inexact=False
         )
-        if self.num_embeddings == 1:
-            return jnp.broadcast_to(table, (*inputs.shape, table.shape[1]))
-        if out_sharding is None:
-            return jnp.take(table, inputs, axis=0)
-        # `take` has no such argument, so its inside uses automatic sharding.
-        take = jax.sharding.auto_axes(out_sharding=out_sharding)(_take)
-        return take(table, inputs)
+        take = _repeat if self.num_embeddings == 1 else _take
+        if out_sharding is None or dtypes.is_automatic(out_sharding):
+            return dtypes.constrain(take(table, inputs), out_sharding)
+        # These have no such argument, so their inside uses automatic sharding.
+        return jax.sharding.auto_axes(out_sharding=out_sharding)(take)(table, inputs)
 
     def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:
         """Inner products of vectors with the whole table, as for tied output weights.
 
         Args:
           query: array (..., features).
-          out_sharding: sharding of the output, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
 
         Returns:
           Array (..., num_embeddings).
@@ -123,7 +121,13 @@ class Embed(Module):
         """
         x, table = dtypes.promote(self, query, self.embedding)
         dtypes.check_axis(self, x, table.shape[1])
-        return jnp.dot(x, table.T, out_sharding=out_sharding)
+        to = None if dtypes.is_automatic(out_sharding) else out_sharding
+        y = jnp.dot(x, table.T, out_sharding=to)
+        return dtypes.constrain(y, out_sharding)
+
+
+def _repeat(table: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(table, (*indices.shape, table.shape[1]))
 
 
 def _take(table: jax.Array, indices: jax.Array) -> jax.Array:

@@ -109,7 +109,7 @@ class Linear(Module):
 
         Args:
           inputs: array (..., in_features).
-          out_sharding: sharding of the output, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
 
         Returns:
           Array (..., out_features).
@@ -126,9 +126,9 @@ class Linear(Module):
             (((x.ndim - 1,), (0,)), ((), ())),
             **dtypes.product_options(self, out_sharding),
         )
-        if bias is None:
-            return y
-        return y + dtypes.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        if bias is not None:
+            y = y + dtypes.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return dtypes.constrain(y, out_sharding)
 
 
 class LinearGeneral(Module):
@@ -245,7 +245,7 @@ class LinearGeneral(Module):
 
         Args:
           inputs: array with the contracted axes and any others.
-          out_sharding: sharding of the output, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
 
         Returns:
           Array (*batch, *other axes, *out_features).
@@ -269,11 +269,11 @@ class LinearGeneral(Module):
             ((axis, contracted), (batch, batch)),
             **dtypes.product_options(self, out_sharding),
         )
-        if bias is None:
-            return y
-        others = (1,) * (x.ndim - n_batch - n_in)
-        shape = bias.shape[:n_batch] + others + bias.shape[n_batch:]
-        return y + dtypes.reshape(bias, shape)
+        if bias is not None:
+            others = (1,) * (x.ndim - n_batch - n_in)
+            shape = bias.shape[:n_batch] + others + bias.shape[n_batch:]
+            y = y + dtypes.reshape(bias, shape)
+        return dtypes.constrain(y, out_sharding)
 
 
 class Einsum(Module):
@@ -357,7 +357,7 @@ class Einsum(Module):
         Args:
           inputs: the first operand.
           einsum_str: another equation for this call.
-          out_sharding: sharding of the output, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
 
         Returns:
           The result of the equation, plus the bias.
@@ -374,7 +374,7 @@ class Einsum(Module):
             **dtypes.product_options(self, out_sharding),
         )
         if bias is None:
-            return y
+            return dtypes.constrain(y, out_sharding)
         shape = _kept_axes(equation, kernel.shape, y.ndim)
         if math.prod(shape) != bias.size:
             raise ArgumentError(
@@ -382,7 +382,7 @@ class Einsum(Module):
                 f"sizes {tuple(n for n in shape if n != 1)}; the bias must have that "
                 f"shape, found {describe(bias)}."
             )
-        return y + dtypes.reshape(bias, shape)
+        return dtypes.constrain(y + dtypes.reshape(bias, shape), out_sharding)
 
 
 def _as_tuple(x: int | Sequence[int]) -> tuple[int, ...]:

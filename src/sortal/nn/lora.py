@@ -218,7 +218,7 @@ class LoRALinear(Linear):
 
         Args:
           x: array (..., in_features).
-          out_sharding: sharding of the linear part, under explicit sharding.
+          out_sharding: sharding of the linear part, as for ``Linear``.
 
         Returns:
           Array (..., out_features).

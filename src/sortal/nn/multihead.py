@@ -293,8 +293,8 @@ class MultiHeadAttention(Module):
             and keys have length 1, and attend to all tokens so far.
           is_causal: whether query i attends to keys 0 to i only. Ignored
             when decoding, which is always causal.
-          out_sharding: sharding of the output, under explicit sharding.
-          qkv_sharding: sharding of queries, keys and values, under explicit sharding.
+          out_sharding: sharding of the output, on an explicit or automatic mesh.
+          qkv_sharding: sharding of queries, keys and values, likewise.
           input_positions: the positions of the queries, (*batch, queries), for an
             ``attention_fn`` that takes them. When decoding, the position in the cache
             if absent.

@@ -12,9 +12,15 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from sortal._engine.paths import Path, show
-from sortal._engine.variable import BatchStat, Param, Variable, describe
-from sortal.errors import ArgumentError
-from sortal.filters import PathContains, to_filter
+from sortal._engine.variable import (
+    BatchStat,
+    Param,
+    Variable,
+    describe,
+    is_variable,
+)
+from sortal.errors import ArgumentError, FilterError
+from sortal.filters import PathContains, leaf_filter
 from sortal.functional import variables
 from sortal.module import Module
 from sortal.nn import dtypes
@@ -28,7 +34,7 @@ def _weights(layer: Any, *filters: Any) -> Iterator[tuple[Path, Variable]]:
     return (
         (path, leaf)
         for path, leaf in variables(layer, *filters).flat_state()
-        if isinstance(leaf, Variable)
+        if is_variable(leaf)
     )
 
 
@@ -66,6 +72,7 @@ class WeightNorm(Module):
 
     Raises:
       ArgumentError: at a call, the layer has a weight that it did not have before.
+      FilterError: ``variable_filter`` takes no Param of the layer.
 
     References:
       Salimans and Kingma, "Weight normalization", arXiv:1602.07868, equation 2.
@@ -101,15 +108,22 @@ class WeightNorm(Module):
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.variable_filter = to_filter(variable_filter)
+        self.variable_filter = leaf_filter(variable_filter)
         self.promote_dtype = promote_dtype
         self.scales: dict[Path, Param[jax.Array]] | None = None
+        weights = list(_weights(layer_instance, Param))
+        taken = [(p, w) for p, w in weights if self.variable_filter(p, w)]
+        if not taken:
+            raise FilterError(
+                f"WeightNorm: variable_filter={self.variable_filter!r} takes no weight "
+                f"of the {type(layer_instance).__name__}; it has "
+                f"{', '.join(show(path) for path, _ in weights) or 'none'}."
+            )
         if use_scale:
             check_rngs(self, "scales", rngs)
             self.scales = {
                 path: Param(scale_init(_own_key(rngs, path), self._lengths(weight)))
-                for path, weight in _weights(layer_instance, Param)
-                if self.variable_filter(path, weight)
+                for path, weight in taken
             }
 
     def _axes(self, weight: Any) -> tuple[int, ...]:

@@ -8,14 +8,13 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sortal._engine.foreign import is_kind
+from sortal._engine.foreign import is_kind, twin
 from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path
 from sortal._engine.state import State, as_state
-from sortal._engine.variable import Variable
+from sortal._engine.variable import Variable, describe
 from sortal.errors import ArgumentError, PathError, listing
-from sortal.module import RECORDS, Module, iter_modules
-from sortal.nnx import capturing_flax
+from sortal.module import RECORDS, Module, is_module, iter_modules
 from sortal.nnx.containers import Dict
 
 _METHODS = "methods"
@@ -31,8 +30,8 @@ def capture(
     method ``features`` may sow ``'features'``.
 
     Args:
-      fn: a Module, a method of one, or a function whose first argument is one. A kind
-        gives a decorator.
+      fn: a Module, of Sortal or of Flax, a method of one, or a function whose first
+        argument is one. A kind gives a decorator.
       *var_types: the kinds to return.
       init: a State of what has been sown before the call, such as perturbations.
       method_outputs: a kind; what each public method and ``__call__`` returns is sown
@@ -58,29 +57,36 @@ def capture(
       >>> float(seen["h"].value[0]), float(y)
       (3.0, 6.0)
     """
-    if isinstance(fn, type) and issubclass(fn, Variable):
+    if isinstance(fn, type) and is_kind(fn, Variable):
         return lambda f: capture(
             f, fn, *var_types, init=init, method_outputs=method_outputs
         )
     owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
-    owner = owner if _is_module(owner) else None
+    owner = owner if is_module(owner) else None
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        module = owner if owner is not None or not args else args[0]
-        if not _is_module(module):
+        module: Any = owner if owner is not None or not args else args[0]
+        if not is_module(module):
+            found = describe(module) if hasattr(module, "dtype") else type(module)
             raise ArgumentError(
                 "capture needs to know which module sows: a Module, a method of one, "
-                f"or a function whose first argument is one; found a "
-                f"{type(module).__name__}."
+                "or a function whose first argument is one; found a "
+                f"{getattr(found, '__name__', found)}."
             )
         given = [] if init is None else list(as_state(init).flat_state())
         asked = () if method_outputs is None else (method_outputs,)
-        kinds = dict.fromkeys([*var_types, *(type(x) for _, x in given), *asked])
+        kinds = map(_of_ours, [*var_types, *(type(x) for _, x in given), *asked])
         recorded: dict[type, dict[Path, Any]] = {kind: {} for kind in kinds}
-        with _recording(module, given, recorded, method_outputs):
-            out = fn(*args, **kwargs)
-        states = [State.from_flat_path(recorded[kind]) for kind in var_types]
+        theirs = [p for p, m in iter_modules(module) if not isinstance(m, Module)]
+        here = [(p, x) for p, x in given if p[:-1] not in theirs]
+        there = [(p, x) for p, x in given if p[:-1] in theirs]
+        call: Any = functools.partial(fn, *args, **kwargs)
+        if theirs:
+            call = _captured_by_flax(call, module, there, recorded, method_outputs)
+        with _recording(module, here, recorded, method_outputs):
+            out = call()
+        states = [State.from_flat_path(recorded[_of_ours(kind)]) for kind in var_types]
         return (out, *states) if states else out
 
     return wrapper
@@ -88,16 +94,14 @@ def capture(
 
 @contextlib.contextmanager
 def _recording(
-    module: Module,
+    module: Any,
     given: Sequence[tuple[Path, Any]],
     recorded: dict[type, dict[Path, Any]],
     method_outputs: Any,
 ) -> Iterator[None]:
     """Has modules record kinds apart; afterwards ``recorded`` has them by path."""
-    modules, theirs = _modules(module), _modules(module, ours=False)
-    homes = {
-        path: {kind: Dict() for kind in recorded} for path, _ in (*modules, *theirs)
-    }
+    modules = _modules(module)
+    homes = {path: {kind: Dict() for kind in recorded} for path, _ in modules}
     homeless = [path for path, _ in given if path[:-1] not in homes]
     if homeless:
         raise PathError(
@@ -105,8 +109,7 @@ def _recording(
             + listing([str(path) for path in homeless])
         )
     for path, leaf in given:
-        homes[path[:-1]][type(leaf)][path[-1]] = leaf.replace()
-    classes = {type(m) for _, m in (*modules, *theirs)}
+        homes[path[:-1]][_of_ours(type(leaf))][path[-1]] = leaf.replace()
     before = [(m, get_dict(m).get(RECORDS)) for _, m in modules]
     for path, m in modules:
         records = Dict({kind.__qualname__: x for kind, x in homes[path].items()})
@@ -114,8 +117,7 @@ def _recording(
             records[_METHODS] = method_outputs.__qualname__
         setattr(m, RECORDS, records)
     try:
-        flax_records = capturing_flax.recording(theirs, given, recorded)
-        with _sowing_methods(classes, method_outputs), flax_records:
+        with _sowing_methods({type(m) for _, m in modules}, method_outputs):
             yield
     finally:
         for path, m in _modules(module):
@@ -127,12 +129,67 @@ def _recording(
                 delattr(m, RECORDS)
 
 
-def _is_module(x: Any) -> bool:
-    return isinstance(x, Module) or is_kind(type(x), Module)  # Flax's is its pair
+def _of_ours(kind: Any) -> Any:
+    return kind if issubclass(kind, Variable) else twin(kind)
 
 
-def _modules(module: Any, *, ours: bool = True) -> list[tuple[Path, Any]]:
-    return [(p, m) for p, m in iter_modules(module) if isinstance(m, Module) is ours]
+def _of_flax(kind: Any) -> Any:
+    return twin(kind) if issubclass(kind, Variable) else kind
+
+
+def _captured_by_flax(
+    call: Callable[[], Any],
+    module: Any,
+    given: Sequence[tuple[Path, Any]],
+    recorded: dict[type, dict[Path, Any]],
+    method_outputs: Any,
+) -> Callable[[], Any]:
+    """``call``, with what modules of Flax sow in it put among what is recorded."""
+    from flax import nnx as flax
+
+    # Flax's capture sees what it reaches from one module without leaving its own.
+    everything = dict(iter_modules(module))
+    holder, roots = flax.Module(), {}
+    for path, m in everything.items():
+        above = (path[:n] for n in range(len(path) - 1, -1, -1))
+        over = next((everything[p] for p in above if p in everything), None)
+        if not isinstance(m, Module) and (over is None or isinstance(over, Module)):
+            name = f"m{len(roots)}"
+            roots[name] = path
+            setattr(holder, name, m)
+
+    kinds = {_of_flax(kind): kind for kind in recorded}
+    kinds = {k: kind for k, kind in kinds.items() if issubclass(k, flax.Variable)}
+    init = flax.State({})
+    for path, x in given:
+        name = max((n for n, p in roots.items() if path[: len(p)] == p), key=len)
+        below = (name, *path[len(roots[name]) :])
+        at = init
+        for key in below[:-1]:
+            at = at.setdefault(key, flax.State({}))
+        at[below[-1]] = _of_flax(type(x))(x.get_value())
+    outputs = method_outputs and _of_flax(method_outputs)
+
+    def captured() -> Any:
+        out: list[Any] = []
+        capturing = flax.capture(
+            lambda _: out.append(call()), *kinds, init=init, method_outputs=outputs
+        )
+        try:
+            returned = capturing(holder)
+        except BaseException:
+            flax.capture(lambda _: None, *kinds)(holder)  # which ends the one above
+            raise
+        for state in returned[1:] if kinds else ():
+            for (name, *rest), x in as_state(state).flat_state():
+                recorded[kinds[type(x)]][(*roots[name], *rest)] = x
+        return out[0]
+
+    return captured
+
+
+def _modules(module: Module) -> list[tuple[Path, Module]]:
+    return [(path, m) for path, m in iter_modules(module) if isinstance(m, Module)]
 
 
 def _collect(path: Path, module: Module, recorded: dict[type, Any]) -> None:
@@ -144,8 +201,8 @@ def _collect(path: Path, module: Module, recorded: dict[type, Any]) -> None:
             found.update({(*path, name): x for name, x in mine.items()})
         return
     for name, x in list(get_dict(module).items()):
-        if type(x) in recorded:
-            recorded[type(x)][(*path, name)] = x
+        if _of_ours(type(x)) in recorded:
+            recorded[_of_ours(type(x))][(*path, name)] = x
             delattr(module, name)
 
 
@@ -170,8 +227,7 @@ def _sowing(method: Any, name: str, kind: Any) -> Any:
     @functools.wraps(method)
     def sowing(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = method(self, *args, **kwargs)
-        mine = kind if isinstance(self, Module) else capturing_flax.kind_of_flax(kind)
-        self.sow(mine, name, out)
+        self.sow(kind, name, out)
         return out
 
     return sowing

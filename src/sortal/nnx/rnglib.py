@@ -13,12 +13,13 @@ from sortal._engine.variable import RngCount as RngCount
 from sortal._engine.variable import RngKey as RngKey
 from sortal._engine.variable import RngState as RngState
 from sortal.errors import RngError
-from sortal.filters import to_filter
+from sortal.filters import leaf_filter
 from sortal.functional import iter_graph
 from sortal.nnx.keywords import ignoring
 from sortal.nnx.walks import recursive_map
 from sortal.random import Rngs as Rngs
 from sortal.random import RngStream as RngStream
+from sortal.random import is_stream
 from sortal.random import restore_rngs as restore_rngs
 
 reseed = ignoring("graph")(random.reseed)
@@ -71,12 +72,12 @@ def with_rngs(
     rules = {
         "split": _by_filter(split),
         "broadcast": _by_filter(broadcast),
-        "fork": [(f, to_filter(f), None) for f in forks],
+        "fork": [(f, leaf_filter(f), None) for f in forks],
     }
-    chosen = to_filter(only)
+    chosen = leaf_filter(only)
 
     def change(path: Path, x: Any) -> Any:
-        if not isinstance(x, RngStream) or not _takes(chosen, path, x):
+        if not is_stream(x) or not _takes(chosen, path, x):
             return x
         name, shape = _rule(path, x, rules)
         if name is None:
@@ -90,7 +91,7 @@ def _by_filter(shapes: Any) -> list[tuple[Any, Any, Any]]:
     if shapes is None:
         return []
     table = shapes if isinstance(shapes, Mapping) else {...: shapes}
-    return [(f, to_filter(f), shape) for f, shape in table.items()]
+    return [(f, leaf_filter(f), shape) for f, shape in table.items()]
 
 
 def _takes(chosen: Any, path: Path, stream: Any) -> bool:
@@ -152,13 +153,13 @@ def split_rngs(
         return random.split_rngs(*first, **options)
     if node is _ABSENT:
         return _of_arguments(lambda x: split_rngs(x, graph=False, **options))
-    chosen = to_filter(only)
+    chosen = leaf_filter(only)
 
     def change(path: Path, x: Any) -> Any:
-        if not isinstance(x, RngStream) or not _takes(chosen, path, x):
+        if not is_stream(x) or not _takes(chosen, path, x):
             return x
         new = x.split(splits)
-        return RngStream(new.key[0], tag=x.tag) if squeeze else new
+        return type(x)(new.key[0], tag=x.tag) if squeeze else new
 
     return recursive_map(change, node)
 
@@ -197,13 +198,13 @@ def fork_rngs(
     if node is _ABSENT:
         return _of_arguments(lambda x: fork_rngs(x, split=split, graph=False))
     table = split if isinstance(split, Mapping) else {...: split}
-    rules = [(to_filter(f), shape) for f, shape in table.items()]
+    rules = [(leaf_filter(f), shape) for f, shape in table.items()]
 
     def change(path: Path, x: Any) -> Any:
-        if isinstance(x, RngStream):
+        if is_stream(x):
             for takes, shape in rules:
                 if _takes(takes, path, x):
-                    return x.fork(split=shape)
+                    return x.fork() if shape is None else x.split(shape)
         return x
 
     return recursive_map(change, node)
@@ -256,8 +257,4 @@ def backup_keys(node: Any, /, *, graph: bool | None = None) -> list[tuple[Any, .
       >>> bool((rngs() == key).all())
       True
     """
-    return [
-        (x, x.key[...], x.count[...])
-        for _, x in iter_graph(node)
-        if isinstance(x, RngStream)
-    ]
+    return [(x, x.key[...], x.count[...]) for _, x in iter_graph(node) if is_stream(x)]

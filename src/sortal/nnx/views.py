@@ -9,7 +9,7 @@ from typing import Any
 from sortal.errors import ArgumentError
 from sortal.filters import to_filter
 from sortal.functional import clone
-from sortal.module import iter_modules, set_where_present
+from sortal.module import iter_modules, set_attributes
 
 
 def view(
@@ -104,7 +104,7 @@ def with_attributes(
       True
     """
     new = clone(node, variables=False)
-    set_where_present(new, only, attributes, raise_if_not_found)
+    set_attributes(new, only, raise_if_not_found=raise_if_not_found, **attributes)
     return new
 
 

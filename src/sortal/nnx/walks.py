@@ -9,11 +9,11 @@ import jax
 
 from sortal._engine.nodes import LEAF, STATIC, handler_of, is_root
 from sortal._engine.paths import Path, show
-from sortal._engine.variable import Variable, is_variable
+from sortal._engine.variable import Variable, is_variable, value_of
 from sortal.errors import StructureError, UnsupportedError, listing
 from sortal.filters import to_filter
 from sortal.functional import clone, merge, split, variables
-from sortal.module import Module
+from sortal.module import Module, is_module
 
 
 def map(
@@ -184,7 +184,7 @@ def iter_module_children(
             f"{type(node).__name__}."
         )
     for key, child in handler.items(node).items():
-        if isinstance(child, Module):
+        if is_module(child):
             yield key, child
 
 
@@ -226,9 +226,9 @@ def as_pure(tree: Any) -> Any:
     """
 
     def bare(x: Any) -> Any:
-        return as_pure(x.get_raw_value()) if isinstance(x, Variable) else x
+        return as_pure(value_of(x)) if is_variable(x) else x
 
-    return jax.tree.map(bare, tree, is_leaf=lambda x: isinstance(x, Variable))
+    return jax.tree.map(bare, tree, is_leaf=is_variable)
 
 
 pure = as_pure

@@ -11,7 +11,7 @@ from sortal._engine.plan import bind
 from sortal._engine.schema import Kind, Schema, kind_name, select
 from sortal._engine.variable import Param
 from sortal.errors import PolicyError, listing
-from sortal.filters import All, Filter, to_filter
+from sortal.filters import All, Filter, leaf_filter
 from sortal.policy.rule import COLUMNS, UNSET, Rule, fault
 from sortal.policy.table import SHOWN, Found, PolicyTable
 from sortal.sharding.mesh_axes import in_force, own_spec
@@ -272,7 +272,7 @@ def _rows(rules: Any) -> tuple[tuple[Filter, Rule], ...]:
             "Policy takes a mapping, {filter: Rule(...)}, or another Policy; found a "
             f"{type(rules).__name__}."
         )
-    rows = tuple((to_filter(literal), rule) for literal, rule in rules.items())
+    rows = tuple((leaf_filter(literal), rule) for literal, rule in rules.items())
     bad = [f"{f!r}: {rule!r:.60}" for f, rule in rows if not isinstance(rule, Rule)]
     if bad:
         raise PolicyError(

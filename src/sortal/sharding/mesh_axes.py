@@ -53,17 +53,21 @@ def more_rules(rules: Any) -> Iterator[None]:
 
 
 def _pairs(rules: Any) -> Rules:
-    pairs = ((name, axis) for name, axis in rules)
+    pairs = ((name, axis) for name, axis, *_ in rules)
     return tuple((n, tuple(x) if isinstance(x, list) else x) for n, x in pairs)
 
 
 def mapped_over(declared: bool) -> Any:
-    """A ``with`` block for functions of parts of leaves, some with declared specs.
+    """A ``with`` block for functions of parts of leaves, some with specs of the whole.
 
-    A declared spec speaks of a whole leaf, so compiled functions that are called on
-    parts leave them where they are.
+    Compiled functions that are called in it leave all leaves where they are.
     """
     return _mapped(_mapped.value or declared)
+
+
+def in_mapped() -> bool:
+    """Whether specs may speak of arrays of which only parts are here."""
+    return _mapped.value
 
 
 @contextlib.contextmanager
@@ -105,7 +109,7 @@ def using_eager_sharding() -> bool:
 
 def in_force() -> tuple[Any, ...]:
     """The current settings of the ``with`` blocks of this file and of Flax's."""
-    return _rules.value, _rules_of_flax(), _eager.get()
+    return _rules.value, _rules_of_flax(), _eager.get(), _mapped.value
 
 
 def spec_of(names: Any, rules: Any = ()) -> PartitionSpec:
@@ -142,8 +146,9 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
     """
     if _mapped.value:
         return None
-    if PLACEMENT in metadata:
-        return metadata[PLACEMENT]
+    put_there = metadata.get(PLACEMENT)
+    if put_there is not None:
+        return NamedSharding(put_there.mesh, short(put_there.spec))
     spec = own_spec(metadata)
     if spec is None:
         spec = getattr(kind, "options", {}).get("spec")
@@ -154,6 +159,14 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
         mesh = jax.sharding.get_abstract_mesh()
     on_it: Any = getattr(spec, "spec", spec)
     return None if mesh.empty else NamedSharding(mesh, on_it)
+
+
+def short(spec: Any) -> PartitionSpec:
+    """A spec without Nones at its end, which say nothing."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def put(value: Any, sharding: NamedSharding) -> Any:
@@ -171,7 +184,7 @@ def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:
 def _rules_of_flax() -> Rules:
     # Rules can be set in Flax only after its module was imported.
     of_flax = sys.modules.get("flax.core.spmd")
-    return of_flax.get_logical_axis_rules() if of_flax else ()
+    return _pairs(of_flax.get_logical_axis_rules()) if of_flax else ()
 
 
 def _joined(*several: Rules) -> dict[str, Any]:
@@ -179,7 +192,7 @@ def _joined(*several: Rules) -> dict[str, Any]:
     bad = []
     for rules in several:
         # Within one list the last rule for a name holds, as in Flax NNX.
-        for name, axis in {name: axis for name, axis, *_ in rules}.items():
+        for name, axis in dict(rules).items():
             if joined.setdefault(name, axis) != axis:
                 bad.append(f"{name!r}: {joined[name]!r} and {axis!r}")
     if bad:

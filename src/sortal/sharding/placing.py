@@ -6,16 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from sortal._engine.jax_compat import outside_traces
 from sortal._engine.leaves import Slot, store_all
 from sortal._engine.plan import Plan, bind
 from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
-from sortal._engine.variable import check_writable
+from sortal._engine.variable import check_writable, describe
 from sortal.errors import ShardingError, listing
-from sortal.sharding.mesh_axes import put, use_eager_sharding
-from sortal.sharding.resolution import Resolved, check_specs, resolve
+from sortal.policy.policy import Policy
+from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import in_mapped, put, use_eager_sharding
+from sortal.sharding.resolution import (
+    UNRULED,
+    Resolved,
+    at_full_rank,
+    check_specs,
+    resolve,
+)
 from sortal.transforms.compile import eval_shape
 
 M = TypeVar("M")
@@ -50,17 +59,42 @@ def on_mesh(model: Any, mesh: Any, policy: Any, rules: Any) -> OnMesh:
       ShardingError: there is no mesh, or specs do not fit; all are listed.
       PolicyError: a kind or a Variable has an answer that is no spec.
     """
+    mesh = _given_mesh(mesh)
     plan = bind(model)
     schema, values = plan.graphdef.schema, plan.values()
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            raise ShardingError(
-                "there is no mesh; pass mesh=, or call it within jax.set_mesh(mesh)."
-            )
     found = resolve(schema, values, policy, mesh, plan.view, rules)
     check_specs(schema, values, [spec for spec, _ in found], mesh)
     return OnMesh(plan, values, found, mesh)
+
+
+def _given_mesh(mesh: Any) -> Any:
+    """The mesh, or that of ``jax.set_mesh``: with its devices, outside of traces."""
+    if mesh is None and outside_traces():
+        mesh = jax.sharding.get_mesh()
+    if mesh is None or (isinstance(mesh, Mesh) and mesh.empty):
+        mesh = jax.sharding.get_abstract_mesh()
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise ShardingError(
+            f"a mesh is a jax.sharding.Mesh; found {describe(mesh)}. Write "
+            "shard(model, mesh, policy)."
+        )
+    if mesh.empty:
+        raise ShardingError(
+            "there is no mesh; pass mesh=, or call it within jax.set_mesh(mesh)."
+        )
+    return mesh
+
+
+def _given_devices(mesh: Any) -> Mesh:
+    """A mesh of devices; refuses one that has none."""
+    mesh = _given_mesh(mesh)
+    if isinstance(mesh, AbstractMesh):
+        raise ShardingError(
+            f"an AbstractMesh has no devices to put a model on; found {mesh}. Pass the "
+            "jax.sharding.Mesh; inside of a compiled function write constrain(model, "
+            "policy)."
+        )
+    return mesh
 
 
 def specs(
@@ -104,13 +138,13 @@ def specs(
 
 
 def named_shardings(
-    model: Any, mesh: Mesh, policy: Any = None, *, rules: Any = ()
+    model: Any, mesh: Mesh | None = None, policy: Any = None, *, rules: Any = ()
 ) -> State:
     """The sharding of each leaf on a mesh, checked.
 
     Args:
       model: a Module, real or abstract, a State, or a container of these.
-      mesh: the mesh.
+      mesh: the mesh; that of ``jax.set_mesh`` if absent.
       policy: a Policy, or a mapping of filter to Rule.
       rules: as of ``specs``.
 
@@ -120,7 +154,7 @@ def named_shardings(
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
       PolicyError: a kind or a Variable has an answer that is no spec.
-      ShardingError: specs do not fit their leaves or the mesh; all are listed.
+      ShardingError: there is no mesh, or specs do not fit; all are listed.
 
     Example:
       >>> import jax
@@ -134,7 +168,9 @@ def named_shardings(
     return snapshot(found.plan.graphdef.schema, found.shardings())
 
 
-def shard(model: M, mesh: Mesh, policy: Any = None, *, rules: Any = ()) -> M:
+def shard(
+    model: M, mesh: Mesh | None = None, policy: Any = None, *, rules: Any = ()
+) -> M:
     """Puts a model on a mesh, in place: all of it, or nothing.
 
     Each Variable keeps its sharding in its metadata, so that compiled functions which
@@ -143,7 +179,7 @@ def shard(model: M, mesh: Mesh, policy: Any = None, *, rules: Any = ()) -> M:
 
     Args:
       model: a Module, or a container of Modules and Variables.
-      mesh: the mesh.
+      mesh: the mesh; that of ``jax.set_mesh`` if absent.
       policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
       rules: as of ``specs``.
 
@@ -153,8 +189,9 @@ def shard(model: M, mesh: Mesh, policy: Any = None, *, rules: Any = ()) -> M:
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
       PolicyError: a kind or a Variable has an answer that is no spec.
-      ShardingError: specs do not fit their leaves or the mesh, or raw arrays cannot be
-        written; all are listed and nothing is moved.
+      ShardingError: there is no mesh, specs do not fit their leaves or the mesh, raw
+        arrays cannot be written, or rows of the Policy have specs and none takes a
+        leaf; all are listed and nothing is moved.
       TraceError: the model belongs to another trace than the current one.
 
     Example:
@@ -168,11 +205,24 @@ def shard(model: M, mesh: Mesh, policy: Any = None, *, rules: Any = ()) -> M:
       >>> list(model.kernel.sharding.spec)
       [None, 'data']
     """
-    found = on_mesh(model, mesh, policy, rules)
+    found = on_mesh(model, _given_devices(mesh), policy, rules)
+    _check_takes(found, policy)
     _check_places(found.plan)
     shardings = found.shardings()
     _store(found.plan, jax.device_put(list(found.values), shardings), shardings)
     return model
+
+
+def _check_takes(found: OnMesh, policy: Any) -> None:
+    """Refuses a Policy by which every leaf would stay or go to every device."""
+    rows = Policy({} if policy is None else policy).all_answers("spec")
+    schema = found.plan.graphdef.schema
+    if rows and len(schema) and {by for _, by in found.found} <= {UNRULED, "placement"}:
+        raise ShardingError(
+            f"no row of the Policy takes any of the {len(schema)} leaves:\n"
+            + listing(map(schema.describe, range(len(schema))))
+            + "\nMend its filters; shard(model, mesh) puts all on every device."
+        )
 
 
 def _check_places(plan: Plan) -> None:
@@ -194,7 +244,8 @@ def _store(plan: Plan, values: Sequence[Any], shardings: Sequence[Any]) -> None:
     """Writes values, and into the metadata of Variables where they are to stay."""
     store_all([plan.leaves], values)
     metadata = plan.graphdef.schema.metadata
-    for leaf, old, sharding in zip(plan.leaves, metadata, shardings, strict=True):
+    found = map(at_full_rank, shardings, values)
+    for leaf, old, sharding in zip(plan.leaves, metadata, found, strict=True):
         if type(leaf) is not Slot and old.get(PLACEMENT) != sharding:
             leaf.set_metadata({**old, PLACEMENT: sharding})
 
@@ -216,7 +267,8 @@ def constrain(
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
       PolicyError: a kind or a Variable has an answer that is no spec.
-      ShardingError: there is no mesh, or specs do not fit; all are listed.
+      ShardingError: there is no mesh, specs do not fit, or inside of a map they may
+        speak of whole arrays; all are listed.
       TraceError: the model belongs to another trace than the current one.
 
     Example:
@@ -236,6 +288,8 @@ def constrain(
     """
     found = on_mesh(model, mesh, policy, rules)
     _check_places(found.plan)
+    if in_mapped():
+        _check_rows(found)
     pairs = zip(found.values, found.shardings(), strict=True)
     store_all(
         [found.plan.leaves],
@@ -244,8 +298,29 @@ def constrain(
     return model
 
 
+def _check_rows(found: OnMesh) -> None:
+    """Refuses specs of wholes for parts; a row of a Policy speaks of what is here."""
+    schema = found.plan.graphdef.schema
+    bad = [
+        f"{schema.describe(i)}: {format_answer('spec', spec)}, by {by}"
+        for i, (spec, by) in enumerate(found.found)
+        if spec and not by.startswith("row")
+    ]
+    if bad:
+        raise ShardingError(
+            "inside of a map these specs may speak of whole arrays, and only parts are "
+            f"here:\n{listing(bad)}\nName the axis of the map, as in vmap(f, "
+            "transform_metadata={nnx.PARTITION_NAME: 'layers'}), or give the parts "
+            "specs by rows of a Policy."
+        )
+
+
 def init_sharded(
-    fn: Callable[[], M], mesh: Mesh, policy: Any = None, *, rules: Any = ()
+    fn: Callable[[], M],
+    mesh: Mesh | None = None,
+    policy: Any = None,
+    *,
+    rules: Any = (),
 ) -> M:
     """Builds a model on a mesh; no device and no host holds an array of it whole.
 
@@ -254,7 +329,7 @@ def init_sharded(
 
     Args:
       fn: takes nothing, returns a Module, or a tuple such as a model and its optimizer.
-      mesh: the mesh.
+      mesh: the mesh; that of ``jax.set_mesh`` if absent.
       policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
       rules: as of ``specs``.
 
@@ -276,6 +351,7 @@ def init_sharded(
       >>> list(sortal.init_sharded(make, mesh, policy).kernel.sharding.spec)
       [None, 'data']
     """
+    mesh = _given_devices(mesh)
     # What does not fit is refused below by path, and not where it is made.
     with jax.set_mesh(mesh), use_eager_sharding(False):
         model = eval_shape(fn)

@@ -7,18 +7,17 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sortal._engine.foreign import is_kind
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.schema import Kind, kind_name
-from sortal._engine.tables import Report, Table
+from sortal._engine.tables import Report, Table, nbytes, size
 from sortal._engine.variable import Param
 from sortal.errors import PathError, ShardingError, listing
 from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import short
 from sortal.sharding.placing import on_mesh
 from sortal.sharding.resolution import UNRULED, axes_of
 
@@ -92,13 +91,13 @@ class ShardingReport(Report):
             (
                 kind_name(kind),
                 str(len(mine)),
-                _bytes(sum(r.bytes for r in mine)),
-                _bytes(sum(r.on_device for r in mine)),
-                _bytes(sum(r.bytes for r in mine if r.by == UNRULED)),
+                size(sum(r.bytes for r in mine)),
+                size(sum(r.on_device for r in mine)),
+                size(sum(r.bytes for r in mine if r.by == UNRULED)),
             )
             for kind, mine in kinds.items()
         ]
-        total = ("all", str(len(self.rows)), *map(_bytes, self._sums()))
+        total = ("all", str(len(self.rows)), *map(size, self._sums()))
         largest = sorted(self.rows, key=lambda r: -r.on_device)[:_SHOWN]
         by_leaf = [
             (
@@ -107,8 +106,8 @@ class ShardingReport(Report):
                 "x".join(map(str, r.shape)) or "-",
                 format_answer("spec", r.spec),
                 r.by,
-                _bytes(r.bytes),
-                _bytes(r.on_device),
+                size(r.bytes),
+                size(r.on_device),
             )
             for r in largest
         ]
@@ -127,7 +126,7 @@ class ShardingReport(Report):
         notes = []
         if self.unruled:
             notes.append(
-                f"{_bytes(self.unruled)} are replicated because no metadata, row or "
+                f"{size(self.unruled)} are replicated because no metadata, row or "
                 "kind speaks of them. If that is meant, write a last row "
                 "...: Rule(spec=P())."
             )
@@ -141,13 +140,14 @@ class ShardingReport(Report):
 
 
 def sharding_report(
-    model: Any, mesh: Mesh, policy: Any = None, *, rules: Any = ()
+    model: Any, mesh: Mesh | None = None, policy: Any = None, *, rules: Any = ()
 ) -> ShardingReport:
     """Where each leaf of a model belongs on a mesh, who says so, and its bytes.
 
     Args:
       model: a Module, real or abstract, of Sortal or Flax; or a container of these.
-      mesh: the mesh, which may be a ``jax.sharding.AbstractMesh``.
+      mesh: the mesh, which may be a ``jax.sharding.AbstractMesh``; that of
+        ``jax.set_mesh`` if absent.
       policy: a Policy, or a mapping of filter to Rule; see ``specs`` for the order.
       rules: pairs of a name of an axis and a mesh axis.
 
@@ -157,7 +157,7 @@ def sharding_report(
     Raises:
       ArgumentError: two rules give one name of an axis different mesh axes.
       PolicyError: a kind or a Variable has an answer that is no spec.
-      ShardingError: specs do not fit their leaves or the mesh; all are listed.
+      ShardingError: there is no mesh, or specs do not fit; all are listed.
 
     Example:
       >>> import jax
@@ -171,7 +171,7 @@ def sharding_report(
       (16640, 2304)
     """
     found = on_mesh(model, mesh, policy, rules)
-    schema, sizes = found.plan.graphdef.schema, dict(mesh.shape)
+    schema, sizes = found.plan.graphdef.schema, dict(found.mesh.shape)
     rows = []
     for i, (value, (spec, by)) in enumerate(
         zip(found.values, found.found, strict=True)
@@ -180,7 +180,7 @@ def sharding_report(
         count = sum(map(nbytes, jax.tree.leaves(value)))
         sharding = getattr(value, "sharding", None)
         named = sharding if isinstance(sharding, NamedSharding) else None
-        lies = named.spec if named is not None and named.mesh == mesh else None
+        lies = named.spec if named is not None and named.mesh == found.mesh else None
         rows.append(
             ShardingRow(
                 schema.paths[i],
@@ -194,29 +194,17 @@ def sharding_report(
                 None if lies is None else short(lies),
             )
         )
-    return ShardingReport(rows, mesh)
+    return ShardingReport(rows, found.mesh)
 
 
-def nbytes(x: Any) -> int:
-    """The bytes of an array, real or abstract; of keys, those of their words."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        x = jax.eval_shape(jax.random.key_data, x)
-    if dtype is None:
-        return np.asarray(x).nbytes
-    return math.prod(x.shape) * x.dtype.itemsize
-
-
-def short(spec: Any) -> PartitionSpec:
-    """A spec without Nones at its end, which say nothing."""
-    entries = list(spec)
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
-
-
-def assert_sharded(model: Any, tolerance: float = 0.02, *, kind: type = Param) -> None:
-    """Refuses a model whose arrays are not divided over the devices they lie on.
+def assert_sharded(
+    model: Any,
+    tolerance: float = 0.02,
+    *,
+    mesh: Mesh | None = None,
+    kind: type = Param,
+) -> None:
+    """Refuses a model whose arrays are not divided over the devices of a mesh.
 
     A device may hold more than an even share of the bytes, by ``tolerance`` times the
     bytes of all (the measure is that of MaxText's
@@ -225,11 +213,13 @@ def assert_sharded(model: Any, tolerance: float = 0.02, *, kind: type = Param) -
     Args:
       model: a Module, real or abstract with shardings; or a container of these.
       tolerance: the part of all bytes that a device may hold beyond an even share.
+      mesh: the mesh; that of ``jax.set_mesh`` if absent, or else the largest on which
+        an array of the model lies.
       kind: the kind whose leaves count.
 
     Raises:
-      ShardingError: the fullest device holds more, or no leaf counts; the leaves that
-        are replicated are listed, the largest first.
+      ShardingError: the fullest device holds more, no leaf counts, or there is no
+        mesh; the leaves that are not divided are listed, the largest first.
 
     Example:
       >>> import jax
@@ -241,51 +231,58 @@ def assert_sharded(model: Any, tolerance: float = 0.02, *, kind: type = Param) -
     plan = bind(model)
     schema, values = plan.graphdef.schema, plan.values()
     chosen = [i for i, k in enumerate(schema.kinds) if is_kind(k, kind)]
-    total, here, devices = 0, 0, 1
-    rows = []
-    for i in chosen:
-        for x in jax.tree.leaves(values[i]):
-            sharding = getattr(x, "sharding", None)
-            if sharding is None:
-                raise ShardingError(
-                    f"{schema.describe(i)} has no sharding: it is abstract and on no "
-                    "mesh. Give abstract(fn, mesh, policy) a mesh."
-                )
-            n = len(sharding.device_set) if not _abstract(sharding) else _size(sharding)
-            devices, size = max(devices, n), nbytes(x)
-            part = math.prod(sharding.shard_shape(x.shape)) / max(math.prod(x.shape), 1)
-            total, here = total + size, here + size * part
-            rows.append(
-                (size * part - size / n, f"{schema.describe(i)}: {_bytes(size)}")
-            )
+    arrays = [
+        (schema.describe(i), x) for i in chosen for x in jax.tree.leaves(values[i])
+    ]
+    total = sum(nbytes(x) for _, x in arrays)
     if not total:
         raise ShardingError(
             f"the model has no {kind.__name__}, so there is nothing to be sharded; it "
             "has:\n" + listing(map(schema.describe, range(len(schema))))
         )
-    beyond = (here - total / devices) / total
+    devices = _devices(arrays, mesh)
+    rows = [
+        (nbytes(x) * (_part(x.sharding, x.shape) - 1 / devices), name, nbytes(x))
+        for name, x in arrays
+    ]
+    beyond = sum(more for more, _, _ in rows) / total
     if beyond > tolerance:
-        rows = sorted((r for r in rows if r[0] > 0), key=lambda r: -r[0])
+        worst = sorted((r for r in rows if r[0] > 0), key=lambda r: r[0], reverse=True)
+        here = round(total / devices + beyond * total)
         raise ShardingError(
-            f"a device holds {_bytes(int(here))} of {_bytes(total)}, where an even "
-            f"share of {devices} devices is {_bytes(total // devices)}: {beyond:.1%} "
+            f"a device holds {size(here)} of {size(total)}, where an even "
+            f"share of {devices} devices is {size(total // devices)}: {beyond:.1%} "
             f"of all too much, and {tolerance:.1%} is allowed. Not divided evenly:\n"
-            f"{listing(text for _, text in rows)}\nGive them a spec, as in "
-            "shard(model, mesh, presets.fsdp('data'))."
+            f"{listing(f'{name}: {size(n)}' for _, name, n in worst)}\nGive them a "
+            "spec, as in shard(model, mesh, presets.fsdp('data'))."
         )
 
 
-def _abstract(sharding: Any) -> bool:
-    return isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+def _devices(arrays: list[tuple[str, Any]], mesh: Any) -> int:
+    """Over how many devices arrays, given with their names, are to be divided."""
+    lacking = [name for name, x in arrays if getattr(x, "sharding", None) is None]
+    if lacking:
+        raise ShardingError(
+            "these have no sharding, for they are abstract and on no mesh:\n"
+            f"{listing(lacking)}\nGive abstract(fn, mesh, policy) a mesh."
+        )
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return mesh.size
+    found = [x.sharding for _, x in arrays]
+    # A mesh of one device is a mesh; an array that was never put on one lies on none.
+    sizes = [s.num_devices for s in found if isinstance(s, NamedSharding)]
+    sizes += [s.num_devices for s in found if s.num_devices > 1]
+    if not sizes:
+        raise ShardingError(
+            "these lie on one device and on no mesh:\n"
+            f"{listing(name for name, _ in arrays)}\nCall shard(model, mesh, policy), "
+            "or pass the mesh= over which they are to be divided."
+        )
+    return max(sizes)
 
 
-def _size(sharding: Any) -> int:
-    return math.prod(dict(sharding.mesh.shape).values())
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.4g} TB"
+def _part(sharding: Any, shape: tuple[int, ...]) -> float:
+    """The part of an array that each of its devices holds."""
+    return math.prod(sharding.shard_shape(shape)) / max(math.prod(shape), 1)

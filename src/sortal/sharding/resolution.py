@@ -24,7 +24,7 @@ from sortal._engine.variable import OptState
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
-from sortal.sharding.mesh_axes import more_rules, put
+from sortal.sharding.mesh_axes import more_rules, put, short
 
 WHOLE = PartitionSpec()
 UNRULED = "no rule"
@@ -90,9 +90,9 @@ def resolve(
         for i, ((answer, by), value) in enumerate(zip(given, values, strict=True))
     ]
     for i, (_, by) in enumerate(made):
-        put = schema.metadata[i].get(PLACEMENT)
-        if by == UNRULED and put is not None and (mesh is None or put.mesh == mesh):
-            made[i] = Resolved(put.spec, "placement")
+        there = placement(values[i], schema.metadata[i])
+        if by == UNRULED and there is not None and mesh in (None, there.mesh):
+            made[i] = Resolved(short(there.spec), "placement")
     for i, owner in owners.items():
         made[i] = _of_state(made, i, owner, values)
     return made
@@ -148,12 +148,27 @@ def spec_for(answer: Any, value: Any, mesh: Any, name: Callable[[], str]) -> Any
     return answer(shape_of(value), mesh)
 
 
-def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
-    """A new value where the metadata says that ``shard`` put the like of it."""
+def placement(value: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
+    """Where ``shard`` put a leaf; None for a part of it, which has another rank."""
     sharding = metadata.get(PLACEMENT)
+    if sharding is None or not hasattr(value, "shape"):
+        return sharding
+    return sharding if len(sharding.spec) == len(value.shape) else None
+
+
+def at_full_rank(sharding: NamedSharding, value: Any) -> NamedSharding:
+    """The same sharding with an entry for each dimension, as ``placement`` expects."""
+    entries = [*sharding.spec]
+    entries += [None] * (len(shape_of(value)) - len(entries))
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+
+def at_placement(value: Any, metadata: Mapping[str, Any]) -> Any:
+    """A new value where the metadata says that ``shard`` put the like of it."""
+    sharding = placement(value, metadata)
     if sharding is None or not isinstance(value, jax.Array):
         return value
-    return put(value, sharding)
+    return put(value, NamedSharding(sharding.mesh, short(sharding.spec)))
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -264,8 +279,10 @@ def with_spec_like(
         if callable(spec) or not spec:
             continue  # it depends on the shape, or says nothing
         new = like_parameter(PartitionSpec(*spec), full, shape)
-        on_mesh = isinstance(old, NamedSharding)
-        found[name] = NamedSharding(old.mesh, new) if on_mesh else new
+        if isinstance(old, NamedSharding):
+            entries = [*new, *[None] * (len(shape) - len(new))]
+            new = NamedSharding(old.mesh, PartitionSpec(*entries))
+        found[name] = new
     return found
 
 

@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
 from sortal._engine.annotations import with_partitioning as with_partitioning
-from sortal._engine.nodes import Node
+from sortal._engine.plan import has_plan
 from sortal._engine.schema import Schema
-from sortal._engine.variable import Variable
+from sortal._engine.variable import Variable, is_variable, make, metadata_of, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.functional import merge, split
 from sortal.sharding.mesh_axes import declared_sharding
@@ -42,9 +42,10 @@ def get_var_pspec(v: Variable) -> PartitionSpec | None:
       >>> list(nnx.spmd.get_var_pspec(w))
       ['data']
     """
-    schema = Schema.of([()], [type(v)], [v._metadata])
-    ((spec, by),) = resolve(schema, [v._value])
-    return _spec_of_raw(v._value) if by == UNRULED else spec
+    value = value_of(v)
+    schema = Schema.of([()], [type(v)], [metadata_of(v)])
+    ((spec, by),) = resolve(schema, [value])
+    return _spec_of_raw(value) if by == UNRULED else spec
 
 
 def get_partition_spec(tree: Any) -> Any:
@@ -111,14 +112,14 @@ def _map(of: Callable[[Variable], Any], of_raw: Callable[[Any], Any], tree: Any)
     """Maps over the Variables and raw leaves of a tree, inside of objects too."""
 
     def one(x: Any) -> Any:
-        if isinstance(x, Variable):
-            return x.replace(of(x))
-        if isinstance(x, Node):
+        if is_variable(x):
+            return make(type(x), of(x), metadata_of(x))
+        if has_plan(x):
             graphdef, state = split(x)
             return merge(graphdef, _map(of, of_raw, state))
         return of_raw(x)
 
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (Variable, Node)))
+    return jax.tree.map(one, tree, is_leaf=lambda x: is_variable(x) or has_plan(x))
 
 
 def as_abstract(tree: Any, **_unknown: Never) -> Any:
@@ -150,9 +151,9 @@ def as_abstract(tree: Any, **_unknown: Never) -> Any:
     refuse_unknown("as_abstract", _unknown)
 
     def with_sharding(v: Variable) -> Any:
-        value = v._value
+        value = value_of(v)
         known = getattr(value, "sharding", None) is not None
-        declared = declared_sharding(type(v), v._metadata)
+        declared = declared_sharding(type(v), metadata_of(v))
         if known or declared is None or not hasattr(value, "dtype"):
             return value
         return _abstract(value, declared)

@@ -14,7 +14,7 @@ from sortal._engine.state import State
 from sortal._engine.variable import describe, is_variable
 from sortal.errors import OptimizerError, listing
 from sortal.sharding.mesh_axes import declared_sharding, put
-from sortal.sharding.resolution import placed
+from sortal.sharding.resolution import at_placement
 
 ANEW = (
     "Make a new Optimizer after changing the model, or pass the model that this one "
@@ -155,4 +155,4 @@ def is_array(x: Any) -> bool:
 def placed_like(value: Any, metadata: Any, of_parameter: Any) -> Any:
     """A new value where its metadata says, which may not be with its parameter."""
     own = "optimizer_sharding" in of_parameter and declared_sharding(None, metadata)
-    return put(value, own) if own else placed(value, metadata)
+    return put(value, own) if own else at_placement(value, metadata)

@@ -16,7 +16,7 @@ from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.marks import static
 from sortal._engine.paths import Path
 from sortal._engine.plan import bind, has_plan
-from sortal._engine.schema import Kind, Schema, plain_leaf_schema
+from sortal._engine.schema import Kind, Schema, plain_leaf_schema, taken
 from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
@@ -143,7 +143,7 @@ class Optimizer(Pytree):
         divided = _divide(self.tx, groups, params)
         parts = _parts(params, [at for _, at in divided])
         states = tuple(
-            _stored(t.init(part), shared, params)
+            _stored(t.init(part), shared, part)
             for (t, _), part in zip(divided, parts, strict=True)
         )
         self.opt_state = states[0] if groups is None else states
@@ -346,10 +346,10 @@ def _divide(tx: Any, groups: Any, params: State) -> list[tuple[Any, Any]]:
 def _assign(
     schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
 ) -> list[tuple[int, ...]]:
-    takers = [
-        [g for g, f in enumerate(filters) if f.test(*row)]
-        for row in schema.rows(leaves)
-    ]
+    takers: list[list[int]] = [[] for _ in schema.paths]
+    for g, f in enumerate(filters):
+        for i in taken(f, schema, leaves):
+            takers[i].append(g)
     last = len(filters) - 1
     if isinstance(filters[last], Everything):
         takers = [[g for g in mine if g != last] or [last] for mine in takers]
@@ -366,10 +366,10 @@ def _assign(
             "Narrow the filters with & and ~, narrow wrt, or add a last group `...` "
             "for the rest."
         )
-    parts = [
-        tuple(i for i, (g,) in enumerate(takers) if g == group)
-        for group in range(len(filters))
-    ]
+    groups: list[list[int]] = [[] for _ in filters]
+    for i, (g,) in enumerate(takers):
+        groups[g].append(i)
+    parts = list(map(tuple, groups))
     empty = [repr(f) for f, mine in zip(filters, parts, strict=True) if not mine]
     if empty:
         raise OptimizerError(

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
 from sortal._engine.foreign import to_native
-from sortal._engine.statics import is_hashable
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError, StaleBufferError, listing
+from sortal.errors import ArgumentError
 from sortal.functional import merge, split
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     named_positions,
-    stale_buffers,
     unbind,
     write_back,
 )
@@ -28,6 +26,11 @@ from sortal.transforms._adapter.lanes import unsorted
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.ahead import Lowered
 from sortal.transforms.donate import Donation, rejoin, with_first
+from sortal.transforms.refusals import (
+    refuse_arguments,
+    refuse_devices,
+    refuse_stale,
+)
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded, as_declared
 
@@ -80,39 +83,14 @@ class Jitted:
                 call = self._jit
             result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
-            _refuse_stale(bound, e)
-            self._refuse_arguments(bound, e)
+            refuse_stale(bound, e)
+            refuse_arguments(self._fn, bound, self._static, e)
+            refuse_devices(self._fn, bound, self._static, e)
             raise
         out = write_back(bound, result)
         if type(call) is Sharded:
             call.place(bound, given, named)
         return out
-
-    def _refuse_arguments(self, bound: BoundArguments, cause: Exception) -> None:
-        """Says why JAX refused arguments; looked at only after it has."""
-        unhashable, bad, settings = [], [], []
-        for key, name, x in _named_arguments(self._fn, bound):
-            if key in self._static:
-                if not is_hashable(x):
-                    unhashable.append(f"{name}: {describe(x)}")
-                continue
-            for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-                if not _goes_in(leaf):
-                    bad.append(f"{name}{jax.tree_util.keystr(path)}: {describe(leaf)}")
-                    settings += [] if path else [name]
-        if unhashable:
-            raise ArgumentError(
-                f"static arguments must be hashable; found:\n{listing(unhashable)}\n"
-                "Leave data out of static_argnums and static_argnames; use a tuple for "
-                "a list."
-            ) from cause
-        if bad:
-            names = ", ".join(map(repr, settings)) or "..."
-            raise ArgumentError(
-                "arguments of a compiled function are models, arrays and numbers; "
-                f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
-                f"which static_argnames=[{names}] names."
-            ) from cause
 
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -152,7 +130,7 @@ class Jitted:
         try:
             result = program(*lent, *dynamic, **kwargs)
         except (RuntimeError, TypeError, ValueError) as e:
-            _refuse_stale(bound, e)
+            refuse_stale(bound, e)
             if isinstance(e, RuntimeError) or "transformations" in str(e):
                 raise
             raise ArgumentError(
@@ -166,7 +144,7 @@ class Jitted:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Traces for these arguments, as ``jax.jit(f).trace``; nothing is run."""
-        return self._without_running(self._jit.trace, args, kwargs)
+        return Traced(self._without_running(self._jit.trace, args, kwargs))
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the output; nothing is run or changed."""
@@ -179,6 +157,31 @@ class Jitted:
         self._history.forget()
         if self._donation is not None:
             self._donation.forget()
+
+
+class Traced:
+    """What ``Jitted.trace`` returns: what ``jax.jit(f).trace`` does, but for export.
+
+    Its inputs are the flat values that ``jit`` hands to JAX, so an exported function
+    of them has no arguments that a caller could write.
+    """
+
+    def __init__(self, traced: Any):
+        self._traced = traced
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._traced, name)
+
+    def lower(self, **options: Any) -> Any:
+        """As the method of what ``jax.jit(f).trace`` returns."""
+        # Only jax.export asks for more than the platforms.
+        if options.keys() - {"lowering_platforms"}:
+            raise ArgumentError(
+                "jax.export.export takes functions compiled by jax.jit; this one was "
+                "compiled by jit of Sortal, whose models JAX would not know again in a "
+                "call. Write sortal.export(f)(...) for jax.export.export(f)(...)."
+            )
+        return self._traced.lower(**options)
 
 
 class JittedPartial(functools.partial):
@@ -196,37 +199,6 @@ class JittedPartial(functools.partial):
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.eval_shape``, for the remaining arguments."""
         return self.func.eval_shape(*self.args, *args, **{**self.keywords, **kwargs})
-
-
-def _refuse_stale(bound: BoundArguments, cause: Exception) -> None:
-    stale = stale_buffers(bound.flat_modules)
-    if stale:
-        raise StaleBufferError(
-            f"{len(stale)} leaves hold buffers that were donated to an earlier "
-            f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
-            "the copy that must survive with clone(model, arrays=True)."
-        ) from cause
-
-
-def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
-    """Each argument with its position or keyword, and its name in the signature."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
-    for i, x in enumerate(bound.args):
-        yield i, names[i] if i < len(names) else f"argument {i}", x
-    for name, x in bound.kwargs.items():
-        yield name, name, x
-
-
-def _goes_in(x: Any) -> bool:
-    if isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__"):
-        return True
-    # NumPy's objects, text and times are no data of a program.
-    array = hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
-    return array and getattr(x.dtype, "kind", "") not in set("OSUMm")
 
 
 def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> Any:
@@ -282,7 +254,8 @@ def jit(
     returned. Only values that the function changed leave the compiled program. Objects
     that are returned are the very objects passed in; Variables shared by several
     arguments are one inside; new attributes and replaced modules are carried over. An
-    exception leaves everything as it was.
+    exception leaves everything as it was. As in JAX, what the function closes over is a
+    constant: pass each model as an argument, or later values of it are not seen.
 
     Args:
       fun: the function; without it a decorator is returned.
@@ -308,6 +281,7 @@ def jit(
         to it.
       FilterError: at a call: ``donate`` takes no leaf of any argument.
       StaleBufferError: at a call: a leaf holds a buffer that was donated before.
+      ShardingError: at a call: arrays are bound to different devices.
       RetraceError: at a call: it traces again, and ``on_retrace`` is ``"raise"``.
 
     Example:

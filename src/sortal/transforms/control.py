@@ -447,4 +447,4 @@ class _Branches:
     def finish(self, call: Callable[..., Any]) -> Any:
         """Runs the branches and brings what they wrote to the live objects."""
         out, values = call(*self.start)
-        return write_back(self.operands.bound, Result(out, values, [], self.effects))
+        return write_back(self.operands.bound, Result(self.effects, (out, values, [])))

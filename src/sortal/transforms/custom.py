@@ -36,25 +36,6 @@ from sortal.transforms.autodiff import (
 from sortal.transforms.derivatives import bare, by_leaf
 
 
-class _Outcome(Result):
-    """A Result whose structure JAX finds equal in two traces that did the same."""
-
-
-def _outcome(result: Result) -> _Outcome:
-    return _Outcome(result.out, result.values, result.fresh, result.effects)
-
-
-def _deeds(effects: Effects) -> tuple[Any, ...]:
-    return (effects.written, effects.outputs, effects.edits)
-
-
-jtu.register_pytree_node(
-    _Outcome,
-    lambda r: ((r.out, r.values, r.fresh), _deeds(r.effects)),
-    lambda deeds, parts: _Outcome(*parts, Effects(*deeds)),
-)
-
-
 class _Saved:
     """Residuals: arrays, and all else; modules are taken apart, and rebuilt later."""
 
@@ -111,18 +92,18 @@ class _OneCall:
         }
         self.did: Effects | None = None
 
-    def primal(self, inputs: Any, rest: Any) -> _Outcome:
+    def primal(self, inputs: Any, rest: Any) -> Result:
         result = self.call.run(self.fn, inputs, rest)
         self.did = result.effects
-        return _outcome(result)
+        return result
 
     def ruled(self, rule: Any, name: str, inputs: Any, rest: Any) -> tuple[Any, Any]:
         """Runs a rule that returns a pair: the outcome, and the pair's other half."""
         result = self.call.run(rule, inputs, rest)
         result.out, other = result.out
-        if self.did is not None and _deeds(self.did) != _deeds(result.effects):
+        if self.did not in (None, result.effects):
             raise GradientError(self._differ(name, self.did, result.effects))
-        return _outcome(result), other
+        return result, other
 
     def _differ(self, name: str, own: Effects, its: Effects) -> str:
         f = self.custom.__name__
@@ -269,7 +250,7 @@ class CustomVJP(_Custom):
         def fwd(inputs: Any, rest: Any) -> tuple[Any, Any]:
             return call.ruled(saving, "fwd", inputs, rest)
 
-        def bwd(saved: _Saved, cotangent: _Outcome) -> tuple[Any, Any]:
+        def bwd(saved: _Saved, cotangent: Result) -> tuple[Any, Any]:
             fixed, residuals = saved.load()
             cotangent = self.cotangent(chosen, bare(cotangent.out))
             given = bwd_rule(*fixed, residuals, cotangent)

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from sortal._engine.paths import Path
 from sortal._engine.schema import Kind
 from sortal.errors import FilterError, listing
-from sortal.filters import Filter, to_filter
+from sortal.filters import Filter, leaf_filter
 from sortal.policy.policy import Policy
 from sortal.transforms._adapter.binding import AliasMap, BoundArguments, identity
 from sortal.transforms._adapter.tracing import (
@@ -29,7 +29,7 @@ from sortal.transforms._adapter.tracing import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DonatedBy(Filter):
     """Takes the leaves that a Policy, a kind or a Variable says to donate."""
 
@@ -41,6 +41,9 @@ class DonatedBy(Filter):
 
     def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
         return self.policy.decide("donate", path, kind, metadata, leaf)[0] is True
+
+    def __repr__(self) -> str:
+        return repr(self.policy)
 
 
 class Overwritten:
@@ -93,7 +96,7 @@ class Donation:
         self.filter: Filter | None = None
         if given is not None and given is not True:
             is_policy = isinstance(given, Policy)
-            self.filter = DonatedBy(given) if is_policy else to_filter(given)
+            self.filter = DonatedBy(given) if is_policy else leaf_filter(given)
         self._overwritten = given is True
         self._donated, self._static, self._mirrored = donated, static, mirrored
 

@@ -153,7 +153,7 @@ def export(
 ) -> Callable[..., Exported]:
     """``jax.export`` for functions of models: StableHLO that outlives the classes.
 
-    ``jax.export.export(sortal.jit(f))`` gives a function of the flat values that
+    ``jax.export.export(sortal.jit(f))`` is refused: it would be of the flat values that
     ``jit`` hands to JAX, which no caller has.
 
     Args:

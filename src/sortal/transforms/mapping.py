@@ -39,9 +39,10 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
-from sortal.transforms.axis_names import NOTHING, named
-from sortal.transforms.returned import refuse_moved
-from sortal.transforms.shardings import declares
+from sortal.transforms.axes import check_ranks, refuse_moved, without
+from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
+from sortal.transforms.shardings import as_declared, declares
+from sortal.transforms.sizes import refuse_sizes
 
 _OF_JAX = ("axis_names", "check_vma")
 _REDUCE = (
@@ -79,8 +80,9 @@ def vmap(
       axis_name: see ``jax.vmap``.
       axis_size: see ``jax.vmap``; needed where no argument has an axis.
       spmd_axis_name: see ``jax.vmap``.
-      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
-        Variables come out stacked, where their metadata names their axes.
+      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis that ``f`` does
+        not see: the names of axes in a Variable's metadata lack it inside, and those of
+        new Variables get it.
 
     Returns:
       The function, or the decorator.
@@ -117,7 +119,7 @@ def vmap(
         spread = Spread(bound, prefixes, dict.fromkeys(kwargs, 0), "axis")
         check_ranks(spread)
         call = _Vmapped(fn, spread, out_axes)
-        call.names = transform_metadata
+        call.names, call.entry = transform_metadata, spmd_axis_name
         mapped = jax.vmap(
             call,
             in_axes=(spread.args, spread.kwargs),
@@ -126,7 +128,13 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )
-        return write_back(bound, unsorted(*mapped(bound.args, bound.kwargs)))
+        given = bound.args, bound.kwargs
+        try:
+            sorted_out = mapped(*given)
+        except ValueError as error:
+            refuse_sizes(spread, error)
+            raise
+        return write_back(bound, as_declared(unsorted(*sorted_out), given))
 
     return wrapper
 
@@ -207,7 +215,8 @@ def shard_map(
             out_specs=call.out_prefix,
             **options,
         )
-        return write_back(bound, unsorted(*mapped(bound.args, {})))
+        result = unsorted(*mapped(bound.args, {}))
+        return write_back(bound, as_declared(result, bound.args))
 
     return wrapper
 
@@ -240,38 +249,6 @@ def _spec(answer: Any) -> Any:
     if answer is None:
         return PartitionSpec()
     return getattr(answer, "spec", answer) if isinstance(answer, Sharding) else answer
-
-
-def check_ranks(spread: Spread) -> None:
-    """Refuses int axes that leaves do not have.
-
-    Args:
-      spread: the answers for one call.
-
-    Raises:
-      AxisError: some leaves have fewer axes; all are listed.
-    """
-    bad = [
-        f"{plan.graphdef.schema.describe(j)}: {describe(x)} has no axis {axis}"
-        for plan, axes in zip(spread.bound.plans, spread.roots, strict=True)
-        for j, (axis, value) in enumerate(zip(axes, plan.values(), strict=True))
-        if isinstance(axis, int)
-        for x in _without(axis, value)
-    ]
-    if bad:
-        raise AxisError(
-            f"these leaves do not have the axis they are to be mapped over:\n"
-            f"{listing(bad)}\nGive them axis None, as in StateAxes({{Kind: None, "
-            "...: 0})."
-        )
-
-
-def _without(axis: int, value: Any, more: int = 0) -> list[Any]:
-    """The arrays of a value that, given ``more`` axes, do not have the axis."""
-    # Nearly all values are one array, and taking a tree apart costs more than the rest.
-    arrays = [value] if isinstance(value, jax.Array) else jax.tree.leaves(value)
-    ranks = [np.ndim(x) + more for x in arrays]
-    return [x for x, n in zip(arrays, ranks, strict=True) if not -n <= axis < n]
 
 
 class _Leaf(NamedTuple):
@@ -348,6 +325,7 @@ class _Call:
     name = title = expected = ""
     always: tuple[Any, ...] = ()
     names: Mapping[str, Any] = NOTHING
+    entry: Any = None
 
     def __init__(self, fn: Callable[..., Any], spread: Spread, out_given: Any):
         self.fn, self.spread, self.out_given = fn, spread, out_given
@@ -371,6 +349,10 @@ class _Call:
         """Whether JAX would take the answer."""
         raise NotImplementedError
 
+    def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        """The arguments as they are inside, and whether specs in them are of wholes."""
+        raise NotImplementedError
+
     def _check_answers(self) -> None:
         spread = self.spread
         plain = jtu.tree_leaves((spread.args, spread.kwargs), is_leaf=is_flat_module)
@@ -392,16 +374,21 @@ class _Call:
         return list(map(self.spread.read, all_answers(given, self.name)))
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        with mapped_over(declares((args, kwargs))):
+        (args, kwargs), parts, declared = self.inside((args, kwargs))
+        with mapped_over(declared):
             result = run(self.fn, args, kwargs)
+        result.effects = parts.restored(result.effects, self.names)
         self.check_returned(result)
         refused = _Refused(self.title)
         fresh = list(self._fresh(result))
         leaves = [*self._written(result), *fresh]
         sent = [self.send(leaf, refused) for leaf in leaves]
         refused.check()
-        new = [leaf.answer for leaf in fresh]
-        result.effects = named(result.effects, new, self.names)
+        new = [
+            from_front(x.answer, x.value) if isinstance(x.answer, int) else None
+            for x in fresh
+        ]
+        result.effects = named(result.effects, new, self.names, self.entry)
         return self.lanes.sort(result, sent)
 
     def check_returned(self, result: Result) -> None:
@@ -440,6 +427,10 @@ class _Vmapped(_Call):
     def fits(self, answer: Any) -> bool:
         return answer is None or type(answer) is int
 
+    def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        given, parts = as_parts(given, self.spread.of_leaf, self.names)
+        return given, parts, parts.of_wholes
+
     def check_returned(self, result: Result) -> None:
         refuse_moved(self.spread, self.out_given, result)
 
@@ -449,7 +440,7 @@ class _Vmapped(_Call):
             refused.note(_NO_AXIS, f"{leaf.name}: {axis!r}")
             return Sent(0, value)
         if axis is not None:
-            for x in _without(axis, value, 1):
+            for x in without(axis, value, 1):
                 row = f"{leaf.name}: {describe(x)} has no axis {axis} once stacked"
                 refused.note(_CANNOT_STACK, row)
             if axis in self.lanes.answers:
@@ -506,6 +497,9 @@ class _Sharded(_Call):
 
     def fits(self, answer: Any) -> bool:
         return isinstance(answer, PartitionSpec)
+
+    def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        return given, Parts(), declares(given)
 
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, spec = leaf.value, leaf.answer

@@ -18,6 +18,7 @@ from sortal.transforms._adapter.binding import (
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.tracing import run
 from sortal.transforms.eager import kept
+from sortal.transforms.refusals import refuse_arguments
 
 
 @as_decorator
@@ -45,7 +46,8 @@ def remat(
       The function, or the decorator.
 
     Raises:
-      ArgumentError: an unknown keyword.
+      ArgumentError: an unknown keyword; at a call, an argument that is neither a
+        model, an array nor a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +67,13 @@ def remat(
         args = (*first, *args)
         chosen = [args[i] for i in static if i < len(args)]
         options = (prevent_cse, policy, static)
-        return kept(_rematted, (f,), options, static, chosen)(*args, **kwargs)
+        try:
+            return kept(_rematted, (f,), options, static, chosen)(*args, **kwargs)
+        except TypeError as e:
+            if not kwargs:  # which no option makes static
+                bound, n = BoundArguments(args, kwargs, static), len(first)
+                refuse_arguments(fn, bound, static, e, option="static_argnums", first=n)
+            raise
 
     return wrapper
 

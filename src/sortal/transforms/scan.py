@@ -33,10 +33,11 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
-from sortal.transforms.axis_names import NOTHING, named
+from sortal.transforms.axes import check_ranks
+from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
 from sortal.transforms.eager import kept
-from sortal.transforms.mapping import check_ranks, per_argument
-from sortal.transforms.shardings import declares
+from sortal.transforms.mapping import per_argument
+from sortal.transforms.shardings import as_declared
 
 
 @as_decorator
@@ -74,8 +75,9 @@ def scan(
         ``Policy``, or a tree of the last four. At most one argument is ``Carry``.
       out_axes: ``Carry`` for the next carry, and ints for what is stacked: one of
         these, or a tuple.
-      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis along which new
-        Variables come out stacked, where their metadata names their axes.
+      transform_metadata: ``{nnx.PARTITION_NAME: name}`` names the axis that a step does
+        not see: the names of axes in a Variable's metadata lack it inside, and those of
+        new Variables get it.
 
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
@@ -129,10 +131,10 @@ def _steps(functions: Sequence[Any], settings: Any) -> Callable[..., Any]:
 
     def steps(*args: Any) -> Any:
         given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
-        call = _Scan(fn, Operands(args), given, out_axes)
+        call = _Scan(fn, Operands(args), given, out_axes, metadata)
         call.check_lengths(options["length"], held)
         carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
-        return call.finish(carry, ys, metadata)
+        return call.finish(carry, ys)
 
     return steps
 
@@ -147,9 +149,14 @@ class _Scan:
     """One call of scan: what is carried, sliced and shared, by number of leaf."""
 
     def __init__(
-        self, fn: Callable[..., Any], operands: Operands, given: Any, out_axes: Any
+        self,
+        fn: Callable[..., Any],
+        operands: Operands,
+        given: Any,
+        out_axes: Any,
+        names: Mapping[str, Any],
     ):
-        self.fn, self.operands = fn, operands
+        self.fn, self.operands, self.names = fn, operands, names
         bound = operands.bound
         self.at = _carry_place(given)
         self.out_at = _out_place(out_axes, self.at is not None)
@@ -236,8 +243,10 @@ class _Scan:
         for k, value in zip([*self.carried, *self.mapped], given, strict=True):
             values[k] = value
         args = self.operands.rebuild(plain, values)
-        with mapped_over(declares(args)):
+        args, self.parts = as_parts(args, self.roles.__getitem__, self.names)
+        with mapped_over(self.parts.of_wholes):
             result = run(self.fn, args, {})
+        result.effects = self.parts.restored(result.effects, self.names)
         out, stacked = self._divide(result.out, result.effects)
         self._check(result, out, tree, values)
         self.effects = result.effects
@@ -332,7 +341,10 @@ class _Scan:
                 f"added:\n{listing(bad)}\nGive the kind an axis, as in "
                 "StateAxes({Intermediate: 0, ...: None}), or make it before."
             )
-        return [answer for _, _, answer in new]
+        return [
+            from_front(answer, x)
+            for (_, _, answer), x in zip(new, result.fresh, strict=True)
+        ]
 
     def _check_out_axes(self, axes: Any, result: Result) -> None:
         """Each part of the output that is stacked must have an int axis."""
@@ -355,7 +367,7 @@ class _Scan:
                 f"{listing(unstacked)}\nGive an int, or return it in the carry."
             )
 
-    def finish(self, carry: Any, ys: Any, metadata: Mapping[str, Any]) -> Any:
+    def finish(self, carry: Any, ys: Any) -> Any:
         """Brings what all steps did to the live objects; returns the output."""
         tree, carried = carry
         stacked, written, fresh = ys
@@ -368,9 +380,9 @@ class _Scan:
                 last[k] = _from_front(value, self.roles[k])
         written = tuple(sorted(self.written))
         effects = Effects(written, self.effects.outputs, self.effects.edits)
-        effects = named(effects, self.new, metadata)
         values = [last[k] for k in written]
         fresh = [_from_front(x, a) for x, a in zip(fresh, self.new, strict=True)]
+        effects = named(effects, self.new, self.names)
         stacked = jtu.tree_map(
             lambda axis, x: _from_front(x, axis if isinstance(axis, int) else 0),
             self._stacked_axes(),
@@ -378,7 +390,8 @@ class _Scan:
             is_leaf=is_answer,
         )
         bound = self.operands.bound
-        out = write_back(bound, Result(stacked, values, fresh, effects))
+        result = Result(effects, (stacked, values, fresh))
+        out = write_back(bound, as_declared(result, bound.args))
         if self.out_at is None:
             return out
         carry = resolve(tree, bound.roots)

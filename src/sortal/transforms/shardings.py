@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State
+from sortal._engine.statics import PLACEMENT
 from sortal.errors import AxisError, PolicyError, listing
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
-from sortal.sharding.resolution import check_specs, spec_for
+from sortal.sharding.resolution import check_specs, placement, spec_for
 from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
@@ -42,8 +43,9 @@ def as_declared(result: Result, given: Any) -> Result:
     """What a compiled function did, with its leaves where they are declared to be.
 
     A leaf whose metadata or kind declares a spec leaves each compiled function with
-    it; XLA would otherwise choose what is cheapest there. What has fewer dimensions
-    than its spec is part of something mapped, and left to JAX.
+    it; XLA would otherwise choose what is cheapest there. What has another rank than
+    where ``shard`` put it, or fewer dimensions than its spec, is part of something that
+    ``jax.vmap`` maps over, and left to JAX.
 
     Args:
       result: what ``run`` returned; for use inside its trace.
@@ -62,25 +64,35 @@ def as_declared(result: Result, given: Any) -> Result:
         edits = effects.edits
         new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
         fresh = _as_declared(edits.graphdef.schema.pick(new), fresh)
-    return Result(result.out, values, fresh, effects)
+    return Result(effects, (result.out, values, fresh))
 
 
 def declares(given: Any) -> bool:
     """Whether some leaf of the FlatModules in ``given`` has a declared sharding."""
     schemas = {c.definition.graphdef.schema for c in find_flat_modules(given)}
-    return any(
-        declared_sharding(*pair) is not None
-        for schema in schemas
-        for pair in zip(schema.kinds, schema.metadata, strict=True)
+    return any(x is not None for schema in schemas for x in _declared(schema))
+
+
+def _declared(schema: Schema) -> list[Any]:
+    """The declared sharding of each leaf.
+
+    It follows from the leaves, the mesh and the settings in force, by which it is kept.
+    """
+    key = "declared", jax.sharding.get_abstract_mesh(), in_force()
+    return schema.memo(
+        key, lambda: list(map(declared_sharding, schema.kinds, schema.metadata))
     )
 
 
 def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
-    found = list(map(declared_sharding, schema.kinds, schema.metadata))
+    found = list(_declared(schema))
     for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
         if sharding is not None:
             n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
-            found[i] = None if n < len(sharding.spec) else sharding
+            part = PLACEMENT in schema.metadata[i] and not placement(
+                x, schema.metadata[i]
+            )
+            found[i] = None if part or n < len(sharding.spec) else sharding
     meshes = {sharding.mesh for sharding in found if sharding is not None}
     for mesh in meshes:
         mine = [s.spec if s is not None and s.mesh == mesh else None for s in found]
@@ -229,7 +241,7 @@ class _Answers:
                 moved[k] = jax.device_put(x, answer)
         if moved:
             effects = Effects(tuple(moved), (), None)
-            write_back(bound, Result(None, [*moved.values()], [], effects))
+            write_back(bound, Result(effects, (None, [*moved.values()], [])))
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
         def leaf(x: Any) -> Any:
@@ -319,7 +331,7 @@ class _Packed:
         effects = Effects(tuple(written), effects.outputs, effects.edits)
         of_leaf = {**self.answers.of_leaf, **moved}
         answers = [of_leaf.get(k) for k in written] + self._of_new(result)
-        result = Result(result.out, [*written.values()], result.fresh, effects)
+        result = Result(effects, (result.out, [*written.values()], result.fresh))
         sent = map(self._send, answers, [*result.values, *result.fresh])
         return self._lanes.sort(result, sent)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from sortal import nnx
@@ -230,3 +231,54 @@ def test_tensors_that_are_not_aligned_are_mapped(tmp_path):
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     (_, w) = safetensors.read(file).entries
     assert w.mapped().tolist() == [1.5, 2.5]
+
+
+# ------------------------------------------------------------------------------- memory
+def aligned(folder, tensors):
+    """A file whose tensors begin where JAX would keep the mapped memory, uncopied."""
+    header, data = {}, b""
+    for name, x in tensors.items():
+        span = [len(data), len(data) + x.nbytes]
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": span}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 4096)
+    folder.mkdir()
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return file, 8 + len(text)
+
+
+@pytest.mark.parametrize("placed", ["uncommitted", "one device", "mesh", "replicated"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path, placed, large):
+    rows = 16_384 if large else 64
+    x = np.random.default_rng(0).standard_normal((rows, 1024), np.float32)
+    file, at = aligned(tmp_path / "x", {"w": x})
+    mesh = jax.make_mesh((8,), ("d",))
+    sharding = {
+        "uncommitted": None, "one device": SingleDeviceSharding(jax.devices()[3]),
+        "mesh": NamedSharding(mesh, P("d")), "replicated": NamedSharding(mesh, P()),
+    }[placed]  # fmt: skip
+    model = {"w": nnx.Param(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))}
+    load_pretrained(tmp_path / "x", model, {"w": "w"})
+    value = model["w"].value
+    assert value.committed == (placed != "uncommitted")
+    assert sharding is None or value.sharding == sharding
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        opened.write(b"\0" * x.nbytes)
+    assert np.array_equal(value, x)
+    twice = jax.jit(lambda x: 2 * x, donate_argnums=0)(value)
+    assert value.is_deleted()
+    assert np.array_equal(twice, 2 * x)
+
+
+def test_dtypes_that_jax_does_not_hold_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "x", {"w": np.ones(3)})
+    model = {"w": nnx.Param(jax.ShapeDtypeStruct((3,), np.dtype(np.float64)))}
+    with pytest.raises(RestoreError, match=r"w \(Param\) is float64, which JAX holds"):
+        load_pretrained(folder, model, {"w": "w"})
+    host = {"w": nnx.Param(np.zeros(3))}
+    load_pretrained(folder, host, {"w": "w"})
+    assert host["w"].value.tolist() == [1, 1, 1]

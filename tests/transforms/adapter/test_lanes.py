@@ -14,7 +14,9 @@ WRITTEN = (0, 2, 3)
 
 
 def result(*values: Any) -> Result:
-    return Result("out", list(values[:3]), list(values[3:]), Effects(WRITTEN, (), None))
+    return Result(
+        Effects(WRITTEN, (), None), ("out", list(values[:3]), list(values[3:]))
+    )
 
 
 def test_values_come_back_in_their_order_from_the_lanes_of_their_answers() -> None:

@@ -23,8 +23,10 @@ class Entry(NamedTuple):
 
     ``kind`` is the full name, where the format has kinds. ``dtype`` is named as in the
     format, ``nbytes`` is the size there, and ``read`` returns the whole array. The
-    ``dtype`` of a plain value is its Python type, and ``read`` returns it. ``mapped``
-    returns the array as a view of the file, of which only what is used is read.
+    ``dtype`` of a plain value is its Python type, and ``read`` returns it; that of PRNG
+    keys is ``key<...>``, and ``read`` returns their words. ``mapped`` returns the array
+    as a view of the file, of which only what is used is read. So many of the last parts
+    of ``name`` as ``inner`` says are inside of the value of a leaf.
     """
 
     name: tuple[Any, ...]
@@ -36,6 +38,7 @@ class Entry(NamedTuple):
     spec: Any = None
     plain: bool = False
     mapped: Callable[[], np.ndarray] | None = None
+    inner: int = 0
 
     @property
     def elements(self) -> int:
@@ -62,14 +65,6 @@ class Opened(NamedTuple):
         if self.together is not None:
             return self.together(entries)
         return [e.read() for e in entries]
-
-
-def of_arrays(named: Iterable[tuple[tuple[Any, ...], np.ndarray]]) -> list[Entry]:
-    """Entries of arrays in memory, from pairs of name and array."""
-    return [
-        Entry(name, dtype_name(x.dtype), x.shape, x.nbytes, lambda x=x: x)
-        for name, x in named
-    ]
 
 
 def parts(text: str) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,22 @@ from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path as ModelPath
 from sortal._engine.paths import show
 from sortal._engine.plan import bind
-from sortal._engine.schema import select
+from sortal._engine.schema import Schema, kind_name, select
 from sortal._engine.state import State
+from sortal._engine.statics import EMPTY
 from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
-from sortal.checkpoint.layout import encode_path
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
+from sortal.checkpoint.manifest import encode_path
 from sortal.checkpoint.restoring import shardings
-from sortal.checkpoint.values import Array, Plain, arrays, describe
+from sortal.checkpoint.values import (
+    Array,
+    Plain,
+    UnsavableError,
+    arrays,
+    describe,
+)
 from sortal.checkpoint.verifying import open_step
 from sortal.errors import (
     NoCheckpointError,
@@ -32,8 +39,9 @@ from sortal.errors import (
     SortalError,
     listing,
 )
+from sortal.filters import to_filter
 from sortal.interop.files import gguf, huggingface, npz, orbax, safetensors, steps
-from sortal.interop.files.entries import Entry, Opened, dotted, in_batches, of_arrays
+from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
 
 Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
 _ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9_]*")
@@ -70,10 +78,10 @@ def _opened(path: Path, step: int | str) -> Opened:
     if path.suffix in _SUFFIXES and path.is_file():
         return _SUFFIXES[path.suffix](path)
     if (path / _manifest.NAME).is_file() or files.steps(path):
-        return steps.read(open_step(path, step))
+        return steps.read(Path(open_step(path, step)))
     if huggingface.is_folder(path):
         return huggingface.read(path)
-    if orbax.folder_of(path) is not None:
+    if orbax.items(path).trees:
         return orbax.read(path)
     raise NoCheckpointError(
         f"{path} is nothing that Sortal can read: a checkpoint of Sortal or Orbax, a "
@@ -82,13 +90,17 @@ def _opened(path: Path, step: int | str) -> Opened:
 
 
 # ----------------------------------------------------------------------------- import
-def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> State:
+def load_arrays(
+    path: str | os.PathLike[str], *, names: Names | None = None, only: Any = None
+) -> State:
     """Reads the arrays of a file of another library as a State.
 
     Args:
-      path: a file ``.safetensors`` or ``.npz``, or a checkpoint of Orbax.
+      path: a file ``.safetensors`` or ``.npz``, a checkpoint of Orbax, or a folder of
+        Hugging Face. The name of one of several items of Orbax comes first in paths.
       names: globs of paths in the model to globs of names in the file; see
         ``restore_from``.
+      only: a filter of paths; other arrays are not read.
 
     Returns:
       A State of raw NumPy arrays.
@@ -97,19 +109,47 @@ def load_arrays(path: str | os.PathLike[str], *, names: Names | None = None) -> 
       ArgumentError: it is not a local path.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
+      RestoreError: ``only`` takes nothing, or looks at values.
 
     Example:
       >>> import tempfile, numpy as np
+      >>> import sortal as nnx
       >>> file = tempfile.mkdtemp() + "/weights.npz"
-      >>> np.savez(file, **{"layers.0.kernel": np.ones((2, 3))})
-      >>> load_arrays(file).paths()
+      >>> np.savez(file, **{"layers.0.kernel": np.ones((2, 3)), "other": np.ones(2)})
+      >>> load_arrays(file, only=nnx.At("layers.**")).paths()
       (('layers', 0, 'kernel'),)
     """
     opened = open_arrays(path)
-    entries = in_batches(opened, opened.entries)
+    renamed = list(_renamed(opened.entries, names or {}, str(path)))
+    chosen = _taken(only, renamed, str(path))
+    values = _values(opened, chosen, names or {})
     return State.from_flat_path(
-        [(e.name, e.read()) for e in _renamed(entries, names or {}, str(path))]
+        (renamed[i].name, x) for i, x in zip(chosen, values, strict=True)
     )
+
+
+def _taken(only: Any, entries: Sequence[Entry], where: str) -> list[int]:
+    """The numbers of the entries that a filter takes."""
+    if only is None:
+        return list(range(len(entries)))
+    chosen = to_filter(only)
+    if not chosen.structural:
+        raise RestoreError(
+            f"only={chosen!r} looks at values, which are not read yet; use paths."
+        )
+    found = [i for i, e in enumerate(entries) if chosen.test(e.name, None, EMPTY, None)]
+    if not found:
+        raise RestoreError(
+            f"only={chosen!r} takes none of the arrays of {where}, of which only paths "
+            f"are known; they are:\n{listing(dotted(e.name) for e in entries)}"
+        )
+    return found
+
+
+def _values(opened: Opened, at: Sequence[int], names: Names) -> Iterator[Any]:
+    """The values of some entries by number, as ``names`` has them."""
+    for e in in_batches(opened, [opened.entries[i] for i in at]):
+        yield _as_named(e, names)[0].read()
 
 
 def restore_from(
@@ -164,14 +204,14 @@ def restore_from(
     # Formats with string keys lose which entries of a path were integers.
     by_text = _by_text(schema.paths)
     values = dict(zip(map(encode_path, schema.paths), plan.values(), strict=True))
-    sources: dict[Any, Entry] = {}
+    sources: dict[Any, int] = {}
     given = []
-    for e in _renamed(opened.entries, names or {}, str(path)):
+    for n, e in enumerate(_renamed(opened.entries, names or {}, str(path))):
         at = by_text.get(dotted(e.name), encode_path(e.name))
         if opened.format == "orbax" and at not in values:
             # A leaf named ``value`` looks like Flax NNX's last level of that name.
             at = by_text.get(dotted((*e.name, "value")), at)
-        sources[at] = e
+        sources[at] = n
         given.append(Candidate(at, ANY_KIND, _record(e, values.get(at))))
     options = Options(only, None, partial, None, cast, fill)
     found = fit(plan, given, None, options, str(opened.path))
@@ -185,10 +225,12 @@ def restore_from(
         path_here = schema.paths[pair.at]
         wants.append(wanted(path_here, stored, pair.like[0], live, places[pair.at]))
     check_shardings(w for w in wants if w is not None)
-    new = []
-    for pair, want in zip(found.pairs, wants, strict=True):
-        value = sources[encode_path(schema.paths[pair.at])].read()
-        new.append(value if want is None else host_value(want, value))
+    numbers = [sources[encode_path(schema.paths[pair.at])] for pair in found.pairs]
+    values = _values(opened, numbers, names or {})
+    new = [
+        x if want is None else host_value(want, x)
+        for want, x in zip(wants, values, strict=True)
+    ]
     at = [p.at for p in found.pairs] + list(found.filled)
     store_all([Leaves(plan.leaves[i] for i in at)], [*new, *found.filled.values()])
     return tuple(schema.paths[p.at] for p in found.pairs)
@@ -227,19 +269,23 @@ def _renamed(entries: list[Entry], names: Names, where: str) -> Iterator[Entry]:
     """Entries under the names that they have in the model."""
     used = set()
     for e in entries:
-        found = e
-        for ours, theirs, axes in _patterns(names):
-            new = translate(theirs, ours, e.name)
-            if new is not None:
-                used.add(ours)
-                found = _transposed(e._replace(name=new), axes)
-                break
+        found, pattern = _as_named(e, names)
+        used.add(pattern)
         yield found
     if unused := [f"{ours!r}: {names[ours]!r}" for ours in names if ours not in used]:
         raise RestoreError(
             f"names= has patterns that fit nothing in {where}:\n{listing(unused)}\n"
             f"Its names are:\n{listing(dotted(e.name) for e in entries)}"
         )
+
+
+def _as_named(e: Entry, names: Names) -> tuple[Entry, str | None]:
+    """An entry as the first pattern that fits has it, and the pattern."""
+    for ours, theirs, axes in _patterns(names):
+        new = translate(theirs, ours, e.name)
+        if new is not None:
+            return _transposed(e._replace(name=new), axes), ours
+    return e, None
 
 
 def _patterns(names: Names) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
@@ -306,15 +352,23 @@ def export(
             "only arrays can be exported; leave other leaves out with only=. Found:\n"
             + (listing(odd) or "  no leaf at all")
         )
-    named = [(schema.paths[i], _words(values[i])) for i in at]
-    entries = [_exported(e, names or {}) for e in of_arrays(named)]
-    write_arrays(files.local(path), entries)
+    path = files.local(path)
+    entries = [_live(schema, i, values[i]) for i in at]
+    if is_file(path):
+        entries = [as_array(e) or e for e in entries]
+    write_arrays(path, [_exported(e, names or {}) for e in entries])
 
 
-def _words(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x)
+def _live(schema: Schema, i: int, x: Any) -> Entry:
+    """The entry of a leaf that is an array."""
+    live: list[Any] = []
+    try:
+        record = describe(x, live)
+    except UnsavableError as e:
+        raise SaveError(f"{schema.describe(i)}: {e}") from None
+    kind = schema.kinds[i]
+    name = None if kind is None else kind_name(kind)
+    return steps.entry(schema.paths[i], record, name, lambda: live[0])
 
 
 def _exported(e: Entry, names: Names) -> Entry:

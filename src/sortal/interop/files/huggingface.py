@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sortal.checkpoint.files import replacing
+from sortal.checkpoint.disk import replacing
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files import safetensors
 from sortal.interop.files.entries import Entry, Opened, dotted

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sortal.checkpoint.files import replacing
+from sortal.checkpoint.disk import replacing
 from sortal.checkpoint.values import DTYPES, dtype_name
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import (

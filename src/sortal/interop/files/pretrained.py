@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.schema import select
 from sortal.checkpoint import files
-from sortal.checkpoint.loading import Want, cast, check_shardings, host_value, wanted
+from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
 from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import Array, describe, dtype_name
 from sortal.errors import (
@@ -30,6 +31,7 @@ from sortal.errors import (
 )
 from sortal.interop.files import huggingface
 from sortal.interop.files.entries import Entry, dotted, parts
+from sortal.interop.files.landing import land
 
 Names = Mapping[Any, Any]
 
@@ -77,8 +79,8 @@ def load_pretrained(
 ) -> Loaded:
     """Reads a Hugging Face folder into a live model: all of it, or nothing.
 
-    Each device's part of each array is read from the file straight to that device, so
-    that the host never holds more than one array.
+    Each device's part of each array is read from the file straight to that device, a
+    large one a few MiB at a time.
 
     Args:
       folder: with ``model.safetensors``, or shards and their index.
@@ -348,6 +350,11 @@ class _Source(NamedTuple):
     def dtype(self) -> str:
         return self.parts[0].tensor.dtype
 
+    @property
+    def along(self) -> int:
+        """The leaf's axis along which it lies in the file, row after row."""
+        return self.axes.joined(0, self.shape)[0] if self.shape else 0
+
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """A part of the leaf; of the files, only its bytes are read."""
         if not self.shape:
@@ -453,23 +460,21 @@ def _wants(
                 "in the folder; cast=True converts"
             )
             continue
+        if live.form == "jax" and dtypes.canonicalize_dtype(live.dtype) != live.dtype:
+            faults.append(
+                f"dtype: {schema.describe(i)} is {live.dtype}, which JAX holds only "
+                "with jax_enable_x64"
+            )
+            continue
         stored = Array(live.shape, theirs, "numpy")
         found[i] = wanted(schema.paths[i], stored, values[i], live, places[i])
     return found
 
 
 def _read(want: Want, source: _Source) -> Any:
-    every = tuple(slice(0, n) for n in source.shape)
-    if want.form != "jax" or want.sharding is None:
-        return host_value(want, source.read(every))
-    made = jax.make_array_from_callback(
-        source.shape,
-        want.sharding,
-        lambda index: cast(want, source.read(index or every)),
-        dtype=jnp.dtype(want.dtype),
-    )
-    # Until it is on its devices, the host holds it too.
-    return jax.block_until_ready(made)
+    if want.form == "jax":
+        return land(want, source.along, source.read)
+    return host_value(want, source.read(tuple(slice(0, n) for n in source.shape)))
 
 
 # --------------------------------------------------------------------------- writing

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.checkpoint.files import replacing
+from sortal.checkpoint.disk import replacing
 from sortal.checkpoint.values import dtype_name, numpy_dtype
 from sortal.errors import DamagedError, RestoreError, SaveError, listing
 from sortal.interop.files.entries import (

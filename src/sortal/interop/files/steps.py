@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,16 @@ def read(folder: Path) -> Opened:
     def get(name: Any) -> Any:
         return read_wants(reader, [_want(*found[name])])[0]
 
-    found: dict[Any, tuple[Any, Array]] = {}
+    found: dict[Any, tuple[Any, Any]] = {}
     entries: list[Entry] = []
     names: list[Any] = []
     for leaf in m.leaves:
         for name, x in _parts(leaf.path, leaf.value):
             names.append(name)
-            if isinstance(x, Plain):
-                entries.append(_plain(name, x, m.kind_of(leaf).name))
-                continue
             found[name] = (leaf.path, x)
             reading = functools.partial(get, name)
-            entries.append(_array(name, x, m.kind_of(leaf).name, reading))
+            new = entry(name, x, m.kind_of(leaf).name, reading)
+            entries.append(new._replace(inner=len(name) - len(leaf.path)))
     if len(set(names)) < len(names):
         raise DamagedError(f"{folder}: two arrays have one path")
     about = {
@@ -51,17 +49,15 @@ def read(folder: Path) -> Opened:
     return Opened(folder, "sortal", about, entries, structures, together)
 
 
-def _plain(name: Any, x: Plain, kind: str | None) -> Entry:
-    value = x.value
-    return Entry(name, x.shown, (), 0, lambda: value, kind, plain=True)
-
-
 def _want(path: Any, x: Array) -> Want:
     words = x if x.key is None else x._replace(key=None, shape=x.stored_shape)
     return Want(path, words, "numpy", x.dtype)
 
 
-def _array(name: Any, x: Array, kind: str | None, get: Any) -> Entry:
+def entry(name: Any, x: Any, kind: str | None, get: Callable[[], Any]) -> Entry:
+    """The entry of an array or plain value; ``get`` reads the array."""
+    if isinstance(x, Plain):
+        return Entry(name, x.shown, (), 0, lambda: x.value, kind, plain=True)
     dtype = x.dtype if x.key is None else f"key<{x.key.impl}>"
     return Entry(name, dtype, x.shape, x.nbytes, get, kind, x.sharding)
 

@@ -14,13 +14,9 @@ import types
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-import jax
-from jax.core import Tracer
-
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import held, identity, store_all
 from sortal._engine.nodes import NODE, Node, handler_of
-from sortal._engine.paths import show
 from sortal._engine.plan import Plan, bind, has_plan, plan_of
 from sortal._engine.variable import check_writable, describe, make
 from sortal._engine.walk import Walk
@@ -122,9 +118,8 @@ class BoundArguments:
         self.kwargs = kwargs and {
             k: x if k in skip else replace_roots(x, carry) for k, x in kwargs.items()
         }
-        plans = self.plans
-        if plans:
-            self.alias_map = found = _alias_map(self.roots, plans)
+        if self.plans:
+            self.alias_map = found = _alias_map(self.roots, self.plans)
             # What each root is among all, without what others bring.
             definitions, picks = found.definitions, found.picks
             for k, flat_module in enumerate(self.flat_modules):
@@ -309,22 +304,3 @@ def _signature(fn: Any) -> inspect.Signature | None:
         return inspect.signature(fn)
     except (TypeError, ValueError):
         return None
-
-
-def stale_buffers(flat_modules: Sequence[FlatModule]) -> list[str]:
-    """Paths and kinds of leaves whose buffers were donated to an earlier call.
-
-    Args:
-      flat_modules: the roots of a call that failed.
-
-    Returns:
-      A row for each such leaf.
-    """
-    return [
-        f"{show(path)}: {describe(value)}"
-        for c in flat_modules
-        for path, value in zip(c.definition.paths, c.values, strict=True)
-        if isinstance(value, jax.Array)
-        and not isinstance(value, Tracer)
-        and value.is_deleted()
-    ]

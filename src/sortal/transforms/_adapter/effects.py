@@ -66,7 +66,10 @@ class Edits(NamedTuple):
 
 
 class Effects:
-    """What a call did, apart from values: which leaves it wrote, edits, outputs."""
+    """What a call did, apart from values: which leaves it wrote, edits, outputs.
+
+    Two are equal that say the same, for JAX compares those of a function and its rules.
+    """
 
     __slots__ = ("_routes", "closes_over", "edits", "outputs", "written")
 
@@ -77,6 +80,15 @@ class Effects:
         # Whether the trace closed over arrays; None until somebody has looked.
         self.closes_over: bool | None = None
         self._routes: list[tuple[int, Callable[[Any], Any]]] | None = None
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.written, self.outputs, self.edits
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Effects) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     def routes(
         self, leaf_at: Sequence[tuple[int, int]]
@@ -94,14 +106,14 @@ class Result:
 
     __slots__ = ("effects", "fresh", "out", "values")
 
-    def __init__(self, out: Any, values: Any, fresh: Any, effects: Effects):
-        self.out, self.values, self.fresh, self.effects = out, values, fresh, effects
+    def __init__(self, effects: Effects, parts: tuple[Any, Any, Any]):
+        self.effects = effects
+        self.out, self.values, self.fresh = parts
 
 
+# The class itself builds one from what JAX hands back: a call less at each call.
 jtu.register_pytree_node(
-    Result,
-    lambda r: ((r.out, r.values, r.fresh), r.effects),
-    lambda effects, parts: Result(parts[0], parts[1], parts[2], effects),
+    Result, lambda r: ((r.out, r.values, r.fresh), r.effects), Result
 )
 
 

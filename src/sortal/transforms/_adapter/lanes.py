@@ -82,4 +82,4 @@ def unsorted(out: Any, lists: list[list[Any]], found: Places) -> Result:
         value = lists[lane][at]
         values.append(value if after is None else jax.tree.map(after, value))
     n = len(found.effects.written)
-    return Result(out, values[:n], values[n:], found.effects)
+    return Result(found.effects, (out, values[:n], values[n:]))

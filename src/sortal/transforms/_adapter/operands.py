@@ -138,7 +138,7 @@ class Operands:
     def write_back(self, effects: Effects, values: Sequence[Any], tree: Any) -> Any:
         """Writes the values of the leaves that were written to the live objects."""
         mine = [values[k] for k in effects.written]
-        write_back(self.bound, Result(None, mine, [], effects))
+        write_back(self.bound, Result(effects, (None, mine, [])))
         return resolve(tree, self.bound.roots)
 
 

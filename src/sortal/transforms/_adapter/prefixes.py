@@ -12,7 +12,7 @@ from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
 from sortal._engine.variable import describe, make
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing
-from sortal.filters import Filter, to_filter
+from sortal.filters import Filter, leaf_filter
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import BoundArguments, identity
@@ -50,7 +50,7 @@ class ByKind:
 
     def __init__(self, table: Mapping[Any, Any] | Iterable[tuple[Any, Any]]):
         pairs = list(table.items() if isinstance(table, Mapping) else table)
-        self.filters: tuple[Filter, ...] = tuple(to_filter(f) for f, _ in pairs)
+        self.filters: tuple[Filter, ...] = tuple(leaf_filter(f) for f, _ in pairs)
         self.answers: tuple[Any, ...] = tuple(answer for _, answer in pairs)
         self._key = (type(self), self.filters, self.answers)
 

@@ -15,6 +15,7 @@ from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.nodes import LEAF, NODE, handler_of, is_root
 from sortal._engine.paths import Path, PathKey
+from sortal._engine.plan import plan_of_built
 from sortal._engine.state import State
 from sortal._engine.variable import value_of
 from sortal._engine.walk import Walk
@@ -163,6 +164,11 @@ class Copies:
         self.root, self.nodes = found.build(self.leaves)
         one = len(flat_modules) == 1
         self.roots: tuple[Any, ...] = (self.root,) if one else self.root
+        self.plan: Any = plan_of_built(found, self.root, self.nodes, self.leaves)
+
+    def are_unchanged(self) -> bool:
+        """Whether they surely have the structure of entry; if not, a walk must tell."""
+        return self.plan is not None and self.plan.same(self.root)
 
     @functools.cached_property
     def origins(self) -> dict[int, Entry]:
@@ -247,10 +253,11 @@ def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
         return Ref(len(outputs) - 1)
 
     out = replace_roots(out, refer)
-    walk = Walk(copies.root)
-    unedited = is_unedited(walk, copies)
+    walk = None if copies.are_unchanged() else Walk(copies.root)
+    unedited = walk is None or is_unedited(walk, copies)
     # Where the structure was edited, what became of raw arrays is among the edits.
-    now = [x._value for x in walk.leaves] if unedited else map(value_of, copies.leaves)
+    live: Any = (walk or copies.plan).leaves if unedited else ()
+    now = [x._value for x in live] if unedited else map(value_of, copies.leaves)
     pairs = enumerate(zip(copies.values, now, strict=True))
     changed = {
         k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)
@@ -260,6 +267,8 @@ def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
     entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
     edits, fresh, unedited = None, [], unedited and not rigid
     if not unedited or None in entries:
-        edits, fresh, entries = edits_of(copies, outputs, unedited, rigid, walk)
+        edits, fresh, entries = edits_of(
+            copies, outputs, unedited, rigid, walk or Walk(copies.root)
+        )
     effects = Effects(tuple(written), entries, edits)
-    return Result(out, list(written.values()), fresh, effects)
+    return Result(effects, (out, list(written.values()), fresh))

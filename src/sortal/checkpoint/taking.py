@@ -1,0 +1,222 @@
+"""What a save takes of a model before it returns: the leaves, and their values held."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sortal._engine.graphdef import GraphDef
+from sortal._engine.paths import show
+from sortal._engine.plan import bind
+from sortal._engine.schema import Schema, select
+from sortal.checkpoint.manifest import Path, encode_path
+from sortal.checkpoint.store import SMALL, Piece
+from sortal.checkpoint.values import (
+    PLAIN,
+    Tree,
+    UnsavableError,
+    describe,
+    is_storable,
+)
+from sortal.errors import SaveError, listing
+from sortal.filters import to_filter
+from sortal.policy.policy import Policy, answers
+
+
+class Split(NamedTuple):
+    """An array in the parts that the devices of this process hold, each once.
+
+    ``shard`` is the shape of each part. ``shared``: other processes have other parts.
+    """
+
+    shard: tuple[int, ...] | None
+    shared: bool
+    pieces: list[Piece]
+
+
+class Taken(NamedTuple):
+    """The leaves to save; all of it stays as it is, whatever becomes of the model.
+
+    A value is a record, or an array whose record is still to be made: its shape and
+    dtype outlive its buffer. ``data`` has all arrays in order, each whole or Split.
+    """
+
+    graphdef: GraphDef
+    chosen: Sequence[int]
+    passing: list[bool]
+    values: list[Tree | Any]
+    data: list[Any]
+
+
+def take(root: Any, only: Any, policy: Policy | None, pin: bool) -> Taken:
+    """Chooses the leaves to save, and refuses what a checkpoint cannot hold.
+
+    ``only`` is a filter or None. The policy's setting ``checkpoint`` is read. ``pin``
+    holds values as they are now, whatever the program does with the model next: JAX's
+    buffers against donation, NumPy's arrays by a copy. Everything that needs no live
+    object is left to ``lay_out``, which may run beside the program.
+    """
+    plan = bind(root)
+    schema, live = plan.graphdef.schema, plan.values()
+    _refuse_statics(root)
+    chosen: Sequence[int] = range(len(schema))
+    if only is not None:
+        chosen = select(schema, (only,), plan.view).parts[0][1]
+    keep = answers("checkpoint", schema, policy, plan.view, default="keep")
+    if "drop" in keep:
+        chosen = [i for i in chosen if keep[i] != "drop"]
+    if len(schema) and not chosen:
+        what = "the policy" if only is None else f"only={to_filter(only)!r}"
+        raise SaveError(
+            f"nothing to save: {what} takes none of the {len(schema)} "
+            f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
+        )
+    if not schema.memo("checkpoint keys", lambda: _all_plain(schema)):
+        paths = [schema.paths[i] for i in chosen]
+        _refuse_namesakes(paths)
+        _refuse_addresses(paths)
+    passing = [keep[i] == "keep-last" for i in chosen]
+    return Taken(plan.graphdef, chosen, passing, *_hold(schema, chosen, live, pin))
+
+
+def _hold(
+    schema: Schema, chosen: Sequence[int], live: list[Any], pin: bool
+) -> tuple[list[Any], list[Any]]:
+    """The values and the arrays of leaves; refuses all unsavable leaves at once."""
+    values, data, faults = [], [], []
+    for i in chosen:
+        value = live[i]
+        inside = [value]
+        if not (_is_array(type(value)) and is_storable(value.dtype)):
+            inside = []
+            try:
+                value = describe(value, inside)
+            except UnsavableError as e:
+                faults.append(f"{schema.describe(i)}: {e}")
+        if what := _not_there(inside):
+            faults.append(f"{schema.describe(i)}: {what}")
+        if faults:
+            continue
+        held = [_held(x, pin) for x in inside]
+        # The shape of a NumPy array can be changed in place, so its record is a copy's.
+        values.append(held[0] if type(value) is np.ndarray else value)
+        data += held
+    if faults:
+        raise SaveError(
+            "a checkpoint holds arrays, Python scalars, strings, and pytrees of these; "
+            f"found:\n{listing(faults)}\nNothing was saved. Leave them out with only=, "
+            "or put them into metadata=."
+        )
+    return values, data
+
+
+@functools.lru_cache(maxsize=64)
+def _is_array(cls: type) -> bool:
+    return cls is np.ndarray or issubclass(cls, jax.Array)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_jax(cls: type) -> bool:
+    return issubclass(cls, jax.Array)
+
+
+def _not_there(live: list[Any]) -> str:
+    for x in live:
+        if type(x) is jax.ShapeDtypeStruct:
+            return "a shape without values"
+        if _of_jax(type(x)) and x.is_deleted():
+            return "its buffer was donated to a call and is gone"
+    return ""
+
+
+def _held(live: Any, pin: bool) -> Any:
+    if not _of_jax(type(live)):
+        return live.copy() if pin else live
+    sharding = live.sharding
+    if type(sharding) is not jax.sharding.SingleDeviceSharding:
+        shard = sharding.shard_shape(live.shape)
+        if live.is_fully_replicated:
+            live = live.addressable_data(0)
+        elif not live.is_fully_addressable or live.nbytes >= SMALL:
+            return Split(
+                shard,
+                not live.is_fully_addressable,
+                [
+                    Piece(
+                        tuple(s.start or 0 for s in part.index),
+                        np.asarray(part.data) if pin else part.data,
+                    )
+                    for part in live.addressable_shards
+                    if part.replica_id == 0
+                ],
+            )
+    # On CPU a view, which keeps the buffer from being donated; else a copy.
+    return np.asarray(live) if pin else live
+
+
+def _refuse_statics(root: Any) -> None:
+    """Refuses scalars in plain containers: they look saved, and are static."""
+    found: list[str] = []
+    seen: set[int] = set()
+    todo: list[tuple[Path, Any]] = [((), root)]
+    while todo:
+        path, x = todo.pop()
+        if type(x) in (dict, list, tuple):
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+        if type(x) is dict:
+            todo += [((*path, key), child) for key, child in x.items()]
+        elif type(x) in (list, tuple):
+            todo += [((*path, i), child) for i, child in enumerate(x)]
+        elif type(x) in PLAIN or isinstance(x, np.generic):
+            found.append(f"{show(path)}: {x!r:.60}")
+    if found:
+        raise SaveError(
+            "numbers and strings in plain containers are static, and checkpoints hold "
+            f"no static values; found:\n{listing(sorted(found))}\nPut them into "
+            "metadata=, or into Variables."
+        )
+
+
+def _all_plain(schema: Schema) -> bool:
+    """Whether all keys are stored as they are, and not as text."""
+    return all(type(k) in (str, int) for path in schema.paths for k in path)
+
+
+def _refuse_namesakes(paths: Iterable[Any]) -> None:
+    """Keys other than strings and integers are stored as text, which may collide."""
+    if found := namesakes(map(encode_path, paths)):
+        raise SaveError(
+            "several leaves have one path once their keys are text; found:\n"
+            f"{listing(found)}\nUse strings or integers as keys."
+        )
+
+
+def _refuse_addresses(paths: Iterable[Any]) -> None:
+    """A key whose text holds its address has another one in the next process."""
+    found = [
+        show(path)
+        for path in paths
+        if any(type(k) not in (str, int) and _ADDRESS.search(repr(k)) for k in path)
+    ]
+    if found:
+        raise SaveError(
+            "keys whose repr holds an address in memory, under which no other process "
+            f"would find them; found:\n{listing(found)}\nUse strings or integers as "
+            "keys, or give their class a __repr__."
+        )
+
+
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+
+
+def namesakes(paths: Iterable[Any]) -> list[str]:
+    """The stored paths that occur more than once."""
+    return [show(path) for path, n in Counter(paths).items() if n > 1]

@@ -1,0 +1,158 @@
+"""Why JAX refused arguments, in words of the function; looked at only after it has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from sortal._engine.paths import show
+from sortal._engine.statics import is_hashable
+from sortal._engine.variable import describe
+from sortal.errors import ArgumentError, ShardingError, StaleBufferError, listing
+from sortal.transforms._adapter.binding import BoundArguments
+
+
+def refuse_stale(bound: BoundArguments, cause: Exception) -> None:
+    """Says which leaves hold buffers that are gone.
+
+    Args:
+      bound: the arguments of the call.
+      cause: what JAX raised.
+
+    Raises:
+      StaleBufferError: some do; all are listed.
+    """
+    stale = [
+        f"{show(path)}: {describe(value)}"
+        for c in bound.flat_modules
+        for path, value in zip(c.definition.paths, c.values, strict=True)
+        if isinstance(value, jax.Array)
+        and not isinstance(value, Tracer)
+        and value.is_deleted()
+    ]
+    if stale:
+        raise StaleBufferError(
+            f"{len(stale)} leaves hold buffers that were donated to an earlier "
+            f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
+            "the copy that must survive with clone(model, arrays=True)."
+        ) from cause
+
+
+def refuse_arguments(
+    fn: Any,
+    bound: BoundArguments,
+    static: Collection[Any],
+    cause: Exception,
+    *,
+    option: str = "static_argnames",
+    first: int = 0,
+) -> None:
+    """Says which arguments JAX cannot take, and what to write.
+
+    Args:
+      fn: the user's function.
+      bound: its arguments.
+      static: the positions and names of those that are static.
+      cause: what JAX raised.
+      option: the option that makes arguments static.
+      first: how many arguments stand before those of the call.
+
+    Raises:
+      ArgumentError: arguments are neither models, arrays nor numbers, or static and not
+        hashable; all are listed.
+    """
+    unhashable, bad, settings = [], [], []
+    for key, name, x in _named_arguments(fn, bound):
+        if key in static:
+            if not is_hashable(x):
+                unhashable.append(f"{name}: {describe(x)}")
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+            if not _goes_in(leaf):
+                bad.append(f"{name}{jax.tree_util.keystr(path)}: {describe(leaf)}")
+                by_name = option == "static_argnames"
+                settings += [] if path else [name if by_name else key - first]
+    if unhashable:
+        raise ArgumentError(
+            f"static arguments must be hashable; found:\n{listing(unhashable)}\n"
+            "Leave data out of static_argnums and static_argnames; use a tuple for "
+            "a list."
+        ) from cause
+    if bad:
+        names = ", ".join(map(repr, settings)) or "..."
+        raise ArgumentError(
+            "arguments of a compiled function are models, arrays and numbers; "
+            f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
+            f"which {option}=[{names}] names."
+        ) from cause
+
+
+def refuse_devices(
+    fn: Any, bound: BoundArguments, static: Collection[Any], cause: Exception
+) -> None:
+    """Says which arguments lie on other devices than most.
+
+    Args:
+      fn: the user's function.
+      bound: its arguments.
+      static: the positions and names of those that are static.
+      cause: what JAX raised.
+
+    Raises:
+      ShardingError: arrays are bound to several sets of devices; all are listed.
+    """
+    at: dict[Any, list[str]] = {}
+    for key, name, x in _named_arguments(fn, bound):
+        if key in static:
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+            # What is bound to no device goes where the others are.
+            if getattr(leaf, "committed", False):
+                where = f"{name}{jax.tree_util.keystr(path)}"
+                at.setdefault(frozenset(leaf.sharding.device_set), []).append(where)
+    if len(at) < 2:
+        return
+    most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
+    rows = [
+        f"{where}: {_devices(devices)}"
+        for devices, names in at.items()
+        if devices != most
+        for where in names
+    ]
+    raise ShardingError(
+        f"a compiled function needs all arrays on the same devices; "
+        f"{len(at[most])} arrays lie on {_devices(most)}, and these on others:\n"
+        f"{listing(rows)}\n"
+        "Put models there by shard(model, mesh, policy), and other arrays by "
+        "jax.device_put(x, NamedSharding(mesh, P()))."
+    ) from cause
+
+
+def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
+    """Each argument with its position or keyword, and its name in the signature."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    for i, x in enumerate(bound.args):
+        yield i, names[i] if i < len(names) else f"argument {i}", x
+    for name, x in bound.kwargs.items():
+        yield name, name, x
+
+
+def _devices(devices: Any) -> str:
+    numbers = sorted(device.id for device in devices)
+    return f"device {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} devices"
+
+
+def _goes_in(x: Any) -> bool:
+    if isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__"):
+        return True
+    # NumPy's objects, text and times are no data of a program.
+    array = hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
+    return array and getattr(x.dtype, "kind", "") not in set("OSUMm")

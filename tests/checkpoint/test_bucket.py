@@ -1,0 +1,307 @@
+"""Checkpoints in object stores, on moto's S3 server: the same promises as on disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sortal as nnx
+from sortal.checkpoint import bucket, files
+from sortal.checkpoint.bucket import Address
+from sortal.checkpoint.verifying import verify
+from sortal.errors import (
+    ArgumentError,
+    DamagedError,
+    NoCheckpointError,
+    RestoreError,
+    SaveError,
+    WriterError,
+)
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("moto") is None, reason="moto is not installed"
+)
+
+
+class Last(nnx.Variable, checkpoint="keep-last"):
+    pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a server of S3 on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, **quiet)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/").close()  # noqa: S310
+            break
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait(30)
+
+
+_number = iter(range(1000))
+
+
+@pytest.fixture
+def run(server, monkeypatch, tmp_path_factory):
+    """The address of a directory in a bucket of its own."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    empty = tmp_path_factory.mktemp("aws") / "empty"
+    empty.touch()
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(empty))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(empty))
+    name = f"bucket{next(_number)}"
+    request = urllib.request.Request(f"{server}/{name}", method="PUT")  # noqa: S310
+    urllib.request.urlopen(request).close()  # noqa: S310
+    return f"s3://{name}/runs/digits"
+
+
+def model(seed: int = 0) -> Any:
+    """One of everything: packed, by itself, sharded, keys, NumPy and plain values."""
+    rng = np.random.default_rng(seed)
+    mesh = jax.make_mesh((8,), ("x",))
+    to = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    root = nnx.Module()
+    root.small = nnx.Param(jnp.asarray(rng.standard_normal((3, 5), np.float32)))
+    root.large = nnx.Param(jnp.asarray(rng.standard_normal((1100, 1000), np.float32)))
+    split = rng.standard_normal((1024, 1100), np.float32)
+    root.split = nnx.BatchStat(jax.device_put(split, to))
+    root.key = nnx.RngKey(jax.random.key(seed))
+    root.raw = rng.standard_normal(7)
+    root.odd = nnx.Variable({"a": [jnp.ones(2, jnp.bfloat16) * seed, seed], "b": None})
+    return root
+
+
+def bits(root: Any) -> list[bytes]:
+    leaves = jax.tree.leaves(nnx.state(root))
+    keys = (
+        jax.dtypes.issubdtype(getattr(x, "dtype", int), jax.dtypes.prng_key)
+        for x in leaves
+    )
+    return [
+        np.asarray(jax.random.key_data(x) if is_key else x).tobytes()
+        for x, is_key in zip(leaves, keys, strict=True)
+    ]
+
+
+def at(run: str, *names: str) -> Address:
+    found = Address.of("/".join([run, *names]))
+    assert found is not None
+    return found
+
+
+def keys(run: str) -> list[str]:
+    return bucket.names(at(run))
+
+
+def chunks(run: str) -> list[str]:
+    return [name for name in keys(run) if "/c." in name]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_step_comes_back_to_the_bit(run, wait):
+    saving = nnx.save(run, model(1), step=7, metadata={"epoch": 2}, wait=wait).wait()
+    assert str(saving.path) == f"{run}/7"
+    other = model(2)
+    found = nnx.restore(run, other)
+    assert bits(other) == bits(model(1))
+    assert other.split.value.sharding == model().split.value.sharding
+    assert (found.step, found.metadata) == (7, {"epoch": 2})
+    assert nnx.load_state(run, only=nnx.Param).paths() == (("large",), ("small",))
+    assert verify(run)[3:] == ((), ())
+
+
+def test_the_files_are_those_on_disk(run, tmp_path):
+    nnx.save(run, model(), step=3)
+    nnx.save(tmp_path, model(), step=3)
+    manifests = [files.read_manifest(x, 3) for x in (at(run), tmp_path)]
+    assert manifests[0].files == manifests[1].files
+    assert manifests[0].arrays == manifests[1].arrays
+    local = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    folders = [m.folder for m in manifests]
+    assert {name.replace(*folders) for name in keys(run)} == local
+
+
+def test_a_manager_keeps_what_it_is_to_keep(run):
+    with nnx.Checkpoints(run, keep=2, best="score") as kept:
+        for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4]):
+            kept.save({"w": nnx.Param(step)}, step=step, metrics={"score": score})
+        assert kept.steps() == (1, 3, 4)
+        assert (kept.latest(), kept.best()) == (4, 1)
+        root = {"w": nnx.Param(0)}
+        assert kept.restore(root, step="best").step == root["w"].value == 1
+        kept.save(root, step=2, metrics={"score": 0.0})
+        assert kept.latest() == 2
+        kept.delete(1)
+    assert nnx.Checkpoints(run).steps() == (2, 4)
+    assert {name.partition("/")[0] for name in keys(run)} == {".lock", "2", "4"}
+
+
+def test_a_step_saved_again_is_replaced_whole(run):
+    nnx.save(run, {"w": nnx.Param(jnp.ones(3)), "x": nnx.Cache(1)}, step=0)
+    nnx.save(run, {"w": nnx.Param(jnp.zeros(3))}, step=0)
+    assert nnx.load_state(run).paths() == (("w",),)
+    assert len({name.split("/")[1] for name in keys(run) if "arrays-" in name}) == 1
+
+
+def test_keep_last_goes_when_a_newer_step_is_saved(run):
+    root = {"a": Last(jnp.ones(3)), "b": nnx.Param(jnp.ones(3))}
+    root["c"] = Last(jnp.ones((1100, 1000)))
+    nnx.save(run, root, step=1)
+    nnx.save(run, root, step=2)
+    assert nnx.load_state(run, step=1).paths() == (("b",),)
+    assert len(nnx.load_state(run, step=2).paths()) == 3
+    assert verify(run, 1)[3:] == verify(run, 2)[3:] == ((), ())
+    assert not [name for name in keys(run) if name.startswith("1/") and "~last" in name]
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "longer", "missing", "foreign"])
+def test_damage_is_found_and_the_model_left_as_it_was(run, how):
+    nnx.save(run, model(1), step=0)
+    nnx.save(run, model(2), step=1)
+    ends = ("/c.0", "/c.0.0")  # one chunk of each array
+    for name in [x for x in chunks(run) if x[:2] == "1/" and x.endswith(ends)]:
+        data = bucket.read(at(run, name))
+        kvs, key = bucket._kvs(at(run)), at(run, name).key
+        new = {
+            "flipped": bytes([data[0] ^ 1]) + data[1:],
+            "cut": data[:-5],
+            "longer": data + b"x",
+            "missing": None,
+            "foreign": data[:-4] + b"0000",
+        }[how]
+        kvs.write(key, new).result()
+        other = model(3)
+        with pytest.raises(DamagedError):
+            nnx.restore(run, other)
+        assert bits(other) == bits(model(3))
+        (fault,) = verify(run).faults
+        assert name.partition("/")[2].partition("/")[2] in fault
+        kvs.write(key, data).result()
+    assert nnx.restore(run, model()).step == 1
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(run):
+    nnx.save(run, model(), step=0)
+    left = "arrays-000000000009-01234567"
+    bucket.write(at(run, "5", left), {"zarr.json": b"{}", "Param/packed/c.0": b"x"})
+    bucket.write(at(run, "0", left), {"Param/packed/c.0": b"x"})
+    bucket.write(at(run, "5"), {"notes.txt": b"mine"})
+    assert nnx.restore(run, model()).step == 0
+    nnx.save(run, model(), step=1)
+    assert not [name for name in keys(run) if left in name]
+    assert "5/notes.txt" in keys(run)
+    assert verify(run, 0)[3:] == ((), ())
+
+
+def test_a_save_that_fails_leaves_what_was_there(run, monkeypatch):
+    nnx.save(run, model(1), step=0)
+    before = keys(run)
+
+    def failing(file, temporary, data):
+        raise OSError(5, "the store is full")
+
+    monkeypatch.setattr(bucket, "publish", failing)
+    for step in (0, 1):
+        with pytest.raises(SaveError, match=r"nothing was committed.*store is full"):
+            nnx.save(run, model(2), step=step)
+    assert keys(run) == before
+    assert nnx.restore(run, other := model()).step == 0
+    assert bits(other) == bits(model(1))
+
+
+@pytest.mark.parametrize("when", ["sync_tree", "fingerprints"])
+def test_the_writer_that_began_first_is_refused_at_its_commit(run, monkeypatch, when):
+    real, others = getattr(bucket, when), iter([2])
+
+    def meanwhile(root, given):
+        found = list(real(root, given) or ())
+        for step in others:
+            nnx.save(run, {"w": nnx.Param(step)}, step=step)
+        return found
+
+    monkeypatch.setattr(bucket, when, meanwhile)
+    with pytest.raises(WriterError, match="another writer has taken over s3://"):
+        nnx.save(run, {"w": nnx.Param(1)}, step=1)
+    assert nnx.Checkpoints(run).steps() == (2,)
+
+
+def test_a_manager_takes_the_directory_over_again(run):
+    with nnx.Checkpoints(run) as kept:
+        kept.save({"w": nnx.Param(1)}, step=1)
+        nnx.save(run, {"w": nnx.Param(2)}, step=2)
+        kept.save({"w": nnx.Param(3)}, step=3)
+        assert kept.steps() == (1, 2, 3)
+
+
+def test_a_manifest_written_meanwhile_is_not_replaced(run):
+    nnx.save(run, {"w": nnx.Param(1)}, step=1)
+    file = at(run, "1", "manifest.json")
+    stamp = bucket._kvs(file).read(file.key).result().stamp
+    bucket.write(file.parent, {"manifest.json": b"another"})
+    assert not bucket._swap(bucket._kvs(file), file.key, b"x", stamp.generation)
+    assert bucket.read(file) == b"another"
+
+
+def test_what_is_not_there_is_said(run):
+    with pytest.raises(NoCheckpointError, match=f"no checkpoint in {run}"):
+        nnx.restore(run, model())
+    nnx.save(run, model(), step=4)
+    with pytest.raises(NoCheckpointError, match=r"no step 5 .* steps there are: 4"):
+        nnx.restore(run, model(), step=5)
+    with pytest.raises(NoCheckpointError, match=f"write '{run}', step=4"):
+        nnx.restore(f"{run}/4", model())
+    with pytest.raises(RestoreError, match="missing: x"):
+        nnx.restore(run, {"x": nnx.Param(jnp.ones(1))})
+    with pytest.raises(SaveError, match=r"write to s3://nowhere/run: .*NoSuchBuck"):
+        nnx.save("s3://nowhere/run", model(), step=0)
+
+
+def test_a_bucket_itself_is_a_directory(run):
+    name = run.split("/")[2]
+    nnx.save(f"s3://{name}", {"w": nnx.Param(1)}, step=1)
+    nnx.save(f"s3://{name}/", {"w": nnx.Param(2)}, step=2)
+    assert nnx.restore(f"s3://{name}/", root := {"w": nnx.Param(0)}).step == 2
+    assert root["w"].value == 2
+
+
+def test_neighbours_whose_names_begin_alike_are_left_alone(run):
+    nnx.save(run, {"w": nnx.Param(1)}, step=1)
+    nnx.save(run + "2", {"w": nnx.Param(2)}, step=10)
+    nnx.save(run, {"w": nnx.Param(1)}, step=10)
+    with nnx.Checkpoints(run) as kept:
+        kept.delete(1)
+    assert nnx.Checkpoints(run).steps() == nnx.Checkpoints(run + "2").steps() == (10,)
+
+
+def test_addresses_are_read_strictly():
+    assert Address.of("s3://a-b/c/d/") == ("s3", "a-b", "c/d")
+    assert Address.of("gs://a-b/%20x") == ("gs", "a-b", " x")
+    assert str(Address.of("s3://a-b") / "c" / "d") == "s3://a-b/c/d"
+    for text in ("s3:/a/b", "http://a/b", "s3://", "S3://bucket/x", "/s3://bucket"):
+        assert Address.of(text) is None
+    for text in ("s3://bucket/a//b", "gs://bucket/../b", "s3://bucket/."):
+        with pytest.raises(ArgumentError, match="has no empty part"):
+            Address.of(text)
