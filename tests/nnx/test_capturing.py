@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx as flax_nnx
 
 from sortal import nnx
 from sortal.errors import ArgumentError
@@ -92,3 +95,72 @@ def test_what_capture_cannot_do_is_refused() -> None:
         ArgumentError, match="capture needs to know which module sows: a"
     ):
         nnx.capture(lambda x: x, Seen)(1)
+
+
+# ------------------------------------------------------------ Flax's layers in models
+class TheirLayer(flax_nnx.Module):
+    """A layer of Flax that sows and perturbs by Flax's own kinds."""
+
+    def __init__(self, rngs: Any):
+        self.linear = flax_nnx.Linear(2, 2, rngs=rngs)
+
+    def features(self, x: Any) -> Any:
+        return self.linear(x)
+
+    def __call__(self, x: Any) -> Any:
+        y = self.perturb("at", self.features(x))
+        self.sow(flax_nnx.Intermediate, "y", y)
+        self.sow(flax_nnx.Intermediate, "features", 2 * y)
+        return y
+
+
+def holder_of(lib: Any) -> Any:
+    class Holder(lib.Module):
+        def __init__(self) -> None:
+            self.theirs = TheirLayer(flax_nnx.Rngs(0))
+            self.scale = lib.Param(jnp.array(2.0))
+
+        def __call__(self, x: Any) -> Any:
+            self.sow(lib.Intermediate, "x", x)
+            return self.theirs(x) * self.scale[...]
+
+    return Holder()
+
+
+def flat(lib: Any, state: Any) -> Any:
+    pairs = lib.to_flat_state(state)
+    leaves = [(path, jax.tree.leaves(leaf)) for path, leaf in pairs]
+    return [(path, [np.asarray(x).tolist() for x in xs]) for path, xs in leaves]
+
+
+def test_what_layers_of_flax_sow_is_captured_as_by_flax() -> None:
+    def program(lib: Any) -> Any:
+        model, x = holder_of(lib), jnp.ones((1, 2))
+        before = sorted(vars(model.theirs))
+        _, seen = lib.capture(model, lib.Intermediate)(x)
+        jitted = lib.jit(lambda m, x: lib.capture(m, lib.Intermediate)(x))
+        _, again = jitted(model, x)
+        _, start = lib.capture(model, lib.Perturbation)(x)
+
+        def loss(model: Any, perturbations: Any) -> Any:
+            run = lib.capture(model, lib.Intermediate, init=perturbations)
+            y, seen = run(x)
+            return (y**2).sum(), seen
+
+        by = lib.grad(loss, argnums=(0, 1), has_aux=True)
+        (_, grads), sown = by(model, start)
+        _, out = lib.capture(model, lib.Intermediate, method_outputs=lib.Intermediate)(
+            x
+        )
+        assert sorted(vars(model.theirs)) == before
+        return [flat(lib, s) for s in (seen, again, start, grads, sown, out)]
+
+    assert program(nnx) == program(flax_nnx)
+
+
+def test_a_model_of_flax_is_captured_in_place() -> None:
+    layer, x = TheirLayer(flax_nnx.Rngs(0)), jnp.ones((1, 2))
+    _, seen = nnx.capture(layer, nnx.Intermediate)(x)
+    _, expected = flax_nnx.capture(layer, flax_nnx.Intermediate)(x)
+    assert flat(nnx, seen) == flat(flax_nnx, expected)
+    assert not hasattr(layer, "__captures__")

@@ -155,14 +155,11 @@ def vmap_takes_axes_of_keywords_from_the_signature(lib: Any) -> Any:
 
 @alike
 def vmap_gives_each_replica_its_keys_by_keyword(lib: Any) -> Any:
-    axes = lib.StateAxes({lib.RngState: 0, ...: None})
-
     @lib.split_rngs(splits=3)
     @lib.vmap(in_axes=(0, 0))
     def f(rngs: Any, x: Any) -> Any:
         return rngs.uniform((2,)) * x
 
-    del axes
     return f(lib.Rngs(0), x=jnp.ones(3))
 
 

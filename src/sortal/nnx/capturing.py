@@ -147,9 +147,10 @@ def _captured_by_flax(
     """``call``, with what modules of Flax sow in it put among what is recorded."""
     from flax import nnx as flax
 
-    # Flax's capture sees what it reaches from one module without leaving its own.
+    # Flax's capture sees what it reaches from one module without leaving its own. It
+    # wraps the methods of all classes there, which must not be those of flax.Module.
     everything = dict(iter_modules(module))
-    holder, roots = flax.Module(), {}
+    holder, roots = type("Holder", (flax.Module,), {})(), {}
     for path, m in everything.items():
         above = (path[:n] for n in range(len(path) - 1, -1, -1))
         over = next((everything[p] for p in above if p in everything), None)

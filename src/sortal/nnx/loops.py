@@ -236,10 +236,10 @@ def scan_of(transform: Any) -> Any:
 
     @functools.wraps(transform)
     def taking(*args: Any, **options: Any) -> Any:
-        made = transform(*args, **options)
-        if not args:
-            return lambda f: taking(f, **options)
-        f = args[0]
+        f = args[0] if args else options.pop("f", None)
+        if f is None:
+            return functools.partial(taking, **options)
+        made = transform(f, **options)
         in_axes = options.get("in_axes", (Carry, 0))
         at = 0 if in_axes is Carry else _carry_at(in_axes)
         out_at = _carry_at(options.get("out_axes", (Carry, 0)))
@@ -247,24 +247,27 @@ def scan_of(transform: Any) -> Any:
         def again(*args: Any) -> Any:
             if not isinstance(at, int):
                 raise LoopError("no argument is carried")
-            carried = _Carried(args[at])
+            place = at
+            carried = _Carried(args[place])
 
             def step(*now: Any) -> Any:
                 rest: list[Any] = []
 
                 def body(value: Any) -> Any:
-                    out = f(*now[:at], value, *now[at + 1 :])
+                    out = f(*now[:place], value, *now[place + 1 :])
                     if out_at is None:
                         return out
                     rest.extend(out)
                     return out[out_at]
 
-                new = carried.step(body, now[at])
+                new = carried.step(body, now[place])
                 if out_at is None:
                     return new
                 return (*rest[:out_at], new, *rest[out_at + 1 :])
 
-            out = transform(step, **options)(*args[:at], carried.start, *args[at + 1 :])
+            out = transform(step, **options)(
+                *args[:place], carried.start, *args[place + 1 :]
+            )
             if out_at is None:
                 return carried.finish(out)
             return (*out[:out_at], carried.finish(out[out_at]), *out[out_at + 1 :])

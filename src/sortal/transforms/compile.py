@@ -14,6 +14,7 @@ from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError
 from sortal.functional import merge, split
+from sortal.sharding.mesh_axes import unseen_rules
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     named_positions,
@@ -74,6 +75,9 @@ class Jitted:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (seen := unseen_rules()) is not None:
+            with seen:
+                return self(*args, **kwargs)
         first, donation = self._first, self._donation
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
         given, named, call = bound.args, bound.kwargs, self._plain
