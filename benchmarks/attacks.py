@@ -134,12 +134,16 @@ _Place = tuple[Any, Any]
 
 
 def _places(x: Any, below: bool = False) -> Iterator[_Place]:
-    """Each container and key of some JSON, but for what users put there."""
+    """Each container and key of some JSON, but for what users put there.
+
+    That is metadata, and the plain values of leaves: another one is as good.
+    """
     pairs = x.items() if type(x) is dict else enumerate(x) if type(x) is list else ()
     for key, value in pairs:
         if below or key not in ("metadata", "versions", "created"):
             yield x, key
-            yield from _places(value, below=True)
+            if key != "plain":
+                yield from _places(value, below=True)
 
 
 class _Twice(dict[Any, Any]):
@@ -219,6 +223,13 @@ def _doubled(body: Any, rng: random.Random) -> None:
         twice.again = rng.choice(list(found)), copy.deepcopy(rng.choice(TYPES))
 
 
+def _odd_plain(body: Any, rng: random.Random) -> None:
+    """A plain value of a leaf that is written in no form of its type."""
+    plain = [x[k] for x, k in _places(body) if k == "plain"]
+    odd = [x for x in TYPES if type(x) is not str]
+    rng.choice(plain)[1] = copy.deepcopy(rng.choice(odd))
+
+
 def _deep(body: Any, rng: random.Random) -> None:
     at, key = rng.choice(list(_places(body)))
     for _ in range(rng.choice((50, 200, 400))):
@@ -226,7 +237,7 @@ def _deep(body: Any, rng: random.Random) -> None:
 
 
 RULES: tuple[Callable[[Any, random.Random], None], ...] = (
-    _typed, _huge, _missing, _more, _named, _renamed, _doubled, _deep
+    _typed, _huge, _missing, _more, _named, _renamed, _doubled, _odd_plain, _deep
 )  # fmt: skip
 
 

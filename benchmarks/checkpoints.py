@@ -189,7 +189,7 @@ def gpt2(quick: bool) -> State:
     return _leaves(ends | blocks)
 
 
-STATES = {"large": large, "small": small, "many": many, "gpt2": gpt2}
+STATES = {"large": large, "small": small, "gpt2": gpt2, "many": many}
 
 
 # ------------------------------------------------------------------------- measurement

@@ -218,6 +218,14 @@ def the_wide_filter_first() -> None:
     sortal.split(Model(), ..., Param)
 
 
+def a_layer_for_a_filter() -> None:
+    sortal.state(Model(), sortal.Linear)
+
+
+def a_misspelt_name_to_train() -> None:
+    sortal.Optimizer(Model(), optax.sgd(0.1), wrt="parms")
+
+
 def leaves_left_over() -> None:
     sortal.split(sortal.BatchNorm(2, rngs=sortal.Rngs(0)), Param)
 
@@ -465,6 +473,16 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
         the_wide_filter_first,
         FILTER,
         ("filter 2, Param, can take nothing", "Write the narrower one first"),
+    ),
+    (
+        a_layer_for_a_filter,
+        FILTER,
+        ("Linear: a filter takes leaves", "Name a kind such as Param, or a path"),
+    ),
+    (
+        a_misspelt_name_to_train,
+        OPTIMIZER,
+        ("wrt='parms' takes none of the 2 leaves", "layer.kernel (Param)"),
     ),
     (leaves_left_over, FILTER, ("mean (BatchStat)", "var (BatchStat)", "...")),
     (a_class_for_a_model, ARGUMENT, ("found the class Model.", "Write Model(...).")),

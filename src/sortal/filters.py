@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 import jax.numpy as jnp
 
 from sortal._engine import paths
-from sortal._engine.foreign import handler_of_kind, is_kind
+from sortal._engine.foreign import handler_of_kind, is_kind, translated
 from sortal._engine.nodes import is_node_class
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, is_variable, metadata_of, value_of
@@ -533,7 +533,8 @@ def to_filter(literal: Any) -> Filter:
         return OfType(origin)
     # A Variable is callable if its value is, but a kind was meant.
     if callable(literal) and not is_variable(literal):
-        return Calls(literal)
+        own = translated(literal)
+        return Calls(literal) if own is literal else to_filter(own)
     raise FilterError(
         f"{literal!r:.80} ({type(literal).__name__}) is not a filter. Write a kind "
         "such as Param, a tag string, ..., a tuple of filters, At('encoder.**'), or a "

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 import sortal as nnx
-from sortal.checkpoint import bucket, files
+from sortal.checkpoint import bucket, files, forks
 from sortal.checkpoint.bucket import Address
 from sortal.checkpoint.verifying import verify
 from sortal.errors import (
     ArgumentError,
+    CheckpointError,
     DamagedError,
     NoCheckpointError,
     RestoreError,
@@ -203,6 +204,27 @@ def test_damage_is_found_and_the_model_left_as_it_was(run, how):
     assert nnx.restore(run, model()).step == 1
 
 
+def test_a_damaged_newest_step_falls_back_to_a_whole_one(run):
+    for step in (1, 2):
+        nnx.save(run, model(step), step=step)
+    bucket.remove(at(run, next(x for x in chunks(run) if x.startswith("2/"))))
+    with pytest.raises(DamagedError, match=r"step 2, the newest in s3://"):
+        nnx.restore(run, model())
+    with pytest.warns(RuntimeWarning, match="step 1 of s3://.* instead of step 2"):
+        assert nnx.restore(run, other := model(), fallback=True).step == 1
+    assert bits(other) == bits(model(1))
+
+
+def test_the_command_line_verifies_it(run, capsys):
+    from sortal.inspect.cli import main
+
+    nnx.save(run, {"w": nnx.Param(jnp.ones(3))}, step=1)
+    assert main(["verify", run]) == 0
+    bucket.remove(at(run, *chunks(run)[0].split("/")))
+    assert main(["verify", run]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
 def test_what_a_killed_save_left_is_removed_by_the_next(run):
     nnx.save(run, model(), step=0)
     left = "arrays-000000000009-01234567"
@@ -214,6 +236,36 @@ def test_what_a_killed_save_left_is_removed_by_the_next(run):
     assert not [name for name in keys(run) if left in name]
     assert "5/notes.txt" in keys(run)
     assert verify(run, 0)[3:] == ((), ())
+
+
+def test_a_killed_writer_loses_no_committed_step(run):
+    program = """
+import sys
+import numpy as np
+import sortal as nnx
+with nnx.Checkpoints(sys.argv[1], keep=2) as kept:
+    for step in range((kept.latest() or 0) + 1, 1000):
+        root = {"w": nnx.Param(np.full(30_000, step)), "n": nnx.Param(step)}
+        kept.save(root, step=step)
+        print(step, flush=True)
+"""
+    rng, last = np.random.default_rng(0), 0
+    for _ in range(5):
+        words = [sys.executable, "-c", program, run]
+        quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(words, **quiet) as process:
+            for _ in range(rng.integers(1, 4)):
+                last = int(process.stdout.readline())
+            time.sleep(rng.random() * 0.3)
+            process.kill()
+            last = max([last, *map(int, process.stdout.read().split())])
+        state = nnx.load_state(run)
+        assert state["n"].value in (last, last + 1)
+        assert (state["w"].value == state["n"].value).all()
+        assert verify(run).faults == ()
+    nnx.save(run, {"n": nnx.Param(0)}, step=0)
+    folders = {tuple(x.split("/")[:2]) for x in keys(run) if "arrays-" in x}
+    assert len(folders) == len(nnx.Checkpoints(run).steps()) <= 4
 
 
 def test_a_save_that_fails_leaves_what_was_there(run, monkeypatch):
@@ -277,14 +329,34 @@ def test_what_is_not_there_is_said(run):
         nnx.restore(run, {"x": nnx.Param(jnp.ones(1))})
     with pytest.raises(SaveError, match=r"write to s3://nowhere/run: .*NoSuchBuck"):
         nnx.save("s3://nowhere/run", model(), step=0)
+    with pytest.raises(SaveError, match=r"write to s3://nowhere/: .*NoSuchBuck"):
+        nnx.save("s3://nowhere", model(), step=0)
+
+
+def test_a_store_that_does_not_answer_is_an_error_of_ours(run, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    once = forks.context(s3_request_retries={"max_retries": 1})
+    monkeypatch.setattr(bucket, "_context", lambda settings: once)
+    with pytest.raises(SaveError, match=f"cannot write to {run}: .*connect"):
+        nnx.save(run, model(), step=0)
+    for read in (nnx.load_state, verify, lambda at: nnx.Checkpoints(at).steps()):
+        with pytest.raises(CheckpointError, match=f"{run}.* cannot be read: .*connect"):
+            read(run)
+    with pytest.raises(DamagedError, match=r"manifest.json cannot be read: .*connect"):
+        nnx.restore(run, model(), step=3)
 
 
 def test_a_bucket_itself_is_a_directory(run):
     name = run.split("/")[2]
-    nnx.save(f"s3://{name}", {"w": nnx.Param(1)}, step=1)
+    nnx.save(f"s3://{name}", {"w": nnx.Param(1), "x": Last(1)}, step=1)
     nnx.save(f"s3://{name}/", {"w": nnx.Param(2)}, step=2)
     assert nnx.restore(f"s3://{name}/", root := {"w": nnx.Param(0)}).step == 2
     assert root["w"].value == 2
+    assert {x.split("/")[0] for x in bucket.names(at(f"s3://{name}"))} == {
+        ".lock", "1", "2"
+    }  # fmt: skip
+    bucket.write(at(f"s3://{name}"), {"x": b"y"})
+    assert bucket.read(at(f"s3://{name}", "x")) == b"y"
 
 
 def test_neighbours_whose_names_begin_alike_are_left_alone(run):

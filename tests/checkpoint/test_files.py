@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -197,6 +198,55 @@ def test_a_file_system_without_locks_is_no_other_writer(tmp_path, monkeypatch):
     with pytest.raises(nnx.errors.SaveError, match="system without locks") as caught:
         nnx.save(tmp_path, nnx.Rngs(0), step=0)
     assert not isinstance(caught.value, nnx.errors.WriterError)
+
+
+def test_locks_that_keep_nobody_out_are_noticed_at_the_first_save(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: None)
+    for _ in range(2):
+        with pytest.raises(nnx.errors.SaveError, match=r"whose locks .* two writers"):
+            nnx.save(tmp_path, nnx.Rngs(0), step=0)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    nnx.save(tmp_path, nnx.Rngs(0), step=0)
+
+
+@pytest.mark.parametrize("what", ["fsync of files", "fsync of folders", "rename"])
+def test_what_a_file_system_cannot_do_is_said_at_the_first_save(
+    tmp_path, monkeypatch, what
+):
+    fsync = os.fsync
+
+    def unsupported(at, *_):
+        if what == "rename" or ("folders" in what) == stat.S_ISDIR(
+            os.fstat(at).st_mode
+        ):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(at)
+
+    if what == "rename":
+        monkeypatch.setattr(Path, "replace", unsupported)
+    else:
+        monkeypatch.setattr(os, "fsync", unsupported)
+    named = what.partition(" ")[0]
+    with pytest.raises(
+        nnx.errors.SaveError, match=rf"cannot do what saves rely on \({named}: Invalid"
+    ):
+        nnx.save(tmp_path / "run", nnx.Rngs(0), step=0)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_file_system_is_checked_once_and_nothing_is_left(tmp_path, monkeypatch):
+    checked = []
+    real = disk.check_file_system
+    monkeypatch.setattr(
+        disk, "check_file_system", lambda *a: (checked.append(a), real(*a))
+    )
+    for step in range(3):
+        nnx.save(tmp_path, nnx.Rngs(0), step=step)
+    assert len(checked) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "0", "1", "2"}
 
 
 def test_a_leftover_that_cannot_be_removed_is_told_and_blocks_no_save(

@@ -25,6 +25,7 @@ from sortal._engine.plan import plan_of
 from sortal.errors import (
     ArgumentError,
     AxisError,
+    FilterError,
     UnsupportedError,
     UpdateError,
     VariableError,
@@ -913,6 +914,35 @@ def test_a_variable_of_flax_is_no_value_of_one_of_ours():
     ours[...] = theirs
     assert isinstance(ours.value, jax.Array)
     assert (ours.value == 1).all()
+
+
+FILTER_OBJECTS = [
+    (nnx.OfType(nnx.Param), sortal.Param),
+    (nnx.Not(nnx.Param), sortal.Not(sortal.Param)),
+    (nnx.All(nnx.Param, nnx.PathContains("ours")), sortal.Param & sortal.Under("ours")),
+    (nnx.Any(nnx.filterlib.PathIn(("ours", "bias")), "tag"), sortal.At("ours.bias")),
+    (nnx.Not(nnx.WithTag("tag")), ...),
+    (nnx.PathContains("ur", exact=False), sortal.Under("ours")),
+    (nnx.Any(lambda path, leaf: path[0] == "ours"), sortal.Under("ours")),
+    (nnx.Everything(), ...),
+    (nnx.Nothing(), None),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), FILTER_OBJECTS)
+def test_a_filter_object_of_flax_takes_kinds_of_both_libraries(theirs, ours):
+    """Called as a function, it would know Flax's classes alone."""
+    model = Mixed()
+    model.stat = sortal.BatchStat(jnp.ones(2))
+    assert sortal.state(model, theirs).paths() == sortal.state(model, ours).paths()
+    inner = (nnx.Not(theirs), sortal.Not(ours))
+    a, b = (sortal.state(model, written).paths() for written in inner)
+    assert a == b
+
+
+def test_a_layer_in_a_filter_object_of_flax_is_refused():
+    with pytest.raises(FilterError, match="Linear: a filter takes leaves"):
+        sortal.state(Mixed(), nnx.Not(nnx.OfType(nnx.Linear)))
 
 
 # ------------------------------------------------------------------------- sowing

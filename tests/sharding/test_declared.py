@@ -14,6 +14,7 @@ from sortal.errors import ShardingError
 AUTO = AxisType.Auto
 D8 = jax.make_mesh((8,), ("d",), axis_types=(AUTO,))
 AB = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AUTO, AUTO))
+EACH = sortal.Policy({...: sortal.Rule(spec=P())})
 BA = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AUTO, AUTO))
 
 
@@ -108,16 +109,17 @@ def test_other_rules_for_names_of_axes_are_another_program():
     assert found == [P("a"), P("b")]
 
 
-def test_rules_of_linen_may_be_lists_where_shardings_are_given():
-    found, each = [], sortal.Policy({...: sortal.Rule(spec=P())})
-    f, ones = nnx.jit(lambda w: double(w), in_shardings=(each,)), jnp.ones((8, 8))
+@pytest.mark.parametrize("given", [{}, {"in_shardings": (EACH,)}])
+def test_other_rules_of_linen_are_another_program_too(given):
+    found, ones = [], jnp.ones((8, 8))
+    f = nnx.jit(lambda w: double(w), **given)
     with jax.set_mesh(AB):
-        for axis in ("a", "b"):
+        for axis in ("a", "b", "a"):
             w = nnx.Param(ones, out_sharding=("x",), eager_sharding=False)
             with linen.logical_axis_rules([("x", axis), ("y", ["a", "b"])]):
                 f(w)
             found.append(w.value.sharding.spec)
-    assert found == [P("a"), P("b")]
+    assert found == [P("a"), P("b"), P("a")]
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,11 @@ def to_native(tree: Any) -> Any:
     """A pytree of axes, shardings and the like, with other libraries' made Sortal's."""
     if not any(map(_is_translated, jax.tree.leaves(tree, is_leaf=_is_translated))):
         return tree  # not a copy: the user may change what is in it
-    return jax.tree.map(_translated, tree, is_leaf=_is_translated)
+    return jax.tree.map(translated, tree, is_leaf=_is_translated)
 
 
-def _translated(x: Any) -> Any:
+def translated(x: Any) -> Any:
+    """One instance or class of another library as Sortal's own; else ``x`` itself."""
     return _translations[_class(x)](x) if _is_translated(x) else x
 
 

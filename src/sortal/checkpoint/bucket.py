@@ -68,9 +68,10 @@ class Address(NamedTuple):
 
     def is_file(self) -> bool:
         """Whether there is an object of this key."""
-        return _kvs(self).read(self.key, byte_range=slice(0, 0)).result().state == (
-            "value"
-        )
+        try:
+            return _look(self).state == "value"
+        except OSError as e:
+            raise CheckpointError(f"{self} cannot be read: {e}") from e
 
 
 def spec(at: Address) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def _opened(scheme: str, bucket: str, settings: tuple[Any, ...]) -> Any:
     import tensorstore as ts
 
     store = spec(Address(scheme, bucket, ""))
-    return ts.KvStore.open(store, context=_context(settings)).result()
+    opened = ts.KvStore.open(store, context=_context(settings))
+    return _os_errors(opened.result)
 
 
 def _kvs(at: Address) -> Any:
@@ -171,7 +173,7 @@ def fingerprints(
     started = {}
     for name, size in sizes.items():
         part = slice(max(size - 4, 0), None) if is_chunk(name) else None
-        started[name] = kvs.read(f"{root.key}/{name}", byte_range=part)
+        started[name] = kvs.read((root / name).key, byte_range=part)
     for name, future in started.items():
         try:
             yield name, _fingerprint(name, sizes[name], future)
@@ -200,9 +202,11 @@ def absent(root: Address, sizes: Mapping[str, int]) -> list[str]:
 def write(root: Address, files: Mapping[str, bytes]) -> None:
     """Writes files below ``root``."""
     kvs = _kvs(root)
-    started = [kvs.write(f"{root.key}/{n}", data) for n, data in files.items()]
-    for future in started:
-        _os_errors(future.result)
+    started = [kvs.write((root / name).key, data) for name, data in files.items()]
+    # All of them end before an error, or one could write what was removed meanwhile.
+    faults = [e for future in started if (e := future.exception()) is not None]
+    if faults:
+        raise OSError(errno.EIO, str(faults[0])) from faults[0]
 
 
 def sync(path: Address) -> None:
@@ -229,14 +233,19 @@ def write_file(file: Address, data: bytes) -> None:
     write(file.parent, {file.name: data})
 
 
+def _look(at: Address) -> Any:
+    """An object as it is now, without its bytes."""
+    kvs = _kvs(at)
+    return _os_errors(lambda: kvs.read(at.key, byte_range=slice(0, 0)).result())
+
+
 def publish(file: Address, temporary: str, data: bytes) -> None:
     """Writes a file in the place of the one there; readers find either.
 
     It is an error if another writer wrote it meanwhile, where the store can tell.
     """
-    kvs = _kvs(file)
-    before = _os_errors(lambda: kvs.read(file.key, byte_range=slice(0, 0)).result())
-    if not _swap(kvs, file.key, data, before.stamp.generation):
+    before = _look(file).stamp.generation
+    if not _swap(_kvs(file), file.key, data, before):
         raise WriterError(f"another writer wrote {file} at the same time.")
 
 
@@ -276,10 +285,9 @@ class Lock:
         where = f"process {os.getpid()} on {socket.gethostname()}"
         self._claim = f"{where}\n{secrets.token_hex(16)}\n".encode()
         try:
-            kvs = _kvs(self._file)
-            before = _os_errors(lambda: kvs.read(self._file.key).result())
-            taken = _swap(kvs, self._file.key, self._claim, before.stamp.generation)
-            if not taken and kvs.read(self._file.key).result().state == "missing":
+            before = _look(self._file).stamp.generation
+            taken = _swap(_kvs(self._file), self._file.key, self._claim, before)
+            if not taken and _look(self._file).state == "missing":
                 write_file(self._file, self._claim)  # says what is in the way
                 taken = True
         except OSError as e:

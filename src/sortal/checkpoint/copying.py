@@ -50,6 +50,7 @@ def copy_step(
         new = manifest._replace(folder=files.new_folder(directory, kept=False))
         to = directory / str(manifest.step)
         with files.as_save_error(f"copying {folder} to {to}"):
+            files.clean(directory)
             try:
                 _copy(folder / manifest.folder, to / new.folder, new)
                 if any(leaf.passing for leaf in new.leaves):

@@ -69,10 +69,11 @@ def _names(folder: Path) -> dict[str, bool | None]:
 
 
 def names(folder: Path) -> list[str]:
-    """The names of all files below a folder; none below a link to one."""
-    if not stat.S_ISDIR(folder.lstat().st_mode):
+    """The names of all files below a folder; none below a link, or if it is gone."""
+    if folder.is_symlink():
         return []
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    walked = ((Path(at), inside) for at, _, inside in os.walk(folder))
+    return [str((at / x).relative_to(folder)) for at, inside in walked for x in inside]
 
 
 def open_file(file: Path) -> int:
@@ -252,6 +253,51 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+@contextlib.contextmanager
+def _relied_on(directory: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise SaveError(
+            f"{directory} is on a file system that cannot do what saves rely on "
+            f"({what}: {e.strerror or e}). Save to another one."
+        ) from e
+
+
+def check_file_system(directory: Path, locked: Path) -> None:
+    """Tries what saves rely on, with two files that are removed again.
+
+    ``locked`` is a file that this process has locked.
+
+    Raises:
+      SaveError: a part of it does not work.
+    """
+    import fcntl
+
+    with locked.open("r+b") as other, contextlib.suppress(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise SaveError(
+            f"{directory} is on a file system whose locks (flock) keep nobody out, so "
+            "that two writers could not be kept apart. Save to another one."
+        )
+    new, old = directory / ".check-new", directory / ".check-old"
+    try:
+        for file in (new, old):
+            file.unlink(missing_ok=True)
+            file.write_bytes(file.name.encode())
+            with _relied_on(directory, "fsync"):
+                sync(file)
+        with _relied_on(directory, "rename"):
+            new.replace(old)
+            if old.read_bytes() != new.name.encode():
+                raise OSError("another file is there afterwards")
+        with _relied_on(directory, "fsync"):
+            sync(directory)
+    finally:
+        for file in (new, old):
+            file.unlink(missing_ok=True)
+
+
 class Lock:
     """The lock of a directory's one writer; the system releases it if the owner dies.
 
@@ -265,12 +311,15 @@ class Lock:
         try:
             made = [p for p in (directory, *directory.parents) if not p.exists()]
             directory.mkdir(parents=True, exist_ok=True)
-            for folder in made:
-                sync(folder.parent)
+            with _relied_on(directory, "fsync"):
+                for folder in made:
+                    sync(folder.parent)
             self._file = self._open()
         except OSError as e:
             raise SaveError(f"cannot write to {directory}: {e}") from e
         self._take(directory)
+        if not os.fstat(self._file.fileno()).st_size:  # nobody has saved here before
+            self._check(directory)
         with contextlib.suppress(OSError):  # a full disk; the lock holds anyway
             self._file.truncate(0)
             me = f"process {os.getpid()} on {socket.gethostname()}\n"
@@ -303,6 +352,16 @@ class Lock:
                 f"{directory} is on a file system without locks (flock: {e.strerror}), "
                 "so that two writers could not be kept apart. Save to another one."
             ) from e
+
+    def _check(self, directory: Path) -> None:
+        try:
+            check_file_system(directory, self._path)
+        except BaseException as e:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            if isinstance(e, OSError):
+                raise SaveError(f"cannot write to {directory}: {e}") from e
+            raise
 
     @property
     def holds(self) -> bool:

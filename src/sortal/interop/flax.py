@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sortal import filters
 from sortal import random as rngs
 from sortal._engine import paths
 from sortal._engine import variable as _kinds
@@ -273,7 +274,23 @@ def register() -> None:
     register_native(
         nnx.StateSharding, lambda x: _by_kind(prefixes.StateSharding, x, x.shardings)
     )
+    for name, read in _FILTERS.items():
+        register_native(getattr(nnx.filterlib, name), read)
     _register_ours()
+
+
+# Called as functions, Flax's would know Flax's classes alone.
+_FILTERS: dict[str, Callable[[Any], filters.Filter]] = {
+    "OfType": lambda f: filters.OfType(f.type),
+    "WithTag": lambda f: filters.WithTag(f.tag),
+    "PathContains": lambda f: filters.PathContains(f.key, getattr(f, "exact", True)),
+    "PathIn": lambda f: filters.PathIn(*f.paths),
+    "Any": lambda f: filters.Any_(*f.predicates),
+    "All": lambda f: filters.All(*f.predicates),
+    "Not": lambda f: filters.Not(f.predicate),
+    "Everything": lambda f: filters.Everything(),
+    "Nothing": lambda f: filters.Nothing(),
+}
 
 
 def _by_kind(ours: type, theirs: Any, answers: Iterable[Any]) -> Any:

@@ -17,8 +17,9 @@ from sortal.errors import ArgumentError, listing
 
 Rules = tuple[tuple[str, Any], ...]
 
-# JAX keeps compiled programs by these two, since what is traced depends on them.
+# JAX keeps compiled programs by these, since what is traced depends on them.
 _rules: Any = jax.make_user_context(())
+_rules_seen: Any = jax.make_user_context(())
 _mapped: Any = jax.make_user_context(False)
 _eager: contextvars.ContextVar[bool] = contextvars.ContextVar("eager", default=True)
 
@@ -185,6 +186,21 @@ def _rules_of_flax() -> Rules:
     # Rules can be set in Flax only after its module was imported.
     of_flax = sys.modules.get("flax.core.spmd")
     return _pairs(of_flax.get_logical_axis_rules()) if of_flax else ()
+
+
+def unseen_rules() -> Any:
+    """A ``with`` block for a call under rules of Flax, which JAX keeps programs by.
+
+    None where they are those of the block around it, such as none at all.
+    """
+    of_flax = sys.modules.get("flax.core.spmd")
+    if of_flax is None:
+        return None
+    given, seen = of_flax.get_logical_axis_rules(), _rules_seen.value
+    if not given and not seen:
+        return None
+    rules = _pairs(given)
+    return None if rules == seen else _rules_seen(rules)
 
 
 def _joined(*several: Rules) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError
 from sortal.functional import merge, split
+from sortal.sharding.mesh_axes import unseen_rules
 from sortal.transforms._adapter.binding import (
     BoundArguments,
     named_positions,
@@ -76,6 +77,9 @@ class Jitted:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (seen := unseen_rules()) is not None:
+            with seen:
+                return self(*args, **kwargs)
         if kwargs and self._placed:
             args, kwargs = _by_position(self._fn, self._first, args, kwargs)
         first, donation = self._first, self._donation
