@@ -378,3 +378,21 @@ def optimizer_state_has_the_axes_of_optimizer_sharding(lib: Any) -> Any:
         moments = jax.tree.leaves(lib.state(optimizer)["opt_state"])
     placed = [str(x.sharding.spec) for x in moments if x.ndim == 2]
     return placed, lib.to_pure_dict(lib.state(model))
+
+
+@pytest.mark.parametrize("donate", [None, nnx.BatchStat])
+@pytest.mark.parametrize("static", [{"static_argnames": "k"}, {"static_argnums": 2}])
+def test_jit_with_shardings_takes_keywords(static: Any, donate: Any) -> None:
+    there = on_mesh()()
+    options: Any = {"in_shardings": (there, there), "donate": donate, **static}
+    f = nnx.jit(lambda m, x, k: m(x) * k, **options)
+    for out in (f(small(nnx), 2.0, k=3), f(k=3, x=2.0, m=small(nnx))):
+        np.testing.assert_array_equal(out, np.full(3, 6.0))
+    assert "stablehlo" in f.lower(small(nnx), x=2.0, k=3).as_text()
+
+
+def test_a_number_has_no_axis_to_map_over() -> None:
+    with pytest.raises(ValueError, match=r"rank should be at least 1"):
+        nnx.vmap(lambda m, x, y=2.0: m(x) * y, in_axes=(None, 0, 0))(
+            small(nnx), jnp.arange(2.0)
+        )

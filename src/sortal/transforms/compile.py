@@ -59,6 +59,8 @@ class Jitted:
         donated = named_positions(
             self._fn, options.get("donate_argnums"), options.get("donate_argnames")
         )
+        # JAX takes shardings by position alone.
+        self._placed = options.get("in_shardings") is not None
         self._history = History(self._fn, self._static, on_retrace)
         self._donation: Donation | None = None
         if donated or (donate is not None and donate is not False):
@@ -66,18 +68,20 @@ class Jitted:
             self._donation = Donation(self._fn, donate, donated, self._static, mirrored)
         kept = {k: x for k, x in options.items() if not k.startswith("donate")}
         traced = _traced(self._fn, self._history)
-        self._plain: Any = _compiled(traced, kept, self._static)
+        self._plain: Any = _compiled(traced, kept)
         self._jit = self._plain
         if self._donation is not None:
             traced = _donating(self._fn, self._history)
             options = with_first(self._fn, traced, options, self._donation)
-            self._jit = _compiled(traced, options, self._static)
+            self._jit = _compiled(traced, options)
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (seen := unseen_rules()) is not None:
             with seen:
                 return self(*args, **kwargs)
+        if kwargs and self._placed:
+            args, kwargs = _by_position(self._fn, self._first, args, kwargs)
         first, donation = self._first, self._donation
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
         given, named, call = bound.args, bound.kwargs, self._plain
@@ -99,6 +103,8 @@ class Jitted:
     def _without_running(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if kwargs and self._placed:
+            args, kwargs = _by_position(self._fn, self._first, args, kwargs)
         bound = BoundArguments((*self._first, *args), kwargs, self._static)
         if self._donation is None:
             return function(*bound.args, **bound.kwargs)
@@ -188,6 +194,20 @@ class Traced:
         return self._traced.lower(**options)
 
 
+def _by_position(
+    fn: Callable[..., Any],
+    first: Sequence[Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with those at their places that were given by keyword."""
+    try:
+        found = inspect.signature(fn).bind(*first, *args, **kwargs)
+    except (TypeError, ValueError):  # which the call itself explains
+        return args, kwargs
+    return found.args[len(first) :], found.kwargs
+
+
 class JittedPartial(functools.partial):
     """A Jitted with its first arguments given, such as the object of a method."""
 
@@ -205,9 +225,9 @@ class JittedPartial(functools.partial):
         return self.func.eval_shape(*self.args, *args, **{**self.keywords, **kwargs})
 
 
-def _compiled(traced: Any, options: dict[str, Any], static: Collection[Any]) -> Any:
+def _compiled(traced: Any, options: dict[str, Any]) -> Any:
     if any(options.get(f"{way}_shardings") is not None for way in _WAYS):
-        return Sharded(traced, options, static)
+        return Sharded(traced, options)
     return jax.jit(traced, **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,11 @@ from sortal._engine.statics import PLACEMENT
 from sortal.errors import AxisError, PolicyError, listing
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
 from sortal.sharding.resolution import check_specs, placement, spec_for
-from sortal.transforms._adapter.binding import BoundArguments, write_back
+from sortal.transforms._adapter.binding import (
+    BoundArguments,
+    named_positions,
+    write_back,
+)
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
@@ -125,17 +129,16 @@ class Sharded:
     Args:
       traced: the function to trace; it returns a Result.
       options: those of ``jax.jit``, with ``in_shardings`` or ``out_shardings``.
-      static: positions and names of static arguments.
     """
 
-    def __init__(
-        self,
-        traced: Callable[..., Result],
-        options: dict[str, Any],
-        static: Collection[Any],
-    ):
+    def __init__(self, traced: Callable[..., Result], options: dict[str, Any]):
         self._traced, self._options = traced, dict(options)
-        self._static = static
+        # A method has no parameters that JAX could find the positions of names by.
+        nums, names = (options.get(f"static_arg{x}") for x in ("nums", "names"))
+        self._static = named_positions(traced, nums, names)
+        at = [i for i in self._static if isinstance(i, int)]
+        self._options["static_argnums"] = tuple(sorted(at))
+        self._options["static_argnames"] = tuple(sorted(self._static - set(at)))
         self._in = self._options.pop("in_shardings", None)
         self._out = self._options.pop("out_shardings", None)
         self._made: dict[Any, _Packed] = {}

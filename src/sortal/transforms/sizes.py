@@ -52,12 +52,18 @@ def _of_others(spread: Spread) -> Iterator[tuple[str, int]]:
 
         def note(axis: Any, part: Any, name: str = name, rows: Any = rows) -> None:
             if isinstance(axis, int):
-                rows += [_row(axis, name, x) for x in jax.tree.leaves(part)]
+                leaves = jax.tree.leaves(part)
+                rows += [_row(axis, name, x) for x in leaves if _has(axis, x)]
 
         jax.tree.map(
             note, prefix, arg, is_leaf=lambda x: x is None or is_flat_module(x)
         )
         yield from rows
+
+
+def _has(axis: int, x: Any) -> bool:
+    """Whether an array has the axis; JAX has said so of one that has not."""
+    return -np.ndim(x) <= axis < np.ndim(x)
 
 
 def _row(axis: int, where: str, x: Any) -> tuple[str, int]:
