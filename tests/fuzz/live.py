@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import sortal
 from sortal import nnx
 
 try:
@@ -80,10 +81,12 @@ names = types.SimpleNamespace(
         name: getattr(nnx, name)
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "List Dict Not Under All jit grad value_and_grad cond switch fori_loop "
-            "while_loop remat"
+            "List Dict Not Under All jit cond switch fori_loop while_loop remat"
         ).split()
     },
+    # NNX's give an empty State where ours refuse.
+    grad=sortal.grad,
+    value_and_grad=sortal.value_and_grad,
     mapped=mapped,
     iter_graph=iter_graph,
     scan=scan,

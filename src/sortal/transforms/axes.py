@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sortal._engine.foreign import same_kind
 from sortal._engine.variable import RngCount, RngKey, describe
 from sortal.errors import AxisError, listing
+from sortal.sharding.mesh_axes import put
 from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.prefixes import Spread, given_for_objects
+from sortal.transforms._adapter.tracing import (
+    FlatModule,
+    find_flat_modules,
+    replace_flat_modules,
+)
 
 
 def check_ranks(spread: Spread) -> None:
@@ -53,6 +60,52 @@ def without(axis: int, value: Any, more: int = 0) -> list[Any]:
     arrays = [value] if isinstance(value, jax.Array) else jax.tree.leaves(value)
     ranks = [np.ndim(x) + more for x in arrays]
     return [x for x, n in zip(arrays, ranks, strict=True) if not -n <= axis < n]
+
+
+def divided_alike(given: Any, axis_of: Callable[[int], Any]) -> Any:
+    """Arguments whose leaves are divided alike along the axes they are mapped over.
+
+    On an Explicit mesh JAX takes no others. A leaf that is whole there goes where the
+    leaves are that are divided.
+
+    Args:
+      given: the arguments, with FlatModules in the place of roots.
+      axis_of: the axis of each leaf of their joint GraphDef.
+
+    Returns:
+      The arguments; None where all are divided alike, or in several ways.
+    """
+    axes: dict[int, int] = {}
+    entries = set()
+    for c in find_flat_modules(given):
+        for k, x in zip(c.definition.leaves, c.values, strict=True):
+            axis = axis_of(k)
+            if isinstance(axis, int) and isinstance(x, jax.Array):
+                axes[k] = axis % x.ndim
+                entries.add(_spec(x)[axes[k]])
+    named = entries - {None}
+    if len(named) != 1 or len(entries) < 2:
+        return None
+    (entry,) = named
+
+    def divided(k: int, x: Any) -> Any:
+        if k not in axes or _spec(x)[axes[k]] is not None:
+            return x
+        spec = [*_spec(x)]
+        spec[axes[k]] = entry
+        mesh = jax.typeof(x).sharding.mesh
+        return put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def alike(c: FlatModule) -> FlatModule:
+        pairs = zip(c.definition.leaves, c.values, strict=True)
+        return FlatModule([divided(k, x) for k, x in pairs], c.definition)
+
+    return replace_flat_modules(given, alike)
+
+
+def _spec(x: jax.Array) -> tuple[Any, ...]:
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return (*spec, *[None] * (x.ndim - len(spec)))
 
 
 def refuse_moved(spread: Spread, out_given: Any, result: Result) -> None:

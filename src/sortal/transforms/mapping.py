@@ -39,7 +39,12 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
-from sortal.transforms.axes import check_ranks, refuse_moved, without
+from sortal.transforms.axes import (
+    check_ranks,
+    divided_alike,
+    refuse_moved,
+    without,
+)
 from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
 from sortal.transforms.shardings import as_declared, declares
 from sortal.transforms.sizes import refuse_sizes
@@ -133,7 +138,10 @@ def vmap(
             sorted_out = mapped(*given)
         except ValueError as error:
             refuse_sizes(spread, error)
-            raise
+            given = divided_alike(given, spread.of_leaf)
+            if given is None:
+                raise
+            sorted_out = mapped(*given)
         return write_back(bound, as_declared(unsorted(*sorted_out), given))
 
     return wrapper
