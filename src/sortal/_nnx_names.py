@@ -26,7 +26,9 @@ TABLE = contents(
             "merge_context split_context update_context"
         ),
         "sortal.nnx.ema": "EMA",
-        "sortal.nnx.graphlib": ("PureState clone graphdef iter_graph state variables"),
+        "sortal.nnx.graphlib": (
+            "PureState State clone graphdef iter_graph state variables"
+        ),
         "sortal.nnx.helpers": "TrainState",
         "sortal.nnx.modes": "set_graph_mode set_graph_updates var_defaults",
         "sortal.nnx.module": "M iter_children iter_modules",

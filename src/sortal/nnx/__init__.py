@@ -52,6 +52,7 @@ if _TYPE_CHECKING:
     from sortal.nnx.contexts import update_context as update_context
     from sortal.nnx.ema import EMA as EMA
     from sortal.nnx.graphlib import PureState as PureState
+    from sortal.nnx.graphlib import State as State
     from sortal.nnx.graphlib import clone as clone
     from sortal.nnx.graphlib import graphdef as graphdef
     from sortal.nnx.graphlib import iter_graph as iter_graph

@@ -1,4 +1,4 @@
-"""What ``print`` shows of Variables and States: small values, statistics on request.
+"""What ``print`` shows of Variables: small values, statistics on request.
 
 The import of ``sortal.nnx`` adds this to the classes, for programs that print values as
 Flax's guides do. Without it they print as their ``repr``, by dtype and shape.
@@ -13,15 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sortal._engine.paths import show
-from sortal._engine.schema import kind_name
-from sortal._engine.state import State
 from sortal._engine.variable import Variable, describe, value_of
-from sortal.errors import ArgumentError
 
 _SMALL = 64
 """How many numbers are shown at most."""
-_STATISTICS = "stats"
+STATISTICS = "stats"
 
 
 def _readable(x: Any) -> bool:
@@ -34,9 +30,18 @@ def _readable(x: Any) -> bool:
     return x.is_fully_addressable and not x.is_deleted()
 
 
-def _text(value: Any, before: str, spec: str) -> str:
-    """A value after the text ``before``, with which it is aligned."""
-    if spec == _STATISTICS and _readable(value) and value.size > 1:
+def text(value: Any, before: str, spec: str) -> str:
+    """A value after some text, with which it is aligned.
+
+    Args:
+      value: the value.
+      before: the text.
+      spec: ``stats`` for mean and extremes.
+
+    Returns:
+      The text of the value.
+    """
+    if spec == STATISTICS and _readable(value) and value.size > 1:
         x = np.asarray(value).astype(np.float64)
         return f"{describe(value)}, mean {x.mean():.4g}, {x.min():.4g} to {x.max():.4g}"
     if not _readable(value) or value.size > _SMALL:
@@ -48,39 +53,15 @@ def _text(value: Any, before: str, spec: str) -> str:
 def _of_variable(variable: Any, before: str = "", spec: str = "") -> str:
     name = type(variable).__name__
     extra = "".join(f", {k}={v!r}" for k, v in variable._metadata.items())
-    return f"{name}({_text(variable._value, f'{before}{name}(', spec)}{extra})"
-
-
-def _of_state(state: State, spec: str = "") -> str:
-    rows = []
-    for path, kind, value in zip(
-        state.schema.paths, state.schema.kinds, state.values_list(), strict=True
-    ):
-        before = f"  {show(path)}: "
-        if kind is not None:
-            before += f"{kind_name(kind)}("
-        end = "" if kind is None else ")"
-        rows.append(f"{before}{_text(value, before, spec)}{end}")
-    return "\n".join(["State(", *rows, ")"]) if rows else "State()"
+    return f"{name}({text(variable._value, f'{before}{name}(', spec)}{extra})"
 
 
 def _format_variable(self: Any, spec: str) -> str:
     """``stats`` for mean and extremes; else as the value is formatted."""
-    if spec and spec != _STATISTICS:
+    if spec and spec != STATISTICS:
         return format(value_of(self), spec)
     return _of_variable(self, spec=spec)
 
 
-def _format_state(self: State, spec: str) -> str:
-    """``stats`` for the mean and extremes of each array."""
-    if spec not in ("", _STATISTICS):
-        raise ArgumentError(f"a State is formatted as '' or 'stats'; found {spec!r}.")
-    return _of_state(self, spec)
-
-
-for _cls, _str, _format in (
-    (Variable, _of_variable, _format_variable),
-    (State, _of_state, _format_state),
-):
-    _made: Any = _cls
-    _made.__str__, _made.__format__ = _str, _format
+_made: Any = Variable
+_made.__str__, _made.__format__ = _of_variable, _format_variable
