@@ -116,7 +116,7 @@ def test_each_lowering_traces_a_new_function(monkeypatch):
         assert counts[0] == counts[1] > 0, name
 
 
-def test_transforms_compute_the_same_in_all_contenders():
+def test_transforms_compute_the_same_in_all_contenders(compiled_quickly):
     """Each row refuses contenders that differ, so that all rows come is the claim."""
     table = transforms.transforms(FOUND, TINY, depth=1)
     rows = [f"{name}, eager" for name in transforms.ROWS]

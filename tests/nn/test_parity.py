@@ -655,9 +655,6 @@ def exported() -> dict[str, Any]:
 
 
 EXPORTED = exported()
-LEFT_OUT = {
-    "RNNBase": "a typing.Protocol for annotations; anything that is called so is taken",
-}
 # Where a default is another one on purpose: a signature and why.
 OWN_DEFAULTS = {
     (cell, "recurrent_kernel_init"): "Flax's fails for parameters in half precision"
@@ -666,10 +663,7 @@ OWN_DEFAULTS = {
 
 
 def test_no_layer_of_flax_is_missing() -> None:
-    """Every one is here under its name, or is left out for a reason."""
-    missing = [n for n in EXPORTED if found(sortal, n) is None and n not in LEFT_OUT]
-    assert not missing
-    assert [n for n in LEFT_OUT if found(sortal, n) is not None] == []
+    assert [n for n in EXPORTED if found(sortal, n) is None] == []
     assert {"Linear", "MultiHeadAttention", "RNN", "relu", "avg_pool"} <= set(EXPORTED)
 
 
@@ -699,7 +693,7 @@ def signature(name: str, function: Any) -> list[tuple[str, Any, Any]]:
 
 def own(thing: Any) -> bool:
     """Whether a name is of Flax's making, not JAX's function under another name."""
-    return thing.__module__.startswith("flax") and name_of(thing) not in LEFT_OUT
+    return thing.__module__.startswith("flax")
 
 
 def name_of(thing: Any) -> str:
@@ -733,7 +727,7 @@ def test_arguments_are_those_of_flax(name: str) -> None:
     AGREED[name]["arguments"] += 1
 
 
-@pytest.mark.parametrize("name", sorted(set(EXPORTED) - set(OWN) - set(LEFT_OUT)))
+@pytest.mark.parametrize("name", sorted(set(EXPORTED) - set(OWN)))
 def test_what_flax_takes_from_jax_is_the_very_same_here(name: str) -> None:
     assert found(sortal, name) is EXPORTED[name]
 
@@ -765,16 +759,15 @@ def test_every_layer_is_compared_with_flax() -> None:
 
 
 def test_the_table_is_printed() -> None:
-    """How often each layer agreed with Flax in this run, and what is left out."""
+    """How often each layer agreed with Flax in this run."""
     rows = tuple(
         (name, *(str(AGREED[name][column] or "") for column in COLUMNS))
         for name in OWN
         if name not in ELSEWHERE
     )
-    same = len(EXPORTED) - len(OWN) - len(LEFT_OUT)
+    same = len(EXPORTED) - len(OWN)
     notes = [f"{same} activations and initialisers are JAX's own in both libraries"]
     notes += [f"{name} is compared in {where}" for name, where in ELSEWHERE.items()]
-    notes += [f"{name} is left out: {why}" for name, why in LEFT_OUT.items()]
     title = f"How often layers had the bits of Flax {flax.__version__} in this run"
     headings = ("layer", *COLUMNS.values())
     text = plain(Table(title, headings, rows, tuple(notes)))

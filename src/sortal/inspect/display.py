@@ -17,7 +17,7 @@ def display(*args: Any) -> None:
       >>> import jax.numpy as jnp
       >>> import sortal as nnx
       >>> nnx.display(nnx.Param(jnp.ones(2)))
-      Param(float32[2])
+      Param(float32[2]: [1. 1.])
     """
     shown = print
     if _in_notebook() and importlib.util.find_spec("treescope"):

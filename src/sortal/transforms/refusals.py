@@ -111,7 +111,7 @@ def refuse_devices(
             continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(x):
             # What is bound to no device goes where the others are.
-            if getattr(leaf, "committed", False):
+            if not isinstance(leaf, Tracer) and getattr(leaf, "committed", False):
                 where = f"{name}{jax.tree_util.keystr(path)}"
                 at.setdefault(frozenset(leaf.sharding.device_set), []).append(where)
     if len(at) < 2:
