@@ -735,6 +735,7 @@ def test_what_flax_takes_from_jax_is_the_very_same_here(name: str) -> None:
 # Layers without an entry of their own in the tables above, and where they are compared.
 ELSEWHERE = {
     "LoRAParam": "LoRA",
+    "RNNBase": "tests/nnx/test_names.py",
     "RNNCellBase": "RNN",
     "dot_product_attention_with_rope": "RoPE",
     "modified_orthogonal": "LSTMCell",
