@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx as flax_nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal
@@ -1351,3 +1351,16 @@ def test_streams_that_were_not_divided_are_to_be_divided_and_not_shared() -> Non
     both = Holder(w=Param(1.0), rngs=sortal.Rngs(0))
     with pytest.raises(AxisError, match=r"by @split_rngs.*\. Give them axis None"):
         sortal.vmap(lambda model: None)(both)
+
+
+def test_leaves_go_along_with_those_that_a_mesh_divides_by_the_mapped_axis() -> None:
+    """JAX takes no arrays that are divided differently along the mapped axis."""
+    mesh = jax.make_mesh((1,), ("layers",), axis_types=(AxisType.Explicit,))
+    whole = jnp.arange(6.0).reshape(2, 3)
+    with jax.set_mesh(mesh):
+        part = jax.device_put(whole, NamedSharding(mesh, P("layers")))
+        model = Holder(a=Param(part), b=Param(whole), c=Cache(whole.T))
+        axes = StateAxes({Cache: 1, ...: 0})
+        out = sortal.vmap(lambda m: m.a * m.b + m.c, in_axes=(axes,))(model)
+    assert out.tolist() == (whole * whole + whole).tolist()
+    assert model.b.value is whole

@@ -76,24 +76,22 @@ def divided_alike(given: Any, axis_of: Callable[[int], Any]) -> Any:
       The arguments; None where all are divided alike, or in several ways.
     """
     axes: dict[int, int] = {}
-    entries = set()
+    entries: dict[Any, Any] = {}  # and the mesh of each
     for c in find_flat_modules(given):
         for k, x in zip(c.definition.leaves, c.values, strict=True):
             axis = axis_of(k)
             if isinstance(axis, int) and isinstance(x, jax.Array):
                 axes[k] = axis % x.ndim
-                entries.add(_spec(x)[axes[k]])
-    named = entries - {None}
-    if len(named) != 1 or len(entries) < 2:
+                entries[_spec(x)[axes[k]]] = jax.typeof(x).sharding.mesh
+    if len(entries) != 2 or None not in entries:
         return None
-    (entry,) = named
+    ((entry, mesh),) = [pair for pair in entries.items() if pair[0] is not None]
 
     def divided(k: int, x: Any) -> Any:
         if k not in axes or _spec(x)[axes[k]] is not None:
             return x
         spec = [*_spec(x)]
         spec[axes[k]] = entry
-        mesh = jax.typeof(x).sharding.mesh
         return put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     def alike(c: FlatModule) -> FlatModule:
