@@ -37,7 +37,7 @@ def plain(lib: Any, x: Any) -> Any:
     return np.asarray(x).tolist() if isinstance(x, jax.Array | np.ndarray) else x
 
 
-@pytest.mark.filterwarnings(r"ignore:\s+Using 'Module:DeprecationWarning")
+@pytest.mark.filterwarnings(r"ignore:\s*Using 'Module:DeprecationWarning")
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_a_program_has_the_output_that_it_has_in_flax(program: Any) -> None:
     assert plain(nnx, program(nnx)) == plain(flax_nnx, program(flax_nnx))

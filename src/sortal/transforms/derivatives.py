@@ -281,8 +281,8 @@ def make_jaxpr(
       >>> import sortal as nnx
       >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
       >>> jaxpr = nnx.make_jaxpr(lambda m, x: m(x))(model, jnp.ones((1, 2)))
-      >>> jaxpr.eqns[-1].primitive.name
-      'dot_general'
+      >>> "dot_general" in str(jaxpr)
+      True
     """
     fn, first = unbind(f)
     positions = named_positions(fn, static_argnums, None)
