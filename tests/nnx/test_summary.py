@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,17 @@ from sortal import nnx
 from sortal.errors import ArgumentError
 
 WIDE = {"width": 240, "force_terminal": False}
+
+
+@pytest.fixture(autouse=True)
+def classes_of_flax_as_they_were() -> Iterator[None]:
+    """Flax's own tabulate leaves inherited methods in them, and its capture recurses."""
+    found = [x for x in vars(flax_nnx).values() if isinstance(x, type)]
+    before = {x: set(vars(x)) for x in found if issubclass(x, flax_nnx.Module)}
+    yield
+    for cls, names in before.items():
+        for name in vars(cls).keys() - names:
+            delattr(cls, name)
 
 
 def model_of(lib: Any) -> Any:
