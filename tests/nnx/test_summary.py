@@ -19,7 +19,7 @@ WIDE = {"width": 240, "force_terminal": False}
 
 @pytest.fixture(autouse=True)
 def classes_of_flax_as_they_were() -> Iterator[None]:
-    """Flax's own tabulate leaves inherited methods in them, and its capture recurses."""
+    """Its own tabulate leaves inherited methods in them, and its capture recurses."""
     found = [x for x in vars(flax_nnx).values() if isinstance(x, type)]
     before = {x: set(vars(x)) for x in found if issubclass(x, flax_nnx.Module)}
     yield
