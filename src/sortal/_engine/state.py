@@ -13,6 +13,7 @@ from sortal._engine.leaves import own
 from sortal._engine.nested import Layout, empty_node, equal, flatten, nest, ordered
 from sortal._engine.nodes import Handler, register_node
 from sortal._engine.paths import Path, show
+from sortal._engine.printing import STATISTICS, text
 from sortal._engine.schema import (
     Kind,
     Schema,
@@ -280,6 +281,24 @@ class State(MutableMapping[Any, Any]):
             for path, kind, text in zip(schema.paths, schema.kinds, texts, strict=True)
         ]
         return f"State(\n{listing(rows)}\n)" if rows else "State()"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+    def __format__(self, spec: str) -> str:
+        """``stats`` for the mean and extremes of each array."""
+        if spec not in ("", STATISTICS):
+            raise ArgumentError(
+                f"a State is formatted as '' or 'stats'; found {spec!r}."
+            )
+        rows, values = [], self.values_list()
+        for path, kind, x in zip(self.paths(), self.schema.kinds, values, strict=True):
+            before = f"  {show(path)}: " + (
+                "" if kind is None else f"{kind_name(kind)}("
+            )
+            end = "" if kind is None else ")"
+            rows.append(f"{before}{text(x, describe(x), before, spec)}{end}")
+        return "\n".join(["State(", *rows, ")"]) if rows else "State()"
 
     def __reduce__(self) -> Any:
         if self._stored.boxed:  # another object may hold one of the Variables

@@ -14,6 +14,7 @@ from sortal._engine.annotations import HOOKS, VariableMetadata, normalised, refu
 from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.operators import ArrayOperators, plain, with_item
+from sortal._engine.printing import STATISTICS, text
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import (
     TraceError,
@@ -297,6 +298,20 @@ class Variable(ArrayOperators, Generic[A]):
     def __repr__(self) -> str:
         extra = "".join(f", {k}={v!r}" for k, v in self._metadata.items())
         return f"{type(self).__name__}({describe(self._value)}{extra})"
+
+    def __str__(self) -> str:
+        return self._shown("")
+
+    def __format__(self, spec: str) -> str:
+        """``stats`` for mean and extremes; else as the value is formatted."""
+        if spec and spec != STATISTICS:
+            return format(self._value, spec)
+        return self._shown(spec)
+
+    def _shown(self, spec: str) -> str:
+        name, value = type(self).__name__, self._value
+        extra = "".join(f", {k}={v!r}" for k, v in self._metadata.items())
+        return f"{name}({text(value, describe(value), f'{name}(', spec)}{extra})"
 
     def __getstate__(self) -> tuple[Any, Metadata]:
         return (self._value, self._metadata)

@@ -15,7 +15,6 @@ from sortal._engine.paths import Path
 from sortal._engine.state import State
 from sortal._engine.variable import Param, is_variable
 from sortal.filters import to_filter
-from sortal.nnx import printing_states as printing_states
 from sortal.transforms.autodiff import DiffState
 
 _ENTRIES = ("idx", "key", "name")

@@ -11,7 +11,6 @@ from sortal._engine.state import State as State
 from sortal._engine.variable import Variable as Variable
 from sortal.functional import pop as pop
 from sortal.functional import update as update
-from sortal.nnx import printing_states as printing_states
 from sortal.nnx.calls import ApplyCaller as ApplyCaller
 from sortal.nnx.calls import call as call
 from sortal.nnx.contexts import MergeContext as MergeContext

@@ -13,7 +13,6 @@ from typing import Any
 from sortal._engine.variable import Variable
 from sortal.errors import VariableError
 from sortal.nnx import annotated as annotated
-from sortal.nnx import printing as printing
 from sortal.nnx.keywords import ignoring
 
 

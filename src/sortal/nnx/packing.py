@@ -13,7 +13,6 @@ from sortal._engine.state import FlatState, State, as_state
 from sortal._engine.variable import is_variable
 from sortal.errors import ArgumentError, MergeError
 from sortal.nnx import calls
-from sortal.nnx import printing_states as printing_states
 from sortal.nnx.keywords import ignoring
 
 split = ignoring("graph")(functional.split)

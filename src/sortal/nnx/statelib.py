@@ -8,7 +8,6 @@ from typing import Any
 from sortal._engine.paths import Path
 from sortal._engine.state import FlatState, State, as_state
 from sortal.errors import PathError
-from sortal.nnx import printing_states as printing_states
 
 
 def to_flat_state(state: Any) -> FlatState:
