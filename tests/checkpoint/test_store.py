@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sortal as nnx
+from sortal._engine.jax_compat import host_memory
 from sortal.checkpoint.files import read_manifest
 from sortal.checkpoint.manifest import Manifest, Stored
 from sortal.checkpoint.store import (
@@ -29,7 +30,6 @@ from sortal.checkpoint.store import (
     Writer,
     as_bytes,
     chunk_slices,
-    host_memory,
     on_host,
     packed,
     stored_array,

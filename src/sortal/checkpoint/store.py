@@ -354,15 +354,3 @@ def _fault(found: File | OSError, expected: File) -> str:
     if found.size != expected.size:
         return f"{found.size:,} bytes, not {expected.size:,}"
     return "" if found == expected else "not what was written: another checksum"
-
-
-def host_memory(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX copies from: it begins 16 bytes past a multiple of 64.
-
-    JAX would keep well-aligned memory without a copy, and could then neither donate
-    such an array nor free one of many that share the memory.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 128, np.uint8)
-    start = -raw.ctypes.data % ALIGN + 16
-    return raw[start : start + size].view(dtype).reshape(shape)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sortal._engine.jax_compat import host_memory
 from sortal.checkpoint import files
 from sortal.checkpoint.files import Location
 from sortal.checkpoint.manifest import NAME, Manifest
 from sortal.checkpoint.restoring import find_step
-from sortal.checkpoint.store import Reader, chunk_slices, host_memory
+from sortal.checkpoint.store import Reader, chunk_slices
 from sortal.checkpoint.values import numpy_dtype
 from sortal.errors import CheckpointError, DamagedError
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal._engine.jax_compat import outside_traces, put_pieces
+from sortal._engine.jax_compat import host_memory, outside_traces, put_pieces
 from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import Plan, bind
@@ -178,7 +178,9 @@ def _copied(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     # An array that shares a buffer is deleted with the one that a call donates.
     placed = iter(
         jax.device_put(
-            [x for x, _ in moving], [y.sharding for _, y in moving], may_alias=False
+            [_unshared(x) for x, _ in moving],
+            [y.sharding for _, y in moving],
+            may_alias=False,
         )
     )
     new: list[Any] = [
@@ -189,6 +191,15 @@ def _copied(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
         jax.random.wrap_key_data(x, impl=jax.random.key_impl(y)) if _is_key(y) else x
         for x, y in zip(new, like, strict=True)
     ]
+
+
+def _unshared(x: Any) -> Any:
+    # JAX keeps well-aligned memory of NumPy without a copy, whatever `may_alias` says.
+    if isinstance(x, jax.Array):
+        return x
+    host = host_memory(x.shape, x.dtype)
+    host[...] = x
+    return host
 
 
 def _is_key(x: Any) -> bool:
