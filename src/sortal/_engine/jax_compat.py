@@ -16,7 +16,7 @@ import numpy as np
 # identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
 # No public function lets processes agree from another thread: those of
 # `multihost_utils` run a computation on all devices, which only the main thread may.
-from jax._src import distributed
+from jax._src import clusters, distributed
 from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
 from jax._src.interpreters.ad import JVPTrace, LinearizeTrace
@@ -130,6 +130,15 @@ def put_pieces(
     """
     aval = ShapedArray(like.shape, like.dtype, weak_type=like.weak_type)
     return pxla.batched_device_put(aval, sharding, pieces, devices, committed)
+
+
+def in_a_cluster() -> bool:
+    """Whether JAX finds that a scheduler, or a cloud, has started this process.
+
+    No public function tells; ``jax.distributed.initialize`` asks the same objects.
+    """
+    kinds = clusters.ClusterEnv._cluster_types
+    return any(not x.opt_in_only_method and x.is_env_present() for x in kinds)
 
 
 def coordinator() -> Any:
