@@ -195,7 +195,7 @@ def interrupts(count: int, place: Path) -> None:
             out, _ = process.communicate(timeout=60)
         seconds = time.monotonic() - began
         steps = sortal.Checkpoints(where).steps()
-        bad = [s for s in steps if verify(where, s)]
+        bad = [s for s in steps if verify(where, s).faults]
         say(f"interrupted: exit code {process.returncode}, {seconds:.1f} s, {steps}")
         if process.returncode != 130 or "are killed" in out or bad:
             raise AssertionError((bad, out[-3000:]))
@@ -265,7 +265,7 @@ def saves(count: int, place: Path) -> None:
             os.kill(random.choice(sorted(pids.values())), signal.SIGKILL)  # noqa: S311
             process.communicate(timeout=60)
         steps = sortal.Checkpoints(where).steps()
-        bad = [s for s in steps if verify(where, s)]
+        bad = [s for s in steps if verify(where, s).faults]
         if bad:
             raise AssertionError(bad)
         committed = len(steps)

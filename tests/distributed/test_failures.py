@@ -41,10 +41,6 @@ for number in range(10_000):
             break
     time.sleep(0.02)
 """
-BY_ONE = (
-    "sortal: process 1 of 2 (pid {pid} on {host}) failed in {file}:30, <module>: "
-    "ValueError: no more data"
-)
 
 
 def test_an_exception_in_one_ends_all_and_the_save_under_way_is_finished(
@@ -72,7 +68,7 @@ def test_one_interrupt_ends_all_and_the_save_under_way_is_finished(launch, tmp_p
     run.process.send_signal(signal.SIGINT)
     done = run.end()
     assert done.code == failures.INTERRUPTED
-    assert "it was interrupted" in done.err
+    assert " was interrupted in " in done.err
     assert "Traceback" not in done.err
     assert nnx.load_state(tmp_path / "steps").paths() == (("bias",), ("kernel",))
 

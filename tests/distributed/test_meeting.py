@@ -52,7 +52,10 @@ def test_the_texts_come_in_the_order_of_processes(four):
         (Client([0, 2]), "^barrier 'x': processes 1, 3 of 4 did not come within 2.5 s"),
         (Client([0, 1, 2]), "^barrier 'x': process 3 of 4 did not come within 2.5 s"),
         (Client([0, 1, 2, 3]), "came when the others had given up waiting.*too late"),
-        (Client([], dead=True), "process 0, which carries the messages of the others, does"),
+        (
+            Client([], dead=True),
+            "process 0, which carries the messages of the others, does",
+        ),
         (None, "4 processes run this program and cannot talk to one another"),
     ],
 )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ _MAIL, _FIRST, _HEARD, _LEFT = (
     f"sortal/failure/{x}" for x in ("mail", "first", "heard", "left")
 )
 
+_work: list[Callable[[float], None]] = []
+"""Waits for what is under way and should be finished."""
+
 
 class Failure(NamedTuple):
     """Which process failed, where and why; all of it plain."""
@@ -40,6 +44,8 @@ class Failure(NamedTuple):
     def text(self, count: int) -> str:
         who = f"process {self.process} of {count} (pid {self.pid} on {self.host})"
         place = f" in {self.where}" if self.where else ""
+        if self.code == INTERRUPTED:
+            return f"{who} was interrupted{place}"
         return f"{who} failed{place}: {self.why}"
 
 
@@ -75,7 +81,7 @@ class _Watcher:
         interrupted = issubclass(kind, KeyboardInterrupt)
         if not interrupted:
             self._before(kind, error, trace)
-        why = "it was interrupted" if interrupted else _one_line(kind, error)
+        why = _one_line(kind, error)
         code = INTERRUPTED if interrupted else FAILED
         self._fail(_where(trace), why, code)
 
@@ -128,7 +134,8 @@ class _Watcher:
         self._set(f"{_HEARD}/{self._index}", "")
         silent = sorted(everyone - self._wait_for(_HEARD, everyone, _ANSWER))
         if not silent:  # a save needs all of them
-            _finish_threads(_GRACE)
+            for wait in _work:
+                wait(_GRACE)
         text = failure.text(self._count)
         if silent:
             text += (
@@ -155,12 +162,9 @@ class _Watcher:
         return found
 
 
-def _finish_threads(seconds: float) -> None:
-    """Waits for what Python would wait for at its end, such as saves under way."""
-    until = time.monotonic() + seconds
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.main_thread():
-            thread.join(max(0, until - time.monotonic()))
+def finish_first(wait: Callable[[float], None]) -> None:
+    """Has ``wait`` called, with some seconds, before a failure ends this process."""
+    _work.append(wait)
 
 
 def _where(trace: Any) -> str:
