@@ -167,8 +167,8 @@ MAY_USE_PRIVATE_JAX = {"sortal._engine.jax_compat"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
 HEAVY = frozenset(
-    "equinox flax gguf grain hypothesis matplotlib optax orbax pytest rich safetensors scipy "
-    "sklearn tensorstore tokenizers".split()
+    "equinox flax gguf grain hypothesis matplotlib optax orbax pytest rich safetensors "
+    "scipy sklearn tensorstore tokenizers".split()
 )
 FILE_LINES = 600
 FUNCTION_LINES = 60

@@ -24,7 +24,8 @@ class Launched:
     """A running ``sortal launch``, in a session of its own."""
 
     def __init__(self, *arguments):
-        environment = {**os.environ, "PYTHONPATH": str(SOURCE), "JAX_PLATFORMS": "cpu"}
+        path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sortal.inspect.cli", "launch", *arguments],
             env=environment,

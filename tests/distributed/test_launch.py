@@ -150,6 +150,15 @@ def test_what_the_command_says_when_it_is_asked_wrongly(capsys):
     assert "usage: sortal launch [-n N]" in capsys.readouterr().out
 
 
+def test_the_first_process_alone_draws_bars_in_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    monkeypatch.setattr(launching.sys.stderr, "isatty", lambda: True)
+    first, second = launching._environments(2, None)
+    assert (first["TTY_COMPATIBLE"], first["COLUMNS"]) == ("1", "76")
+    assert "TTY_COMPATIBLE" not in second
+
+
 def test_a_flag_of_xla_that_says_otherwise_is_taken_out(monkeypatch):
     flags = "--a=1 --xla_force_host_platform_device_count=8 --b"
     monkeypatch.setenv("XLA_FLAGS", flags)

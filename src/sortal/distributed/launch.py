@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,8 +112,18 @@ def _environments(count: int, devices: int | None) -> list[dict[str, str]]:
         if devices is not None:  # these of the accelerators of this machine
             ids = range(rank * devices, (rank + 1) * devices)
             mine["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, ids))
+        if rank == 0 and sys.stderr.isatty():
+            # A bar is drawn through a pipe only where rich is told that it ends in a
+            # terminal; the number before each line takes some of its width.
+            width = shutil.get_terminal_size().columns - len(_prefix(0))
+            mine |= {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}
+            mine["COLUMNS"] = str(max(width, 1))
         found.append(mine)
     return found
+
+
+def _prefix(rank: int) -> bytes:
+    return f"[{rank}] ".encode()
 
 
 class _Run:
@@ -154,7 +165,7 @@ class _Run:
             stderr=subprocess.PIPE,
             process_group=group,
         )
-        prefix = f"[{len(self._children)}] ".encode()
+        prefix = _prefix(len(self._children))
         self._children.append(child)
         for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
             reader = threading.Thread(
