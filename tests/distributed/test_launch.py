@@ -112,6 +112,16 @@ time.sleep(300)
     assert done.code == (0 if number == signal.SIGUSR1 else 128 + number)
 
 
+def test_under_nohup_the_end_of_a_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launching._handled(lambda number: None):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_interrupt_ends_what_does_not_end(launch):
     text = """
 import signal, time

@@ -21,7 +21,7 @@ from sortal.errors import DistributedError
 FAILED, ENDED_BY_ANOTHER, INTERRUPTED = 1, 75, 130
 """Exit codes of the process that failed, of those that it ends, and after Ctrl-C."""
 
-_ANSWER, _GRACE = 3.0, 10.0
+_ANSWER, _GRACE = 5.0, 10.0
 """Seconds for all to say that they have heard, and for saves under way to end."""
 _MAIL, _FIRST, _HEARD, _LEFT = (
     f"sortal/failure/{x}" for x in ("mail", "first", "heard", "left")

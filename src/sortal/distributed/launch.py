@@ -277,6 +277,8 @@ def _handled(note: Callable[[int], Any]) -> Iterator[None]:
     before = {}
     for name in _FORWARDED:
         number = getattr(signal, name)
+        if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # as under nohup
         before[number] = signal.signal(number, lambda n, frame: note(n))
     try:
         yield
