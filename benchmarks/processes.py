@@ -114,7 +114,7 @@ def kills(count: int, place: Path) -> None:
     due, due_losses = arrays(whole), losses(told)
     for round in range(count):
         for way in ("async", "sync"):
-            sizes = (4, 4, 4) if round % 2 == 0 else (4, 2, 4)
+            sizes = (4, 4, 4) if (round + (way == "sync")) % 2 else (4, 2, 4)
             where, told = place / f"{way}{round}", place / f"{way}{round}.jsonl"
             more = [*words, "--losses", told, *["--sync"][: way == "sync"]]
             seconds = [killed(n, where, more) for n in sizes[:-1]]
