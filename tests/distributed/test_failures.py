@@ -77,7 +77,7 @@ def test_a_process_that_ends_too_early_is_noticed(launch, tmp_path):
     done = launch(TRAINING, "end", "1", str(tmp_path / "steps")).end()
     assert done.code == failures.FAILED
     assert (
-        "it is at its end, and others are not: barrier 'the end of the program': "
+        "it is at its end, and others are not: the end of the program: "
         "process 0 of 2 did not come within 1 s." in done.err
     )
 

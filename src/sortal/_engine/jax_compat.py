@@ -144,3 +144,11 @@ def in_a_cluster() -> bool:
 def coordinator() -> Any:
     """The client that carries messages between the processes of one program."""
     return distributed.global_state.client
+
+
+def numbered() -> tuple[int, int]:
+    """Which process this is, and of how many, for messages.
+
+    ``jax.process_index`` asks the devices, and so would start them.
+    """
+    return distributed.global_state.process_id, distributed.global_state.num_processes

@@ -13,9 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
-from sortal.distributed.meeting import barrier, processes
+from sortal._engine.jax_compat import numbered
+from sortal.distributed.meeting import exchange, processes
 from sortal.errors import DistributedError
 
 FAILED, ENDED_BY_ANOTHER, INTERRUPTED = 1, 75, 130
@@ -63,7 +62,7 @@ class _Watcher:
 
     def __init__(self, client: Any, shutdown_timeout: float):
         self._client, self._shutdown_timeout = client, shutdown_timeout
-        self._index, self._count = jax.process_index(), jax.process_count()
+        self._index, self._count = numbered()
         self._thread = threading.Thread(
             target=self._listen, name="sortal watch", daemon=True
         )
@@ -87,7 +86,9 @@ class _Watcher:
 
     def _on_exit(self) -> None:
         try:
-            barrier("the end of the program", self._shutdown_timeout)
+            who = self._index, self._count
+            wait = self._shutdown_timeout
+            exchange("end", "", "the end of the program", wait, self._client, who)
         except DistributedError as e:
             self._fail("", f"it is at its end, and others are not: {e}", FAILED)
         self._post(self._index, "")

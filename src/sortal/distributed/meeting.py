@@ -36,7 +36,12 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
 
 
 def exchange(
-    key: str, mine: str, matter: str, timeout: float = TIMEOUT, client: Any = None
+    key: str,
+    mine: str,
+    matter: str,
+    timeout: float = TIMEOUT,
+    client: Any = None,
+    who: tuple[int, int] | None = None,
 ) -> list[str]:
     """Gives a text to all processes, and returns those of all, in their order.
 
@@ -46,6 +51,7 @@ def exchange(
       matter: names the exchange in messages.
       timeout: how many seconds to wait for the others.
       client: carries the messages; that of the program if absent.
+      who: the number of this process, and of all; those of the devices if absent.
 
     Returns:
       The text of each process.
@@ -54,7 +60,7 @@ def exchange(
       DistributedError: some processes did not come in time, or this one comes after
         the others have given up; or there is nothing that carries messages.
     """
-    index, count = jax.process_index(), jax.process_count()
+    index, count = who or (jax.process_index(), jax.process_count())
     if count == 1:
         return [mine]
     client = client or messenger(count)
