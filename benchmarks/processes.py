@@ -163,15 +163,19 @@ def arrays(where: Path) -> dict[Any, Any]:
 
 
 def difference(one: dict[Any, Any], two: dict[Any, Any]) -> float:
-    """The largest difference of two sets of arrays; 0 only where all bits are equal."""
+    """The largest difference of two sets of arrays; 0 only where all bits are equal.
+
+    Of numbers above 1 it is relative to them.
+    """
     if one.keys() != two.keys():
         raise AssertionError(one.keys() ^ two.keys())
     largest = 0.0
     for path, x in one.items():
         y = two[path]
         if x.tobytes() != y.tobytes():
-            apart = np.abs(x.astype(np.float64) - y.astype(np.float64)).max()
-            largest = max(largest, float(apart), 1e-300)
+            x, y = x.astype(np.float64), y.astype(np.float64)  # noqa: PLW2901
+            apart = np.abs(x - y) / np.maximum(1, np.abs(y))
+            largest = max(largest, float(apart.max()), 1e-300)
     return largest
 
 
