@@ -78,3 +78,18 @@ def test_slurm_says_how_many_and_which():
             child.kill()
     found = [out.splitlines()[-1:] for out, _ in told]
     assert found == [["0 2 6"], ["1 2 6"]], told
+
+
+def test_a_program_may_shut_jax_down_itself(launch):
+    """The thread that looks for failures must not be inside of JAX then."""
+    text = """
+from sortal import distributed
+distributed.initialize()
+import jax
+distributed.barrier("here")
+jax.distributed.shutdown()
+print("over")
+"""
+    done = launch(text).end()
+    assert done.code == 0, done.err[-3000:]
+    assert sorted(done.out) == ["[0] over", "[1] over"]

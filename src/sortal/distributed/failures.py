@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sortal._engine.jax_compat import numbered
+from sortal._engine.jax_compat import coordinator, numbered
 from sortal.distributed.meeting import exchange, processes
 from sortal.errors import DistributedError
 
@@ -22,9 +23,7 @@ FAILED, ENDED_BY_ANOTHER, INTERRUPTED = 1, 75, 130
 
 _ANSWER, _GRACE = 5.0, 10.0
 """Seconds for all to say that they have heard, and for saves under way to end."""
-_MAIL, _FIRST, _HEARD, _LEFT = (
-    f"sortal/failure/{x}" for x in ("mail", "first", "heard", "left")
-)
+_FAILURE, _HEARD, _LEFT = (f"sortal/failure/{x}" for x in ("first", "heard", "left"))
 
 _work: list[Callable[[float], None]] = []
 """Waits for what is under way and should be finished."""
@@ -55,14 +54,17 @@ def watch(client: Any, shutdown_timeout: float) -> None:
 
 
 class _Watcher:
-    """Waits for mail: each process has a key, under which a failure is told to it.
+    """A thread that looks for the message of a failure, now and then.
 
-    An empty text is mail to oneself, at the end of the program.
+    It does not wait for it inside of JAX: a program could not end as long as it did.
     """
 
     def __init__(self, client: Any, shutdown_timeout: float):
         self._client, self._shutdown_timeout = client, shutdown_timeout
         self._index, self._count = numbered()
+        # Process 0 answers some hundred questions in a second.
+        self._interval = max(0.5, self._count / 500)
+        self._at_end = threading.Event()
         self._thread = threading.Thread(
             target=self._listen, name="sortal watch", daemon=True
         )
@@ -82,52 +84,51 @@ class _Watcher:
             self._before(kind, error, trace)
         why = _one_line(kind, error)
         code = INTERRUPTED if interrupted else FAILED
+        if self._is_over():
+            return
         self._fail(_where(trace), why, code)
 
     def _on_exit(self) -> None:
+        if self._is_over():
+            return
         try:
             who = self._index, self._count
             wait = self._shutdown_timeout
             exchange("end", "", "the end of the program", wait, self._client, who)
         except DistributedError as e:
             self._fail("", f"it is at its end, and others are not: {e}", FAILED)
-        self._post(self._index, "")
+        self._at_end.set()
         self._thread.join(_ANSWER)
+
+    def _is_over(self) -> bool:
+        """Whether the program has called ``jax.distributed.shutdown``."""
+        return coordinator() is not self._client
 
     def _fail(self, where: str, why: str, code: int) -> None:
         """Tells all processes, this one too, whose watcher then ends it."""
         pid = os.getpid()
         found = Failure(self._index, socket.gethostname(), pid, where, why, code)
-        if self._set(_FIRST, "") is None:  # else another was first, and tells
-            for i in range(self._count):
-                self._post(i, json.dumps(found))
+        self._set(_FAILURE, json.dumps(found))  # fails where another was first
         self._thread.join(2 * (_ANSWER + _GRACE))
         # Nothing was heard: process 0, which carries the messages, is gone.
         _say(found.text(self._count))
         _leave(code)
 
-    def _post(self, index: int, text: str) -> None:
-        self._set(f"{_MAIL}/{index}", text)
-
-    def _set(self, key: str, text: str) -> Exception | None:
-        try:
+    def _set(self, key: str, text: str) -> None:
+        # It is there already, or nobody answers; JAX raises what it likes.
+        with contextlib.suppress(Exception):
             self._client.key_value_set(key, text)
-        except Exception as e:  # noqa: BLE001 - it is there already, or nobody answers
-            return e
-        return None
 
     # ------------------------------------------------------------------ in all others
     def _listen(self) -> None:
-        mail = None
-        while mail is None:
+        while not self._at_end.wait(self._interval) and not self._is_over():
             try:
-                key = f"{_MAIL}/{self._index}"
-                mail = self._client.blocking_key_value_get(key, 60_000)
+                found = self._client.key_value_try_get(_FAILURE)
             except Exception as e:  # noqa: BLE001 - JAX raises what it likes
-                if "DEADLINE_EXCEEDED" not in str(e):
-                    return  # process 0 is gone; JAX says so and ends this process
-        if mail:
-            self._end(Failure(*json.loads(mail)))
+                if "NOT_FOUND" in str(e):
+                    continue
+                return  # process 0 is gone; JAX says so and ends this process
+            self._end(Failure(*json.loads(found)))
 
     def _end(self, failure: Failure) -> None:
         """Ends this process because one has failed."""

@@ -64,8 +64,8 @@ def exchange(
     if count == 1:
         return [mine]
     client = client or messenger(count)
-    client.key_value_set(f"sortal/{key}/{index}", mine)
     try:
+        client.key_value_set(f"sortal/{key}/{index}", mine)
         client.wait_at_barrier(f"sortal/{key}", round(timeout * 1000))
     except Exception as e:
         raise DistributedError(_absent(client, key, matter, timeout, count, e)) from e
