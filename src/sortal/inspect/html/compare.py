@@ -11,7 +11,6 @@ from sortal._engine.paths import Path
 from sortal.inspect.html.numbers import gap
 from sortal.inspect.html.source import Item, Kind, Source, read_arrays
 
-
 Read = tuple[list[np.ndarray], str]
 
 

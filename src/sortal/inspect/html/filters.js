@@ -121,7 +121,7 @@ const no = (why) => { throw new Unread(why); };
 const TOKEN = /\s*(?:(\.\.\.)|([A-Za-z_\u0080-\uffff][\w\u0080-\uffff]*)|(-?\d+(?![\w.]))|([&|~()[\],.=]))/y;
 // A string may begin like a name, so it is looked for first.
 const STRING = /\s*([rR]?(?:"(?:[^"\\\n]|\\[^])*"|'(?:[^'\\\n]|\\[^])*'))/y;
-const ESCAPES = { n: "\n", t: "\t", r: "\r", "\\": "\\", "'": "'", '"': '"', "\n": "" };
+const ESCAPES = { n: "\n", t: "\t", r: "\r", "\\": "\\", "'": "'", '"': '"', "\n": "", a: "\x07", b: "\b", f: "\f", v: "\v" };
 
 const tokens = (text) => {
   const found = [];
@@ -146,6 +146,7 @@ const tokens = (text) => {
     at = TOKEN.lastIndex;
     const [, dots, name, number, sign] = m;
     if (dots) found.push({ what: "dots", text: dots });
+    else if (Object.hasOwn(WORDS, name ?? "")) no(WORDS[name]);
     else if (name) found.push({ what: "name", value: name, text: name });
     else if (number) found.push({ what: "number", value: Number(number), text: number });
     else found.push({ what: sign, text: sign });
@@ -154,15 +155,28 @@ const tokens = (text) => {
   return found;
 };
 
+const WORDS = {
+  lambda: "a function is not read here, for it needs Python",
+  and: "and gives one of its two sides, not both: write &",
+  or: "or gives one of its two sides, not both: write |",
+  not: "not gives True or False, not a filter: write Not(...)",
+};
+
 const cut = (text) => (text.length > 24 ? text.slice(0, 24) + "…" : text);
 
 const unquote = (literal) => {
   const raw = /^[rR]/.test(literal);
   const inside = literal.slice(raw ? 2 : 1, -1);
   if (raw) return inside;
-  return inside.replace(/\\([^])/g, (whole, c) => {
-    if (c in ESCAPES) return ESCAPES[c];
-    if (/[abfvxuUN0-7]/.test(c)) no(`the escape ${whole} is not read here`);
+  return inside.replace(/\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|([^]))/gi, (whole, x, u, U, c) => {
+    if (c === undefined) {
+      // Python tells \x from \X, and has no character beyond 10ffff.
+      if (!/^\\[xuU]/.test(whole)) return whole;
+      const code = parseInt(x ?? u ?? U, 16);
+      return code > 0x10ffff ? no(`there is no character ${whole}`) : String.fromCodePoint(code);
+    }
+    if (Object.hasOwn(ESCAPES, c)) return ESCAPES[c];
+    if (/[xuUN0-7]/.test(c)) no(`the escape ${whole} is not read here`);
     return whole; // as Python keeps a backslash that escapes nothing
   });
 };
@@ -264,12 +278,20 @@ const reader = (text, names) => {
   return comma ? { is: "tuple", items: found } : found[0];
 };
 
-const describe = (x) => ({
-  class: x.name, filter: "a filter", string: `the string ${sortal.quote(x.value ?? "")}`,
-  number: `the number ${x.value}`, bool: x.value ? "True" : "False", none: "None",
-  dots: "...", tuple: "a tuple", list: "a list", union: "a union of classes",
-  dtype: `the dtype ${x.name}`,
-})[x.is];
+const DESCRIBE = {
+  class: (x) => x.name,
+  filter: () => "a filter",
+  string: (x) => `the string ${sortal.quote(x.value)}`,
+  number: (x) => `the number ${x.value}`,
+  bool: (x) => (x.value ? "True" : "False"),
+  none: () => "None",
+  dots: () => "...",
+  tuple: () => "a tuple",
+  list: () => "a list",
+  union: () => "a union of classes",
+  dtype: (x) => `the dtype ${x.name}`,
+};
+const describe = (x) => DESCRIBE[x.is](x);
 
 const isClass = (x) => x.is === "class" || x.is === "union" || x.is === "none";
 

@@ -54,8 +54,8 @@ def host(x: Any) -> np.ndarray:
 
     Random keys become their words, and objects that are no arrays their repr. JAX keeps
     a host copy of what ``numpy.asarray`` reads from an accelerator or from several
-    devices, for as long as the array lives. So such an array is copied to the CPU
-    first, and only that copy has one.
+    devices, for as long as the array lives. So such an array is read by shards that are
+    copied to the CPU first.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,7 +67,18 @@ def host(x: Any) -> np.ndarray:
         return np.asarray(repr(x)) if found.dtype.hasobject else found
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    if len(x.devices()) > 1 or next(iter(x.devices())).platform != "cpu":
+    pieces = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+    if len(pieces) == 1:
+        return _on_cpu(pieces[0].data)
+    whole = np.empty(x.shape, x.dtype)
+    for shard in pieces:
+        whole[shard.index] = _on_cpu(shard.data)
+    return whole
+
+
+def _on_cpu(x: jax.Array) -> np.ndarray:
+    (device,) = x.devices()
+    if device.platform != "cpu":
         x = jax.device_put(x, jax.local_devices(backend="cpu")[0])
     return np.asarray(x)
 

@@ -22,7 +22,16 @@ from sortal.checkpoint.values import DTYPES, numpy_dtype
 from sortal.errors import UnsupportedError
 from sortal.inspect.html import compare
 from sortal.inspect.html.numbers import Numbers, numbers
-from sortal.inspect.html.source import Class, Item, Kind, Source, classes_of, read_arrays
+from sortal.inspect.html.source import (
+    ARRAYS,
+    Class,
+    Item,
+    Kind,
+    Source,
+    classes_of,
+    read_arrays,
+)
+from sortal.inspect.naming import full_name
 from sortal.nn.lora import LoRAParam
 
 _HERE = File(__file__).parent
@@ -188,10 +197,11 @@ def _leaves(items: Sequence[Item], tables: _Tables) -> dict[str, list[Any]]:
 
 
 def _tables(tables: _Tables) -> dict[str, Any]:
+    list(map(tables.class_, ARRAYS.values()))
     built_in = [x for x in vars(variable).values() if isinstance(x, type)]
     for kind in [*built_in, LoRAParam]:
         if issubclass(kind, variable.Variable):
-            tables.class_(Class(kind.__name__, f"{kind.__module__}.{kind.__qualname__}"))
+            tables.class_(Class(kind.__name__, full_name(kind)))
             if twin(kind) is not kind:
                 list(map(tables.class_, classes_of(kind)))
     return {
@@ -211,7 +221,7 @@ def _twins() -> list[list[str]]:
     """Full names of pairs of kinds that count as one."""
     built_in = [x for x in vars(variable).values() if isinstance(x, type)]
     pairs = [(k, twin(k)) for k in built_in if twin(k) is not k]
-    return [[f"{x.__module__}.{x.__qualname__}" for x in pair] for pair in pairs]
+    return [[full_name(x) for x in pair] for pair in pairs]
 
 
 def _numbers_of(item: Item, read: compare.Read) -> Any:
@@ -226,7 +236,7 @@ def _numbers_of(item: Item, read: compare.Read) -> Any:
     return [low, high, mean, std, *rest, *_heights(found)]
 
 
-def _plain(x: float | int | None) -> Any:
+def _plain(x: float | None) -> Any:
     """A number for JSON: of integers all digits, of others seven."""
     if x is None or isinstance(x, int):
         return x if x is None or abs(x) < _SAFE else str(x)
@@ -235,7 +245,7 @@ def _plain(x: float | int | None) -> Any:
 
 
 def _heights(found: Numbers) -> tuple[int, str]:
-    """The fullest bin, and each bin as two digits of base 64, 4095 being the fullest."""
+    """The fullest bin, and each bin as two digits of base 64: 4095 is the fullest."""
     most = max(found.bins, default=0)
     heights = [-(-n * 4095 // most) for n in found.bins]
     return most, "".join(_DIGITS[h // 64] + _DIGITS[h % 64] for h in heights)

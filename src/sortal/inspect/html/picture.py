@@ -19,11 +19,12 @@ class Picture:
 
     Attributes:
       html: the whole page, one document that fetches nothing.
+      summary: what it shows, in one line.
     """
 
     def __init__(self, html: str, summary: str):
         self.html = html
-        self._summary = summary
+        self.summary = summary
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the page to a file.
@@ -34,13 +35,13 @@ class Picture:
         Path(path).write_text(self.html, encoding="utf-8", newline="\n")
 
     def __repr__(self) -> str:
-        return f"Picture({self._summary}; write it with .save('model.html'))"
+        return f"Picture({self.summary}; write it with .save('model.html'))"
 
     def _repr_html_(self) -> str:
         # A document of its own, which has no access to the notebook around it.
         return (
             f'<iframe srcdoc="{html.escape(self.html)}" sandbox="allow-scripts" '
-            f'title="{html.escape(self._summary)}" style="width:100%;height:720px;'
+            f'title="{html.escape(self.summary)}" style="width:100%;height:720px;'
             'border:1px solid #8886;border-radius:8px"></iframe>'
         )
 

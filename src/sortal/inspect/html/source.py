@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from sortal._engine.foreign import ancestry
@@ -40,6 +42,14 @@ class Class(NamedTuple):
 
     name: str
     full: str
+
+
+ARRAYS = {
+    jax.Array: Class("Array", "jax.Array"),
+    np.ndarray: Class("ndarray", "numpy.ndarray"),
+    jax.ShapeDtypeStruct: Class("ShapeDtypeStruct", "jax.ShapeDtypeStruct"),
+}
+"""Types of arrays, which filters may name where arrays are in no Variable."""
 
 
 class Kind(NamedTuple):
@@ -161,14 +171,9 @@ def _kinds_of(kinds: Sequence[Any], values: Sequence[Any]) -> list[Kind]:
 
 def classes_of(kind: Any, value: Any = None) -> tuple[Class, ...]:
     """The classes whose filters take Variables of a kind, or a raw array."""
-    if kind is not None:
-        bases = [c for c in ancestry(kind) if c.__module__ not in {"builtins", "typing"}]
-    else:
-        bases = [
-            c
-            for c in (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-            if isinstance(value, c)
-        ]
+    if kind is None:
+        return tuple(name for cls, name in ARRAYS.items() if isinstance(value, cls))
+    bases = (c for c in ancestry(kind) if c.__module__ not in {"builtins", "typing"})
     return tuple(dict.fromkeys(Class(c.__name__, full_name(c)) for c in bases))
 
 
@@ -191,22 +196,23 @@ def _lying(value: Any) -> tuple[int, str, str, str]:
         found = getattr(x, "sharding", None)
         if isinstance(found, NamedSharding):
             specs.append(format_answer("spec", found.spec))
-        whole = found is None or isinstance(x, jax.core.Tracer)
-        part = () if whole else found.shard_shape(x.shape)
-        count += nbytes(x) if whole else math.prod(part) * x.dtype.itemsize
+        if found is None or isinstance(x, Tracer):
+            count += nbytes(x)
+        else:
+            count += math.prod(found.shard_shape(x.shape)) * x.dtype.itemsize
     return count, ", ".join(dict.fromkeys(specs)), "", ""
 
 
 def _reader(value: Any) -> tuple[Callable[[], list[np.ndarray]] | None, str]:
     parts = jax.tree.leaves(value)
-    if any(isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer)) for x in parts):
+    if any(isinstance(x, (jax.ShapeDtypeStruct, Tracer)) for x in parts):
         return None, "abstract: it has no values"
     arrays = [x for x in parts if isinstance(x, jax.Array)]
     if any(x.is_deleted() for x in arrays):
         return None, "its memory was given away (donated)"
     if not all(x.is_fully_addressable for x in arrays):
         return None, "it lies on devices of other processes too"
-    keys = any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in arrays)
+    keys = any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in arrays)
     return lambda: list(map(host, parts)), _KEYS if keys else ""
 
 
@@ -272,12 +278,12 @@ def _recorded(
         names = dict.fromkeys(e.kind for e in opened.entries if e.kind is not None)
         kinds |= {x: Kind(_last(x), x, (Class(_last(x), x),)) for x in names}
         return kinds, {}, {}
-    named = [k for k in m.kinds if k.name is not None]
-    short = [_last(k.name) for k in named]
-    for k in named:
-        label = k.name if short.count(_last(k.name)) > 1 else _last(k.name)
-        classes = tuple(Class(_last(x), x) for x in (k.name, *k.bases))
-        kinds[k.name] = Kind(label, k.name, classes)
+    named = {k.name: k.bases for k in m.kinds if k.name is not None}
+    short = list(map(_last, named))
+    for name, bases in named.items():
+        label = name if short.count(_last(name)) > 1 else _last(name)
+        classes = tuple(Class(_last(x), x) for x in (name, *bases))
+        kinds[name] = Kind(label, name, classes)
     metadata = {leaf.path: dict(leaf.metadata) for leaf in m.leaves}
     paths, aliases = list(metadata), {}
     for other, first in m.aliases:
@@ -286,7 +292,7 @@ def _recorded(
     return kinds, metadata, aliases
 
 
-def _last(name: Any) -> str:
+def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
@@ -348,7 +354,7 @@ def _read(found: list[Entry]) -> list[np.ndarray]:
 
 
 def _decoded(e: Entry) -> Any:
-    """What an entry holds; blocks of quantised numbers as the numbers they stand for."""
+    """What an entry holds; of quantised blocks the numbers they stand for."""
     x = e.read()
     if e.plain or x.dtype != np.uint8 or e.dtype == "uint8":
         return x
