@@ -15,7 +15,7 @@ from sortal.inspect.html.source import read_arrays, source_of
 
 
 def changes(a, b, values=True):
-    """What the data of a page has: path, kind, what, largest difference; and by kind."""
+    """What a page has of each change, by its path, and of each kind."""
     old, new = (source_of(x, "latest", SHARDING) for x in (a, b))
     data = data_of(old, new, values, None)
     keys, found = data["keys"], data["changes"]

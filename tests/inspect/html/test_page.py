@@ -21,10 +21,9 @@ EVIL = "</script><script>alert(1)</script>"
 
 
 def write(model, other=None, values=True, title=None):
-    sources = [
-        source_of(x, "latest", SHARDING) for x in (model, other) if x is not None
-    ]
-    data = data_of(sources[0], sources[1] if other is not None else None, values, title)
+    source = source_of(model, "latest", SHARDING)
+    against = None if other is None else source_of(other, "latest", SHARDING)
+    data = data_of(source, against, values, title)
     return data, page(data)
 
 

@@ -34,7 +34,7 @@ def test_a_picture_is_written_as_it_is(model, tmp_path):
 
 def test_a_notebook_gets_a_document_of_its_own(model):
     frame = sortal.show(model)._repr_html_()
-    found = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts" .*</iframe>', frame)  # fmt: skip
+    found = re.match(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts" ', frame)
     assert found
     assert html.unescape(found.group(1)) == sortal.show(model).html
 

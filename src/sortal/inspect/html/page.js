@@ -126,6 +126,20 @@ leaves.forEach((leaf, i) => {
     node.mix.set(leaf.kind, (node.mix.get(leaf.kind) ?? 0) + leaf.bytes);
   }
 });
+// In the order of the library: integers, then texts, each by size.
+const rank = (a, b) => {
+  const [x, y] = [a, b].map((node) => node.path.at(-1));
+  if (x.t !== y.t) return (x.t ? (x.t === "str" ? 1 : 2) : 0) - (y.t ? (y.t === "str" ? 1 : 2) : 0);
+  if (!x.t) return x.n - y.n;
+  return x.s < y.s ? -1 : 1;
+};
+const sort = (node) => {
+  if (!node.children.size) return;
+  const entries = [...node.children].sort(([, a], [, b]) => rank(a, b));
+  node.children = new Map(entries);
+  entries.forEach(([, child]) => sort(child));
+};
+sort(root);
 const below = (node) => [...node.children.values()];
 const isLeaf = (node) => node.leaf !== null && node.children.size === 0;
 const factsOf = (node) => facts.get(nodeAt(node.path));
@@ -267,7 +281,7 @@ const moduleCells = (node) => [
 ];
 
 const toggle = (node, open = !node.open) => {
-  if (isLeaf(node) || node.open === open) return;
+  if (isLeaf(node) || node === root || node.open === open) return;
   node.open = open;
   list();
   drawTree();
@@ -379,7 +393,7 @@ const apply = () => {
     button.setAttribute("aria-pressed", String(button.dataset.filter === text));
   }
   list();
-  if (!visible.includes(active) && visible.length) active = visible[0];
+  if (active !== root && !visible.includes(active) && visible.length) active = visible[0];
   drawTree();
   drawDetail(active);
   if (!$("panel-map").hidden) drawMap();
@@ -796,5 +810,4 @@ if (data.changes) {
   drawChanges();
 }
 apply();
-drawDetail(root);
 })();
