@@ -181,7 +181,9 @@ def test_the_page_of_smollm2(visit):
 def test_a_tied_weight_leads_to_its_other_places(visit):
     shared = sortal.Param(jnp.ones((2, 3)))
     filler = {f"x{n}": sortal.Param(jnp.ones(1)) for n in range(200)}
-    page = visit(sortal.show({"embed": {"w": shared}, "fill": filler, "head": [shared]}))
+    page = visit(
+        sortal.show({"embed": {"w": shared}, "fill": filler, "head": [shared]})
+    )
     page.click("#fold")
     row(page, "embed").click()
     page.keyboard.press("ArrowRight")
@@ -227,6 +229,67 @@ def test_of_ten_thousand_leaves_those_in_sight_are_drawn(visit):
     assert len(rows(page)) < 100
     assert count(page, 'At("blocks.*7.w*")') == 1000
     assert page.evaluate("document.querySelectorAll('*').length") < 2000
+
+
+CONTRAST = """
+() => {
+  const canvas = document.createElement("canvas");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (colour) => {
+    const parts = rgba(colour).slice(0, 3).map((x) => x / 255);
+    const [r, g, b] = parts.map((x) => (x > 0.04 ? ((x + 0.055) / 1.055) ** 2.4 : x / 12.92));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (e) => {
+    for (let x = e; x; x = x.parentElement) {
+      const group = x.tagName === "g" ? getComputedStyle(x.querySelector("rect")).fill : null;
+      const colour = group ?? getComputedStyle(x).backgroundColor;
+      if (rgba(colour)[3] === 255) return colour;
+    }
+  };
+  const found = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    const box = e.getBoundingClientRect();
+    if (!own || !box.width || ["SCRIPT", "NOSCRIPT", "title"].includes(e.tagName)) continue;
+    const style = getComputedStyle(e);
+    const text = light(e.tagName === "text" ? style.fill : style.color);
+    const [a, b] = [text, light(behind(e))].sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), `${e.tagName} ${e.className.baseVal ?? e.className}: ${e.textContent}`]);
+  }
+  return found.sort((x, y) => x[0] - y[0]);
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_all_text_has_the_contrast_of_wcag_aa(visit, theme):
+    kinds = [type(f"Kind{n}", (sortal.Variable,), {}) for n in range(24)]
+    built_in = [sortal.Param, sortal.BatchStat, sortal.Cache, sortal.RngCount]
+    model = {k.__name__: [k(jnp.arange(9.0))] for k in [*kinds, *built_in]}
+    model["nan"] = [sortal.Param(jnp.array([jnp.nan, 1.0])), np.ones(3)]
+    other = {**model, "more": sortal.Param(1.0), "nan": [np.ones(1), np.ones(1)]}
+    page = visit(
+        sortal.show(model, other),
+        color_scheme=theme,
+        viewport={"width": 1360, "height": 2200},
+    )
+    page.click("#unfold")
+    for text in ("Param | Under('Kind*.0')", "~~", "..."):
+        page.fill("#filter", text)
+        page.locator(".row.leaf").nth(3).click()
+        least, where = page.evaluate(CONTRAST)[0]
+        assert least >= 4.5, where
+    for tab in ("map", "changes"):
+        page.click(f"#tab-{tab}")
+        least, where = page.evaluate(CONTRAST)[0]
+        assert least >= 4.5, where
 
 
 @pytest.mark.parametrize("width", [360, 1360])

@@ -46,7 +46,7 @@ const big = (n) => {
   return String(n);
 };
 const number = (x) => {
-  if (typeof x === "string") return x;
+  if (typeof x === "string") return x === "inf" ? "infinite or NaN" : x;
   if (Number.isInteger(x) && Math.abs(x) < 1e7) return x.toLocaleString("en-US");
   const short = Math.abs(x) >= 1e-3 && Math.abs(x) < 1e6 ? x.toPrecision(5) : x.toExponential(3);
   return short.includes("e") ? short : String(Number(short));
@@ -437,7 +437,8 @@ const detail = $("detail");
 const action = (label, onclick, cls) => el("button", { type: "button", class: cls ?? null, onclick, title: label }, label);
 
 const drawDetail = (node) => {
-  detail.replaceChildren(...(isLeaf(node) ? leafDetail(node) : moduleDetail(node)));
+  const close = el("button", { type: "button", class: "close", onclick: () => detail.classList.remove("asked") }, "Close");
+  detail.replaceChildren(close, ...(isLeaf(node) ? leafDetail(node) : moduleDetail(node)));
 };
 
 const leafDetail = (node) => {
@@ -645,7 +646,8 @@ const drawMap = () => {
     const inner = !isLeaf(cell.node) && cw > 46 && ch > 40 && depth < 6 ? cell.children : [];
     label(g, cell.label, x, y, cw, ch);
     if (!inner.length) {
-      if (ch > 36) label(g, size(cell.bytes), x, y + 16, cw, ch - 16);
+      const bytes = size(cell.bytes);
+      if (ch > 36 && bytes.length * 7.3 < cw - 10) label(g, bytes, x, y + 16, cw, ch - 16);
       return;
     }
     g.classList.add("group");

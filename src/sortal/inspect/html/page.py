@@ -173,9 +173,7 @@ def _leaves(items: Sequence[Item], tables: _Tables) -> dict[str, list[Any]]:
         "path": paths,
         "kind": [tables.kind(x.kind) for x in items],
         "dtype": [tables.dtype(x.dtype) if x.dtype != "" else -1 for x in items],
-        "shape": [
-            -1 if x.shape is None else shapes.add(x.shape) for x in items
-        ],
+        "shape": [-1 if x.shape is None else shapes.add(x.shape) for x in items],
         "text": [text(x.text) for x in items],
         "elements": [x.elements for x in items],
         "bytes": [x.bytes for x in items],
