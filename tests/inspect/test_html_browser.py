@@ -209,6 +209,24 @@ def test_two_models_and_what_changed(visit):
     assert "largest difference" in page.inner_text("#detail")
 
 
+def test_a_notebook_shows_the_page_in_a_frame_that_may_do_nothing_else(
+    browser, tmp_path
+):
+    picture = sortal.show({"w": sortal.Param(jnp.ones(2))}, title="In a notebook")
+    frame = f"<!doctype html><title>notebook</title>{picture._repr_html_()}"
+    (tmp_path / "notebook.html").write_text(frame, encoding="utf-8")
+    page = browser.new_page()
+    noise: list[str] = []
+    page.on("console", lambda m: noise.append(m.text))
+    page.goto((tmp_path / "notebook.html").as_uri())
+    inside = page.frame_locator("iframe")
+    inside.locator("#theme").click()
+    assert inside.locator("h1").inner_text() == "In a notebook"
+    assert inside.locator("#summary").inner_text().startswith("1 leaf")
+    page.close()
+    assert noise == []
+
+
 def test_hostile_names_are_text(visit):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     page = visit(sortal.show({evil: {evil: sortal.Param(1.0, tag=evil)}}, title=evil))

@@ -116,7 +116,7 @@ def combined(inner: Any) -> Any:
 
 
 @given(strategies.models(), st.lists(st.recursive(atoms, combined, max_leaves=6)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_page_and_python_agree_about_any_filter_of_any_model(page, model, texts):
     page.open(model)
     for text in texts:
@@ -130,7 +130,7 @@ ODD = st.text(st.sampled_from("ab.*\\'\"\0\1\n 0é\U0001f600"), max_size=4)
     st.lists(st.lists(ODD | st.integers(0, 12), min_size=1, max_size=3), max_size=5),
     st.text(st.sampled_from("ab.*\\ 0é\U0001f600"), max_size=8),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_page_and_python_agree_about_globs_of_odd_keys(page, names, pattern):
     flat = {tuple(name): np.zeros(1) for name in names}
     flat = {p: x for p, x in flat.items() if not any(_below(q, p) for q in flat)}
