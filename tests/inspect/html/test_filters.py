@@ -41,7 +41,10 @@ NAMES = {
     "jax": jax,
     "jnp": jnp,
     "np": np,
-    **{n: getattr(sortal, n) for n in "Param Variable Cache OptState RngKey".split()},
+    **{
+        n: getattr(sortal, n)
+        for n in "Param Variable Cache OptState RngKey RngState".split()
+    },
     **{
         n: getattr(sortal, n)
         for n in "All Any At Dtyped Everything Not Nothing OfType PathContains PathIn "
@@ -161,6 +164,24 @@ def test_kinds_of_flax_and_of_sortal_are_one_by_either_name(page):
         found = page.takes(text)
         assert found
         assert found == python(model, text)
+
+
+def test_filters_of_a_checkpoint_take_what_they_take_of_the_model(page, tmp_path):
+    model = {
+        "norm": sortal.BatchNorm(2, rngs=sortal.Rngs(0)),
+        "lora": [strategies.LoRA(jnp.ones((2, 3)))],
+        "rngs": sortal.Rngs(params=0, dropout=1),
+        "cache": sortal.Cache({"k": jnp.ones(2), "n": 3}),
+        "raw": np.ones(3),
+    }
+    sortal.save(tmp_path / "steps", model, step=1)
+    page.open(str(tmp_path / "steps"))
+    for text in (
+        "...", "Param", "LoRA", "RngState", "'dropout'", "Shaped(ndim=1)", "Variable",
+        "Dtyped(jnp.floating)", "At('**.key') | np.ndarray", "Under('norm')", "Cache",
+    ):  # fmt: skip
+        assert page.takes(text) == python(model, text), text
+        assert page.takes(text), text
 
 
 def test_a_name_that_two_kinds_have_is_refused_until_it_says_which(page):

@@ -111,5 +111,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         sys.stderr.write(f"sortal show: {e}\n")
         return 2
     size = Path(options.output).stat().st_size
-    sys.stdout.write(f"{options.output}: {picture.summary}; {size / 1000:.0f} kB\n")
+    text = f"{options.output}: {picture.summary}; {size / 1000:.0f} kB\n"
+    # What the terminal cannot show is escaped.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0

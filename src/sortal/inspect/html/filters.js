@@ -27,8 +27,11 @@ sortal.show = (path) => {
   return text || "<root>";
 };
 
+// The keys of a page; two that look alike still have two numbers.
+sortal.keys = (data) => data.keys.map((k, id) => ({ ...sortal.key(k), id }));
+
 sortal.leaves = (data) => {
-  const keys = data.keys.map(sortal.key);
+  const keys = sortal.keys(data);
   const path = (numbers) => numbers.map((n) => keys[n]);
   const all = data.leaves;
   let last = [];

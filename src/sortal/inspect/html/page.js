@@ -92,8 +92,8 @@ const kindFilter = (kind) => (kind.name === null ? "Not(Variable)" : kind.label)
 // ---------------------------------------------------------------------------- tree
 // A node has children or one leaf; `alias` marks a second path of a leaf.
 const facts = new Map();
-const nodeAt = (path) => path.map((k) => `${k.t ?? "n"}:${k.s}`).join("\0");
-const keys = data.keys.map(sortal.key);
+const nodeAt = (path) => path.map((k) => k.id).join(".");
+const keys = sortal.keys(data);
 for (const [path, cls, statics] of data.nodes) {
   const rows = statics.map(([key, text]) => [key, data.texts[text]]);
   facts.set(nodeAt(path.map((n) => keys[n])), { cls: data.texts[cls], statics: rows });
@@ -106,9 +106,8 @@ const root = makeNode([], null);
 const grow = (path, leaf, alias) => {
   let node = root;
   path.forEach((key, i) => {
-    const id = `${key.t ?? "n"}:${key.s}`;
-    let below = node.children.get(id);
-    if (!below) node.children.set(id, below = makeNode(path.slice(0, i + 1), node));
+    let below = node.children.get(key.id);
+    if (!below) node.children.set(key.id, below = makeNode(path.slice(0, i + 1), node));
     node = below;
   });
   node.leaf = leaf;
@@ -760,6 +759,7 @@ const openTab = (name) => {
     $(`tab-${x}`).setAttribute("tabindex", x === name ? "0" : "-1");
     $(`panel-${x}`).hidden = x !== name;
   }
+  if (name !== "tree") detail.classList.remove("asked");
   if (name === "map") drawMap();
   if (name === "tree") drawTree();
 };

@@ -32,7 +32,7 @@ from sortal.interop.files.exchange import open_arrays
 from sortal.policy.rule import format_answer
 from sortal.sharding.report import sharding_report
 
-_LONGEST = 120
+_LONGEST = 300
 _KEYS = "random keys are no numbers"
 UNLABELLED = "unlabelled array"
 
@@ -235,7 +235,7 @@ def shown(x: Any) -> str:
     """The repr of an object, cut; of functions and classes the name.
 
     Example:
-      >>> shown(1.5), shown(len), shown("x" * 200)[-8:]
+      >>> shown(1.5), shown(len), shown("x" * 400)[-8:]
       ('1.5', 'len', 'xxxxx...')
     """
     if isinstance(x, type) or callable(x):
