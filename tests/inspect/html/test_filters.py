@@ -166,6 +166,53 @@ def test_kinds_of_flax_and_of_sortal_are_one_by_either_name(page):
         assert found == python(model, text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "All(Param) | Any(Cache) & At('b')",
+        "Any(Cache) & At('b') | All(Param)",
+        "~At('a') & Any(Param)",
+        "~(At('a') & Any(Param))",
+        "~~Any(Param)",
+        "Any(Param) & At('a') & At('b')",
+        "Param | Cache, At('a')",
+        "(Param)",
+        "(Param,)",
+        "At('a' 'b')",
+        r"At(r'a\.b')",
+        "At('a\\.b')",
+        "sortal.At(pattern='a')",
+        "Under(prefix='a',)",
+        "PathContains('a', False)",
+        "PathContains(exact=False, key='a')",
+    ],
+)
+def test_python_s_precedence_and_literals(page, text):
+    model = {
+        "a": sortal.Param(1.0),
+        "b": sortal.Param(1.0),
+        "c": sortal.Cache(1.0),
+        "ab": sortal.Cache(1.0),
+        "a.b": sortal.Cache(1.0),
+    }
+    page.open(model)
+    assert page.takes(text) == python(model, text)
+    assert isinstance(page.takes(text), list)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    "a*b*b a*b*a *a*a* **.a.**.a a.**.b.** **.** * a** ***".split(),
+)
+def test_globs_with_several_stars(page, pattern):
+    names = ("ab", "abb", "aab", "aa", "a", "aba", "b")
+    paths_ = [(x,) for x in names] + [(x, y) for x in ("p", "a") for y in names]
+    leaves = {p: np.ones(1) for p in paths_ if p != ("a",)}
+    state = sortal.State.from_flat_path(leaves)
+    page.open(state)
+    agree(page, state, f"At({pattern!r})")
+
+
 def test_filters_of_a_checkpoint_take_what_they_take_of_the_model(page, tmp_path):
     model = {
         "norm": sortal.BatchNorm(2, rngs=sortal.Rngs(0)),

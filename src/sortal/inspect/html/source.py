@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from sortal._engine.foreign import ancestry
 from sortal._engine.nodes import NODE, STATIC
-from sortal._engine.paths import Path
+from sortal._engine.paths import Path as ModelPath
 from sortal._engine.plan import bind
 from sortal._engine.statics import EMPTY
 from sortal._engine.tables import nbytes
@@ -73,7 +74,7 @@ class Item(NamedTuple):
     ``unread`` says why there are no facts about numbers.
     """
 
-    path: Path
+    path: ModelPath
     kind: Kind
     shape: tuple[int, ...] | None
     dtype: Any
@@ -84,7 +85,7 @@ class Item(NamedTuple):
     spec: str = ""
     by: str = ""
     lies: str = ""
-    aliases: tuple[Path, ...] = ()
+    aliases: tuple[ModelPath, ...] = ()
     tag: str | None = None
     metadata: tuple[tuple[str, str], ...] = ()
     arrays: Callable[[], list[np.ndarray]] | None = None
@@ -107,14 +108,14 @@ class Source(NamedTuple):
     title: str
     about: tuple[tuple[str, str], ...]
     items: tuple[Item, ...]
-    nodes: Mapping[Path, Node]
+    nodes: Mapping[ModelPath, Node]
     labelled: bool
 
 
 def source_of(thing: Any, step: int | str, sharding: Mapping[str, Any]) -> Source:
     """What is to be shown of a model, or of a file if ``thing`` is a path."""
     if isinstance(thing, (str, os.PathLike)):
-        return _file(open_arrays(thing, step))
+        return _file(open_arrays(thing, step), Path(thing).resolve().name)
     return _model(thing, sharding)
 
 
@@ -148,7 +149,7 @@ def _model(root: Any, sharding: Mapping[str, Any]) -> Source:
     return Source(_title(nodes), (), items, nodes, True)
 
 
-def _title(nodes: Mapping[Path, Node]) -> str:
+def _title(nodes: Mapping[ModelPath, Node]) -> str:
     """The class of the root; of a plain container the classes of what is in it."""
     root = nodes[()].cls if () in nodes else "One leaf"
     inside = dict.fromkeys(node.cls for path, node in nodes.items() if len(path) == 1)
@@ -216,9 +217,9 @@ def _reader(value: Any) -> tuple[Callable[[], list[np.ndarray]] | None, str]:
     return lambda: list(map(host, parts)), _KEYS if keys else ""
 
 
-def _nodes(graphdef: Any) -> dict[Path, Node]:
-    found: dict[Path, Node] = {}
-    statics: dict[Path, list[tuple[str, str]]] = {}
+def _nodes(graphdef: Any) -> dict[ModelPath, Node]:
+    found: dict[ModelPath, Node] = {}
+    statics: dict[ModelPath, list[tuple[str, str]]] = {}
     for path, entry, first in graphdef.places():
         if entry.what == NODE and path == first:
             statics[path] = []
@@ -250,11 +251,11 @@ def shown(x: Any) -> str:
 
 
 # ---------------------------------------------------------------------------- files
-def _file(opened: Opened) -> Source:
+def _file(opened: Opened, name: str) -> Source:
     about = [("file", str(opened.path)), ("format", opened.format)]
     about += [(k, shown(x)) for k, x in opened.about.items() if k != "aliases" and x]
     m = read_step(opened.path) if opened.format == "sortal" else None
-    groups: dict[Path, list[Entry]] = {}
+    groups: dict[ModelPath, list[Entry]] = {}
     # One array that cannot be read would take its batch with it.
     batches = opened.together is not None
     for e in in_batches(opened, opened.entries) if batches else opened.entries:
@@ -264,14 +265,16 @@ def _file(opened: Opened) -> Source:
         _entries(path, found, kinds, metadata.get(path, EMPTY), aliases.get(path, ()))
         for path, found in groups.items()
     )
-    title = opened.path.name if m is None else f"{opened.path.name}, step {m.step}"
+    title = name if m is None else f"{name}, step {m.step}"
     return Source(title, tuple(about), items, {}, m is not None)
 
 
 def _recorded(
     m: Manifest | None, opened: Opened
-) -> tuple[dict[Any, Kind], dict[Path, Any], dict[Path, tuple[Path, ...]]]:
-    """The kinds by full name, and for each path its metadata and other paths."""
+) -> tuple[
+    dict[Any, Kind], dict[ModelPath, Any], dict[ModelPath, tuple[ModelPath, ...]]
+]:
+    """The kinds by full name, and for each path its metadata, and its other paths."""
     array = Kind(UNLABELLED, None, classes_of(None, np.empty(0)))
     kinds: dict[Any, Kind] = {None: array}
     if m is None:
@@ -297,11 +300,11 @@ def _last(name: str) -> str:
 
 
 def _entries(
-    path: Path,
+    path: ModelPath,
     found: list[Entry],
     kinds: Mapping[Any, Kind],
     metadata: Mapping[Any, Any],
-    aliases: tuple[Path, ...],
+    aliases: tuple[ModelPath, ...],
 ) -> Item:
     """The item of all entries of one leaf."""
     one = found[0] if len(found) == 1 and not found[0].inner else None
