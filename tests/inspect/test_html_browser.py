@@ -196,6 +196,18 @@ def test_a_tied_weight_leads_to_its_other_places(visit):
     assert count(page, "Param") == 201
 
 
+def test_arrays_in_no_variable_are_one_kind_that_filters_tell_apart(visit):
+    layer = {"j": jnp.ones(2), "n": np.ones(2)}
+    page = visit(sortal.show({"a": layer, "b": layer}))
+    assert page.locator("#kinds b").all_inner_texts() == ["unlabelled array"]
+    page.click("#kinds button")
+    assert page.get_attribute("#answer", "data-count") == "2"
+    assert (count(page, "jax.Array"), count(page, "np.ndarray")) == (1, 1)
+    page.fill("#filter", "")
+    page.click("#unfold")
+    assert "shared" in row(page, "b").inner_text()
+
+
 def test_two_models_and_what_changed(visit):
     old = {"a": sortal.Param(jnp.zeros(2)), "gone": sortal.BatchStat(jnp.ones(2))}
     new = {"a": sortal.Param(jnp.array([0.0, 0.25])), "new": sortal.Param(jnp.ones(2))}

@@ -34,6 +34,8 @@ sortal.leaves = (data) => {
   const keys = sortal.keys(data);
   const path = (numbers) => numbers.map((n) => keys[n]);
   const all = data.leaves;
+  // Arrays in no Variable are of several types, which filters tell apart, and no kind.
+  const raw = data.kinds.find((kind) => kind.name === null);
   let last = [];
   const found = all.path.map(([same, ...rest], i) => {
     last = [...last.slice(0, same), ...path(rest)];
@@ -41,7 +43,8 @@ sortal.leaves = (data) => {
     return {
       number: i,
       path: last,
-      kind: data.kinds[all.kind[i]],
+      type: data.kinds[all.kind[i]],
+      kind: data.kinds[all.kind[i]].name === null ? raw : data.kinds[all.kind[i]],
       dtype: all.dtype[i] < 0 ? null : data.dtypes[all.dtype[i]],
       shape,
       text: data.texts[all.text[i]],
@@ -463,9 +466,9 @@ const resolver = (data) => {
   const group = (full) => twins.get(full) ?? full;
   const classes = data.classes.map(([name, full]) => ({ name, full, group: group(full) }));
   const takers = data.kinds.map((k) => [k, new Set(k.is.map((n) => classes[n].group))]);
-  const byKind = new Map(takers);
+  const byType = new Map(takers);
   const asClass = (name, g) => ({
-    is: "class", name, takes: (leaf) => byKind.get(leaf.kind).has(g),
+    is: "class", name, takes: (leaf) => byType.get(leaf.type).has(g),
   });
   const dtyped = (args, named) => {
     const x = one("Dtyped", args, named, "dtype");

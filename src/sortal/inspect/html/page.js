@@ -273,9 +273,9 @@ const moduleCells = (node) => [
     el("span", { class: "text", title: sortal.show(node.path) }, lastKey(node)),
     el("span", { class: "cls" }, factsOf(node)?.cls ?? "")),
   el("span", { class: "what" }, mix(node)),
-  el("span", { class: "value" }, test === null ? leafCount(node.count)
+  el("span", { class: "value" }, node.count === 0 ? "shared" : test === null ? leafCount(node.count)
     : `${node.hits.toLocaleString("en-US")} of ${leafCount(node.count)}`),
-  el("span", { class: "number" }, size(node.bytes)),
+  el("span", { class: "number" }, node.count ? size(node.bytes) : "–"),
   ...(hasSpecs ? [el("span", { class: "spec" }), el("span", { class: "device" })] : []),
 ];
 

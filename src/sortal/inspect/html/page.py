@@ -139,7 +139,7 @@ def data_of(
         if item.path in there:
             other_item = there[item.path]
             changes += compare.changed(item, other_item, read, kinds, values)
-        del read  # so that two arrays are never in memory
+        del read  # or it would be in memory beside the next one
     data = {
         "title": _valid(title or source.title),
         "about": [[_valid(a), _valid(b)] for a, b in source.about],
