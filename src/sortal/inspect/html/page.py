@@ -34,7 +34,21 @@ from sortal.inspect.html.source import (
 from sortal.inspect.naming import full_name
 from sortal.nn.lora import LoRAParam
 
-_HERE = File(__file__).parent
+_WEB = File(__file__).parent / "web"
+# The scripts of one part share their names; a later file uses those of earlier ones.
+_PARTS = {
+    "style": ("page.css",),
+    "filters": ("filters.js",),
+    "script": (
+        "elements.js",
+        "tree.js",
+        "search.js",
+        "detail.js",
+        "treemap.js",
+        "changes.js",
+        "page.js",
+    ),
+}
 _ABSTRACT_DTYPES = (
     "generic number inexact floating complexfloating integer signedinteger "
     "unsignedinteger"
@@ -291,21 +305,23 @@ def page(data: dict[str, Any]) -> str:
             "a picture is drawn with Jinja2, which is not installed. Install it with: "
             "pip install jinja2, or pip install 'sortal[show]'"
         ) from None
-    loader = jinja2.FileSystemLoader(_HERE)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(_WEB),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
-    parts = {
-        name: f"\n{(_HERE / file).read_text(encoding='utf-8')}"
-        for name, file in
-        {"style": "page.css", "filters": "filters.js", "script": "page.js"}.items()
-    }  # fmt: skip
+    parts = {name: _read(*files) for name, files in _PARTS.items()}
     return environment.get_template("page.html").render(
         title=data["title"],
         data=markupsafe.Markup(_embedded(data)),  # noqa: S704 - escaped by _embedded
         **{name: markupsafe.Markup(text) for name, text in parts.items()},  # noqa: S704
         **{f"{name}_hash": _hash(text) for name, text in parts.items()},
     )
+
+
+def _read(*files: str) -> str:
+    """Files of the page, one after the other."""
+    return "\n".join((_WEB / file).read_text(encoding="utf-8") for file in files)
 
 
 def _embedded(data: Any) -> str:
