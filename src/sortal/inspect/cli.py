@@ -12,7 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-_PROGRAMS = {"demo": "sortal.demo.digits", "generate": "sortal.demo.generate"}
+_PROGRAMS = {
+    "demo": "sortal.demo.digits",
+    "generate": "sortal.demo.generate",
+    "learn": "sortal.learn.cli",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, does in (
         ("demo", "learn handwritten digits in under a minute"),
         ("generate", "continue a text with SmolLM2-135M"),
+        ("learn", "learn Sortal in twenty problems"),
     ):
         commands.add_parser(
             name,
