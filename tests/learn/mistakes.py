@@ -130,4 +130,84 @@ MISTAKES: dict[str, list[tuple]] = {
         ("the loss after the step", ("return loss\n", "return loss_fn(nnx.clone(model))\n")),
         ("the statistics were lost", ("jnp.mean((model(x)", "jnp.mean((nnx.clone(model)(x)")),
     ],
+    "optimizer_groups": [
+        ("one rate for all", ("sgd(slow)", "sgd(fast)")),
+        (
+            "one rate for all",
+            ("nnx.Optimizer(model, groups)", "nnx.Optimizer(model, optax.sgd(slow), wrt=nnx.Param)"),
+        ),
+        (
+            "the rates are swapped",
+            ("sgd(fast)", "sgd(f)"), ("sgd(slow)", "sgd(fast)"), ("sgd(f)", "sgd(slow)"),
+        ),
+        ("the rest stands still", (", ...: optax.sgd(slow)", "")),
+        ("a Param in two groups", ("...: optax", "nnx.Param: optax")),
+    ],
+    "lora": [
+        ("the base is trained", ("wrt=nnx.LoRAParam", "wrt=nnx.Param")),
+        ("the base is missing", ("base_module=head, ", "")),
+        ("the adapter is not in the model", ("model.head = nnx.LoRA", "adapter = nnx.LoRA"), ("(model, optax", "(adapter, optax")),
+        (
+            "the optimizer came before the adapter",
+            ("    head = model.head", "    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.LoRAParam)\n    head = model.head"),
+            ("return nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.LoRAParam)", "return optimizer"),
+        ),
+    ],
+    "sharing": [
+        ("a copy", ("Head(self.embed.embedding)", "Head(nnx.Param(self.embed.embedding[...]))")),
+        ("a copy", ("Head(self.embed.embedding)", "Head(nnx.clone(self.embed.embedding))")),
+        (
+            "two tables",
+            ("Head(self.embed.embedding)", "Head(nnx.Embed(words, features, rngs=rngs).embedding)"),
+        ),
+        ("the array in place of the Variable", ("self.embed.embedding", "self.embed.embedding[...]")),
+    ],
+    "ensemble": [
+        ("the same weights for all members", ("nnx.Rngs(key)", "nnx.Rngs(seed)")),
+        (
+            "the same weights for all members",
+            ("jax.random.split(jax.random.key(seed), members)", "jax.random.key(jax.numpy.full(members, seed))"),
+            ("jax.random.key(jax.numpy.full(members, seed))", "jax.vmap(jax.random.key)(jax.numpy.full(members, seed))"),
+        ),
+        ("a list of models", ("nnx.vmap(make)(keys)", "[make(key) for key in keys]")),
+        ("x was divided among the members", (", in_axes=(0, None)", "")),
+        ("the members were averaged", ("(models, x)\n", "(models, x).mean(0)\n"), ("def predict(models, x).mean(0)", "def predict(models, x)")),
+    ],
+    "shared_params": [
+        ("Params mapped too", ("(axes, 0)", "(0, 0)")),
+        ("statistics shared", ("nnx.BatchStat: 0, ...: None", "...: None, nnx.BatchStat: 0")),
+        ("statistics shared", ("(axes, 0)", "(None, 0)")),
+        ("x was not divided", ("(axes, 0)", "(axes, None)")),
+        ("the statistics were lost", ("(model, x)\n", "(nnx.clone(model), x)\n"), ("forward(nnx.clone(model), x)", "forward(model, x)")),
+    ],
+    "scan": [
+        (
+            "a Python loop",
+            (
+                "return nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(blocks, x)",
+                "graphdef, state = nnx.split(blocks)\n"
+                "    for i in range(blocks.kernel.shape[0]):\n"
+                "        x = step(nnx.merge(graphdef, jax.tree.map(lambda a: a[i], state)), x)\n"
+                "    return x",
+            ),
+            ("import sortal", "import jax\nimport sortal"),
+        ),
+        (
+            "each block got the same input",
+            ("nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)", "nnx.vmap(step, in_axes=(0, None))"),
+        ),
+        (
+            "each block got the same input",
+            ("in_axes=(0, nnx.Carry), out_axes=nnx.Carry", "in_axes=(0, None), out_axes=0"),
+        ),
+        ("the blocks were not divided", ("(0, nnx.Carry)", "(nnx.Carry, 0)")),
+        (
+            "the outputs of all blocks",
+            ("return block(x)", "y = block(x)\n        return y, y"),
+            ("out_axes=nnx.Carry", "out_axes=(nnx.Carry, 0)"),
+            ("(blocks, x)\n", "(blocks, x)[1]\n"),
+            ("through(blocks, x)[1]", "through(blocks, x)"),
+        ),
+        ("from the last to the first", ("out_axes=nnx.Carry", "out_axes=nnx.Carry, reverse=True")),
+    ],
 }
