@@ -171,14 +171,14 @@ MISTAKES: dict[str, list[tuple]] = {
         ),
         ("a list of models", ("nnx.vmap(make)(keys)", "[make(key) for key in keys]")),
         ("x was divided among the members", (", in_axes=(0, None)", "")),
-        ("the members were averaged", ("(models, x)\n", "(models, x).mean(0)\n"), ("def predict(models, x).mean(0)", "def predict(models, x)")),
+        ("the members were averaged", ("(models, x)\n", "(models, x).mean(0)\n")),
     ],
     "shared_params": [
         ("Params mapped too", ("(axes, 0)", "(0, 0)")),
         ("statistics shared", ("nnx.BatchStat: 0, ...: None", "...: None, nnx.BatchStat: 0")),
         ("statistics shared", ("(axes, 0)", "(None, 0)")),
         ("x was not divided", ("(axes, 0)", "(axes, None)")),
-        ("the statistics were lost", ("(model, x)\n", "(nnx.clone(model), x)\n"), ("forward(nnx.clone(model), x)", "forward(model, x)")),
+        ("the statistics were lost", ("(model, x)\n", "(nnx.clone(model), x)\n")),
     ],
     "scan": [
         (
@@ -206,8 +206,61 @@ MISTAKES: dict[str, list[tuple]] = {
             ("return block(x)", "y = block(x)\n        return y, y"),
             ("out_axes=nnx.Carry", "out_axes=(nnx.Carry, 0)"),
             ("(blocks, x)\n", "(blocks, x)[1]\n"),
-            ("through(blocks, x)[1]", "through(blocks, x)"),
         ),
         ("from the last to the first", ("out_axes=nnx.Carry", "out_axes=nnx.Carry, reverse=True")),
+    ],
+    "kv_cache": [
+        ("empty slots were attended to", ("jnp.where(filled, scores, -jnp.inf)", "scores")),
+        ("empty slots were attended to", ("jnp.where(filled, scores, -jnp.inf)", "scores * filled")),
+        ("the new token is not seen", ("< self.position[...]", "< self.position[...] - 1")),
+        ("the position stands still", ("        self.position[...] += 1\n", ""), ("< self", "<= self")),
+        (
+            "the cache grows",
+            ("self.keys[self.position[...]] = key", "self.keys.set_value(jnp.concatenate([self.keys[...], key[None]]))"),
+            ("self.values[self.position[...]] = value", "self.values.set_value(jnp.concatenate([self.values[...], value[None]]))"),
+        ),
+        (
+            "the cache grows",
+            ("self.keys[self.position[...]] = key", "self.keys[...] = jnp.concatenate([self.keys[...], key[None]])"),
+        ),
+        ("a cache that is trained", ("nnx.Cache", "nnx.Param")),
+        ("a Python number for the position", ("nnx.Cache(jnp.array(0))", "0"), ("self.position[...]", "self.position")),
+    ],
+    "checkpoint": [
+        ("everything was saved", ("step=0, only=nnx.Param", "step=0")),
+        ("more is asked for than was saved", ("directory, model, only=nnx.Param", "directory, model")),
+        ("nothing was restored", ("nnx.restore(directory, model, only=nnx.Param)", "return nnx.load_state(directory)")),
+        ("nothing was saved", ("nnx.save(directory, model, step=0, only=nnx.Param)", "return nnx.state(model, nnx.Param)")),
+    ],
+    "sharding": [
+        ("no spec", (', spec=P("data")', "")),
+        ("the wrong dimension", ('P("data")', 'P(None, "data")')),
+        (
+            "the spec is not on the kind",
+            (', spec=P("data")', ""),
+            ("features)))\n        self.bias", 'features)), spec=P("data"))\n        self.bias'),
+        ),
+        (
+            "everything is divided",
+            ("nnx.shard(model, mesh)", 'nnx.shard(model, mesh, nnx.Policy({nnx.Param: nnx.Rule(spec=P("data"))}))'),
+        ),
+        ("nothing was placed", ("    nnx.shard(model, mesh)", "    return model")),
+    ],
+    "recompilation": [
+        (
+            "a Python number in the model",
+            ("Calls(jnp.array(0))", "0"), ("self.calls[...]", "self.calls"),
+        ),
+        (
+            "a static argument that changes",
+            ("@nnx.jit\n", '@nnx.jit(static_argnames="rate")\n'),
+        ),
+        (
+            "compiled anew at each call",
+            ("@nnx.jit\ndef step", "def plain"),
+            ("return loss\n", "return loss\n\n\ndef step(*args):\n    return nnx.jit(lambda *args: plain(*args))(*args)\n"),
+        ),
+        ("not compiled at all", ("@nnx.jit\n", "")),
+        ("the count is lost", ("        self.calls[...] += 1\n", "")),
     ],
 }

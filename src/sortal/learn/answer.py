@@ -201,7 +201,7 @@ def _same_array(a: Any, b: Any) -> bool:
     if np.shape(a) != np.shape(b):
         return False
     try:
-        return np.allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4)
+        return np.allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4, equal_nan=True)
     except TypeError:
         return bool(a == b)
 
