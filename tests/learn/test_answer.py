@@ -39,7 +39,9 @@ def test_code_that_cannot_be_compiled_is_shown_with_its_line() -> None:
 
 
 def test_an_exception_shows_the_lines_of_the_learner_only() -> None:
-    wrong = refused("import jax.numpy as jnp\ndef f(x):\n    return jnp.zeros(x)\nf('a')\n")
+    wrong = refused(
+        "import jax.numpy as jnp\ndef f(x):\n    return jnp.zeros(x)\nf('a')\n"
+    )
     assert re.findall(r"line (\d+)", wrong.error) == ["4", "3"]
     assert "return jnp.zeros(x)" in wrong.error
     assert "TypeError" in wrong.error

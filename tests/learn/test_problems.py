@@ -6,8 +6,8 @@ import doctest
 import importlib
 
 import pytest
-from learn.mistakes import MISTAKES
 
+from learn.mistakes import MISTAKES
 from sortal.learn import judge, lessons
 from sortal.learn.lesson import HEADINGS, Lesson
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+import sortal
 from sortal.learn import Verdict, lessons
 from sortal.learn.process import Judged, judge_apart
 
+SOURCE = Path(sortal.__file__).parents[1]
 FILTER, SHARDING = lessons()[3], lessons()[18]
+
+
+@pytest.fixture(autouse=True)
+def this_sortal(monkeypatch) -> None:
+    """The child imports the Sortal of this process, installed or not."""
+    paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
 def judged(tmp_path: Path, source: str, lesson=FILTER, **limits: float) -> Judged:

@@ -146,7 +146,9 @@ class Answer:
             raise
         except (Exception, SystemExit) as e:
             text = f"{type(e).__name__}: {e}"
-            fits = (name for sign, name in (pitfalls or {}).items() if re.search(sign, text))
+            fits = (
+                name for sign, name in (pitfalls or {}).items() if re.search(sign, text)
+            )
             raise self.raised(e, case, next(fits, "")) from e
 
     def called(self) -> set[str]:
@@ -201,7 +203,9 @@ def _same_array(a: Any, b: Any) -> bool:
     if np.shape(a) != np.shape(b):
         return False
     try:
-        return np.allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4, equal_nan=True)
+        return np.allclose(
+            np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4, equal_nan=True
+        )
     except TypeError:
         return bool(a == b)
 

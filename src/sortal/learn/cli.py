@@ -13,7 +13,7 @@ from sortal.learn.lesson import Lesson, lessons
 from sortal.learn.process import judge_apart
 from sortal.learn.progress import Progress
 
-_PRINTED = 4_000
+_PRINTED, _WIDTH = 4_000, 88
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sortal learn") -> int:
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "sortal learn") -> int:
         _list(progress, prog)
         status = 0
     elif not 1 <= options.number <= len(lessons()):
-        parser.error(f"there are problems 1 to {len(lessons())}, found {options.number}")
+        parser.error(
+            f"there are problems 1 to {len(lessons())}, found {options.number}"
+        )
     else:
         status = _with(lessons()[options.number - 1], options, progress, prog)
     for note in progress.notes:
@@ -47,7 +49,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         epilog=f"Begin with: {prog} 1",
     )
     add = parser.add_argument
-    add("number", nargs="?", type=int, help="a problem: show it, and write a file to edit")
+    add(
+        "number",
+        nargs="?",
+        type=int,
+        help="a problem: show it, and write a file to edit",
+    )
     does = parser.add_mutually_exclusive_group()
     does.add_argument(
         "--hint", nargs="?", type=int, const=0, metavar="N",
@@ -167,7 +174,11 @@ def _markdown(text: str) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown
+        from rich.theme import Theme
 
-        Console().print(Markdown(text))
+        # The terminal's own colours and background, which may be dark or light.
+        console = Console(theme=Theme({"markdown.code": "bold cyan"}))
+        width = min(console.width, _WIDTH)
+        console.print(Markdown(text, code_theme="ansi_dark"), width=width)
     else:
         print(text)

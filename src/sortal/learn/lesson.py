@@ -10,7 +10,9 @@ from importlib import resources
 HEADINGS = ("Why", "Worked example", "Task", "Pitfalls", "Hints", "Solution")
 _FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^## (.+)\n", re.MULTILINE)
-_PITFALL = re.compile(r"^- \*\*(.+?)\*\*: (.+?)(?=^- \*\*|\Z)", re.MULTILINE | re.DOTALL)
+_PITFALL = re.compile(
+    r"^- \*\*(.+?)\*\*: (.+?)(?=^- \*\*|\Z)", re.MULTILINE | re.DOTALL
+)
 _HINT = re.compile(r"^\d+\. (.+?)(?=^\d+\. |\Z)", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"p(\d\d)_(\w+)\.md")
 

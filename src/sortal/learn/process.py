@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -63,7 +64,9 @@ def judge_apart(
         }  # fmt: skip
         with printed.open("wb") as output:
             ended = _run(json.dumps(job), output, seconds)
-        verdict = _read(place, nonce) or Verdict(right=False, message=_why(ended, seconds))
+        verdict = _read(place, nonce) or Verdict(
+            right=False, message=_why(ended, seconds)
+        )
         return Judged(verdict, printed.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -90,10 +93,8 @@ def _run(job: str, output: Any, seconds: float) -> int | None:
 def _end(process: subprocess.Popen[str]) -> None:
     """Ends the child and the processes that it started."""
     if hasattr(os, "killpg"):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     else:
         process.kill()
     process.wait()
@@ -130,7 +131,9 @@ def _why(ended: int | None, seconds: float) -> str:
         )
     if ended < 0:
         name = signal.Signals(-ended).name
-        return f"The process was ended by {name}; more memory than it may take does that."
+        return (
+            f"The process was ended by {name}; more memory than it may take does that."
+        )
     return f"The process ended, with exit code {ended}, before the answer was judged."
 
 

@@ -47,7 +47,14 @@ class Progress:
             self.done, self.hints = done, hints
         except FileNotFoundError:
             pass
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as e:
             self.notes.append(f"Progress could not be read ({_told(e)}).")
 
     def save(self) -> None:

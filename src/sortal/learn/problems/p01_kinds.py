@@ -23,8 +23,10 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     if not isinstance(found, dict) or set(found) != set(NAMES):
         raise Wrong(
             "The result is not a dict with these three keys.",
-            case=case, expected=repr(NAMES), found=shown(found),
-        )  # fmt: skip
+            case=case,
+            expected=repr(NAMES),
+            found=shown(found),
+        )
     kinds = (nnx.Param, nnx.BatchStat, visits)
     wanted = (*arrays[:2], arrays[2] + 1)
     for name, kind, value in zip(NAMES, kinds, wanted, strict=True):
@@ -32,9 +34,11 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         if type(box) is not kind:
             raise Wrong(
                 f"{name!r} is not of the kind `{kind.__name__}`.",
-                case=case, expected=kind.__name__, found=type(box).__name__,
+                case=case,
+                expected=kind.__name__,
+                found=type(box).__name__,
                 pitfall=_pitfall(answer, name, box),
-            )  # fmt: skip
+            )
         expect(box[...], value, case, what=f"{name!r} holds another array.")
 
 

@@ -29,10 +29,12 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         # Called, so that a model which cannot be called says so first.
         answer.run(case, model, x)
         raise Wrong(
-            "The model does not hold the Params of the two layers.", case=case,
-            expected=", ".join(sorted(PATHS)), found=", ".join(arrays) or "no state",
+            "The model does not hold the Params of the two layers.",
+            case=case,
+            expected=", ".join(sorted(PATHS)),
+            found=", ".join(arrays) or "no state",
             pitfall="layers made in the call" if not arrays else "",
-        )  # fmt: skip
+        )
     for key, array in arrays.items():  # biases begin at 0, and would hide a mistake
         if key.endswith("bias"):
             arrays[key] = rng.normal(size=array.shape).astype(np.float32)
@@ -50,7 +52,10 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         (end, np.maximum(linear, 0)),
     ]
     expect(answer.run(case, model, x), right, case, mistakes)
-    kernels = (values(build(s))["first.kernel"] for s in (seed, seed + 1))
-    if np.array_equal(*kernels):
-        raise Wrong(f"The seeds {seed} and {seed + 1} give the same weights.",
-                    case=case, pitfall="the seed is ignored")  # fmt: skip
+    kernel, other = (values(build(s))["first.kernel"] for s in (seed, seed + 1))
+    if np.array_equal(kernel, other):
+        raise Wrong(
+            f"The seeds {seed} and {seed + 1} give the same weights.",
+            case=case,
+            pitfall="the seed is ignored",
+        )

@@ -20,7 +20,7 @@ COUNTERS = set(
 
 
 def check(answer: Answer, rng: np.random.Generator) -> None:
-    """Raises ``Wrong`` unless the counts are 4, 2 and 1, as floats, and were counted."""
+    """Raises ``Wrong`` unless 4, 2 and 1 were counted, and returned as floats."""
     count = answer.get("state_filter_count")
     seed, size, hidden = (int(n) for n in rng.integers(1, 9, 3))
     x = jnp.array(rng.normal(size=size), jnp.float32)
@@ -33,12 +33,21 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         raise
     expected = np.array(RIGHT, np.float32)
     if not isinstance(found, jax.Array | np.ndarray):
-        raise Wrong("The result is not an array.", case=case, expected=shown(expected),
-                    found=shown(found))  # fmt: skip
+        raise Wrong(
+            "The result is not an array.",
+            case=case,
+            expected=shown(expected),
+            found=shown(found),
+        )
     expect(found, expected, case, _mistakes(answer))
     if not jnp.issubdtype(found.dtype, jnp.floating):
-        raise Wrong("The array does not hold floats.", case=case, found=shown(found),
-                    expected=shown(expected), pitfall="ints in place of floats")  # fmt: skip
+        raise Wrong(
+            "The array does not hold floats.",
+            case=case,
+            found=shown(found),
+            expected=shown(expected),
+            pitfall="ints in place of floats",
+        )
     if _hard_coded(answer):
         raise Wrong("The code counts nothing.", pitfall="a hard-coded answer")
     if not _own_kinds(answer):
@@ -59,7 +68,9 @@ def _mistakes(answer: Answer) -> list[tuple[str, np.ndarray]]:
 
 def _own_kinds(answer: Answer) -> list[type]:
     found = vars(answer.module).values()
-    kinds = [k for k in found if isinstance(k, type) and issubclass(k, answer.nnx.Variable)]
+    kinds = [
+        k for k in found if isinstance(k, type) and issubclass(k, answer.nnx.Variable)
+    ]
     return [kind for kind in kinds if kind.__module__ == answer.module.__name__]
 
 
@@ -73,7 +84,9 @@ def _runs_with_ints(answer: Answer, seed: int, x: jax.Array, hidden: int) -> boo
 
 def _hard_coded(answer: Answer) -> bool:
     """Whether the source reads no state, or has the three numbers in a row."""
-    rows = (n.elts for n in ast.walk(answer.tree) if isinstance(n, ast.List | ast.Tuple))
+    rows = (
+        n.elts for n in ast.walk(answer.tree) if isinstance(n, ast.List | ast.Tuple)
+    )
     written = any(
         [e.value for e in row if isinstance(e, ast.Constant)] == RIGHT for row in rows
     )

@@ -12,8 +12,11 @@ TRAINED = {"Param": "a counter that is trained"}
 
 
 def check(answer: Answer, rng: np.random.Generator) -> None:
-    """Raises ``Wrong`` if the means differ, or the state is not in boxes of its kind."""
-    kinds = {"count": answer.kind("Count", TRAINED), "total": answer.kind("Buffer", TRAINED)}
+    """Raises ``Wrong`` if the means differ, or the state is of other kinds."""
+    kinds = {
+        "count": answer.kind("Count", TRAINED),
+        "total": answer.kind("Buffer", TRAINED),
+    }
     size = int(rng.integers(1, 5))
     case = f"RunningMean({size}), called in nnx.jit"
     model = answer.run(case, answer.get("RunningMean"), size)
@@ -42,7 +45,9 @@ def _boxes(model: Any, kinds: dict[str, type], case: str, pitfall: str) -> None:
         if not isinstance(held, kind):
             # Under the trace of a function that failed, nothing was written back.
             raise Wrong(
-                f"`{name}` is not a {kind.__name__}.", case=case,
-                expected=kind.__name__, found=type(held).__name__,
+                f"`{name}` is not a {kind.__name__}.",
+                case=case,
+                expected=kind.__name__,
+                found=type(held).__name__,
                 pitfall="" if held is None else pitfall,
-            )  # fmt: skip
+            )

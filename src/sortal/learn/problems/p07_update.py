@@ -22,8 +22,11 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     answer.run(case, follow, target, source, decay)
     shared = set(map(id, _boxes(target))) & set(map(id, _boxes(source)))
     if shared:
-        raise Wrong(f"{len(shared)} Variables are in both models.", case=case,
-                    pitfall="the two models now share Variables")  # fmt: skip
+        raise Wrong(
+            f"{len(shared)} Variables are in both models.",
+            case=case,
+            pitfall="the two models now share Variables",
+        )
     expect(values(source), other, case, what="`source` has changed.")
 
     def mean(weight: float, only: Any) -> dict[str, Any]:
@@ -36,7 +39,13 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         ("the weights are the wrong way round", mean(1 - decay, mine)),
         ("statistics averaged too", mean(decay, mine)),
     ]
-    expect(values(target), mean(decay, params), case, mistakes, "`target` holds other arrays.")
+    expect(
+        values(target),
+        mean(decay, params),
+        case,
+        mistakes,
+        "`target` holds other arrays.",
+    )
 
 
 def _model(nnx: Any, size: int, rng: np.random.Generator) -> Any:

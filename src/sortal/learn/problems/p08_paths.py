@@ -18,29 +18,36 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     try:
         paths = set(values(found))
     except Exception as e:  # not only ours: JAX and Flax raise others
-        raise Wrong("The result is not a State.", case=case,
-                    expected="State", found=type(found).__name__) from e  # fmt: skip
+        raise Wrong(
+            "The result is not a State.",
+            case=case,
+            expected="State",
+            found=type(found).__name__,
+        ) from e
     kinds = values(model, nnx.Param)
     below = {path for path in values(model) if path.startswith("decoder.")}
     right = {path for path in below if path.endswith(".kernel") and path in kinds}
     if paths == right:
         return
     raise Wrong(
-        "The State holds other paths.", case=f"a model of {', '.join(values(model))}",
-        expected="\n".join(sorted(right)), found="\n".join(sorted(paths)) or "(none)",
+        "The State holds other paths.",
+        case=f"a model of {', '.join(values(model))}",
+        expected="\n".join(sorted(right)),
+        found="\n".join(sorted(paths)) or "(none)",
         pitfall=_pitfall(paths, right, below, set(kinds)),
-    )  # fmt: skip
+    )
 
 
-def _pitfall(paths: set[str], right: set[str], below: set[str], params: set[str]) -> str:
+def _pitfall(
+    paths: set[str], right: set[str], below: set[str], params: set[str]
+) -> str:
     more, less = paths - right, right - paths
     if any(path not in below for path in more):
         return "found anywhere in the path"
     if any(not path.endswith(".kernel") for path in more):
         return "biases too"
-    if more - params:
-        if not less:
-            return "a path says nothing of the kind"
+    if more - params and not less:
+        return "a path says nothing of the kind"
     return "`*` is one step only" if less else ""
 
 

@@ -44,4 +44,10 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         ("a copy was calibrated", untouched),
         ("x was counted too", tried([*batches, x], training=False)[1]),
     ]
-    expect(values(model, nnx.BatchStat), statistics, case, mistakes, "The statistics differ.")
+    expect(
+        values(model, nnx.BatchStat),
+        statistics,
+        case,
+        mistakes,
+        "The statistics differ.",
+    )

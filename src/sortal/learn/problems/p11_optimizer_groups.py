@@ -36,17 +36,26 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     """Raises ``Wrong`` unless head and body move by their own rates."""
     nnx = answer.nnx
     model = body_and_head(nnx, rng)
-    fast, slow = round(float(rng.uniform(0.5, 1)), 2), round(float(rng.uniform(0.01, 0.2)), 2)
+    fast, slow = (
+        round(float(rng.uniform(0.5, 1)), 2),
+        round(float(rng.uniform(0.01, 0.2)), 2),
+    )
     case = f"a model of {', '.join(values(model))}; fast={fast}, slow={slow}"
     make = answer.get("make_optimizer")
     optimizer = answer.run(case, make, model, fast, slow, pitfalls=TWICE)
     if not isinstance(optimizer, nnx.Optimizer):
-        raise Wrong("The result is not an Optimizer.", case=case,
-                    expected="Optimizer", found=type(optimizer).__name__)  # fmt: skip
+        raise Wrong(
+            "The result is not an Optimizer.",
+            case=case,
+            expected="Optimizer",
+            found=type(optimizer).__name__,
+        )
     before = values(model)
     ones = jax.tree.map(jnp.ones_like, nnx.state(model, optimizer.wrt))
     answer.run(case, optimizer.update, model, ones)
-    found = {path: float((before[path] - new).mean()) for path, new in values(model).items()}
+    found = {
+        path: float((before[path] - new).mean()) for path, new in values(model).items()
+    }
 
     def moved(head: float, body: float) -> dict[str, float]:
         return {path: head if path.startswith("head") else body for path in before}

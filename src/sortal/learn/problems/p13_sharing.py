@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sortal.learn.answer import Answer, Wrong, expect, values
@@ -22,10 +24,12 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         raise Wrong(f"Something is missing: {e}.", case=case) from e
     if other is not table:
         raise Wrong(
-            "`head.table` is not the Variable `embed.embedding`.", case=case,
-            expected="1 leaf", found=f"{len(values(model))} leaves",
+            "`head.table` is not the Variable `embed.embedding`.",
+            case=case,
+            expected="1 leaf",
+            found=f"{len(values(model))} leaves",
             pitfall=_pitfall(answer, table, other),
-        )  # fmt: skip
+        )
     new = rng.normal(size=(words, features)).astype(np.float32)
     table[...] = new
     indices = rng.integers(words, size=4)
@@ -33,7 +37,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     expect(found, new[indices] @ new.T, case)
 
 
-def _pitfall(answer: Answer, table: object, other: object) -> str:
+def _pitfall(answer: Answer, table: Any, other: Any) -> str:
     if not isinstance(other, answer.nnx.Variable):
         return "the array in place of the Variable"
     equal = table.shape == other.shape and np.array_equal(table[...], other[...])

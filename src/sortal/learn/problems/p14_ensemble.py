@@ -16,18 +16,27 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     models = answer.run(case, answer.get("ensemble"), seed, members, rows, columns)
     if not isinstance(models, nnx.Linear):
         raise Wrong(
-            "The result is not one Linear.", case=case,
-            expected="Linear", found=type(models).__name__,
+            "The result is not one Linear.",
+            case=case,
+            expected="Linear",
+            found=type(models).__name__,
             pitfall="a list of models" if isinstance(models, list | tuple) else "",
-        )  # fmt: skip
+        )
     shape = (members, rows, columns)
     if models.kernel.shape != shape:
-        raise Wrong("The kernel has another shape.", case=case,
-                    expected=str(shape), found=str(models.kernel.shape))  # fmt: skip
+        raise Wrong(
+            "The kernel has another shape.",
+            case=case,
+            expected=str(shape),
+            found=str(models.kernel.shape),
+        )
     kernel = np.array(models.kernel[...])
     if np.array_equal(kernel[0], kernel[1]):
-        raise Wrong("Two members have the same kernel.", case=case,
-                    pitfall="the same weights for all members")  # fmt: skip
+        raise Wrong(
+            "Two members have the same kernel.",
+            case=case,
+            pitfall="the same weights for all members",
+        )
     # As many rows as members, so that a division of x among them raises nothing.
     x = rng.normal(size=(members, rows)).astype(np.float32)
     bias = rng.normal(size=(members, columns)).astype(np.float32)

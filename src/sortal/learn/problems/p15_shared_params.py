@@ -42,13 +42,20 @@ def _model(answer: Answer, count: int, batch: int, case: str) -> Any:
             kernel, mean = self.kernel[...], self.mean[...]
             right = {"kernel": (count, count), "mean": (count,), "x": (batch, count)}
             shapes = {"kernel": kernel.shape, "mean": mean.shape, "x": x.shape}
-            signs = {"kernel": "Params mapped too", "mean": SHARED, "x": "x was not divided"}
+            signs = {
+                "kernel": "Params mapped too",
+                "mean": SHARED,
+                "x": "x was not divided",
+            }
             for name, pitfall in signs.items():
                 if shapes[name] != right[name]:
                     raise Wrong(
                         f"In the call of one replica, {name} has another shape.",
-                        case=case, expected=str(right), found=str(shapes), pitfall=pitfall,
-                    )  # fmt: skip
+                        case=case,
+                        expected=str(right),
+                        found=str(shapes),
+                        pitfall=pitfall,
+                    )
             new = (mean + x.mean(0)) / 2
             self.mean[...] = new
             return (x - new) @ kernel

@@ -39,8 +39,11 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     ]
     expect(found, passed[-1], case, mistakes)
     if len(traced) >= BLOCKS:
-        raise Wrong(f"A block was traced or run {len(traced)} times.", case=case,
-                    pitfall="a Python loop")  # fmt: skip
+        raise Wrong(
+            f"A block was traced or run {len(traced)} times.",
+            case=case,
+            pitfall="a Python loop",
+        )
 
 
 def _blocks(answer: Answer, size: int, case: str) -> tuple[Any, list[int]]:
@@ -55,10 +58,12 @@ def _blocks(answer: Answer, size: int, case: str) -> tuple[Any, list[int]]:
             traced.append(1)
             if self.kernel[...].ndim != 2:
                 raise Wrong(
-                    "The block in the call holds the arrays of all blocks.", case=case,
-                    expected=f"kernel {(size, size)}", found=f"kernel {self.kernel.shape}",
+                    "The block in the call holds the arrays of all blocks.",
+                    case=case,
+                    expected=f"kernel {(size, size)}",
+                    found=f"kernel {self.kernel.shape}",
                     pitfall="the blocks were not divided",
-                )  # fmt: skip
+                )
             return jnp.tanh(x @ self.kernel[...])
 
     keys = jax.random.split(jax.random.key(0), BLOCKS)

@@ -49,15 +49,25 @@ def _caches(answer: Answer, memory: Any, shape: tuple[int, int], case: str) -> N
     """Refuses other kinds, and another shape than that of the beginning."""
     nnx = answer.nnx
     for name in NAMES:
-        held = getattr(memory, name, None)
+        held: Any = getattr(memory, name, None)
         if not isinstance(held, nnx.Cache):
             pitfall = ""
             if isinstance(held, nnx.Param):
                 pitfall = "a cache that is trained"
             elif isinstance(held, int):
                 pitfall = "a Python number for the position"
-            raise Wrong(f"`{name}` is not a Cache.", case=case, expected="Cache",
-                        found=type(held).__name__, pitfall=pitfall)  # fmt: skip
+            raise Wrong(
+                f"`{name}` is not a Cache.",
+                case=case,
+                expected="Cache",
+                found=type(held).__name__,
+                pitfall=pitfall,
+            )
         if name != "position" and held.shape != shape:
-            raise Wrong(f"`{name}` has another shape.", case=case, expected=str(shape),
-                        found=str(held.shape), pitfall=GROWS)  # fmt: skip
+            raise Wrong(
+                f"`{name}` has another shape.",
+                case=case,
+                expected=str(shape),
+                found=str(held.shape),
+                pitfall=GROWS,
+            )

@@ -32,19 +32,24 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         load = answer.get("load_params")
         answer.run(case, load, other, directory, pitfalls=MORE)
     mistakes = [("nothing was restored", mine)]
-    expect(values(other), {**mine, **params}, case, mistakes, "The model has other arrays.")
+    expect(
+        values(other), {**mine, **params}, case, mistakes, "The model has other arrays."
+    )
 
 
 def _saved(directory: str, params: set[str], case: str) -> None:
     try:
         state = sortal.load_state(directory)
     except (NoCheckpointError, OSError) as e:
-        raise Wrong("There is no checkpoint.", case=case,
-                    pitfall="nothing was saved") from e  # fmt: skip
+        raise Wrong(
+            "There is no checkpoint.", case=case, pitfall="nothing was saved"
+        ) from e
     saved = {".".join(map(str, path)) for path in state.paths()}
     if saved != params:
         raise Wrong(
-            "The checkpoint holds other leaves.", case=case,
-            expected=", ".join(sorted(params)), found=", ".join(sorted(saved)),
+            "The checkpoint holds other leaves.",
+            case=case,
+            expected=", ".join(sorted(params)),
+            found=", ".join(sorted(saved)),
             pitfall="everything was saved" if saved > params else "",
-        )  # fmt: skip
+        )

@@ -18,7 +18,9 @@ DEVICES = 8
 def check(answer: Answer, rng: np.random.Generator) -> None:
     """Raises ``Wrong`` unless each device holds an eighth of the rows, and the bias."""
     if jax.device_count() < DEVICES:
-        raise Wrong(f"This problem needs {DEVICES} devices, and JAX has {jax.device_count()}.")
+        raise Wrong(
+            f"This problem needs {DEVICES} devices, and JAX has {jax.device_count()}."
+        )
     if answer.nnx.__name__.startswith("flax"):
         raise Wrong("Flax has no options of kinds. Write `import sortal as nnx` here.")
     rows, features = (DEVICES * int(n) for n in rng.integers(1, 4, 2))
@@ -29,23 +31,35 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     for name, wanted in (("table", kind), ("bias", sortal.Param)):
         held = getattr(model, name, None)
         if not isinstance(held, wanted):
-            raise Wrong(f"`{name}` is not a {wanted.__name__}.", case=case,
-                        expected=wanted.__name__, found=type(held).__name__)  # fmt: skip
+            raise Wrong(
+                f"`{name}` is not a {wanted.__name__}.",
+                case=case,
+                expected=wanted.__name__,
+                found=type(held).__name__,
+            )
     answer.run(case, answer.get("place"), model, mesh)
     held = {name: _part(getattr(model, name)) for name in ("table", "bias")}
     right = {"table": (rows // DEVICES, features), "bias": (features,)}
     if len(model.table[...].sharding.device_set) < DEVICES:
-        raise Wrong("The table is on one device.", case=case, pitfall="nothing was placed")
+        raise Wrong(
+            "The table is on one device.", case=case, pitfall="nothing was placed"
+        )
     if held != right:
         raise Wrong(
-            "The part on each device has another shape.", case=case,
-            expected=str(right), found=str(held), pitfall=_pitfall(held, right, rows),
-        )  # fmt: skip
+            "The part on each device has another shape.",
+            case=case,
+            expected=str(right),
+            found=str(held),
+            pitfall=_pitfall(held, right, rows),
+        )
     other = kind(jnp.zeros((rows, features)))
     sortal.shard(other, mesh)
     if _part(other) != right["table"]:
-        raise Wrong("Another `Rows` lies on every device as a whole.", case=case,
-                    pitfall="the spec is not on the kind")  # fmt: skip
+        raise Wrong(
+            "Another `Rows` lies on every device as a whole.",
+            case=case,
+            pitfall="the spec is not on the kind",
+        )
 
 
 def _part(held: Any) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from sortal.learn.answer import Answer, Wrong, expect, values
 
@@ -25,13 +25,21 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     with _watched(make) as traced:
         for i, rate in enumerate((rates[0], *rates)):
             before = len(traced)
-            loss = answer.run(f"{case}, call {i + 1}, rate={rate}", step, model, x, y, rate)
+            loss = answer.run(
+                f"{case}, call {i + 1}, rate={rate}", step, model, x, y, rate
+            )
             if not all(traced):
-                raise Wrong("The step ran without being compiled.", case=case,
-                            pitfall="not compiled at all")  # fmt: skip
+                raise Wrong(
+                    "The step ran without being compiled.",
+                    case=case,
+                    pitfall="not compiled at all",
+                )
             if i and len(traced) > before:
-                raise Wrong(f"Call {i + 1} was compiled again.", case=case,
-                            pitfall=_why(answer, model, i))  # fmt: skip
+                raise Wrong(
+                    f"Call {i + 1} was compiled again.",
+                    case=case,
+                    pitfall=_why(answer, model, i),
+                )
             error = x @ kernel + bias - y
             expect(loss, (error**2).mean(), case, what="The loss differs.")
             kernel = kernel - rate * 2 * x.T @ error / len(x)
@@ -46,7 +54,7 @@ def _watched(model: type) -> Iterator[list[bool]]:
     call, traced = model.__call__, []
 
     def watched(self: Any, x: Any) -> Any:
-        traced.append(isinstance(x, jax.core.Tracer))
+        traced.append(isinstance(x, Tracer))
         return call(self, x)
 
     model.__call__ = watched
@@ -60,15 +68,24 @@ def _why(answer: Answer, model: Any, call: int) -> str:
     calls = getattr(model, "calls", None)
     if isinstance(calls, int | float):
         return "a Python number in the model"
-    return "a static argument that changes" if call == 2 else "compiled anew at each call"
+    return (
+        "a static argument that changes" if call == 2 else "compiled anew at each call"
+    )
 
 
 def _counted(model: Any, case: str) -> None:
-    calls = getattr(model, "calls", None)
+    calls: Any = getattr(model, "calls", None)
     try:
-        found = int(np.asarray(calls if not hasattr(calls, "get_value") else calls.get_value()))
+        found = int(
+            np.asarray(calls if not hasattr(calls, "get_value") else calls.get_value())
+        )
     except (TypeError, ValueError):
         found = None
     if found != 3:
-        raise Wrong("`model.calls` is not the number of calls.", case=case, expected="3",
-                    found=repr(calls), pitfall="the count is lost")  # fmt: skip
+        raise Wrong(
+            "`model.calls` is not the number of calls.",
+            case=case,
+            expected="3",
+            found=repr(calls),
+            pitfall="the count is lost",
+        )
