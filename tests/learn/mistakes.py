@@ -10,6 +10,7 @@ LOOP = """graphdef, state = nnx.split(blocks)
         one = jax.tree.map(lambda a: a[i], state)
         x = step(nnx.merge(graphdef, one), x)
     return x"""
+EARLY = "    early = nnx.Optimizer(model, optax.sgd(1), wrt=nnx.LoRAParam)\n"
 COUNTS = "jnp.array(counts, dtype=float)"
 
 MISTAKES: dict[str, list[tuple]] = {
@@ -224,8 +225,7 @@ MISTAKES: dict[str, list[tuple]] = {
             "the optimizer came before the adapter",
             (
                 "    head = model.head",
-                "    early = nnx.Optimizer(model, optax.sgd(1), wrt=nnx.LoRAParam)\n"
-                "    head = model.head",
+                EARLY + "    head = model.head",
             ),
             (
                 "return nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.LoRAParam)",

@@ -72,7 +72,7 @@ def judge_apart(
 
 def _run(job: str, output: Any, seconds: float) -> int | None:
     """Runs the child to its end; its exit code, None if it had to be stopped."""
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603 - our own words
         [sys.executable, "-P", "-c", _PROGRAM],
         stdin=subprocess.PIPE,
         stdout=output,
