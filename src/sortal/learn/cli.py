@@ -81,6 +81,7 @@ def _with(
         _markdown(f"```python\n{lesson.solution}```\n")
         return 0
     _markdown(lesson.text)
+    print()
     _write(lesson)
     print(f"Check it:    {command} --check {lesson.file}")
     print(f"Get a hint:  {command} --hint")
@@ -155,8 +156,9 @@ def _check(lesson: Lesson, file: Path, progress: Progress, prog: str) -> int:
 
 def _explain(lesson: Lesson, verdict: Verdict) -> None:
     print(f"Not yet. {verdict.message}")
-    for head in ("case", "expected", "found"):
-        if text := getattr(verdict, head):
+    rows = {"with": verdict.case, "expected": verdict.expected, "found": verdict.found}
+    for head, text in rows.items():
+        if text:
             print(f"\n{head}:\n{_indented(text)}")
     if verdict.error:
         print(f"\n{_indented(verdict.error)}")
