@@ -130,12 +130,16 @@ def _hint(lesson: Lesson, number: int, progress: Progress, command: str) -> int:
 
 
 def _check(lesson: Lesson, file: Path, progress: Progress, prog: str) -> int:
+    waiting = "Checking ..." if sys.stderr.isatty() else ""
+    print(waiting, end="", file=sys.stderr, flush=True)
     try:
         verdict, printed = judge_apart(lesson, file)
     except (OSError, UnicodeDecodeError) as e:
         print(f"{file} cannot be read: {e}", file=sys.stderr)
         print(f"{prog} {lesson.number} writes a file to edit.", file=sys.stderr)
         return 2
+    finally:
+        print("\b \b" * len(waiting), end="", file=sys.stderr, flush=True)
     if printed.strip():
         print(f"Your code printed:\n{_indented(cut(printed.rstrip(), _PRINTED))}\n")
     if not verdict.right:

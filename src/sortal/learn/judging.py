@@ -10,7 +10,7 @@ import numpy as np
 from sortal.learn.answer import Answer, Wrong
 from sortal.learn.lesson import Lesson
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass(frozen=True)

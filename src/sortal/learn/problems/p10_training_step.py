@@ -23,11 +23,16 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     case = f"optax.sgd({rate}), x and y of shape {x.shape}"
 
     before, copy = values(model), nnx.clone(model)
-    loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(copy)
     sgd = nnx.Optimizer(copy, optax.sgd(rate), wrt=nnx.Param)
-    sgd.update(copy, grads)
+
+    @nnx.jit
+    def one_step(copy: Any, sgd: Any) -> tuple[Any, Any]:
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(copy)
+        sgd.update(copy, grads)
+        return loss, jnp.mean((nnx.clone(copy)(x) - y) ** 2)
+
+    loss, later = one_step(copy, sgd)
     right, statistics = values(copy), set(values(copy, nnx.BatchStat))
-    later = jnp.mean((copy(x) - y) ** 2)
     optimizer = nnx.Optimizer(model, optax.sgd(rate), wrt=nnx.Param)
     found = answer.run(case, step, model, optimizer, x, y)
     mistakes = [

@@ -77,5 +77,10 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
 def _step(answer: Answer, model: Any, optimizer: Any, x: np.ndarray, case: str) -> None:
     nnx = answer.nnx
     wrt = nnx.DiffState(0, optimizer.wrt)
-    grads = nnx.grad(lambda m: (m(x) ** 2).mean(), argnums=wrt)(model)
-    answer.run(case, optimizer.update, model, grads)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> None:
+        grads = nnx.grad(lambda m: (m(x) ** 2).mean(), argnums=wrt)(model)
+        optimizer.update(model, grads)
+
+    answer.run(case, step, model, optimizer)
