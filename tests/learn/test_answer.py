@@ -11,7 +11,7 @@ import pytest
 from flax import nnx as flax_nnx
 
 import sortal
-from sortal.learn.answer import Answer, Wrong, cut, expect, same, shown, values
+from sortal.learn.answer import Answer, Wrong, cut, expect, kind_of, same, shown, values
 
 
 def answer(source: str) -> Answer:
@@ -59,6 +59,11 @@ def test_flax_that_is_not_installed_is_named(monkeypatch) -> None:
     assert error.endswith(
         "Flax is not installed here. `import sortal as nnx` works as well."
     )
+
+
+def test_a_name_that_flax_lacks_is_in_the_text() -> None:
+    error = refused("from flax import nnx\nnnx.At('a')").error
+    assert error.endswith("The text of the problem says what to write with Flax.")
 
 
 def test_a_name_that_is_not_there_is_said() -> None:
@@ -112,9 +117,24 @@ def test_a_difference_names_the_first_pitfall_with_that_result() -> None:
     assert (wrong.expected, wrong.found) == ("1.0", "3.0")
 
 
+def test_of_dicts_that_differ_the_parts_that_differ_are_shown() -> None:
+    with pytest.raises(Wrong) as caught:
+        expect({"a": 1.0, "b": 3.0}, {"a": 1.0, "b": 2.0}, "case")
+    assert (caught.value.expected, caught.value.found) == ("b: 2.0", "b: 3.0")
+    with pytest.raises(Wrong) as caught:
+        expect({"a": 1.0}, {"a": 1.0, "b": 2.0}, "case")
+    assert caught.value.expected == "a: 1.0\nb: 2.0"
+
+
+def test_a_kind_is_named_as_one_says_it() -> None:
+    assert kind_of(jnp.ones(1)) == "array"
+    assert kind_of(sortal.Param(jnp.ones(1))) == "Param"
+
+
 def test_results_are_shown_with_dtype_and_shape_and_cut() -> None:
     assert shown(jnp.array([1.0, 2.0])) == "[1. 2.]  float32[2]"
     assert shown(None) == "None"
+    assert shown({"a": 1.0, "b": None}) == "a: 1.0\nb: None"
     assert cut("abcdef", 4) == "abcd ... (2 more characters)"
     assert len(shown("x" * 9999)) < 700
 

@@ -167,6 +167,8 @@ def _traceback(error: BaseException, filename: str) -> str:
         last = f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flax"):
         last += "\nFlax is not installed here. `import sortal as nnx` works as well."
+    if isinstance(error, AttributeError) and "flax.nnx has no" in str(error):
+        last += "\nThe text of the problem says what to write with Flax."
     return "".join(traceback.format_list(own)) + cut(last.strip(), 2 * _LONGEST)
 
 
@@ -178,7 +180,9 @@ def cut(text: str, longest: int = _LONGEST) -> str:
 
 
 def shown(value: Any) -> str:
-    """A result as text: an array with its shape and dtype, anything else as itself."""
+    """A result as text: an array with its dtype and shape, a dict line by line."""
+    if isinstance(value, dict):
+        return cut("\n".join(f"{key}: {shown(item)}" for key, item in value.items()))
     if isinstance(value, jax.Array | np.ndarray) and not _is_key(value):
         with np.printoptions(precision=5, threshold=40, edgeitems=2, suppress=True):
             numbers = str(np.asarray(value))
@@ -232,13 +236,24 @@ def expect(
     if same(found, expected):
         return
     fits = (name for name, value in pitfalls if same(found, value))
+    told = next(fits, "")
+    if isinstance(found, dict) and isinstance(expected, dict):
+        differ = {key for key in expected if not same(found.get(key), expected[key])}
+        if found.keys() == expected.keys():
+            found = {key: found[key] for key in found if key in differ}
+            expected = {key: expected[key] for key in expected if key in differ}
     raise Wrong(
         what,
         case=case,
         expected=shown(expected),
         found=shown(found),
-        pitfall=next(fits, ""),
+        pitfall=told,
     )
+
+
+def kind_of(value: Any) -> str:
+    """The name of a type as one says it: that of an array is ``array``."""
+    return "array" if isinstance(value, jax.Array) else type(value).__name__
 
 
 def values(tree: Any, *filters: Any) -> dict[str, np.ndarray]:

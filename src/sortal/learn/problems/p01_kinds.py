@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, shown
+from sortal.learn.answer import Answer, Wrong, expect, kind_of, shown
 
 NAMES = ("weight", "mean", "visits")
 
@@ -36,7 +36,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
                 f"{name!r} is not of the kind `{kind.__name__}`.",
                 case=case,
                 expected=kind.__name__,
-                found=type(box).__name__,
+                found=kind_of(box),
                 pitfall=_pitfall(answer, name, box),
             )
         expect(box[...], value, case, what=f"{name!r} holds another array.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, values
+from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
 
 
 def check(answer: Answer, rng: np.random.Generator) -> None:
@@ -33,7 +33,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
                 f"`{name}` is not a Param.",
                 case=case,
                 expected="Param",
-                found=type(held).__name__,
+                found=kind_of(held),
                 pitfall="" if boxed else "a bare array",
             )
         expect(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect
+from sortal.learn.answer import Answer, Wrong, expect, kind_of
 
 TRAINED = {"Param": "a counter that is trained"}
 
@@ -48,6 +48,6 @@ def _boxes(model: Any, kinds: dict[str, type], case: str, pitfall: str) -> None:
                 f"`{name}` is not a {kind.__name__}.",
                 case=case,
                 expected=kind.__name__,
-                found=type(held).__name__,
+                found=kind_of(held),
                 pitfall="" if held is None else pitfall,
             )

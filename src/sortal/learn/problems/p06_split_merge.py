@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, values
+from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
 
 REST = "nothing takes the rest"
 SIGNS = {
@@ -51,7 +51,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             "The result is not a model.",
             case=case,
             expected=type(model).__name__,
-            found=type(found).__name__,
+            found=kind_of(found),
         )
     after = values(found)
     everything = {path: value * factor for path, value in before.items()}

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, values
+from sortal.learn.answer import Answer, Wrong, kind_of, values
 
 
 def check(answer: Answer, rng: np.random.Generator) -> None:
@@ -22,7 +22,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             "The result is not a State.",
             case=case,
             expected="State",
-            found=type(found).__name__,
+            found=kind_of(found),
         ) from e
     kinds = values(model, nnx.Param)
     below = {path for path in values(model) if path.startswith("decoder.")}

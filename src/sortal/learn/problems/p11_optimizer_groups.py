@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, values
+from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
 
 TWICE = {"exactly one of the groups": "a Param in two groups"}
 
@@ -48,7 +48,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             "The result is not an Optimizer.",
             case=case,
             expected="Optimizer",
-            found=type(optimizer).__name__,
+            found=kind_of(optimizer),
         )
     before = values(model)
     ones = jax.tree.map(jnp.ones_like, nnx.state(model, optimizer.wrt))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, values
+from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
 from sortal.learn.problems.p11_optimizer_groups import body_and_head
 
 EARLY = "the optimizer came before the adapter"
@@ -58,7 +58,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             "The result is not an Optimizer.",
             case=case,
             expected="Optimizer",
-            found=type(optimizer).__name__,
+            found=kind_of(optimizer),
         )
     _step(answer, model, optimizer, x, case)
     moved = [p for p, a in frozen.items() if not np.array_equal(a, values(model)[p])]

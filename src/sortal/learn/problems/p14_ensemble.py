@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect
+from sortal.learn.answer import Answer, Wrong, expect, kind_of
 
 
 def check(answer: Answer, rng: np.random.Generator) -> None:
@@ -19,7 +19,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             "The result is not one Linear.",
             case=case,
             expected="Linear",
-            found=type(models).__name__,
+            found=kind_of(models),
             pitfall="a list of models" if isinstance(models, list | tuple) else "",
         )
     shape = (members, rows, columns)

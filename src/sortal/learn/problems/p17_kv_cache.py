@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect
+from sortal.learn.answer import Answer, Wrong, expect, kind_of
 
 NAMES = ("keys", "values", "position")
 GROWS = "the cache grows"
@@ -23,7 +23,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     stream = rng.normal(size=(tokens, 3, features)).astype(np.float32)
     for n in range(1, tokens + 1):
         now = f"{case}, token {n}, called in nnx.jit"
-        signs = {"keeps the shape": GROWS}
+        signs = {"keeps the shape|Incompatible types for broadcasting": GROWS}
         found = answer.run(now, step, memory, *stream[n - 1], pitfalls=signs)
         _caches(answer, memory, (length, features), now)
         query, keys, values = stream[n - 1, 0], stream[:n, 1], stream[:n, 2]
@@ -60,7 +60,7 @@ def _caches(answer: Answer, memory: Any, shape: tuple[int, int], case: str) -> N
                 f"`{name}` is not a Cache.",
                 case=case,
                 expected="Cache",
-                found=type(held).__name__,
+                found=kind_of(held),
                 pitfall=pitfall,
             )
         if name != "position" and held.shape != shape:

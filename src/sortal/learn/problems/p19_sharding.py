@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 import sortal
-from sortal.learn.answer import Answer, Wrong
+from sortal.learn.answer import Answer, Wrong, kind_of
 
 DEVICES = 8
 
@@ -35,7 +35,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
                 f"`{name}` is not a {wanted.__name__}.",
                 case=case,
                 expected=wanted.__name__,
-                found=type(held).__name__,
+                found=kind_of(held),
             )
     answer.run(case, answer.get("place"), model, mesh)
     held = {name: _part(getattr(model, name)) for name in ("table", "bias")}
