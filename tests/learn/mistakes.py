@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-Edit = tuple[str, str]
-
 SCAN = "return nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)"
 LOOP = """graphdef, state = nnx.split(blocks)
     for i in range(blocks.kernel.shape[0]):

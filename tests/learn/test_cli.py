@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ def alone(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv(OVERRIDE, str(tmp_path / "progress.json"))
 
     def here(lesson, file: Path) -> Judged:
-        return Judged(judge(lesson, file.read_text(), filename=str(file)), "printed\n")
+        name = str(file)
+        verdict = judge(lesson, file.read_text(), filename=name, seed=2, rounds=1)
+        return Judged(verdict, "printed\n")
 
     monkeypatch.setattr(cli, "judge_apart", here)
 
@@ -101,6 +104,18 @@ def test_an_exception_is_shown_with_its_line(capsys) -> None:
     assert "    ZeroDivisionError: division by zero" in out
 
 
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch) -> None:
+    printed = Judged(Verdict(right=False, found="\u2260\ud800"), "\u00e9\n")
+    monkeypatch.setattr(cli, "judge_apart", lambda *_: printed)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    monkeypatch.setattr("sys.stdout", ascii_only)
+    assert cli.main(["4", "--check"]) == 1
+    ascii_only.seek(0)
+    out = ascii_only.read()
+    assert "    \\xe9\n" in out
+    assert "    \\u2260\\ud800\n" in out
+
+
 def test_the_last_problem_ends_the_course(capsys, monkeypatch) -> None:
     progress = Progress()
     progress.done = {lesson.name for lesson in lessons()[:-1]}
@@ -113,7 +128,7 @@ def test_the_last_problem_ends_the_course(capsys, monkeypatch) -> None:
 
 def test_a_solution_is_shown_and_is_right(capsys) -> None:
     out = said(capsys, "4", "--solution")
-    assert out == f"```python\n{lessons()[3].solution}```\n\n"
+    assert out == lessons()[3].solution
 
 
 def test_on_a_terminal_markdown_is_laid_out(capsys, monkeypatch) -> None:

@@ -51,7 +51,7 @@ def test_a_wrong_answer_is_told_its_pitfall(lesson, pitfall, edits) -> None:
     for old, new in edits:
         assert source.count(old) >= 1, f"{old!r} is not in the solution"
         source = source.replace(old, new)
-    verdict = judge(lesson, source, seed=2)
+    verdict = judge(lesson, source, seed=2, rounds=1)
     assert not verdict.right
     assert verdict.pitfall == pitfall, verdict
 

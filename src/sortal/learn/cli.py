@@ -78,7 +78,7 @@ def _with(
     if options.hint is not None:
         return _hint(lesson, options.hint, progress, command)
     if options.solution:
-        _markdown(f"```python\n{lesson.solution}```\n")
+        print(lesson.solution, end="")  # as it is, for a file
         return 0
     _markdown(lesson.text)
     print()
@@ -172,6 +172,9 @@ def _explain(lesson: Lesson, verdict: Verdict) -> None:
 
 
 def _indented(text: str) -> str:
+    """The learner's text, moved in; what the terminal cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 

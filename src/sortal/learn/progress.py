@@ -9,6 +9,12 @@ from pathlib import Path
 OVERRIDE = "SORTAL_LEARN_PROGRESS"
 """The environment variable with another path of the file."""
 
+# The file cannot be had, or there is no home folder, or it holds something else.
+_UNREADABLE = (
+    OSError, RuntimeError,
+    ValueError, LookupError, TypeError, AttributeError,
+)  # fmt: skip
+
 
 def place() -> Path:
     """Where the file is."""
@@ -35,10 +41,10 @@ class Progress:
     """
 
     def __init__(self, file: Path | None = None):
-        self._given = file
         self.done: set[str] = set()
         self.hints: dict[str, int] = {}
         self.notes: list[str] = []
+        self.file = file
         try:
             self.file = file or place()
             found = json.loads(self.file.read_text(encoding="utf-8"))
@@ -47,30 +53,24 @@ class Progress:
             self.done, self.hints = done, hints
         except FileNotFoundError:
             pass
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as e:
-            self.notes.append(f"Progress could not be read ({_told(e)}).")
+        except _UNREADABLE as e:
+            self._note("read", e)
 
     def save(self) -> None:
         """Writes the file, or adds a note where that cannot be done."""
+        if self.file is None:  # there is no place for it, as was noted
+            return
         data = {"done": sorted(self.done), "hints": self.hints}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             new = self.file.with_name(f"{self.file.name}.{os.getpid()}")
             new.write_text(json.dumps(data, indent=1), encoding="utf-8")
             new.replace(self.file)
-        except (OSError, AttributeError) as e:
-            self.notes.append(
-                f"Progress could not be saved ({_told(e)}). The environment variable "
-                f"{OVERRIDE} names another file for it."
-            )
+        except OSError as e:
+            self._note("saved", e)
 
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _note(self, what: str, error: Exception) -> None:
+        self.notes.append(
+            f"Progress could not be {what} ({type(error).__name__}: {error}). The "
+            f"environment variable {OVERRIDE} names another file for it."
+        )

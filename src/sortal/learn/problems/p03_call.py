@@ -16,14 +16,14 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     nnx, make = answer.nnx, answer.get("Mlp")
     sizes = tuple(int(n) for n in rng.integers(2, 5, 3))
     seed = int(rng.integers(1000))
-    case = f"Mlp{sizes}, a batch of 4, seed {seed}"
+    case = f"Mlp{sizes}, a batch of 8, seed {seed}"
 
     def build(seed: int) -> Any:
         return answer.run(case, lambda: make(*sizes, rngs=nnx.Rngs(seed)))
 
     model = build(seed)
     arrays = values(model)
-    x = rng.normal(size=(4, sizes[0])).astype(np.float32)
+    x = rng.normal(size=(8, sizes[0])).astype(np.float32)
     missing = PATHS - set(arrays)
     if missing:
         # Called, so that a model which cannot be called says so first.
@@ -35,14 +35,14 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             found=", ".join(arrays) or "no state",
             pitfall="layers made in the call" if not arrays else "",
         )
-    for key, array in arrays.items():  # biases begin at 0, and would hide a mistake
-        if key.endswith("bias"):
-            arrays[key] = rng.normal(size=array.shape).astype(np.float32)
-            getattr(model, key.split(".")[0]).bias[...] = arrays[key]
-    hidden = x @ arrays["first.kernel"] + arrays["first.bias"]
+    # Biases begin at 0, which would hide a mistake; outputs are to have both signs.
+    bias = rng.normal(size=sizes[1]).astype(np.float32)
+    hidden = x @ arrays["first.kernel"] + bias
+    other_bias = -(np.maximum(hidden, 0) @ arrays["second.kernel"]).mean(0)
+    model.first.bias[...], model.second.bias[...] = bias, other_bias
 
     def second(h: np.ndarray) -> np.ndarray:
-        return h @ arrays["second.kernel"] + arrays["second.bias"]
+        return h @ arrays["second.kernel"] + other_bias
 
     right = second(np.maximum(hidden, 0))
     linear, end = second(hidden), "an activation at the end"
