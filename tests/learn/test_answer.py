@@ -28,6 +28,8 @@ def test_the_library_is_the_one_that_was_imported() -> None:
     assert answer("import sortal as nnx").nnx is sortal
     assert answer("from sortal import nnx").nnx is sortal.nnx
     assert answer("from flax import nnx").nnx is flax_nnx
+    assert answer("import sortal\nfrom flax import nnx").nnx is flax_nnx
+    assert answer("import sortal").nnx is sortal
     assert answer("x = 1").nnx is sortal
 
 

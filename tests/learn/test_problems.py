@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +61,33 @@ def test_a_wrong_answer_is_told_its_pitfall(lesson, pitfall, edits) -> None:
 @EACH
 def test_every_pitfall_of_the_text_has_a_wrong_answer(lesson: Lesson) -> None:
     assert {pitfall for pitfall, *_ in MISTAKES[lesson.name]} == set(lesson.pitfalls)
+
+
+@EACH
+def test_a_check_names_no_pitfall_that_the_text_has_not(lesson: Lesson) -> None:
+    file = importlib.import_module(lesson.module).__file__
+    tree = ast.parse(Path(file).read_text())
+    named = [
+        n.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.keyword)
+        if n.arg == "pitfall"
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List):  # of pitfalls and the results they lead to
+            pairs = [p for p in node.elts if isinstance(p, ast.Tuple)]
+            named += [pair.elts[0] for pair in pairs]
+        if isinstance(node, ast.FunctionDef) and node.name in {"_pitfall", "_why"}:
+            named += [n.value for n in ast.walk(node) if isinstance(n, ast.Return)]
+    texts = {n.value for part in named for n in _results(part)}
+    assert texts <= {*lesson.pitfalls, ""}
+
+
+def _results(node: ast.expr) -> list[ast.Constant]:
+    """The texts that an expression may be."""
+    if isinstance(node, ast.IfExp):
+        return _results(node.body) + _results(node.orelse)
+    return [node] if isinstance(node, ast.Constant) else []
 
 
 def test_the_problems_are_numbered_from_one_to_twenty() -> None:

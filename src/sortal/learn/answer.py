@@ -61,7 +61,7 @@ class Answer:
     Attributes:
       tree: the syntax tree.
       module: the module that the code made.
-      nnx: the library that it imported as ``nnx``: Sortal, or Flax NNX.
+      nnx: the library that it uses, by preference under this name: Sortal or Flax NNX.
 
     Raises:
       Wrong: it cannot be compiled, or raises an exception when it is executed.
@@ -79,9 +79,11 @@ class Answer:
             exec(compile(self.tree, filename, "exec"), vars(self.module))  # noqa: S102 - the learner's own file
         except (Exception, SystemExit) as e:
             raise self.raised(e, "when it was imported") from e
-        given = vars(self.module).values()
+        names = vars(self.module)
+        given = [names.get("nnx"), *names.values()]
         known = [sys.modules[name] for name in _LIBRARIES if name in sys.modules]
-        self.nnx: Any = next((m for m in known if any(m is v for v in given)), sortal)
+        found = (value for value in given if any(value is m for m in known))
+        self.nnx: Any = next(found, sortal)
 
     def raised(self, error: BaseException, case: str = "", pitfall: str = "") -> Wrong:
         """What to say of an exception: the message, and the learner's own lines."""

@@ -132,7 +132,8 @@ def _why(ended: int | None, seconds: float) -> str:
     if ended < 0:
         name = signal.Signals(-ended).name
         return (
-            f"The process was ended by {name}; more memory than it may take does that."
+            f"The process was ended by {name} before the answer was judged. More memory "
+            "than it may take can do that."
         )
     return f"The process ended, with exit code {ended}, before the answer was judged."
 
