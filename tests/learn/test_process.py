@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sortal
-from sortal.learn import Verdict, lessons
+from sortal.learn import Verdict, lessons, process
 from sortal.learn.process import Judged, judge_apart
 
 SOURCE = Path(sortal.__file__).parents[1]
@@ -57,6 +57,21 @@ def test_a_verdict_cannot_be_printed_and_an_early_end_is_none(tmp_path: Path) ->
     assert not verdict.right
     assert verdict.message.startswith("The process ended, with exit code 0, before")
     assert printed.endswith("''\n")  # there is nothing left of what the judge was told
+
+
+def test_a_process_that_was_ended_is_said_to_be() -> None:
+    assert process._why(-11, 1.0).startswith("The process was ended by SIGSEGV before")
+    assert process._why(3, 1.0).startswith(
+        "The process ended, with exit code 3, before"
+    )
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"nonce": "b"}', '{"nonce": "a"}'])
+def test_what_is_no_verdict_of_the_judge_is_none(tmp_path: Path, left: str) -> None:
+    file = tmp_path / "verdict"
+    file.write_text(left)
+    assert process._read(file, "a") is None
+    assert process._read(tmp_path / "nothing", "a") is None
 
 
 def test_code_without_an_end_is_stopped_with_what_it_started(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def _why(ended: int | None, seconds: float) -> str:
     if ended < 0:
         name = signal.Signals(-ended).name
         return (
-            f"The process was ended by {name} before the answer was judged. More memory "
-            "than it may take can do that."
+            f"The process was ended by {name} before the answer was judged. Taking "
+            "more memory than it may can do that."
         )
     return f"The process ended, with exit code {ended}, before the answer was judged."
 
