@@ -67,6 +67,14 @@ MISTAKES: dict[str, list[tuple]] = {
             ("BatchStat(nnx.Variable)", "BatchStat(nnx.Param)"),
         ),
         (
+            "`BatchStat` derived from `Param`",
+            ("BatchStat(nnx.Variable)", "BatchStat(nnx.Param)"),
+            (
+                "    states",
+                "    nnx.split(model, nnx.Param, BatchStat, ...)\n    states",
+            ),
+        ),
+        (
             "the built-in `BatchStat` instead of your own",
             ("nnx.state(model, BatchStat)", "nnx.state(model, nnx.BatchStat)"),
         ),

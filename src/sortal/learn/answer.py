@@ -78,7 +78,7 @@ class Answer:
             self.tree = ast.parse(source, filename)
             exec(compile(self.tree, filename, "exec"), vars(self.module))  # noqa: S102 - the learner's own file
         except (Exception, SystemExit) as e:
-            raise self.raised(e, "when it was imported") from e
+            raise self.raised(e) from e
         names = vars(self.module)
         given = [names.get("nnx"), *names.values()]
         known = [sys.modules[name] for name in _LIBRARIES if name in sys.modules]
