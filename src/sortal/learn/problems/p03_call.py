@@ -27,13 +27,14 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     missing = PATHS - set(arrays)
     if missing:
         # Called, so that a model which cannot be called says so first.
-        answer.run(case, model, x)
+        found = answer.run(case, model, x)
+        made = found is not None and not arrays
         raise Wrong(
             "The model does not hold the Params of the two layers.",
             case=case,
             expected=", ".join(sorted(PATHS)),
             found=", ".join(arrays) or "no state",
-            pitfall="layers made in the call" if not arrays else "",
+            pitfall="layers made in the call" if made else "",
         )
     # Biases begin at 0, which would hide a mistake; outputs are to have both signs.
     bias = rng.normal(size=sizes[1]).astype(np.float32)

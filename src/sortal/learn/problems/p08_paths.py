@@ -42,6 +42,8 @@ def _pitfall(
     paths: set[str], right: set[str], below: set[str], params: set[str]
 ) -> str:
     more, less = paths - right, right - paths
+    if not paths:
+        return ""
     if any(path not in below for path in more):
         return "found anywhere in the path"
     if any(not path.endswith(".kernel") for path in more):

@@ -31,7 +31,9 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             "The model has no LoRAParam.",
             case=case,
             found=", ".join(values(model)),
-            pitfall="the adapter is not in the model",
+            pitfall="the adapter is not in the model"
+            if "LoRA" in answer.called()
+            else "",
         )
     frozen = {path: a for path, a in values(model).items() if path not in factors}
     if len(frozen) < len(before):

@@ -28,7 +28,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         directory = str(Path(folder, "checkpoint"))
         answer.run(case, answer.get("save_params"), model, directory)
-        _saved(directory, set(params), case)
+        _saved(answer, directory, set(params), case)
         load = answer.get("load_params")
         answer.run(case, load, other, directory, pitfalls=MORE)
     mistakes = [("nothing was restored", mine)]
@@ -37,13 +37,12 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     )
 
 
-def _saved(directory: str, params: set[str], case: str) -> None:
+def _saved(answer: Answer, directory: str, params: set[str], case: str) -> None:
     try:
         state = sortal.load_state(directory)
     except (NoCheckpointError, OSError) as e:
-        raise Wrong(
-            "There is no checkpoint.", case=case, pitfall="nothing was saved"
-        ) from e
+        pitfall = "nothing was saved" if answer.called() else ""
+        raise Wrong("There is no checkpoint.", case=case, pitfall=pitfall) from e
     saved = {".".join(map(str, path)) for path in state.paths()}
     if saved != params:
         raise Wrong(
