@@ -119,6 +119,11 @@ def test_a_difference_names_the_first_pitfall_with_that_result() -> None:
     assert (wrong.expected, wrong.found) == ("1.0", "3.0")
 
 
+def test_a_function_without_a_result_is_said_to_be() -> None:
+    with pytest.raises(Wrong, match=r"^Nothing was returned\.$"):
+        expect(None, 1.0, "case", what="It differs.")
+
+
 def test_of_dicts_that_differ_the_parts_that_differ_are_shown() -> None:
     with pytest.raises(Wrong) as caught:
         expect({"a": 1.0, "b": 3.0}, {"a": 1.0, "b": 2.0}, "case")

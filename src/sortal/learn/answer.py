@@ -245,7 +245,7 @@ def expect(
             found = {key: found[key] for key in found if key in differ}
             expected = {key: expected[key] for key in expected if key in differ}
     raise Wrong(
-        what,
+        "Nothing was returned." if found is None else what,
         case=case,
         expected=shown(expected),
         found=shown(found),
