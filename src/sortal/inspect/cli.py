@@ -16,6 +16,7 @@ _PROGRAMS = {
     "demo": "sortal.demo.digits",
     "generate": "sortal.demo.generate",
     "show": "sortal.inspect.html.command",
+    "learn": "sortal.learn.cli",
 }
 
 
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", "learn handwritten digits in under a minute"),
         ("generate", "continue a text with SmolLM2-135M"),
         ("show", "write a page that shows a model or a file by kind"),
+        ("learn", "learn Sortal in twenty problems"),
     ):
         commands.add_parser(
             name,
