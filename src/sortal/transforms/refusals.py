@@ -66,7 +66,7 @@ def refuse_arguments(
         hashable; all are listed.
     """
     unhashable, bad, settings = [], [], []
-    for key, name, x in _named_arguments(fn, bound):
+    for key, name, x in named_arguments(fn, bound):
         if key in static:
             if not is_hashable(x):
                 unhashable.append(f"{name}: {describe(x)}")
@@ -106,7 +106,7 @@ def refuse_devices(
       ShardingError: arrays are bound to several sets of devices; all are listed.
     """
     at: dict[Any, list[str]] = {}
-    for key, name, x in _named_arguments(fn, bound):
+    for key, name, x in named_arguments(fn, bound):
         if key in static:
             continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(x):
@@ -132,7 +132,7 @@ def refuse_devices(
     ) from cause
 
 
-def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
+def named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
     """Each argument with its position or keyword, and its name in the signature."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
