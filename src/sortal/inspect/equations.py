@@ -8,25 +8,25 @@ a constant or an input, as in a mask. Of several culprits the one that ran first
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from sortal._engine.jax_compat import scan_layout
 from sortal._engine.paths import Path
+from sortal.inspect.scopes import libraries, line_of
 
 _CALLS = frozenset(
     "jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call "
     "custom_vjp_call custom_vjp_call_jaxpr".split()
 )
-_LOOPS = frozenset(["scan", "while"])
 # Of these an output element depends on the input elements in its place alone.
 _ELEMENTWISE = frozenset(
     "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp "
@@ -37,11 +37,9 @@ _ELEMENTWISE = frozenset(
 )
 # Of these the output holds elements of the first input and no others.
 _MOVES = frozenset(
-    "broadcast_in_dim convert_element_type copy dynamic_slice gather optimization_barrier "
-    "pbroadcast pvary reduce_precision reshape rev sharding_constraint slice squeeze "
-    "transpose".split()
+    "broadcast_in_dim convert_element_type copy dynamic_slice gather pbroadcast pvary "
+    "reduce_precision reshape rev sharding_constraint slice squeeze transpose".split()
 )
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "equinox")
 
 
 class Leaf(NamedTuple):
@@ -74,18 +72,27 @@ class Line(NamedTuple):
     function: str
 
 
+class Where(NamedTuple):
+    """What is around the equations of a nested program."""
+
+    names: str = ""
+    line: Line | None = None
+    iterations: tuple[int, ...] = ()
+    backward: bool = False
+
+
+_OUTSIDE = Where()
+
+
 @dataclass(eq=False, slots=True)
 class Culprit:
     """Where NaN or infinity arose: an equation, a constant or an input."""
 
     order: int
     operation: str
-    names: str = ""
-    line: Line | None = None
-    backward: bool = False
-    iterations: tuple[int, ...] = ()
+    output: Operand
     inputs: tuple[Operand, ...] = ()
-    output: Operand | None = None
+    where: Where = _OUTSIDE
 
 
 @dataclass(eq=False, slots=True)
@@ -107,18 +114,6 @@ class Value:
     def bad(self) -> bool:
         """Whether an element is NaN or infinite."""
         return self.nan or self.inf
-
-
-class Where(NamedTuple):
-    """What is around the equations of a nested program."""
-
-    names: str = ""
-    line: Line | None = None
-    iterations: tuple[int, ...] = ()
-    backward: bool = False
-
-
-_OUTSIDE = Where()
 
 
 class _Reads(NamedTuple):
@@ -148,7 +143,7 @@ def input_value(array: Any, leaf: Leaf | None, order: int) -> Value:
     value = Value(array, *_flags(array), leaf=leaf)
     if value.bad:
         told = describe(array, leaf)
-        found = Culprit(order, "input" if leaf else "closed over", output=told)
+        found = Culprit(order, "input" if leaf else "closed over", told)
         value.culprit, value.meant = (found, None) if value.nan else (None, found)
     return value
 
@@ -163,7 +158,7 @@ def describe(array: Any, leaf: Leaf | None = None) -> Operand:
     """Form and extremes of an array."""
     dtype, shape = _dtype(array), np.shape(array)
     form = (str(dtype), tuple(shape))
-    if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         return Operand(*form, None, None, 0, 0, 0, None, leaf)
     host = np.asarray(array)
     finite, nan = np.isfinite(host), np.isnan(host)
@@ -187,7 +182,13 @@ class Evaluation:
     def __init__(self) -> None:
         self._count = itertools.count()
         self._known_reads: dict[Any, tuple[Any, _Reads]] = {}
-        self._libraries = _folders()
+        self._libraries = libraries()
+        self._bind = _bind
+        self._stepwise: dict[str, Callable[..., list[Value]]] = {
+            "scan": self._scan,
+            "while": self._while,
+            "shard_map": self._shard_map,
+        }
 
     def run(
         self,
@@ -227,7 +228,8 @@ class Evaluation:
                 if v in reads.last and v not in reads.forward
             )
             outputs = self._evaluate(equation, inputs, here, only)
-            known.update(zip(equation.outvars, outputs, strict=True))
+            pairs = zip(equation.outvars, outputs, strict=True)
+            known.update((v, x) for v, x in pairs if v in reads.last)
         return [_read(v, known) for v in jaxpr.outvars]
 
     def _reads(self, jaxpr: Any, where: Where, behind: frozenset[int]) -> _Reads:
@@ -240,7 +242,10 @@ class Evaluation:
 
     def _within(self, equation: Any, where: Where) -> Where:
         info = equation.source_info
-        names = "/".join(filter(None, [where.names, str(info.name_stack)]))
+        own = str(info.name_stack)
+        names = "/".join(filter(None, [where.names, own]))
+        if (told := line_of(own)) is not None:
+            return where._replace(names=names, line=Line(*told))
         line = where.line
         for frame in info.traceback.frames if info.traceback else ():
             if not frame.file_name.startswith(self._libraries):
@@ -253,32 +258,29 @@ class Evaluation:
     ) -> list[Value]:
         name, params = equation.primitive.name, equation.params
         if name in _CALLS:
-            parts = (params.get(k) for k in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
-            return self.run(next(filter(None, parts)), inputs, where, only)
-        if name == "cond":
+            return self.run(_inside(equation), inputs, where, only)
+        if name == "cond" and self._stepwise:
             branches = params["branches"]
             chosen = min(max(int(inputs[0].array), 0), len(branches) - 1)
             return self.run(branches[chosen], inputs[1:], where, only)
         outputs = self._compute(equation, inputs, where)
-        if name in _LOOPS and any(x.bad for x in outputs):
-            # The same once more by single steps; what they do not show is the loop's.
-            steps = self._scan if name == "scan" else self._while
+        steps = self._stepwise.get(name)
+        if steps is not None and any(x.bad for x in outputs):
+            # The same once more by single steps; what they do not show is the whole's.
             found = steps(equation, inputs, where, only)
             for whole, stepped in zip(outputs, found, strict=True):
                 if whole.bad and stepped.bad:
                     whole.culprit, whole.meant = stepped.culprit, stepped.meant
         return outputs
 
-    def _compute(
-        self, equation: Any, inputs: list[Value], where: Where
-    ) -> list[Value]:
+    def _compute(self, equation: Any, inputs: list[Value], where: Where) -> list[Value]:
         if not equation.outvars:
             return []  # such as jax.debug.print, which has printed already
         order = next(self._count)
         moved = equation.primitive.name in _MOVES and inputs
         leaf = inputs[0].leaf if moved else None
         outputs = []
-        for array in _bind(equation, [x.array for x in inputs]):
+        for array in self._bind(equation, [x.array for x in inputs]):
             value = Value(array, *_flags(array), leaf=leaf)
             if value.bad:
                 self._blame(value, equation, inputs, where, order)
@@ -298,16 +300,8 @@ class Evaluation:
         fresh = (value.nan and not nans) or not causes
         if fresh or value.meant is None:
             told = [describe(x.array, x.leaf) for x in inputs if _is_inexact(x.array)]
-            found = Culprit(
-                order,
-                equation.primitive.name if fresh else "constant",
-                where.names,
-                where.line,
-                where.backward,
-                where.iterations,
-                tuple(told),
-                describe(value.array),
-            )
+            name = equation.primitive.name if fresh else "constant"
+            found = Culprit(order, name, describe(value.array), tuple(told), where)
             if fresh or nans:
                 value.culprit = found
             else:
@@ -321,7 +315,9 @@ class Evaluation:
         stacked = inputs[consts + carried :]
         length = equation.params["length"]
         steps: list[list[Value]] = [[] for _ in range(length)]
-        for i in reversed(range(length)) if equation.params["reverse"] else range(length):
+        for i in (
+            reversed(range(length)) if equation.params["reverse"] else range(length)
+        ):
             given = [*fixed, *carry, *(_part(x, i) for x in stacked)]
             here = where._replace(iterations=(*where.iterations, i))
             out = self.run(equation.params["jaxpr"], given, here, only)
@@ -341,6 +337,65 @@ class Evaluation:
                 return carry
             carry = self.run(params["body_jaxpr"], [*fixed, *carry], here, only)
         raise AssertionError
+
+    def _shard_map(
+        self, equation: Any, inputs: list[Value], where: Where, only: frozenset[int]
+    ) -> list[Value]:
+        """Computes every value on every device, and then looks at all of them."""
+        params = equation.params
+        axes = params.get("newly_manual_axes", params.get("manual_axes"))
+
+        def everything(*arrays: Any) -> Any:
+            made: list[list[Any]] = []
+            _traced(params["jaxpr"], arrays, made)
+            return jax.tree.map(lambda x: x[None], (arrays, made))
+
+        arrays, made = jax.jit(
+            jax.shard_map(
+                everything,
+                mesh=params["mesh"],
+                in_specs=tuple(params["in_specs"]),
+                out_specs=PartitionSpec(tuple(axes)),
+                axis_names=set(axes),
+                check_vma=params["check_vma"],
+            )
+        )(*(x.array for x in inputs))
+        ready = iter(made)
+        replay = Evaluation()
+        replay._count, replay._stepwise = self._count, {}
+        replay._bind = lambda equation, arrays: next(ready)
+        given = [
+            dataclasses.replace(x, array=array)
+            for x, array in zip(inputs, arrays, strict=True)
+        ]
+        return replay.run(params["jaxpr"], given, where, only)
+
+
+def _traced(program: Any, given: Sequence[Any], made: list[Any]) -> Any:
+    """Computes a jaxpr inside a trace, and notes what each equation made."""
+    jaxpr = getattr(program, "jaxpr", program)
+    known = dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True))
+    known.update(zip(jaxpr.invars, given, strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if _is_literal(v) else known[v]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(v) for v in equation.invars]
+        if equation.primitive.name in _CALLS:
+            outputs = _traced(_inside(equation), inputs, made)
+        elif equation.outvars:
+            outputs = _bind(equation, inputs)
+            made.append(outputs)
+        else:
+            outputs = []
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _inside(equation: Any) -> Any:
+    parts = map(equation.params.get, ("jaxpr", "call_jaxpr", "fun_jaxpr"))
+    return next(filter(None, parts))
 
 
 def _reads_of(
@@ -430,10 +485,3 @@ def _joined(parts: Sequence[Value]) -> Value:
         earliest(x.culprit for x in bad),
         earliest(x.meant for x in bad),
     )
-
-
-def _folders() -> tuple[str, ...]:
-    """Where code is that is no user's."""
-    files = [getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES]
-    ours = str(File(__file__).parents[1])
-    return (ours, "<frozen", *(str(File(f).parent) for f in files if f))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import linecache
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -89,21 +91,23 @@ class NonFinite:
     __repr__ = __str__
 
     def _head(self) -> str:
-        out = self.output
+        out, given = self.output, self.operation in ("input", "closed over")
         what = "NaN" if out.nans else "infinity"
-        at = "" if not out.shape else f", first at {list(out.first or ())}"
-        made = {"input": "holds", "closed over": "holds"}.get(self.operation, "made")
-        before = "" if made == "holds" or any(x.nans for x in self.inputs) else (
-            " from infinity" if any(x.infinities for x in self.inputs) else
-            " from finite inputs"
-        )
-        count = f" ({out.nans + out.infinities} elements{at})" if out.shape else ""
-        return f"{self.operation} {made} {what}{before}{count}"
+        before = ""
+        if not given and not any(x.nans for x in self.inputs):
+            infinite = any(x.infinities for x in self.inputs)
+            before = " from infinity" if infinite else " from finite inputs"
+        text = f"{self.operation} {'holds' if given else 'made'} {what}{before}"
+        if not out.shape:
+            return text
+        count = f"{out.nans + out.infinities} of {math.prod(out.shape)} elements"
+        return f"{text} ({count}, first at {list(out.first or ())})"
 
     def _where(self) -> str:
         name = _name(self.argument, self.path)
-        kind = f" ({self.module})" if self.module else ""
-        return f"{name}{kind}, {self.phase}" if name or kind else self.phase
+        place = f"{name} ({self.module})" if self.module else name
+        phase = "" if self.operation == "input" else self.phase
+        return ", ".join(filter(None, [place.strip(), phase]))
 
 
 def _name(argument: str, path: Path) -> str:
@@ -116,7 +120,9 @@ def _name(argument: str, path: Path) -> str:
 def _told(x: Operand) -> str:
     text = f"{x.dtype}[{','.join(map(str, x.shape))}]"
     if x.low is not None:
-        text += f" = {x.low:.6g}" if x.low == x.high else f" in [{x.low:.6g}, {x.high:.6g}]"
+        text += (
+            f" = {x.low:.6g}" if x.low == x.high else f" in [{x.low:.6g}, {x.high:.6g}]"
+        )
     counts = (("zero", x.zeros), ("NaN", x.nans), ("infinite", x.infinities))
     text += "".join(f", {n} {name}" for name, n in counts if n and x.shape)
     if x.leaf is not None:
@@ -130,16 +136,16 @@ def find_nan(step: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
     Looked for is what a result follows from: an array that the step returns, or writes
     to its arguments, with NaN or infinity in it. Going back from there through what is
-    not finite, the culprit is an operation that made infinity from finite inputs, or NaN
-    from inputs without NaN; the earliest, if there are several. A constant or an input
-    that is infinite, such as ``-inf`` in a mask, is to blame only where no operation is,
-    and what is not finite on the way to finite results never is.
+    not finite, the culprit is an operation that made infinity from finite inputs, or
+    NaN from inputs without NaN; the earliest, if there are several. A constant or input
+    that is infinite, such as ``-inf`` in a mask, is to blame only where no operation
+    is, and what is not finite on the way to finite results never is.
 
-    The models, optimizers and buffers of the arguments stay as they are. Each operation
-    runs by itself, as under ``jax.disable_jit``, so that a compiled step, which may keep
-    more digits of float16 and bfloat16 between operations, may overflow later. ``jit``,
-    ``grad``, ``vmap``, ``remat``, loops and branches are looked into, on models of Flax
-    as well.
+    Models, optimizers and buffers among the arguments stay as they are. Each operation
+    runs by itself, as under ``jax.disable_jit``; a compiled step may keep more digits
+    of float16 and bfloat16 between operations, and then overflows later. ``jit``,
+    ``grad``, ``vmap``, ``remat``, ``shard_map``, loops and branches are looked into, on
+    models of Flax as well.
 
     Args:
       step: a function of models, optimizers and arrays, compiled or not. What it prints
@@ -196,9 +202,11 @@ class _Search:
 
     def __init__(self, fn: Any, static: Any, bound: BoundArguments):
         self._fn, self._static = fn, static
-        try:
+        self._jaxpr: Any = None
+        with contextlib.suppress(Exception):
             self._trace(self._copied(bound, marked=True))
-        except Exception:  # a program may compare structures, where a mark would show
+        # A program may compare structures, which marks make different.
+        if self._jaxpr is None:
             self._trace(self._copied(bound, marked=False))
 
     def found(self) -> NonFinite | None:
@@ -228,7 +236,9 @@ class _Search:
             return replace_flat_modules(x, lambda c: copies[c.definition.number])
 
         args = [x if i in self._static else copied(x) for i, x in enumerate(bound.args)]
-        named = {k: x if k in self._static else copied(x) for k, x in bound.kwargs.items()}
+        named = {
+            k: x if k in self._static else copied(x) for k, x in bound.kwargs.items()
+        }
         return BoundArguments(args, named, self._static)
 
     def _trace(self, bound: BoundArguments) -> None:
@@ -246,9 +256,9 @@ class _Search:
 
         with labelled():
             made = jax.make_jaxpr(traced, return_shape=True)(args, kwargs)
-        self._jaxpr, shape = made
         self._inputs = self._leaves(bound)
-        self._results = self._result_names(bound, shape)
+        self._results = self._result_names(bound, made[1])
+        self._jaxpr = made[0]
 
     def _leaves(self, bound: BoundArguments) -> list[tuple[Leaf, Any]]:
         """What the program takes, with what it is called, in JAX's order."""
@@ -259,7 +269,9 @@ class _Search:
                 continue
             kinds = x.definition.graphdef.schema.kinds
             numbers = x.definition.leaves
-            for path, k, value in zip(x.definition.paths, numbers, x.values, strict=True):
+            for path, k, value in zip(
+                x.definition.paths, numbers, x.values, strict=True
+            ):
                 leaf = Leaf(name, path, kind_name(kinds[k]))
                 found += [(leaf, part) for part in jax.tree.leaves(value)]
         return found
@@ -276,9 +288,9 @@ class _Search:
         return names + ["a new leaf"] * len(jax.tree.leaves(shape.fresh))
 
     def _report(self, culprit: Culprit, results: tuple[str, ...]) -> NonFinite:
-        told, line = culprit.output, culprit.line
-        assert told is not None
-        place = place_of(culprit.names) or Place("", (), "")
+        told, where = culprit.output, culprit.where
+        line, back = where.line, where.backward
+        place = place_of(where.names) or Place("", (), "")
         if culprit.operation == "input" and told.leaf is not None:
             place = Place(told.leaf.argument, told.leaf.path, "")
         read = [x.leaf for x in (*culprit.inputs, told) if x.leaf is not None]
@@ -294,13 +306,13 @@ class _Search:
             kinds=tuple(dict.fromkeys(x.kind for x in read if x.kind)),
             line="" if line is None else f"{File(line.file).name}:{line.number}",
             code=text,
-            phase="backward" if culprit.backward else "forward",
-            iterations=culprit.iterations,
-            replicas=tuple(_replica(told, n) for n in sizes_of(culprit.names)),
+            phase="backward" if back else "forward",
+            iterations=where.iterations,
+            replicas=tuple(_replica(told, n) for n in sizes_of(where.names)),
             inputs=culprit.inputs,
             output=told,
             results=results,
-            remedy=remedy(culprit.operation, culprit.inputs, told, culprit.backward),
+            remedy=remedy(culprit.operation, culprit.inputs, told, back),
         )
 
 

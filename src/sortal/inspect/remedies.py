@@ -15,7 +15,9 @@ _ROOT = "a root has no derivative at 0: add a small number under the root, or ch
 _ROOT += "the argument first, jnp.sqrt(jnp.where(x > 0, x, 1)), and the result after."
 _ZERO = "division by zero: add a small number below the line, or put 1 there with "
 _ZERO += "jnp.where before dividing and choose the result after."
-_LEAVES = "arrays that are handed to the step are not finite already: look at the data, "
+_LEAVES = (
+    "arrays that are handed to the step are not finite already: look at the data, "
+)
 _LEAVES += "or at the step that wrote them."
 _MASKED = "infinity minus infinity: a row that is masked everywhere has no softmax; "
 _MASKED += "let each row attend to something, or take jnp.finfo(dtype).min for -inf."
@@ -26,6 +28,7 @@ _DOMAINS = {
     "atanh": "arguments that are not between -1 and 1: clip them.",
     "lgamma": "a pole: arguments must be positive.",
     "digamma": "a pole: arguments must be positive.",
+    "cholesky": "the matrix is not positive definite: add a small multiple of jnp.eye.",
     "erf_inv": "arguments that are not between -1 and 1: clip them.",
 }
 

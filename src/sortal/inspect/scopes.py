@@ -1,7 +1,7 @@
 """Names in a traced program: which module each equation belongs to, and which vmap.
 
-While ``labelled`` is in force, the thread that traces tells JAX, by ``jax.named_scope``,
-of each method of a model's objects as it is called. Nothing else of the thread's
+While ``labelled`` is in force, the thread that traces tells JAX of each method of a
+model's objects as it is called, by ``jax.named_scope``. Nothing else of the thread's
 program, and no other thread, is changed.
 """
 
@@ -29,6 +29,10 @@ _PLACE = "_labelled_at"
 _JAX = str(File(jax.__file__).parent)
 _LABEL = re.compile(r"sortal_module~([\w.~%-]+)")
 _MAPPED = re.compile(r"sortal_vmap~(\d+)")
+_CALLED = re.compile(r"sortal_line~([\w.~%-]+)")
+
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "equinox")
 
 
 class Place(NamedTuple):
@@ -61,7 +65,9 @@ def labelled() -> Iterator[None]:
     if sys.getprofile() is not None:
         yield
         return
-    scopes = _Scopes()
+    from jax.extend.source_info_util import current_name_stack  # which loads kernels
+
+    scopes = _Scopes(current_name_stack)
     sys.setprofile(scopes.see)
     try:
         yield
@@ -81,27 +87,47 @@ def sizes_of(names: str) -> list[int]:
     return [int(size) for size in _MAPPED.findall(names)]
 
 
-def plain(names: str) -> str:
-    """The names of an equation without those that were given here."""
-    return _MAPPED.sub("", _LABEL.sub("", names))
+def libraries() -> tuple[str, ...]:
+    """The beginnings of file names that are no user's."""
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES]
+    ours = str(File(__file__).parents[1])
+    return (ours, "<frozen", *(str(File(f).parent) for f in files if f))
+
+
+def line_of(names: str) -> tuple[str, int, str] | None:
+    """File, line and function, where Python ran in the backward pass."""
+    found = _CALLED.findall(names)
+    return ast.literal_eval(unquote(found[-1])) if found else None
 
 
 class _Scopes:
-    """The objects and vmaps that the frames of one thread are in."""
+    """The objects, vmaps and backward functions that the frames of a thread are in."""
 
-    def __init__(self) -> None:
+    def __init__(self, current_names: Any) -> None:
+        self._names = current_names
         self._open: list[tuple[Any, Any, Any, list[int]]] = []
         self._first: dict[Any, str | None] = {}
+        self._backward: list[Any] = []
+        self._libraries = libraries()
 
     def see(self, frame: Any, event: str, _: Any) -> None:
         """The profile function: Python calls it at each call and return."""
         if event == "return":
             while self._open and self._open[-1][0] is frame:
                 self._open.pop()[1].__exit__(None, None, None)
-        elif event == "call" and (first := self._watched(frame.f_code)) is not None:
+            if self._backward and self._backward[-1] is frame:
+                self._backward.pop()
+        elif event == "call":
+            if self._backward and frame.f_back is self._backward[-1]:
+                self._see_line(frame)
+            first = self._watched(frame.f_code)
+            if first is None:
+                return
             self._see_vmap(frame)
             if first:
                 self._see_object(frame, frame.f_locals.get(first))
+            if "transpose(" in str(self._names()):
+                self._see_backward(frame)
 
     def leave_all(self) -> None:
         """Closes what an exception has left open."""
@@ -117,6 +143,18 @@ class _Scopes:
             own = code.co_varnames[0] if code.co_argcount and public and method else ""
             self._first[code] = None if code.co_filename.startswith(_JAX) else own
         return self._first[code]
+
+    def _see_backward(self, frame: Any) -> None:
+        """A backward function; JAX would tell the line of the call forward."""
+        if not frame.f_code.co_filename.startswith(self._libraries):
+            self._backward.append(frame)
+
+    def _see_line(self, frame: Any) -> None:
+        caller = frame.f_back
+        code = caller.f_code
+        told = repr((code.co_filename, caller.f_lineno, code.co_name))
+        sizes = self._open[-1][3] if self._open else []
+        self._enter(frame, f"sortal_line~{quote(told, safe='')}", None, sizes)
 
     def _see_vmap(self, frame: Any) -> None:
         now = mapped_sizes()
