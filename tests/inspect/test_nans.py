@@ -31,7 +31,7 @@ from blocks import (
     linear,
     train,
 )
-from sortal.errors import ArgumentError, StaleBufferError, TraceError
+from sortal.errors import ArgumentError, StaleBufferError, TraceError, UnsupportedError
 
 
 @dataclass
@@ -705,9 +705,10 @@ class FlaxModel(flax_nnx.Module):
 class FlaxOp(flax_nnx.Module):
     def __init__(self, fn: Any):
         self.fn = fn
+        self.scale = flax_nnx.Param(jnp.array(1.0))
 
     def __call__(self, x: Any) -> Any:
-        return self.fn(x)
+        return self.fn(x * self.scale[...])
 
 
 @planted("log", path=("head",), more={"module": "FlaxOp"})
@@ -733,6 +734,28 @@ def in_a_step_of_flax() -> Any:
         return loss
 
     return step, (model, optimizer, X)
+
+
+@planted("sqrt", path=("blocks",), more={"module": "FlaxOp", "iterations": (1,)})
+def in_scanned_layers_of_flax() -> Any:
+    def block(x: Any) -> Any:
+        return jnp.sqrt(x - 2)  # in_scanned_layers_of_flax
+
+    class Deep(flax_nnx.Module):
+        def __init__(self) -> None:
+            self.blocks = flax_nnx.vmap(lambda _: FlaxOp(block))(jnp.arange(3))
+
+        def __call__(self, x: Any) -> Any:
+            axes = (0, flax_nnx.Carry)
+            layers = flax_nnx.remat(lambda block, x: block(x))
+            return flax_nnx.scan(layers, in_axes=axes, out_axes=flax_nnx.Carry)(
+                self.blocks, x
+            )
+
+    def step(model: Any, x: Any) -> Any:
+        return flax_nnx.value_and_grad(lambda model: model(x).sum())(model)
+
+    return flax_nnx.jit(step), (Deep(), X + 2)
 
 
 @planted("rsqrt", path=("norm",), more={"module": "LayerNorm"})
@@ -821,6 +844,21 @@ def test_a_step_that_writes_to_what_it_was_not_given_is_refused() -> None:
         return x
 
     with pytest.raises(TraceError):
+        nnx.find_nan(step)(X)
+
+
+def test_a_search_inside_of_a_transform_is_refused() -> None:
+    with pytest.raises(TraceError, match="outside of them"):
+        jax.jit(nnx.find_nan(lambda x: x))(X)
+
+
+def test_what_is_written_to_a_ref_is_not_followed() -> None:
+    def step(x: Any) -> Any:
+        ref = jax.new_ref(x)
+        ref[...] = jnp.log(ref[...])
+        return ref[...]
+
+    with pytest.raises(UnsupportedError, match=r"jax\.Ref"):
         nnx.find_nan(step)(X)
 
 

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from sortal._engine.jax_compat import scan_layout
 from sortal._engine.paths import Path
+from sortal.errors import UnsupportedError
 from sortal.inspect.scopes import libraries, line_of
 
 _CALLS = frozenset(
@@ -140,6 +141,8 @@ def input_value(array: Any, leaf: Leaf | None, order: int) -> Value:
     Returns:
       The Value.
     """
+    if not isinstance(array, (jax.Array, jax.Ref)):
+        array = jnp.asarray(array)
     value = Value(array, *_flags(array), leaf=leaf)
     if value.bad:
         told = describe(array, leaf)
@@ -452,6 +455,11 @@ def _dtype(array: Any) -> Any:
 
 def _flags(array: Any) -> tuple[bool, bool]:
     """Whether there is NaN, and whether there is infinity, in an array."""
+    if isinstance(array, jax.Ref):
+        raise UnsupportedError(
+            "find_nan does not follow what is written to a jax.Ref. Pass the values "
+            "that it holds, and return the new ones."
+        )
     if not _is_inexact(array):
         return False, False
     host = np.asarray(array)

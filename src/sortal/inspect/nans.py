@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.tree_util as jtu
+from jax.core import Tracer
 
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import kind_name
+from sortal.errors import TraceError
 from sortal.functional import merge, split
 from sortal.inspect.equations import (
     Culprit,
@@ -156,7 +158,9 @@ def find_nan(step: Callable[..., Any]) -> Callable[..., NonFinite | None]:
       where every result is finite.
 
     Raises:
-      TraceError: at a call: the step writes to a live object that was not passed to it.
+      TraceError: at a call: the step writes to a live object that was not passed to
+        it; or find_nan is called inside of a transform.
+      UnsupportedError: at a call: the step uses a ``jax.Ref``.
       StaleBufferError: at a call: a leaf holds a buffer that was donated before.
 
     Example:
@@ -177,6 +181,13 @@ def find_nan(step: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     def search(*args: Any, **kwargs: Any) -> NonFinite | None:
         kwargs = dict(sorted(kwargs.items()))  # as JAX orders them
         bound = BoundArguments((*first, *args), kwargs, static)
+        if any(
+            isinstance(x, Tracer) for x in jax.tree.leaves((bound.args, bound.kwargs))
+        ):
+            raise TraceError(
+                "find_nan looks at values, which there are none of inside of jit and "
+                "other transforms: call find_nan(step)(...) outside of them."
+            )
         try:
             return _Search(fn, static, bound).found()
         except (RuntimeError, TypeError, ValueError) as e:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from sortal.inspect.equations import Operand
@@ -21,6 +19,12 @@ _LEAVES = (
 _LEAVES += "or at the step that wrote them."
 _MASKED = "infinity minus infinity: a row that is masked everywhere has no softmax; "
 _MASKED += "let each row attend to something, or take jnp.finfo(dtype).min for -inf."
+_SINGULAR = "the matrix has no inverse: add a small multiple of jnp.eye."
+_GROWING = frozenset(
+    "add add_any conv_general_dilated convert_element_type cumprod cumsum dot_general "
+    "integer_pow mul pow reduce_prod reduce_sum reduce_window_sum scatter-add "
+    "scatter_add square sub".split()
+)
 _DOMAINS = {
     "acos": "arguments beyond [-1, 1], often by rounding: clip them.",
     "asin": "arguments beyond [-1, 1], often by rounding: clip them.",
@@ -29,11 +33,15 @@ _DOMAINS = {
     "lgamma": "a pole: arguments must be positive.",
     "digamma": "a pole: arguments must be positive.",
     "cholesky": "the matrix is not positive definite: add a small multiple of jnp.eye.",
+    "custom_linear_solve": _SINGULAR,
+    "triangular_solve": _SINGULAR,
     "erf_inv": "arguments that are not between -1 and 1: clip them.",
 }
 
 
-def remedy(operation: str, inputs: tuple[Operand, ...], output: Any, back: bool) -> str:
+def remedy(
+    operation: str, inputs: tuple[Operand, ...], output: Operand, back: bool
+) -> str:
     """What to write instead, as far as operation and values tell; "" where they do not.
 
     Args:
@@ -54,9 +62,7 @@ def remedy(operation: str, inputs: tuple[Operand, ...], output: Any, back: bool)
     known = _of_operation(operation, inputs, back)
     if known:
         return known
-    if output is not None and output.infinities and output.dtype in _LOW | {"float32"}:
-        return _overflow(inputs, output)
-    return ""
+    return _overflow(inputs, output) if operation in _GROWING else ""
 
 
 def _of_operation(operation: str, inputs: tuple[Operand, ...], back: bool) -> str:
