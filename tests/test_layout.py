@@ -35,6 +35,7 @@ ORDER = (
     "sortal._engine.bounded",
     "sortal._engine.tables",
     "sortal._engine.paths",
+    "sortal._engine.stale",
     "sortal._engine.printing",
     "sortal._engine.statics",
     "sortal._engine.foreign",

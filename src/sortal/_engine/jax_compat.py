@@ -17,6 +17,7 @@ import numpy as np
 # No public function lets processes agree from another thread: those of
 # `multihost_utils` run a computation on all devices, which only the main thread may.
 from jax._src import distributed
+from jax._src.array import ArrayImpl as ArrayImpl
 from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
 from jax._src.interpreters.ad import JVPTrace, LinearizeTrace

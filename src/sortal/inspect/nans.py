@@ -191,7 +191,7 @@ def find_nan(step: Callable[..., Any]) -> Callable[..., NonFinite | None]:
         try:
             return _Search(fn, static, bound).found()
         except (RuntimeError, TypeError, ValueError) as e:
-            refuse_stale(bound, e)
+            refuse_stale(fn, bound, e)
             refuse_arguments(fn, bound, static, e)
             raise
 
