@@ -479,7 +479,7 @@ def is_root(x: Any) -> bool:
 
 
 def _holds_data(x: Any) -> bool:
-    """Whether a value is a Variable, array or object with any, or a container of one."""
+    """Whether a value is a Variable, an array or an object, or a container of such."""
     handler = handler_of(x)
     if handler is STATIC:
         return False
