@@ -333,13 +333,14 @@ class Evaluation:
         params = equation.params
         n, m = params["cond_nconsts"], params["body_nconsts"]
         asked, fixed, carry = inputs[:n], inputs[n : n + m], inputs[n + m :]
-        for i in itertools.count():
+        i = 0
+        while True:
             here = where._replace(iterations=(*where.iterations, i))
             (goes_on,) = self.run(params["cond_jaxpr"], [*asked, *carry], here)
             if not bool(goes_on.array):
                 return carry
             carry = self.run(params["body_jaxpr"], [*fixed, *carry], here, only)
-        raise AssertionError
+            i += 1
 
     def _shard_map(
         self, equation: Any, inputs: list[Value], where: Where, only: frozenset[int]
