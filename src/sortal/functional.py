@@ -16,7 +16,7 @@ from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
-from sortal._engine.stale import any_gone, is_gone, stale
+from sortal._engine.stale import any_gone, is_gone, refuse_leaves
 from sortal._engine.state import State, as_state, one_or_all, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
@@ -268,7 +268,7 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
     if any_gone(new):
         pairs = zip(match.found, new, strict=True)
         gone = [(i, x) for i, x in pairs if is_gone(x)]
-        raise stale([f"{schema.describe(i)}: {describe(x)}" for i, x in gone])
+        refuse_leaves([f"{schema.describe(i)}: {describe(x)}" for i, x in gone])
     if problems:
         raise UpdateError(
             f"the model was left as it was, because {len(problems)} of the given "

@@ -36,17 +36,19 @@ def any_gone(values: Sequence[Any]) -> bool:
         return any(map(is_gone, values))
 
 
-def stale(rows: Sequence[str]) -> StaleBufferError:
-    """The error that lists leaves whose buffers are gone."""
+def refuse_leaves(rows: Sequence[str], cause: Exception | None = None) -> None:
+    """Raises the error that lists leaves whose buffers are gone, if there are any."""
+    if not rows:
+        return
     donors = sorted(set(_donors.values()))[:5]
     known = f"Functions that donate: {', '.join(donors)}. " if donors else ""
     one = len(rows) == 1
     head = "1 leaf holds a buffer" if one else f"{len(rows)} leaves hold buffers"
-    return StaleBufferError(
+    raise StaleBufferError(
         f"{head} that {'was' if one else 'were'} donated to an earlier call:\n"
         f"{listing(rows)}\n{known}Use the objects that call updated, or make the copy "
         "that must survive with clone(model, arrays=True)."
-    )
+    ) from cause
 
 
 def refuse_gone(variables: Iterable[Any], cause: Exception | None = None) -> None:
@@ -65,5 +67,4 @@ def refuse_gone(variables: Iterable[Any], cause: Exception | None = None) -> Non
         where = f"{paths.show(path)} " if path else ""
         form = f"{x._value.dtype}[{','.join(map(str, x._value.shape))}]"
         rows.append(f"{where}({type(x).__name__}): {form}")
-    if rows:
-        raise stale(rows) from cause
+    refuse_leaves(rows, cause)

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from sortal._engine.paths import show
 from sortal._engine.schema import kind_name
-from sortal._engine.stale import is_gone, stale
+from sortal._engine.stale import is_gone, refuse_leaves
 from sortal._engine.state import State
 from sortal._engine.statics import is_hashable
 from sortal._engine.variable import describe, is_variable, value_of
@@ -37,8 +37,7 @@ def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
         for where, value in _arrays(name, x)
         if is_gone(value)
     ]
-    if rows:
-        raise stale(rows) from cause
+    refuse_leaves(rows, cause)
 
 
 def _arrays(name: str, argument: Any) -> Iterator[tuple[str, Any]]:
