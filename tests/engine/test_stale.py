@@ -58,7 +58,7 @@ def test_functions_that_donate_are_named() -> None:
     _, _, twin = stale()
     line = train._fn.__code__.co_firstlineno  # type: ignore[attr-defined]
     with pytest.raises(StaleBufferError, match=rf"train \(test_stale\.py:{line}\)"):
-        twin.layer.kernel + 1
+        operator.add(twin.layer.kernel, 1)
 
 
 def test_update_with_a_stale_state_is_refused_and_changes_nothing() -> None:
@@ -99,8 +99,6 @@ def test_what_needs_no_values_still_works() -> None:
 
 
 def test_other_errors_of_operators_are_left_as_they_are() -> None:
-    kernel = nnx.Param(jnp.ones(2))
+    kernel: Any = nnx.Param(jnp.ones(2))
     with pytest.raises(TypeError, match="unsupported"):
-        kernel + "text"
-    with pytest.raises(jax.errors.TracerBoolConversionError):
-        jax.jit(lambda x: bool(nnx.Variable(x) > 0))(1.0)
+        operator.add(kernel, "text")
