@@ -47,6 +47,7 @@ TABLE = contents(
         ),
         "sortal.inspect.display": "display",
         "sortal.inspect.html.picture": "show",
+        "sortal.inspect.nans": "find_nan",
         "sortal.inspect.text": "explain tabulate",
         "sortal.module": (
             "Module Pytree dataclass iter_children iter_modules set_attributes"
