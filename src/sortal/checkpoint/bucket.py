@@ -155,13 +155,13 @@ def names(folder: Address) -> list[str]:
     return [os.fsdecode(key) for key in found]
 
 
-def read(file: Address) -> bytes:
-    """The bytes of a file, no larger than any manifest."""
+def read(file: Address, most: int = LARGEST) -> bytes:
+    """The bytes of a file; by default of one no larger than any manifest."""
     found = _os_errors(lambda: _kvs(file).read(file.key).result())
     if found.state != "value":
         raise FileNotFoundError(errno.ENOENT, "no such object", str(file))
-    if len(found.value) > LARGEST:
-        raise OSError(errno.EFBIG, f"larger than any manifest: {len(found.value):,}")
+    if (size := len(found.value)) > most:
+        raise OSError(errno.EFBIG, f"larger than it can be: {size:,} bytes")
     return found.value
 
 

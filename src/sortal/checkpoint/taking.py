@@ -111,7 +111,7 @@ def _hold(
         except UnsavableError as e:
             faults.append(f"{schema.describe(i)}: {e}")
         except RuntimeError:
-            if not value.is_deleted():
+            if not live[i].is_deleted():
                 raise
             faults.append(f"{schema.describe(i)}: {_GONE}")
     if faults:
