@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import socket
-import subprocess
+import json
 import sys
-import time
-import urllib.request
-from pathlib import PurePath
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePath
 from types import SimpleNamespace
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import stores
 from sortal.checkpoint import bucket
 from sortal.checkpoint.bucket import Address
 
@@ -28,45 +31,20 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server():
     """The address of a server of S3 on loopback."""
     if importlib.util.find_spec("moto") is None:
         pytest.skip("moto is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(words, **quiet) as process:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/").close()  # noqa: S310
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.1)
+    with stores.s3() as url:
         yield url
-        process.terminate()
-
-
-_number = itertools.count()
 
 
 @pytest.fixture
-def bucket_name(server, monkeypatch, tmp_path_factory):
+def bucket_name(server, monkeypatch):
     """The name of a new bucket on the server, which the environment leads to."""
-    empty = tmp_path_factory.mktemp("aws") / "empty"
-    empty.touch()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(empty))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(empty))
-    name = f"bucket{next(_number)}"
-    request = urllib.request.Request(f"{server}/{name}", method="PUT")  # noqa: S310
-    urllib.request.urlopen(request).close()  # noqa: S310
-    return name
+    for name, value in stores.environment(server).items():
+        monkeypatch.setenv(name, value)
+    return stores.new_bucket(server)
 
 
 class Remote(Address):
@@ -136,3 +114,80 @@ def tmp_path(request, tmp_path):
     if reason := request.node.get_closest_marker("on_disk"):
         pytest.skip(f"only on disk: {reason.args[0]}")
     return Remote("s3", request.getfixturevalue("bucket_name"), "run")
+
+
+class _Google(BaseHTTPRequestHandler):
+    """The part of Google's JSON API that TensorStore uses, conditions included."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+    def _handle(self):
+        at = urlsplit(self.path)
+        asked = {key: values[0] for key, values in parse_qs(at.query).items()}
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        objects, key = self.server.objects, unquote(at.path.partition("/o/")[2])
+        key = asked.get("name") or key
+        with self.server.lock:
+            generation, found = objects.get(key, (0, b""))
+            if int(asked.get("ifGenerationMatch", generation)) != generation:
+                self._answer(412)
+            elif self.command == "POST":
+                objects[key] = next(self.server.numbers), data
+                self._about({"name": key, "generation": str(objects[key][0])})
+            elif not key:
+                first, end = asked.get("startOffset", ""), asked.get("endOffset", "~")
+                names = [x for x in sorted(objects) if first <= x < end]
+                self._about({"items": [{"name": x} for x in names]})
+            elif key not in objects:
+                self._answer(404)
+            elif self.command == "DELETE":
+                del objects[key]
+                self._answer(204)
+            elif asked.get("alt") == "media":
+                self._content(generation, found)
+            else:
+                self._about({"name": key, "generation": str(generation)})
+
+    do_GET = do_POST = do_DELETE = _handle  # noqa: N815
+
+    def _content(self, generation, data):
+        of = {"x-goog-generation": str(generation)}
+        if asked := self.headers.get("Range"):
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            first = int(first) if first else max(0, len(data) - int(last))
+            last = min(int(last) if last else len(data), len(data) - 1)
+            if first >= len(data):
+                return self._answer(416)
+            of["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            return self._answer(206, data[first : last + 1], of)
+        return self._answer(200, data, of)
+
+    def _about(self, x):
+        self._answer(200, json.dumps(x).encode())
+
+    def _answer(self, status, body=b"", headers=()):
+        self.send_response(status)
+        for name, value in dict(headers, **{"Content-Length": len(body)}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """A directory of a bucket on a server of Google's JSON API on loopback."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Google)
+    server.objects, server.lock = {}, threading.Lock()
+    server.numbers = itertools.count(1)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
+    yield "gs://bucket/runs/digits"
+    server.shutdown()
+    thread.join()
+    server.server_close()
