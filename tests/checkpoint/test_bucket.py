@@ -134,6 +134,19 @@ def test_a_manager_keeps_what_it_is_to_keep(run):
     assert {name.partition("/")[0] for name in keys(run)} == {".lock", "2", "4"}
 
 
+@pytest.mark.parametrize("how", ["cut", "longer", "missing"])
+def test_a_step_that_is_not_whole_takes_no_place_among_those_kept(run, how):
+    with nnx.Checkpoints(run, keep=2) as kept:
+        for step in (1, 2, 3):
+            kept.save({"w": nnx.Param(jnp.ones(3) * step)}, step=step)
+            if step == 2:
+                (chunk,) = (at(run, x) for x in chunks(run) if x.startswith("2/"))
+                data = bucket.read(chunk)
+                new = {"cut": data[:-1], "longer": data + b"x", "missing": None}[how]
+                bucket._kvs(chunk).write(chunk.key, new).result()
+        assert kept.steps() == (1, 2, 3)
+
+
 def test_a_step_saved_again_is_replaced_whole(run):
     nnx.save(run, {"w": nnx.Param(jnp.ones(3)), "x": nnx.Cache(1)}, step=0)
     nnx.save(run, {"w": nnx.Param(jnp.zeros(3))}, step=0)

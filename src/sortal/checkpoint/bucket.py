@@ -193,9 +193,22 @@ def _fingerprint(name: str, size: int, future: Any) -> File:
 
 
 def absent(root: Address, sizes: Mapping[str, int]) -> list[str]:
-    """The files below ``root`` that are not there."""
-    there = set(names(root))
-    return [name for name in sizes if name not in there]
+    """The files below ``root`` that are not there in their sizes."""
+    kvs = _kvs(root)
+    # From its last byte on, so that one byte says the size.
+    started = {
+        name: kvs.read((root / name).key, byte_range=slice(size - 1, None))
+        for name, size in sizes.items()
+    }
+    return [name for name, future in started.items() if not _ends_there(future)]
+
+
+def _ends_there(future: Any) -> bool:
+    try:
+        found = future.result()
+    except (ValueError, RuntimeError):  # shorter
+        return False
+    return found.state == "value" and len(found.value) == 1
 
 
 # --------------------------------------------------------------------------- writing
