@@ -434,3 +434,39 @@ def test_addresses_are_read_strictly():
     for text in ("s3://bucket/a//b", "gs://bucket/../b", "s3://bucket/."):
         with pytest.raises(ArgumentError, match="has no empty part"):
             Address.of(text)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_step_comes_back_from_googles_store_to_the_bit(google, wait):
+    root = {"m": model(1), "last": Last(jnp.ones(3))}
+    for _ in range(2):  # the second replaces the first
+        nnx.save(google, root, step=7, metadata={"epoch": 2}, wait=wait).wait()
+    other = {"m": model(2), "last": Last(jnp.zeros(3))}
+    found = nnx.restore(google, other)
+    assert bits(other) == bits(root)
+    assert (found.step, found.metadata) == (7, {"epoch": 2})
+    assert verify(google)[3:] == ((), ())
+    assert len({x.split("/")[1] for x in keys(google) if "arrays-" in x}) == 1
+
+
+def test_a_manager_keeps_in_googles_store_what_it_is_to_keep(google):
+    with nnx.Checkpoints(google, keep=2, best="score") as kept:
+        for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4]):
+            root = {"w": nnx.Param(jnp.ones(3) * step)}
+            kept.save(root, step=step, metrics={"score": score})
+        assert kept.steps() == (1, 3, 4)
+    (chunk,) = (x for x in chunks(google) if x.startswith("4/"))
+    data = bucket.read(at(google, chunk))
+    for new in (data[:-1], bytes([data[0] ^ 1]) + data[1:], None):
+        bucket._kvs(at(google)).write(at(google, chunk).key, new).result()
+        with pytest.raises(DamagedError, match="step 4, the newest in gs://"):
+            nnx.restore(google, root)
+
+
+def test_googles_store_is_written_on_condition_that_nobody_wrote_meanwhile(google):
+    file = at(google, "1", "manifest.json")
+    for before, ours in ((bucket._look(file).stamp, b"a"), (None, b"b")):
+        stamp = before or bucket._look(file).stamp
+        assert bucket._swap(bucket._kvs(file), file.key, ours, stamp.generation)
+        assert not bucket._swap(bucket._kvs(file), file.key, b"x", stamp.generation)
+        assert bucket.read(file) == ours

@@ -176,20 +176,23 @@ def fingerprints(
         started[name] = kvs.read((root / name).key, byte_range=part)
     for name, future in started.items():
         try:
-            yield name, _fingerprint(name, sizes[name], future)
+            yield name, _fingerprint(root / name, sizes[name], future)
         except OSError as e:
             yield name, e
 
 
-def _fingerprint(name: str, size: int, future: Any) -> File:
+def _fingerprint(file: Address, size: int, future: Any) -> File:
+    before = max(size - 4, 0) if is_chunk(str(file)) else 0
+    if future.exception() is not None:  # perhaps it is too short to have that part
+        before, future = 0, _kvs(file).read(file.key)
     found = _os_errors(future.result)
     if found.state != "value":
         raise FileNotFoundError(errno.ENOENT, "no such object")
     data = found.value
-    if not is_chunk(name):
+    if not is_chunk(str(file)):
         return File(len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
-    tail = int.from_bytes(data[:4], "little")
-    return File(max(size - 4, 0) + len(data), f"crc32c:{tail:08x}")
+    tail = int.from_bytes(data[-4:], "little")
+    return File(before + len(data), f"crc32c:{tail:08x}")
 
 
 def absent(root: Address, sizes: Mapping[str, int]) -> list[str]:
