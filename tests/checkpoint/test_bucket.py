@@ -425,6 +425,31 @@ def test_neighbours_whose_names_begin_alike_are_left_alone(run):
     assert nnx.Checkpoints(run).steps() == nnx.Checkpoints(run + "2").steps() == (10,)
 
 
+def test_only_what_lies_below_is_removed_whatever_the_store_lists(run, monkeypatch):
+    """An emulator of Google's store lists all of a bucket, whatever is asked for."""
+    real = bucket._kvs
+
+    class ListsAll:
+        def __init__(self, at):
+            self._kvs = real(at)
+            self.read, self.write = self._kvs.read, self._kvs.write
+            self.delete_range = lambda keys: self._kvs.delete_range(
+                ts.KvStore.KeyRange()
+            )
+
+        def list(self, keys, **how):
+            return self._kvs.list(ts.KvStore.KeyRange(), **how)
+
+    ts = pytest.importorskip("tensorstore")
+    nnx.save(f"{run}2", {"w": nnx.Param(2)}, step=1)
+    monkeypatch.setattr(bucket, "_kvs", ListsAll)
+    for step in (1, 2, 2):
+        nnx.save(run, {"w": nnx.Param(jnp.ones(2))}, step=step)
+    assert nnx.Checkpoints(run).steps() == (1, 2)
+    assert verify(run, 1)[3:] == verify(run, 2)[3:] == ((), ())
+    assert nnx.load_state(f"{run}2")["w"].value == 2
+
+
 def test_addresses_are_read_strictly():
     assert Address.of("s3://a-b/c/d/") == ("s3", "a-b", "c/d")
     assert Address.of("gs://a-b/%20x") == ("gs", "a-b", " x")

@@ -149,10 +149,9 @@ def names(folder: Address) -> list[str]:
 
     prefix = f"{folder.key}/" if folder.key else ""
     keys = ts.KvStore.KeyRange(prefix, f"{folder.key}0" if folder.key else "")
-    found = _os_errors(
-        lambda: _kvs(folder).list(keys, strip_prefix_length=len(prefix)).result()
-    )
-    return [os.fsdecode(key) for key in found]
+    found = map(os.fsdecode, _os_errors(_kvs(folder).list(keys).result))
+    # Some emulators list all that there is.
+    return [key[len(prefix) :] for key in found if key.startswith(prefix)]
 
 
 def read(file: Address, most: int = LARGEST) -> bytes:
@@ -215,8 +214,8 @@ def _ends_there(future: Any) -> bool:
 
 
 # --------------------------------------------------------------------------- writing
-def write(root: Address, files: Mapping[str, bytes]) -> None:
-    """Writes files below ``root``."""
+def write(root: Address, files: Mapping[str, bytes | None]) -> None:
+    """Writes files below ``root``; those whose bytes are None are removed."""
     kvs = _kvs(root)
     started = [kvs.write((root / name).key, data) for name, data in files.items()]
     # All of them end before an error, or one could write what was removed meanwhile.
@@ -273,12 +272,8 @@ def _swap(kvs: Any, key: str, data: bytes, before: bytes) -> bool:
 
 def remove(path: Address) -> None:
     """Removes a file, or all files below a folder."""
-    import tensorstore as ts
-
-    kvs = _kvs(path)
-    _os_errors(lambda: kvs.write(path.key, None).result())
-    below = ts.KvStore.KeyRange(f"{path.key}/", f"{path.key}0")
-    _os_errors(lambda: kvs.delete_range(below).result())
+    below = (f"{path.name}/{name}" for name in names(path))
+    write(path.parent, dict.fromkeys((path.name, *below)))
 
 
 def remove_empty(folder: Address) -> None:
