@@ -97,6 +97,13 @@ ORDER = (
     "sortal.sharding.report",
     "sortal.sharding.specs",
     "sortal.sharding.transfer",
+    "sortal.distributed.meeting",
+    "sortal.distributed.failures",
+    "sortal.distributed.starting",
+    "sortal.distributed.batches",
+    "sortal.distributed.same",
+    "sortal.distributed.launch",
+    "sortal.distributed",
     "sortal.training.fitting",
     "sortal.training.optimizer",
     "sortal.training.ema",
@@ -173,7 +180,7 @@ MAY_USE_PRIVATE_JAX = {"sortal._engine.jax_compat"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
 HEAVY = frozenset(
-    "equinox flax gguf hypothesis jinja2 matplotlib optax orbax pytest rich "
+    "equinox flax gguf grain hypothesis jinja2 matplotlib optax orbax pytest rich "
     "safetensors scipy sklearn tensorstore tokenizers".split()
 )
 FILE_LINES = 600

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if _TYPE_CHECKING:
     from sortal import checkpoint as checkpoint
     from sortal import decoding as decoding
+    from sortal import distributed as distributed
     from sortal import errors as errors
     from sortal import module as module
     from sortal import nn as nn

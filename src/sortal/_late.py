@@ -23,7 +23,9 @@ def contents(files: Mapping[str, str]) -> dict[str, str]:
 
 TABLE = contents(
     {
-        "sortal": "checkpoint decoding errors module nn nnx sharding transforms",
+        "sortal": (
+            "checkpoint decoding distributed errors module nn nnx sharding transforms"
+        ),
         "sortal._engine.annotations": "PARTITION_NAME with_metadata with_partitioning",
         "sortal._engine.graphdef": "GraphDef",
         "sortal._engine.nodes": "register_node",

@@ -16,7 +16,7 @@ import numpy as np
 # identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
 # No public function lets processes agree from another thread: those of
 # `multihost_utils` run a computation on all devices, which only the main thread may.
-from jax._src import distributed
+from jax._src import clusters, distributed
 from jax._src.array import ArrayImpl as ArrayImpl
 from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
@@ -154,6 +154,23 @@ def put_pieces(
     return pxla.batched_device_put(aval, sharding, pieces, devices, committed)
 
 
+def in_a_cluster() -> bool:
+    """Whether JAX finds that a scheduler, or a cloud, has started this process.
+
+    No public function tells; ``jax.distributed.initialize`` asks the same objects.
+    """
+    kinds = clusters.ClusterEnv._cluster_types
+    return any(not x.opt_in_only_method and x.is_env_present() for x in kinds)
+
+
 def coordinator() -> Any:
     """The client that carries messages between the processes of one program."""
     return distributed.global_state.client
+
+
+def numbered() -> tuple[int, int]:
+    """Which process this is, and of how many, for messages.
+
+    ``jax.process_index`` asks the devices, and so would start them.
+    """
+    return distributed.global_state.process_id, distributed.global_state.num_processes

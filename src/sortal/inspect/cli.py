@@ -17,6 +17,7 @@ _PROGRAMS = {
     "generate": "sortal.demo.generate",
     "show": "sortal.inspect.html.command",
     "learn": "sortal.learn.cli",
+    "launch": "sortal.distributed.launch",
 }
 
 
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", "continue a text with SmolLM2-135M"),
         ("show", "write a page that shows a model or a file by kind"),
         ("learn", "learn Sortal in twenty problems"),
+        ("launch", "run a program in several processes on this machine"),
     ):
         commands.add_parser(
             name,
