@@ -2,7 +2,7 @@
 
 Pages come from docs/, from files that are kept elsewhere (the changelog, examples, the
 course), and from the source's docstrings. They are gathered in build/pages, where each
-relative link to a file of the repository becomes a link to that file's page. Zensical
+relative link to a file of the repository becomes a link to that file's page. MkDocs
 then builds them, strictly, and every link and anchor of the result is checked.
 """
 
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     gather(pages)
     config = out / "mkdocs.yml"
     config.write_text(yaml.safe_dump(configuration(pages, site), sort_keys=False))
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f"]
-    built = subprocess.run([*command, str(config)], check=False, cwd=out)
-    if built.returncode:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f"]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    if subprocess.run([*command, str(config)], check=False, env=quiet).returncode:
         return 1
     localise(site)
     broken = links.broken(site)
@@ -74,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------- pages
 def gather(pages: Path) -> None:
     """Writes every page and picture into one folder."""
-    texts = {path: path.read_text() for path in sources()}
-    where = {path: page for path, page in sources().items()}
+    where = sources()
     for path, page in where.items():
-        text = as_page(path, texts[path])
+        text = as_page(path, path.read_text())
         write(pages / page, relink(text, path, page, where))
     for name, text in reference.pages().items():
         write(pages / "reference" / name, text)
@@ -179,7 +178,7 @@ def listed(nav: Any, every: set[str]) -> list[str]:
 
 
 def navigation(nav: list[Any], every: set[str], rest: set[str]) -> list[Any]:
-    """A navigation without marks: folders and `*` written out, absent pages left out."""
+    """A navigation with folders and `*` written out, and absent pages left out."""
     found: list[Any] = []
     for entry in nav:
         if entry == "*":
@@ -203,7 +202,9 @@ def in_order(folder: str, every: set[str]) -> list[str]:
     inside = [page for page in every if page.startswith(folder)]
     slugs = [f"reference/{subject.slug}.md" for subject in reference.SUBJECTS]
     place = {page: i for i, page in enumerate(slugs)}
-    return sorted(inside, key=lambda p: (not p.endswith("index.md"), place.get(p, 0), p))
+    return sorted(
+        inside, key=lambda p: (not p.endswith("index.md"), place.get(p, 0), p)
+    )
 
 
 def localise(site: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lets griffe read our docstrings: a section `Example:` is what it calls `Examples:`."""
+"""Lets griffe read our docstrings: what it calls `Examples:` is `Example:` here."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
-"""What a browser fetches without being asked, and the attribute that says from where."""
+"""What a browser fetches by itself, and the attribute that says from where."""
 NOT_FETCHED = {"canonical", "next", "prev", "alternate", "home"}
 
 

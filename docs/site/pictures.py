@@ -132,10 +132,10 @@ def draw(colours: Colours) -> str:
     width = MARKS + STEP * len(touched) + 4
     height = TOP + ROW * len(leaves) + 4
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
         f'width="{width}" height="{height}" role="img" font-size="15">',
         "<title>A model by kind, and what one training step does to each leaf</title>",
-        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="12" '
+        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="12"',
         f'fill="{colours.paper}" stroke="{colours.line}"/>',
         words(LEFT, 42, "One model, by kind", colours.text, SANS, 19, weight=600),
         words(LEFT, 66, "and one training step", colours.faint, SANS, 15),
@@ -159,7 +159,7 @@ def row(
         f'<path d="M{LEFT} {y - 15}H{right}" stroke="{colours.line}"/>',
         words(LEFT, middle, path, colours.text, MONO, 14),
         words(VALUE, middle, leaf.value, colours.faint, MONO, 13),
-        f'<rect x="{PILL}" y="{y - 11}" width="112" height="22" rx="11" '
+        f'<rect x="{PILL}" y="{y - 11}" width="112" height="22" rx="11"',
         f'fill="{back}"/>',
         words(PILL + 56, middle, leaf.label, ink, SANS, 13.5, "middle", 600),
     ]

@@ -276,8 +276,8 @@ def _page(subject: Subject, names: Iterable[Name]) -> str:
 def _overview(subjects: dict[Subject, list[Name]]) -> str:
     parts = [
         "# Reference\n",
-        "Every public name, from the docstrings, with an example that the tests run. "
-        "`import sortal` has the names below; `from sortal import nnx` has those "
+        "Every public name, from the docstrings, with an example that the tests run.",
+        "`import sortal` has the names below; `from sortal import nnx` has those",
         "[for NNX code](nnx.md) too.\n",
     ]
     for subject, found in subjects.items():
