@@ -3,7 +3,7 @@
 `package` builds what would be published and tries it as a stranger would. `versions`
 runs tests under each supported Python with the oldest and newest JAX and Flax, and
 writes docs/versions.md from what it found; `-s versions -- --whole` runs the whole
-suite each time. Python versions that are not installed are passed over, and nox says so.
+suite each time. A Python that is not installed is passed over, and nox says so.
 """
 
 from __future__ import annotations
@@ -162,9 +162,10 @@ def page(cells: list[dict[str, object]]) -> str:
     quick = "\n".join(f"- `{test}`" for test in QUICK)
     return (
         "# Versions tested\n\n"
-        "Written by `nox -s versions`, each row in an environment of its own: the oldest and newest JAX and Flax that Sortal supports, under each "
-        "Python. JAX and Flax have no release for every Python; `cannot be installed "
-        "together` is pip's answer.\n\n"
+        "Written by `nox -s versions`, each row in an environment of its own: the "
+        "oldest and newest JAX and Flax that Sortal supports, under each Python. "
+        "`cannot be installed together` is pip's answer where JAX or Flax have no such "
+        "release for that Python.\n\n"
         "| Python | JAX | Flax | tests | day |\n|---|---|---|---|---|\n"
         f"{rows}\n\n"
         "A row runs these files, and the whole suite with `nox -s versions -- --whole`:"

@@ -94,9 +94,9 @@ def columns() -> tuple[list[rows.LeafRow], dict[str, set[str]]]:
                 for p, v in ((p, v.get_value()) for p, v in found)}  # fmt: skip
 
     before = values()
-    _, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+    grads = nnx.jit(nnx.grad(lambda m: (m(x) ** 2).mean()))(model)
     called = values()
-    optimizer.update(model, grads)
+    nnx.jit(lambda o, m, g: o.update(m, g) and None)(optimizer, model, grads)
     stepped = values()
     order = list(LIGHT.kinds)
     return sorted(rows.leaves(model), key=lambda leaf: order.index(leaf.label)), {

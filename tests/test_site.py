@@ -1,0 +1,175 @@
+"""The site: it builds strictly, no link is broken, and a browser finds its way."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "docs" / "site"
+CHROMIUM = shutil.which("chromium")
+# It must ask nobody for anything, not even for its own updates.
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+def load(name: str) -> ModuleType:
+    """A file of docs/site as a module."""
+    spec = importlib.util.spec_from_file_location(name, SITE / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site: built by the first test that asks, in whichever process."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("needs mkdocs: pip install sortal[docs]")
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    with (out.parent / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "done").exists():
+            command = [sys.executable, str(SITE / "build.py"), "--out", str(out)]
+            built = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert not built.returncode, built.stdout + built.stderr
+            (out / "done").touch()
+    return out / "site"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+# ---------------------------------------------------------------------- the pages
+def test_every_link_and_anchor_leads_somewhere(site: Path) -> None:
+    assert load("links").broken(site) == []
+
+
+def test_every_public_name_has_a_place_in_the_reference(site: Path) -> None:
+    reference = load("reference")
+    text = "".join(p.read_text() for p in (site / "reference").glob("*.html"))
+    ours = [n.public for n in reference.names() if not reference._is_jax(n)]
+    assert len(ours) > 200
+    assert [name for name in ours if f'id="{name}"' not in text] == []
+
+
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    home = (site / "index.html").read_text()
+    pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")}
+    absent = {page for page in pages - {"404.html"} if f'href="{page}"' not in home}
+    # Of a section only the first page is linked from other sections.
+    assert {page for page in absent if "/" not in page} <= {"index.html"}
+
+
+def test_broken_links_of_each_sort_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="#here">.</a><a href="#gone">.</a>'
+        '<a href="b.html">.</a><a href="c.html#top">.</a><a href="https://x.y/">.</a>'
+        '<img src="no.png"><script src="https://x.y/z.js"></script>'
+    )
+    (tmp_path / "c.html").write_text("<h1 id='top'>C</h1>")
+    assert sorted(load("links").broken(tmp_path)) == [
+        "a.html: #gone has no anchor 'gone'",
+        "a.html: b.html is not there",
+        "a.html: https://x.y/z.js is loaded from another host",
+        "a.html: no.png is not there",
+    ]
+
+
+def test_a_name_without_a_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load("reference")
+    monkeypatch.setattr(reference, "SUBJECTS", reference.SUBJECTS[1:])
+    with pytest.raises(ValueError, match=r"sortal._engine.annotations, which no"):
+        reference.pages()
+
+
+def test_the_pictures_are_what_the_model_does() -> None:
+    pictures = load("pictures")
+    for file, colours in pictures.PICTURES.items():
+        kept = (SITE / "assets" / file).read_text()
+        assert kept == pictures.draw(colours), f"run: python {SITE}/pictures.py"
+
+
+# -------------------------------------------------------------------- the browser
+@pytest.fixture
+def visit(browser: Any, site: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A page on the start page; complaints and requests to anywhere are failures."""
+    width, height = SIZES[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height})
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    local = ("file:", "data:", "blob:", "about:")
+    page.on(
+        "request", lambda r: None if r.url.startswith(local) else wrong.append(r.url)
+    )
+    page.goto((site / "index.html").as_uri())
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def fits(page: Any) -> bool:
+    """Whether the page itself does not scroll sideways."""
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("visit", SIZES, indirect=True)
+def test_a_visitor_clicks_from_start_to_tutorial_to_reference(visit: Any) -> None:
+    assert fits(visit)
+    visit.get_by_role("link", name="Your first model").first.click()
+    visit.wait_for_url("**/tutorials/first-model.html")
+    assert visit.get_by_role("heading", level=1).inner_text() == "Your first model"
+    assert fits(visit)
+    visit.locator("article").get_by_role("link", name="transforms").click()
+    visit.wait_for_url("**/reference/transforms.html")
+    assert visit.locator("h2[id='sortal.jit']").is_visible()
+    assert fits(visit)
+
+
+@pytest.mark.parametrize("visit", SIZES, indirect=True)
+def test_a_visitor_finds_a_name_by_searching(visit: Any) -> None:
+    if visit.viewport_size["width"] < 600:
+        visit.locator("label.md-header__button[for='__search']").click()
+    field = visit.get_by_role("textbox", name="Search")
+    field.click()
+    field.fill("explain_retrace")
+    found = visit.locator(".md-search-result__link[href*='sortal.explain_retrace']")
+    found.first.click()
+    visit.wait_for_url("**/reference/transforms.html*#sortal.explain_retrace")
+    assert visit.locator("h2[id='sortal.explain_retrace']").is_visible()
+
+
+@pytest.mark.parametrize("visit", ["desktop"], indirect=True)
+def test_a_visitor_switches_to_dark_colours(visit: Any) -> None:
+    body = visit.locator("body")
+    for _ in range(2):
+        visit.locator("form[data-md-component='palette'] label:visible").click()
+    assert body.get_attribute("data-md-color-scheme") == "slate"
+    assert visit.locator("img[src*='model-dark']").is_visible()
+    assert not visit.locator("img[src*='model-light']").is_visible()
