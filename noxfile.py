@@ -26,7 +26,8 @@ BUILD = ROOT / "build"
 CELLS = BUILD / "versions"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 JAX = ("jax==0.10.0", "jax")
-FLAX = ("flax==0.12.0", "flax")
+FLAX = ("flax==0.12.3", "flax")
+"""JAX 0.10 has no names that Flax up to 0.12.2 reads from inside of it."""
 QUICK = (
     "tests/test_functional.py",
     "tests/test_filters.py",
@@ -116,16 +117,17 @@ def versions(session: nox.Session, jax: str, flax: str) -> None:
     except nox.command.CommandFailed:
         keep(found | {"result": "cannot be installed together"})
         return
-    asked = "import jax, flax, sys; print(sys.version.split()[0], jax.__version__, "
-    said = session.run("python", "-c", f"{asked}flax.__version__)", silent=True)
-    found |= dict(zip(("python", "jax", "flax"), str(said).split()[-3:], strict=True))
+    asked = "import importlib.metadata as m, platform as p; print(p.python_version(), "
+    asked += "m.version('jax'), m.version('flax'))"
+    said = str(session.run("python", "-c", asked, silent=True)).split()
+    found |= dict(zip(("python", "jax", "flax"), said[-3:], strict=True))
     tests = () if whole else QUICK
     report = CELLS / "report.xml"
     CELLS.mkdir(parents=True, exist_ok=True)
     session.run(
         *("python", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *(f"--junitxml={report}", *tests),
-        success_codes=[0, 1],
+        success_codes=[0, 1, 2],  # failures, and files that cannot be imported
     )
     keep(found | {"result": outcome(report), "whole": whole})
 

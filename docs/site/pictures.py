@@ -1,15 +1,14 @@
-"""Draws the pictures of the start page and the README: `python docs/site/pictures.py`.
+"""Draws the picture of the start page and the README: `python docs/site/pictures.py`.
 
-Nothing in them is drawn by hand: the rows are the leaves of a model, and the marks are
-what one training step did to each. They are kept in assets/, so that building the site
-needs no JAX; tests/test_site.py draws them again and compares.
+Nothing in it is drawn by hand: the rows are the leaves of a model, and the marks are
+what one training step did to each. It is kept in assets/, so that building the site
+needs no JAX, with the maps of gallery.py; tests/test_site.py draws all again.
 """
 
 from __future__ import annotations
 
-from html import escape
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,48 +18,13 @@ import optax
 import sortal as nnx
 from sortal.inspect import rows
 
-ASSETS = Path(__file__).parent / "assets"
-MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-SANS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Arial, sans-serif"
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
+import gallery  # noqa: E402
+from drawing import DARK, LIGHT, MONO, SANS, Colours, words  # noqa: E402
 
-class Colours(NamedTuple):
-    """What a picture is drawn in; `kinds` are those of the pills."""
-
-    paper: str
-    line: str
-    text: str
-    faint: str
-    kinds: dict[str, tuple[str, str]]
-    """Background and text of each kind's name."""
-
-
-LIGHT = Colours(
-    "#ffffff",
-    "#d8dee6",
-    "#1d2733",
-    "#5c6b7c",
-    {
-        "Param": ("#d7e6ff", "#0b4fae"),
-        "BatchStat": ("#ffe6c4", "#8a4b00"),
-        "Calls": ("#ffd9e4", "#a3174c"),
-        "RngKey": ("#dcefe3", "#14663a"),
-        "RngCount": ("#dcefe3", "#14663a"),
-    },
-)
-DARK = Colours(
-    "#171c24",
-    "#333d4b",
-    "#e8edf3",
-    "#9aa9ba",
-    {
-        "Param": ("#1c3f74", "#cfe1ff"),
-        "BatchStat": ("#5c3a0c", "#ffdfb0"),
-        "Calls": ("#64203b", "#ffd0de"),
-        "RngKey": ("#1d4a31", "#c5efd5"),
-        "RngCount": ("#1d4a31", "#c5efd5"),
-    },
-)
+ASSETS = HERE / "assets"
 
 
 class Calls(nnx.Variable):
@@ -175,27 +139,16 @@ def row(
     return parts
 
 
-def words(
-    x: float,
-    y: float,
-    text: str,
-    fill: str,
-    family: str,
-    size: float,
-    anchor: str = "start",
-    weight: int = 400,
-) -> str:
-    """One line of text."""
-    return (
-        f'<text x="{x}" y="{y}" fill="{fill}" font-family="{family}" '
-        f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}">'
-        f"{escape(text)}</text>"
-    )
-
-
-PICTURES = {"model-light.svg": LIGHT, "model-dark.svg": DARK}
+def pictures() -> dict[str, str]:
+    """Every picture by its file name."""
+    themes = {"light": LIGHT, "dark": DARK}
+    drawn = {f"model-{name}.svg": draw(colours) for name, colours in themes.items()}
+    for subject, model in gallery.models().items():
+        for name, colours in themes.items():
+            drawn[f"{subject}-{name}.svg"] = gallery.draw(model, colours)
+    return drawn
 
 
 if __name__ == "__main__":
-    for file, colours in PICTURES.items():
-        (ASSETS / file).write_text(draw(colours))
+    for file, text in pictures().items():
+        (ASSETS / file).write_text(text)

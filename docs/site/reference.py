@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCE = Path(__file__).parents[2] / "src"
+FIRST = "---\nsearch:\n  boost: 4\n---\n\n"
+"""Who searches for a name wants to see its own section first."""
 
 
 class Subject(NamedTuple):
@@ -265,7 +267,7 @@ def _is_jax(name: Name) -> str:
 def _page(subject: Subject, names: Iterable[Name]) -> str:
     ours = [n for n in names if not _is_jax(n)]
     theirs = [(n, _is_jax(n)) for n in names if _is_jax(n)]
-    parts = [f"# {subject.title}\n\n{subject.what}\n"]
+    parts = [f"{FIRST}# {subject.title}\n\n{subject.what}\n"]
     if theirs:
         rows = "\n".join(f"| `{n.public}` | `{jax}` |" for n, jax in theirs)
         parts.append(f"| name | what it is |\n|---|---|\n{rows}\n")
