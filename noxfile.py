@@ -26,8 +26,8 @@ BUILD = ROOT / "build"
 CELLS = BUILD / "versions"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 JAX = ("jax==0.10.0", "jax")
-FLAX = ("flax==0.12.3", "flax")
-"""JAX 0.10 has no names that Flax up to 0.12.2 reads from inside of it."""
+FLAX = ("flax==0.12.7", "flax")
+"""Older ones read names that JAX 0.10 lacks (to 0.12.2) or deprecates (to 0.12.6)."""
 QUICK = (
     "tests/test_functional.py",
     "tests/test_filters.py",

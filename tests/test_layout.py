@@ -142,6 +142,7 @@ ORDER = (
     "sortal.interop",
     "sortal.inspect.stored",
     "sortal",
+    "sortal.__main__",
     "sortal.demo.*",
     "sortal.demo",
     "sortal.nnx.*",
