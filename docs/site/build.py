@@ -37,6 +37,15 @@ ELSEWHERE = {
 }
 """Pages whose text lives outside of docs/."""
 
+LISTED = {
+    "decisions": "What was decided, why, and what follows from it.",
+    "examples": "Whole programs, which the tests run.",
+    "learn": "Problems to solve at a terminal, in order: `sortal learn` lists them "
+    "with your progress, `sortal learn 4` writes a file to edit, and `sortal learn 4 "
+    "--check file.py` judges it.",
+}
+"""Folders that have a page that lists the others, and what it says first."""
+
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)#\s]+)")
 FENCE = re.compile(r"^( *```.*?^ *```) *$", re.MULTILINE | re.DOTALL)
 SHIM = "https://unpkg.com/iframe-worker/shim"
@@ -80,9 +89,9 @@ def gather(pages: Path) -> None:
         write(pages / page, relink(text, path, page, where))
     for name, text in reference.pages().items():
         write(pages / "reference" / name, text)
-    for folder in ("decisions", "examples", "learn"):
-        if (pages / folder).is_dir() and not (pages / folder / "index.md").exists():
-            write(pages / folder / "index.md", index(pages / folder))
+    for folder, what in LISTED.items():
+        if (pages / folder).is_dir():
+            write(pages / folder / "index.md", index(pages / folder, what))
     for picture in DOCS.rglob("*"):
         if picture.suffix in {".svg", ".png", ".css", ".js", ".html"}:
             shown = picture.relative_to(DOCS)
@@ -99,8 +108,7 @@ def sources() -> dict[Path, str]:
         found[example] = f"examples/{example.stem}.md"
     # The course: whatever texts are there become pages.
     learn = ROOT / "src" / "sortal" / "learn"
-    for text in sorted(learn.rglob("*.md")):
-        found[text] = f"learn/{text.relative_to(learn).as_posix()}"
+    found |= {text: f"learn/{text.name}" for text in sorted(learn.rglob("*.md"))}
     return {path: page for path, page in found.items() if path.exists()}
 
 
@@ -134,10 +142,11 @@ def relink(text: str, path: Path, page: str, where: dict[Path, str]) -> str:
     return "".join(parts)
 
 
-def index(folder: Path) -> str:
+def index(folder: Path, what: str) -> str:
     """A page that lists the pages of its folder."""
-    rows = [f"- [{title(p)}]({p.name})" for p in sorted(folder.glob("*.md"))]
-    return f"# {folder.name.title()}\n\n" + "\n".join(rows) + "\n"
+    mark = "1." if folder.name == "learn" else "-"
+    rows = [f"{mark} [{title(p)}]({p.name})" for p in sorted(folder.glob("*.md"))]
+    return f"# {folder.name.title()}\n\n{what}\n\n" + "\n".join(rows) + "\n"
 
 
 def title(page: Path) -> str:
