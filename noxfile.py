@@ -58,8 +58,8 @@ def package(session: nox.Session) -> None:
     missing = [*lacks_of_wheel(wheel), *lacks_of_sdist(sdist)]
     if missing:
         session.error("not as they should be:\n  " + "\n  ".join(missing))
-    elsewhere = session.create_tmp()
-    empty = Path(elsewhere) / "empty"
+    elsewhere = Path(session.create_tmp()).resolve()
+    empty = elsewhere / "empty"
     session.run("python", "-m", "venv", "--clear", str(empty))
     python = str(empty / "bin" / "python")
     session.run(python, "-m", "pip", "install", "-q", f"{wheel}[demo]", external=True)

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import reference  # noqa: E402
 
 ROOT = HERE.parents[1]
 DOCS = ROOT / "docs"
+LEARN = ROOT / "src" / "sortal" / "learn"
 ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -47,6 +49,7 @@ LISTED = {
 """Folders that have a page that lists the others, and what it says first."""
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)#\s]+)")
+FOLDED = re.compile(r"^## (Hints|Solution)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^( *```.*?^ *```) *$", re.MULTILINE | re.DOTALL)
 SHIM = "https://unpkg.com/iframe-worker/shim"
 """What the plugin `offline` would load from elsewhere; a copy is in assets/."""
@@ -107,13 +110,17 @@ def sources() -> dict[Path, str]:
     for example in sorted((ROOT / "examples").glob("*.py")):
         found[example] = f"examples/{example.stem}.md"
     # The course: whatever texts are there become pages.
-    learn = ROOT / "src" / "sortal" / "learn"
-    found |= {text: f"learn/{text.name}" for text in sorted(learn.rglob("*.md"))}
+    found |= {text: f"learn/{text.name}" for text in sorted(LEARN.rglob("*.md"))}
     return {path: page for path, page in found.items() if path.exists()}
 
 
 def as_page(path: Path, text: str) -> str:
-    """The Markdown of a file; a program becomes its docstring and its code."""
+    """The Markdown of a file; a program becomes its docstring and its code.
+
+    What a problem of the course would give away is folded.
+    """
+    if path.is_relative_to(LEARN):
+        return FOLDED.sub(fold, text)
     if path.suffix != ".py":
         return text
     said = ast.get_docstring(ast.parse(text)) or ""
@@ -121,6 +128,12 @@ def as_page(path: Path, text: str) -> str:
     body = text.split('"""', 2)[2].lstrip("\n")
     name = path.relative_to(ROOT).as_posix()
     return f"# {head.rstrip('.')}\n\n{rest}\n\n```python title={name!r}\n{body}```\n"
+
+
+def fold(section: re.Match[str]) -> str:
+    """A section as a box that is closed until it is clicked."""
+    inside = textwrap.indent(section.group(2).strip(), "    ")
+    return f'??? tip "{section.group(1)}"\n\n{inside}\n\n'
 
 
 def relink(text: str, path: Path, page: str, where: dict[Path, str]) -> str:
