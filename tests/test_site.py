@@ -28,6 +28,8 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 def load(name: str) -> ModuleType:
     """A file of docs/site as a module."""
+    if name == "build":
+        pytest.importorskip("yaml", reason="needs mkdocs: pip install sortal[docs]")
     spec = importlib.util.spec_from_file_location(name, SITE / f"{name}.py")
     assert spec
     assert spec.loader
@@ -97,6 +99,43 @@ def test_broken_links_of_each_sort_are_found(tmp_path: Path) -> None:
         "a.html: https://x.y/z.js is loaded from another host",
         "a.html: no.png is not there",
     ]
+
+
+def test_links_between_files_become_links_between_pages() -> None:
+    build = load("build")
+    docs, where = ROOT / "docs", build.sources()
+    text = (
+        "[a](../examples/lora.py) [b](sharding.md#presets) [c](../examples) [d](#e) "
+        "[f](https://x.y/z) ![g](site/assets/model.svg) [h](../LICENSE)\n"
+        "```\n[i](../examples/lora.py)\n```\n"
+    )
+    assert build.relink(text, docs / "how-to" / ".." / "x.md", "x.md", where) == (
+        "[a](examples/lora.md) [b](sharding.md#presets) [c](examples/index.md) [d](#e) "
+        "[f](https://x.y/z) ![g](assets/model.svg) [h](../LICENSE)\n"
+        "```\n[i](../examples/lora.py)\n```\n"
+    )
+
+
+def test_the_navigation_has_every_page_once_and_none_that_is_not_there() -> None:
+    build = load("build")
+    nav = ["index.md", {"How": ["a.md", "gone.md", "*"]}, {"Learn": "learn/"}]
+    every = {"index.md", "a.md", "b.md"}
+    rest = every - set(build.listed(nav, every))
+    found = build.navigation(nav, every, rest)
+    assert found == ["index.md", {"How": ["a.md", "b.md"]}]
+    every |= {"learn/2.md", "learn/1.md", "learn/index.md"}
+    assert build.navigation(nav, every, {"b.md"})[-1] == {
+        "Learn": ["learn/index.md", "learn/1.md", "learn/2.md"]
+    }
+
+
+def test_what_a_problem_gives_away_is_folded() -> None:
+    build = load("build")
+    text = "# P\n\n## Hints\n\n1. one\n\n## Solution\n\n```python\nx\n```\n"
+    assert build.as_page(build.LEARN / "p.md", text) == (
+        '# P\n\n??? tip "Hints"\n\n    1. one\n\n'
+        '??? tip "Solution"\n\n    ```python\n    x\n    ```\n\n'
+    )
 
 
 def test_a_name_without_a_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
