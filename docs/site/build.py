@@ -180,7 +180,7 @@ def configuration(pages: Path, site: Path) -> dict[str, Any]:
     text = (HERE / "mkdocs.yml").read_text()
     for mark, path in {
         "[SRC]": reference.SOURCE,
-        "[EXTENSION]": HERE / "griffe_sections.py",
+        "[EXTENSION]": HERE / "reading.py",
     }.items():
         text = text.replace(mark, f"[{str(path)!r}]")
     settings = yaml.safe_load(text)
