@@ -155,6 +155,7 @@ ORDER = (
     "sortal.inspect.html.*",
     "sortal.inspect.html",
     "sortal",
+    "sortal.__main__",
     "sortal.demo.*",
     "sortal.demo",
     "sortal.learn.lesson",
