@@ -48,6 +48,8 @@ TABLE = contents(
             "clone graphdef iter_graph merge pop split state update variables"
         ),
         "sortal.inspect.display": "display",
+        "sortal.inspect.html.picture": "show",
+        "sortal.inspect.nans": "find_nan",
         "sortal.inspect.text": "explain tabulate",
         "sortal.module": (
             "Module Pytree dataclass iter_children iter_modules set_attributes"

@@ -17,13 +17,14 @@ import numpy as np
 # No public function lets processes agree from another thread: those of
 # `multihost_utils` run a computation on all devices, which only the main thread may.
 from jax._src import clusters, distributed
+from jax._src.array import ArrayImpl as ArrayImpl
 from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
 from jax._src.interpreters.ad import JVPTrace, LinearizeTrace
 
 # No public function tells whether a value differs between the replicas of a vmap; JAX
 # tests for it in the same way when it checks out_axes=None.
-from jax._src.interpreters.batching import BatchTracer
+from jax._src.interpreters.batching import BatchTrace, BatchTracer
 
 
 def current_trace() -> Any:
@@ -90,6 +91,27 @@ def differs_in_vmap(value: Any) -> bool:
         and value._trace is trace_ctx.trace
         and isinstance(value.batch_dim, int)
     )
+
+
+def mapped_sizes() -> list[int]:
+    """The sizes of the ``jax.vmap`` calls being traced, outermost first."""
+    found = []
+    trace: Any = trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, BatchTrace):
+            found.append(trace.axis_data.size)
+        trace = getattr(trace, "parent_trace", None)
+    return found[::-1]
+
+
+def scan_layout(equation: Any) -> tuple[int, int]:
+    """How many inputs of a ``scan`` equation are constants, and how many the carry."""
+    params = equation.params
+    if "ft_in" not in params:  # before 0.11
+        return params["num_consts"], params["num_carry"]
+    numbers = params["ft_in"].update(range(len(equation.invars)))
+    consts, carry, _ = map(list, numbers.unpack())
+    return len(consts), len(carry)
 
 
 def varying_axes(value: Any) -> frozenset[Any]:
