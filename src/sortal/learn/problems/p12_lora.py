@@ -44,16 +44,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             expected=", ".join(before),
             pitfall="the base is missing",
         )
-    ranks = {
-        factor.shape[i] for factor, i in zip(factors.values(), (1, 0), strict=False)
-    }
-    if ranks != {rank}:
-        raise Wrong(
-            "The factors have another rank.",
-            case=case,
-            expected=str(rank),
-            found=", ".join(f"{p} {a.shape}" for p, a in factors.items()),
-        )
+    _of_rank(rank, factors, case)
     expect(model(x), y, case, what="The output has changed before any training.")
     if not isinstance(optimizer, nnx.Optimizer):
         raise Wrong(
@@ -74,6 +65,19 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         )
     if all(np.array_equal(a, values(model)[p]) for p, a in factors.items()):
         raise Wrong("The step has moved nothing.", case=case, pitfall=EARLY)
+
+
+def _of_rank(rank: int, factors: dict[str, np.ndarray], case: str) -> None:
+    ranks = {
+        factor.shape[i] for factor, i in zip(factors.values(), (1, 0), strict=False)
+    }
+    if ranks != {rank}:
+        raise Wrong(
+            "The factors have another rank.",
+            case=case,
+            expected=str(rank),
+            found=", ".join(f"{p} {a.shape}" for p, a in factors.items()),
+        )
 
 
 def _step(answer: Answer, model: Any, optimizer: Any, x: np.ndarray, case: str) -> None:
