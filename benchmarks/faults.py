@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import sortal
-from benchmarks import attacks, histories
+from benchmarks import attacks, histories, stores
 from benchmarks.attacks import BAD
 from benchmarks.histories import leftovers
 from benchmarks.report import Row, Table
+from sortal.checkpoint.files import located
 from sortal.checkpoint.verifying import verify
 
 Model = dict[str, Any]
@@ -360,12 +361,23 @@ def _still(where: Path, saved: Model) -> str:
 # ------------------------------------------------------------------------ the command
 CHILDREN: dict[str, tuple[int, Callable[..., None]]] = {
     "saver": (3, lambda p, same, wait: _saver(Path(p), same == "1", wait == "1")),
-    "writer": (2, lambda p, same: histories.write_on(Path(p), same == "1")),
-    "manager": (2, lambda p, wait: histories.manage_on(Path(p), wait == "1")),
+    "writer": (2, lambda p, same: histories.write_on(located(p), same == "1")),
+    "manager": (2, lambda p, wait: histories.manage_on(located(p), wait == "1")),
     "converter": (2, lambda a, b: histories.convert_on(Path(a), Path(b))),
     "forker": (2, lambda p, n: histories.fork_once(Path(p), int(n))),
 }
 """What processes that the rows start do, and with how many words."""
+
+
+def _on_s3(row: Callable[..., Counter[str]], *how: Any) -> Callable[..., Counter[str]]:
+    """The row in a bucket on a server of its own, in the place of the folder."""
+
+    def run(_: Path, times: int) -> Counter[str]:
+        with stores.s3_directory() as where:
+            return row(located(where), times, *how)
+
+    return run
+
 
 ATTACKS: list[tuple[str, int, Callable[[Path, int], Counter[str]]]] = [
     ("hostile manifests", 2000, attacks.lying),
@@ -377,6 +389,10 @@ ATTACKS: list[tuple[str, int, Callable[[Path, int], Counter[str]]]] = [
     ("kill -9 of a manager", 50, histories.killed_managers),
     ("kill -9 of convert", 50, histories.killed_converts),
     ("forks", 50, histories.forks),
+    ("S3: readers beside deletions", 200, _on_s3(histories.beside, False)),
+    ("S3: readers beside a replacement", 200, _on_s3(histories.beside, True)),
+    ("S3: histories of retention", 100, _on_s3(histories.histories)),
+    ("S3: kill -9 of a manager", 20, _on_s3(histories.killed_managers)),
 ]
 
 

@@ -28,12 +28,13 @@ import numpy as np
 import sortal
 from benchmarks.attacks import Model, bits, small, tried
 from sortal.checkpoint import files, saving
+from sortal.checkpoint.files import Location
 from sortal.inspect.stored import convert
 from sortal.interop.files.exchange import load_arrays
 
 
 # -------------------------------------------------------------- readers beside a writer
-def beside(where: Path, times: int, same_step: bool) -> Counter[str]:
+def beside(where: Location, times: int, same_step: bool) -> Counter[str]:
     """Restores while another process replaces a step, or deletes all but the newest."""
     words = ["--writer", str(where), str(int(same_step))]
     found: Counter[str] = Counter()
@@ -72,7 +73,7 @@ def _child(words: list[str]) -> Iterator[subprocess.Popen[str]]:
             child.kill()
 
 
-def write_on(where: Path, same_step: bool) -> None:
+def write_on(where: Location, same_step: bool) -> None:
     """Saves without end, of which the readers above are beside."""
     with sortal.Checkpoints(where, keep=1) as kept:
         generation = 0
@@ -112,7 +113,7 @@ class _Told:
         return stays
 
 
-def histories(where: Path, times: int, jump: bool = False) -> Counter[str]:
+def histories(where: Location, times: int, jump: bool = False) -> Counter[str]:
     """Saves, damage, deletions and restarts drawn at random, under rules so drawn.
 
     No whole step that the rule keeps may be gone, and the step just saved never. With
@@ -128,12 +129,13 @@ def histories(where: Path, times: int, jump: bool = False) -> Counter[str]:
         if outcome:
             sys.stderr.write(f"history {n}: {outcome}\n")
         found[outcome or "kept"] += 1
-        shutil.rmtree(run, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            files.on(run).remove(run)
     found["lost"] = found.pop("noticed", 0) + found.pop("raw", 0)
     return found
 
 
-def _history(run: Path, told: _Told, rng: random.Random, jump: bool) -> None:
+def _history(run: Location, told: _Told, rng: random.Random, jump: bool) -> None:
     how = {"keep": told.keep, "keep_every": told.every,
            "best": "score" if told.best else None}  # fmt: skip
     kept = sortal.Checkpoints(run, **how)
@@ -167,7 +169,7 @@ def _history(run: Path, told: _Told, rng: random.Random, jump: bool) -> None:
             gone = rng.choice(sorted(told.due()))
             kept.delete(gone)
             del told.saved[gone]
-        if jump:
+        if jump and isinstance(run, Path):
             for path in run.rglob("*"):
                 os.utime(path, (moment := rng.uniform(0, 4e9), moment))
         for gone in set(told.saved) - set(files.steps(run)):
@@ -177,21 +179,23 @@ def _history(run: Path, told: _Told, rng: random.Random, jump: bool) -> None:
     kept.close()
 
 
-def _check(run: Path, told: _Told, saved: int | None) -> None:
+def _check(run: Location, told: _Told, saved: int | None) -> None:
     there = set(files.steps(run))
     due = told.due() | ({saved} if saved is not None else set())
     assert due <= there, f"{sorted(due - there)} are gone"
 
 
-def _spoil(step: Path, rng: random.Random) -> None:
+def _spoil(step: Location, rng: random.Random) -> None:
     """Makes a step one that is not whole: a part is gone, or of another size."""
-    inside = [p for p in step.rglob("*") if p.is_file() and p.name != ".lock"]
+    inside = sorted(files.on(step).names(step))
     with contextlib.suppress(IndexError, OSError):
-        file = rng.choice([p for p in inside if not p.name.startswith(".last")])
+        file = step / rng.choice([x for x in inside if not x.startswith(".last")])
         if file.name == "manifest.json" or rng.random() < 0.5:
-            file.write_bytes(file.read_bytes()[:-1])
+            data = files.on(file).read(file)
+            files.on(file).remove(file)
+            files.on(file).write_file(file, data[:-1])
         else:
-            file.unlink()
+            files.on(file).remove(file)
 
 
 @contextlib.contextmanager
@@ -257,15 +261,13 @@ def fork_once(where: Path, n: int) -> None:
 
 
 # -------------------------------------------------------------------------------- kills
-def leftovers(where: Path) -> list[Path]:
+def leftovers(where: Location) -> list[str]:
     """What interrupted saves left in a directory of steps."""
     left = []
-    for step in where.iterdir():
-        if step.is_dir():
-            folders = [f for f in step.iterdir() if f.name.startswith("arrays-")]
-            done = (step / "manifest.json").is_file()
-            left += folders[done:] if done else folders
-            left += list(step.glob(".manifest-*"))
+    for inside in files.on(where).tree(where, str.isdigit).values():
+        folders = sorted(x for x in inside if x.startswith("arrays-"))
+        left += folders["manifest.json" in inside :]
+        left += [x for x in inside if x.startswith(".manifest-")]
     return left
 
 
@@ -281,7 +283,7 @@ def _killed(words: list[str], after: float) -> list[list[str]]:
     return [line.split()[1:] for line in lines if line.startswith("done ")]
 
 
-def killed_managers(where: Path, times: int) -> Counter[str]:
+def killed_managers(where: Location, times: int) -> Counter[str]:
     """Kills a manager that saves, deletes and keeps the best, at random moments."""
     rng = random.Random(15)  # noqa: S311 - no secrets here
     found: Counter[str] = Counter()
@@ -294,7 +296,7 @@ def killed_managers(where: Path, times: int) -> Counter[str]:
         newest = max(told.saved, default=-1) + 1
         if newest in there:  # it was committed as the kill came
             told.save(newest, _score(newest))
-        found["unfinished"] += bool(where.is_dir() and leftovers(where))
+        found["unfinished"] += bool(leftovers(where))
         outcome = "intact" if told.due() <= set(there) else "lost"
         for step in there:
             into = lasting(99)
@@ -318,11 +320,11 @@ def _score(step: int) -> float:
     return random.Random(step).random()  # noqa: S311 - no secrets here
 
 
-def _manager(where: Path) -> sortal.Checkpoints:
+def _manager(where: Location) -> sortal.Checkpoints:
     return sortal.Checkpoints(where, keep=2, keep_every=5, best="score")
 
 
-def manage_on(where: Path, wait: bool) -> None:
+def manage_on(where: Location, wait: bool) -> None:
     """Saves under a manager without end, and says of each save when it is committed."""
     # What only a first save does is over before the clock runs.
     with tempfile.TemporaryDirectory() as folder:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from typing import Any
 
 import jax
@@ -16,8 +13,9 @@ import numpy as np
 import pytest
 
 import sortal as nnx
-from sortal.checkpoint import bucket, files, forks
+from sortal.checkpoint import bucket, files, forks, layout, store, taking
 from sortal.checkpoint.bucket import Address
+from sortal.checkpoint.copying import copy_step
 from sortal.checkpoint.verifying import verify
 from sortal.errors import (
     ArgumentError,
@@ -28,66 +26,42 @@ from sortal.errors import (
     SaveError,
     WriterError,
 )
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("moto") is None, reason="moto is not installed"
-)
+from sortal.inspect.cli import main
 
 
 class Last(nnx.Variable, checkpoint="keep-last"):
     pass
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The address of a server of S3 on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, **quiet)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"{url}/moto-api/").close()  # noqa: S310
-            break
-        except OSError:
-            assert process.poll() is None
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait(30)
+@pytest.fixture
+def run(bucket_name):
+    """The address of a directory in a bucket of its own."""
+    return f"s3://{bucket_name}/runs/digits"
 
 
-_number = iter(range(1000))
+@pytest.fixture(autouse=True)
+def small_chunks(request, monkeypatch):
+    """Chunks of 64 KiB in the place of 4 MiB, so that small arrays are divided too."""
+    if "real_sizes" not in request.fixturenames:
+        monkeypatch.setattr(store, "CHUNK", 1 << 16)
+        for module in (layout, taking):
+            monkeypatch.setattr(module, "SMALL", 1 << 16)
 
 
 @pytest.fixture
-def run(server, monkeypatch, tmp_path_factory):
-    """The address of a directory in a bucket of its own."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    empty = tmp_path_factory.mktemp("aws") / "empty"
-    empty.touch()
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(empty))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(empty))
-    name = f"bucket{next(_number)}"
-    request = urllib.request.Request(f"{server}/{name}", method="PUT")  # noqa: S310
-    urllib.request.urlopen(request).close()  # noqa: S310
-    return f"s3://{name}/runs/digits"
+def real_sizes():
+    """Leaves chunks as they are."""
 
 
-def model(seed: int = 0) -> Any:
+def model(seed: int = 0, rows: int = 32) -> Any:
     """One of everything: packed, by itself, sharded, keys, NumPy and plain values."""
     rng = np.random.default_rng(seed)
     mesh = jax.make_mesh((8,), ("x",))
     to = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     root = nnx.Module()
     root.small = nnx.Param(jnp.asarray(rng.standard_normal((3, 5), np.float32)))
-    root.large = nnx.Param(jnp.asarray(rng.standard_normal((1100, 1000), np.float32)))
-    split = rng.standard_normal((1024, 1100), np.float32)
+    root.large = nnx.Param(jnp.asarray(rng.standard_normal((rows, 1100), np.float32)))
+    split = rng.standard_normal((rows, 1024), np.float32)
     root.split = nnx.BatchStat(jax.device_put(split, to))
     root.key = nnx.RngKey(jax.random.key(seed))
     root.raw = rng.standard_normal(7)
@@ -122,13 +96,13 @@ def chunks(run: str) -> list[str]:
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_step_comes_back_to_the_bit(run, wait):
-    saving = nnx.save(run, model(1), step=7, metadata={"epoch": 2}, wait=wait).wait()
+def test_a_step_comes_back_to_the_bit(run, real_sizes, wait):
+    root, other = model(1, rows=1056), model(2, rows=1056)
+    saving = nnx.save(run, root, step=7, metadata={"epoch": 2}, wait=wait).wait()
     assert str(saving.path) == f"{run}/7"
-    other = model(2)
     found = nnx.restore(run, other)
-    assert bits(other) == bits(model(1))
-    assert other.split.value.sharding == model().split.value.sharding
+    assert bits(other) == bits(root)
+    assert other.split.value.sharding == root.split.value.sharding
     assert (found.step, found.metadata) == (7, {"epoch": 2})
     assert nnx.load_state(run, only=nnx.Param).paths() == (("large",), ("small",))
     assert verify(run)[3:] == ((), ())
@@ -160,6 +134,19 @@ def test_a_manager_keeps_what_it_is_to_keep(run):
     assert {name.partition("/")[0] for name in keys(run)} == {".lock", "2", "4"}
 
 
+@pytest.mark.parametrize("how", ["cut", "longer", "missing"])
+def test_a_step_that_is_not_whole_takes_no_place_among_those_kept(run, how):
+    with nnx.Checkpoints(run, keep=2) as kept:
+        for step in (1, 2, 3):
+            kept.save({"w": nnx.Param(jnp.ones(3) * step)}, step=step)
+            if step == 2:
+                (chunk,) = (at(run, x) for x in chunks(run) if x.startswith("2/"))
+                data = bucket.read(chunk)
+                new = {"cut": data[:-1], "longer": data + b"x", "missing": None}[how]
+                bucket._kvs(chunk).write(chunk.key, new).result()
+        assert kept.steps() == (1, 2, 3)
+
+
 def test_a_step_saved_again_is_replaced_whole(run):
     nnx.save(run, {"w": nnx.Param(jnp.ones(3)), "x": nnx.Cache(1)}, step=0)
     nnx.save(run, {"w": nnx.Param(jnp.zeros(3))}, step=0)
@@ -169,7 +156,7 @@ def test_a_step_saved_again_is_replaced_whole(run):
 
 def test_keep_last_goes_when_a_newer_step_is_saved(run):
     root = {"a": Last(jnp.ones(3)), "b": nnx.Param(jnp.ones(3))}
-    root["c"] = Last(jnp.ones((1100, 1000)))
+    root["c"] = Last(jnp.ones((110, 1000)))
     nnx.save(run, root, step=1)
     nnx.save(run, root, step=2)
     assert nnx.load_state(run, step=1).paths() == (("b",),)
@@ -178,30 +165,36 @@ def test_keep_last_goes_when_a_newer_step_is_saved(run):
     assert not [name for name in keys(run) if name.startswith("1/") and "~last" in name]
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "longer", "missing", "foreign"])
-def test_damage_is_found_and_the_model_left_as_it_was(run, how):
-    nnx.save(run, model(1), step=0)
-    nnx.save(run, model(2), step=1)
+def test_damage_is_found_and_the_model_left_as_it_was(run):
+    def part(seed):
+        return {
+            name: getattr(model(seed), name) for name in ("small", "large", "split")
+        }
+
+    nnx.save(run, part(1), step=0)
+    nnx.save(run, part(2), step=1)
     ends = ("/c.0", "/c.0.0")  # one chunk of each array
-    for name in [x for x in chunks(run) if x[:2] == "1/" and x.endswith(ends)]:
+    names = [x for x in chunks(run) if x[:2] == "1/" and x.endswith(ends)]
+    other = part(3)
+    for name in names:
         data = bucket.read(at(run, name))
         kvs, key = bucket._kvs(at(run)), at(run, name).key
-        new = {
+        for how, new in {
             "flipped": bytes([data[0] ^ 1]) + data[1:],
             "cut": data[:-5],
             "longer": data + b"x",
             "missing": None,
             "foreign": data[:-4] + b"0000",
-        }[how]
-        kvs.write(key, new).result()
-        other = model(3)
-        with pytest.raises(DamagedError):
-            nnx.restore(run, other)
-        assert bits(other) == bits(model(3))
-        (fault,) = verify(run).faults
-        assert name.partition("/")[2].partition("/")[2] in fault
+        }.items():
+            kvs.write(key, new).result()
+            with pytest.raises(DamagedError):
+                nnx.restore(run, other)
+            (fault,) = verify(run).faults
+            assert name.partition("/")[2].partition("/")[2] in fault, how
         kvs.write(key, data).result()
-    assert nnx.restore(run, model()).step == 1
+    assert len(names) == 3
+    assert bits(other) == bits(part(3))
+    assert nnx.restore(run, other).step == 1
 
 
 def test_a_damaged_newest_step_falls_back_to_a_whole_one(run):
@@ -215,14 +208,78 @@ def test_a_damaged_newest_step_falls_back_to_a_whole_one(run):
     assert bits(other) == bits(model(1))
 
 
-def test_the_command_line_verifies_it(run, capsys):
-    from sortal.inspect.cli import main
-
-    nnx.save(run, {"w": nnx.Param(jnp.ones(3))}, step=1)
+def test_the_commands_read_and_write_it(run, tmp_path, capsys):
+    nnx.save(run, {"w": nnx.Param(jnp.ones(3)), "n": nnx.Cache(1)}, step=1)
+    nnx.save(run, {"w": nnx.Param(jnp.zeros(3)), "n": nnx.Cache(1)}, step=2)
+    assert main(["inspect", run]) == 0
+    assert f"{run}/2 (sortal, step 2)" in " ".join(capsys.readouterr().out.split())
+    assert main(["diff", run, run, "--step-a", "1"]) == 1
+    assert main(["diff", f"{run}/1", run, "--step-b", "1"]) == 0
     assert main(["verify", run]) == 0
-    bucket.remove(at(run, *chunks(run)[0].split("/")))
+    capsys.readouterr()
+    bucket.remove(at(run, *chunks(run)[-1].split("/")))
     assert main(["verify", run]) == 1
     assert "missing" in capsys.readouterr().out
+    bucket.write(at(run, "2"), {"manifest.json": b"junk"})
+    assert main(["verify", run, "--step", "2"]) == 1
+    assert main(["inspect", f"{run}/nothing"]) == 2
+    assert f"no checkpoint in {run}/nothing" in capsys.readouterr().err
+
+
+def test_a_step_goes_from_disk_to_a_store_and_back_whole(run, tmp_path, capsys):
+    root = {"m": model(1), "l": Last(jnp.ones(2)), "p": nnx.Param(7)}
+    here, there, back = str(tmp_path / "a"), f"{run}/b", str(tmp_path / "c")
+    nnx.save(here, root, step=3, metadata={"epoch": 2})
+    ways = (here, there), (there, f"{run}/c"), (f"{run}/c/3", back)
+    for source, target in ways:
+        assert main(["convert", source, target]) == 0
+        assert main(["convert", source, target]) == 2
+        assert f"{target} has a step 3 already" in capsys.readouterr().err
+        assert main(["diff", here, target]) == 0
+        assert verify(target)[3:] == ((), ())
+    nnx.restore(
+        back, other := {"m": model(2), "l": Last(jnp.zeros(2)), "p": nnx.Param(0)}
+    )
+    assert bits(other) == bits(root)
+    nnx.save(there, root, step=4)
+    assert "Last" in repr(nnx.load_state(f"{run}/c"))
+    assert "Last" not in repr(nnx.load_state(there, step=3))
+
+
+def test_files_of_others_come_from_a_store_and_go_to_none(run, tmp_path, capsys):
+    nnx.save(run, {"w": nnx.Param(jnp.ones(3))}, step=1)
+    assert main(["convert", run, str(tmp_path / "x.npz")]) == 0
+    assert main(["convert", str(tmp_path / "x.npz"), f"{run}/new"]) == 0
+    assert main(["diff", f"{run}/new", str(tmp_path / "x.npz")]) == 0
+    before = keys(run)
+    for target in (f"{run}/x.npz", f"orbax:{run}/x"):
+        assert main(["convert", run, target]) == 2
+        assert "this is read and written by the file system" in capsys.readouterr().err
+    assert main(["inspect", f"{run}/x.safetensors"]) == 2
+    assert keys(run) == before
+
+
+def test_a_copy_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    path = nnx.save(tmp_path, model(), step=3).path
+    real = bucket.write_file
+
+    def failing(file, data):
+        if file.name == "c.0.0":
+            raise OSError(5, "the store is full")
+        real(file, data)
+
+    monkeypatch.setattr(bucket, "write_file", failing)
+    with pytest.raises(SaveError, match=r"copying .* failed: .*the store is full"):
+        copy_step(path, run)
+    assert keys(run) == [".lock"]
+
+
+def test_what_a_restore_would_read_is_known(run, tmp_path):
+    for directory in (run, tmp_path):
+        nnx.save(directory, model(), step=3)
+    plans = [nnx.restore_plan(x, model()) for x in (run, tmp_path)]
+    assert plans[0].of("split", 1) == plans[1].of("split", 1)
+    assert plans[0].where == f"step 3 of {run}"
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(run):
@@ -245,12 +302,12 @@ import numpy as np
 import sortal as nnx
 with nnx.Checkpoints(sys.argv[1], keep=2) as kept:
     for step in range((kept.latest() or 0) + 1, 1000):
-        root = {"w": nnx.Param(np.full(30_000, step)), "n": nnx.Param(step)}
+        root = {"w": nnx.Param(np.full(9_000, step)), "n": nnx.Param(step)}
         kept.save(root, step=step)
         print(step, flush=True)
 """
     rng, last = np.random.default_rng(0), 0
-    for _ in range(5):
+    for _ in range(2):
         words = [sys.executable, "-c", program, run]
         quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(words, **quiet) as process:
@@ -368,6 +425,31 @@ def test_neighbours_whose_names_begin_alike_are_left_alone(run):
     assert nnx.Checkpoints(run).steps() == nnx.Checkpoints(run + "2").steps() == (10,)
 
 
+def test_only_what_lies_below_is_removed_whatever_the_store_lists(run, monkeypatch):
+    """An emulator of Google's store lists all of a bucket, whatever is asked for."""
+    real = bucket._kvs
+
+    class ListsAll:
+        def __init__(self, at):
+            self._kvs = real(at)
+            self.read, self.write = self._kvs.read, self._kvs.write
+            self.delete_range = lambda keys: self._kvs.delete_range(
+                ts.KvStore.KeyRange()
+            )
+
+        def list(self, keys, **how):
+            return self._kvs.list(ts.KvStore.KeyRange(), **how)
+
+    ts = pytest.importorskip("tensorstore")
+    nnx.save(f"{run}2", {"w": nnx.Param(2)}, step=1)
+    monkeypatch.setattr(bucket, "_kvs", ListsAll)
+    for step in (1, 2, 2):
+        nnx.save(run, {"w": nnx.Param(jnp.ones(2))}, step=step)
+    assert nnx.Checkpoints(run).steps() == (1, 2)
+    assert verify(run, 1)[3:] == verify(run, 2)[3:] == ((), ())
+    assert nnx.load_state(f"{run}2")["w"].value == 2
+
+
 def test_addresses_are_read_strictly():
     assert Address.of("s3://a-b/c/d/") == ("s3", "a-b", "c/d")
     assert Address.of("gs://a-b/%20x") == ("gs", "a-b", " x")
@@ -377,3 +459,39 @@ def test_addresses_are_read_strictly():
     for text in ("s3://bucket/a//b", "gs://bucket/../b", "s3://bucket/."):
         with pytest.raises(ArgumentError, match="has no empty part"):
             Address.of(text)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_step_comes_back_from_googles_store_to_the_bit(google, wait):
+    root = {"m": model(1), "last": Last(jnp.ones(3))}
+    for _ in range(2):  # the second replaces the first
+        nnx.save(google, root, step=7, metadata={"epoch": 2}, wait=wait).wait()
+    other = {"m": model(2), "last": Last(jnp.zeros(3))}
+    found = nnx.restore(google, other)
+    assert bits(other) == bits(root)
+    assert (found.step, found.metadata) == (7, {"epoch": 2})
+    assert verify(google)[3:] == ((), ())
+    assert len({x.split("/")[1] for x in keys(google) if "arrays-" in x}) == 1
+
+
+def test_a_manager_keeps_in_googles_store_what_it_is_to_keep(google):
+    with nnx.Checkpoints(google, keep=2, best="score") as kept:
+        for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4]):
+            root = {"w": nnx.Param(jnp.ones(3) * step)}
+            kept.save(root, step=step, metrics={"score": score})
+        assert kept.steps() == (1, 3, 4)
+    (chunk,) = (x for x in chunks(google) if x.startswith("4/"))
+    data = bucket.read(at(google, chunk))
+    for new in (data[:-1], bytes([data[0] ^ 1]) + data[1:], None):
+        bucket._kvs(at(google)).write(at(google, chunk).key, new).result()
+        with pytest.raises(DamagedError, match="step 4, the newest in gs://"):
+            nnx.restore(google, root)
+
+
+def test_googles_store_is_written_on_condition_that_nobody_wrote_meanwhile(google):
+    file = at(google, "1", "manifest.json")
+    for before, ours in ((bucket._look(file).stamp, b"a"), (None, b"b")):
+        stamp = before or bucket._look(file).stamp
+        assert bucket._swap(bucket._kvs(file), file.key, ours, stamp.generation)
+        assert not bucket._swap(bucket._kvs(file), file.key, b"x", stamp.generation)
+        assert bucket.read(file) == ours

@@ -140,7 +140,7 @@ def test_an_address_of_a_file_is_its_path(tmp_path):
 )
 def test_an_address_is_refused_rather_than_made_a_folder(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for at in ("gs://bucket/run", "s3://bucket/run.npz", Path("gs://bucket/run")):
+    for at in ("gs://bucket/x.gguf", "s3://bucket/run.npz", Path("gs://bucket/run")):
         with pytest.raises(ArgumentError, match=r"found the address .(gs|s3):/"):
             call(at)
     with pytest.raises(ArgumentError, match=r"found a Linear\. It comes first"):

@@ -397,8 +397,9 @@ def test_each_process_reads_only_the_shards_that_it_is_to_have(tmp_path):
     value = np.arange(8 * 200_000, dtype=np.float32).reshape(8, -1)
     whole = jax.device_put(value, NamedSharding(mesh(8), P("x")))
     nnx.save(tmp_path, {"w": nnx.Param(whole)}, step=0)
+    from sortal._engine.jax_compat import host_memory
     from sortal.checkpoint import files
-    from sortal.checkpoint.store import Reader, host_memory
+    from sortal.checkpoint.store import Reader
 
     manifest = files.read_manifest(tmp_path, 0)
     reader = Reader(tmp_path / "0" / manifest.folder, manifest)
@@ -629,3 +630,24 @@ def test_a_fallback_is_from_the_newest_step_only(tmp_path):
     three_steps(tmp_path)
     with pytest.raises(ArgumentError, match=r"fallback=True .* step='latest'; found 2"):
         nnx.restore(tmp_path, {"w": nnx.Param(jnp.zeros(3))}, step=2, fallback=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"), [((), P()), ((8,), P()), ((8,), P("x")), ((2, 4), P(None, "x"))]
+)
+def test_keys_that_lie_on_a_mesh_are_restored_onto_it(tmp_path, shape, spec):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    there = NamedSharding(mesh, spec)
+
+    def placed(seed):
+        return jax.device_put(jax.random.split(jax.random.key(seed), shape), there)
+
+    saved = {"key": nnx.RngKey(placed(3))}
+    nnx.save(tmp_path, saved, step=1)
+    into = {"key": nnx.RngKey(placed(4))}
+    nnx.restore(tmp_path, into)
+    found = into["key"].value
+    assert found.sharding.is_equivalent_to(there, found.ndim)
+    assert np.array_equal(
+        jax.random.key_data(found), jax.random.key_data(saved["key"].value)
+    )

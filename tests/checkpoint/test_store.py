@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import sortal as nnx
 from sortal._engine.jax_compat import host_memory
-from sortal.checkpoint.files import read_manifest
+from sortal.checkpoint.files import on, read_manifest
 from sortal.checkpoint.manifest import Manifest, Stored
 from sortal.checkpoint.store import (
     ALIGN,
@@ -67,7 +67,7 @@ def read_alone(folder: Path) -> np.ndarray:
     """The array, by TensorStore and by what lies in the folder."""
     import tensorstore as ts
 
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+    spec = {"driver": "zarr3", "kvstore": on(folder).spec(folder)}
     return ts.open(spec).result().read().result()
 
 
@@ -373,7 +373,7 @@ def test_any_zarr_reader_opens_the_arrays(tmp_path):
     value = np.arange(2_100_000, dtype=np.float32).reshape(2100, 1000)
     nnx.save(tmp_path, {"w": nnx.Param(jnp.asarray(value))}, step=0)
     (array,) = tmp_path.glob("0/arrays-*/Param/w")
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array}/"}}
+    spec = {"driver": "zarr3", "kvstore": on(array).spec(array)}
     assert len(list(array.glob("c.*"))) > 1
     assert np.array_equal(ts.open(spec).result().read().result(), value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +34,11 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def step(saved, tmp_path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(saved, tmp_path / saved.name))
+    for file in filter(Path.is_file, saved.rglob("*")):
+        copied = tmp_path / saved.name / str(file.relative_to(saved))
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(file.read_bytes())
+    return tmp_path / saved.name
 
 
 def test_an_intact_step_has_no_faults_and_its_files_are_counted(step):
@@ -155,7 +158,8 @@ def test_all_faults_are_told_and_the_rest_is_read_all_the_same(step):
 
 def test_a_step_without_its_arrays_misses_every_file(step):
     (folder,) = step.glob("arrays-*")
-    shutil.rmtree(folder)
+    for file in filter(type(folder).is_file, folder.rglob("*")):
+        file.unlink()
     found = verify(step)
     assert len(found.faults) == found.files - 1
     assert all(f.endswith(": missing") for f in found.faults)

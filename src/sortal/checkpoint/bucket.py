@@ -149,19 +149,18 @@ def names(folder: Address) -> list[str]:
 
     prefix = f"{folder.key}/" if folder.key else ""
     keys = ts.KvStore.KeyRange(prefix, f"{folder.key}0" if folder.key else "")
-    found = _os_errors(
-        lambda: _kvs(folder).list(keys, strip_prefix_length=len(prefix)).result()
-    )
-    return [os.fsdecode(key) for key in found]
+    found = map(os.fsdecode, _os_errors(_kvs(folder).list(keys).result))
+    # Some emulators list all that there is.
+    return [key[len(prefix) :] for key in found if key.startswith(prefix)]
 
 
-def read(file: Address) -> bytes:
-    """The bytes of a file, no larger than any manifest."""
+def read(file: Address, most: int = LARGEST) -> bytes:
+    """The bytes of a file; by default of one no larger than any manifest."""
     found = _os_errors(lambda: _kvs(file).read(file.key).result())
     if found.state != "value":
         raise FileNotFoundError(errno.ENOENT, "no such object", str(file))
-    if len(found.value) > LARGEST:
-        raise OSError(errno.EFBIG, f"larger than any manifest: {len(found.value):,}")
+    if (size := len(found.value)) > most:
+        raise OSError(errno.EFBIG, f"larger than it can be: {size:,} bytes")
     return found.value
 
 
@@ -176,31 +175,47 @@ def fingerprints(
         started[name] = kvs.read((root / name).key, byte_range=part)
     for name, future in started.items():
         try:
-            yield name, _fingerprint(name, sizes[name], future)
+            yield name, _fingerprint(root / name, sizes[name], future)
         except OSError as e:
             yield name, e
 
 
-def _fingerprint(name: str, size: int, future: Any) -> File:
+def _fingerprint(file: Address, size: int, future: Any) -> File:
+    before = max(size - 4, 0) if is_chunk(str(file)) else 0
+    if future.exception() is not None:  # perhaps it is too short to have that part
+        before, future = 0, _kvs(file).read(file.key)
     found = _os_errors(future.result)
     if found.state != "value":
         raise FileNotFoundError(errno.ENOENT, "no such object")
     data = found.value
-    if not is_chunk(name):
+    if not is_chunk(str(file)):
         return File(len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
-    tail = int.from_bytes(data[:4], "little")
-    return File(max(size - 4, 0) + len(data), f"crc32c:{tail:08x}")
+    tail = int.from_bytes(data[-4:], "little")
+    return File(before + len(data), f"crc32c:{tail:08x}")
 
 
 def absent(root: Address, sizes: Mapping[str, int]) -> list[str]:
-    """The files below ``root`` that are not there."""
-    there = set(names(root))
-    return [name for name in sizes if name not in there]
+    """The files below ``root`` that are not there in their sizes."""
+    kvs = _kvs(root)
+    # From its last byte on, so that one byte says the size.
+    started = {
+        name: kvs.read((root / name).key, byte_range=slice(size - 1, None))
+        for name, size in sizes.items()
+    }
+    return [name for name, future in started.items() if not _ends_there(future)]
+
+
+def _ends_there(future: Any) -> bool:
+    try:
+        found = future.result()
+    except (ValueError, RuntimeError):  # shorter
+        return False
+    return found.state == "value" and len(found.value) == 1
 
 
 # --------------------------------------------------------------------------- writing
-def write(root: Address, files: Mapping[str, bytes]) -> None:
-    """Writes files below ``root``."""
+def write(root: Address, files: Mapping[str, bytes | None]) -> None:
+    """Writes files below ``root``; those whose bytes are None are removed."""
     kvs = _kvs(root)
     started = [kvs.write((root / name).key, data) for name, data in files.items()]
     # All of them end before an error, or one could write what was removed meanwhile.
@@ -257,12 +272,8 @@ def _swap(kvs: Any, key: str, data: bytes, before: bytes) -> bool:
 
 def remove(path: Address) -> None:
     """Removes a file, or all files below a folder."""
-    import tensorstore as ts
-
-    kvs = _kvs(path)
-    _os_errors(lambda: kvs.write(path.key, None).result())
-    below = ts.KvStore.KeyRange(f"{path.key}/", f"{path.key}0")
-    _os_errors(lambda: kvs.delete_range(below).result())
+    below = (f"{path.name}/{name}" for name in names(path))
+    write(path.parent, dict.fromkeys((path.name, *below)))
 
 
 def remove_empty(folder: Address) -> None:

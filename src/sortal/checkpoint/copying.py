@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
-from sortal.checkpoint import disk, files
-from sortal.checkpoint.manifest import Manifest
+from sortal.checkpoint import files
+from sortal.checkpoint.files import Location, on
+from sortal.checkpoint.manifest import Manifest, is_chunk
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.verifying import read_step, verify
 from sortal.errors import DamagedError, SaveError, listing
 
 
-def refuse_existing(directory: Path, step: int) -> None:
+def refuse_existing(directory: Location, step: int) -> None:
     """Refuses a directory that has a step of that number."""
     if step in files.steps(directory):
         raise SaveError(
@@ -24,27 +23,28 @@ def refuse_existing(directory: Path, step: int) -> None:
 
 
 def copy_step(
-    folder: Path,
+    folder: Location,
     directory: str | os.PathLike[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
+) -> Location:
     """Copies the folder of a step into a directory; returns the folder there.
 
-    Every byte is read and checked before the copy counts.
+    Each may be on disk or in an object store. Every byte is read and checked before the
+    copy counts.
 
     Raises:
       DamagedError: the step is damaged.
       SaveError: the directory has a step of that number, or cannot be written to.
       WriterError: another writer is at work there.
     """
-    directory = files.local(directory)
+    directory = files.located(directory)
     manifest = read_step(folder)
     refuse_existing(directory, manifest.step)
     if faults := verify(folder, progress=progress).faults:
         raise DamagedError(
             f"{folder} is damaged; nothing was copied:\n{listing(faults)}"
         )
-    lock = disk.Lock(directory)
+    lock = on(directory).Lock(directory)
     try:
         refuse_existing(directory, manifest.step)
         new = manifest._replace(folder=files.new_folder(directory, kept=False))
@@ -54,32 +54,23 @@ def copy_step(
             try:
                 _copy(folder / manifest.folder, to / new.folder, new)
                 if any(leaf.passing for leaf in new.leaves):
-                    disk.write_file(to / files.mark(new.folder), b"")
+                    on(to).write_file(to / files.mark(new.folder), b"")
                 files.commit(directory, new)
             except BaseException:
-                shutil.rmtree(to / new.folder, ignore_errors=True)
+                files.discard(directory, new.step, new.folder)
                 raise
     finally:
         lock.release()
     return to
 
 
-def _copy(old: Path, new: Path, manifest: Manifest) -> None:
-    folders = {new, new.parent, new.parent.parent}
-    syncs = disk.Syncs()
-    try:
-        for name in manifest.files:
-            to = new / name
-            folders.add(to.parent)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(old / name, to)
-            syncs.add(to)
-    finally:
-        faults = syncs.finish()
-    if faults:
-        raise faults[0]
-    for folder in folders:
-        disk.sync(folder)
+def _copy(old: Location, new: Location, manifest: Manifest) -> None:
+    described = [name for name in manifest.files if not is_chunk(name)]
+    on(new).write(new, {name: on(old).read(old / name) for name in described})
+    for name in filter(is_chunk, manifest.files):
+        data = on(old).read(old / name, manifest.files[name].size)
+        on(new).write_file(new / name, data)
+    on(new).sync_tree(new, described)
     reader = Reader(new, manifest)
     if odd := reader.faults(manifest.files):
         raise OSError(f"the copy differs:\n{listing(map(': '.join, odd.items()))}")

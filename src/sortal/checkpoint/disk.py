@@ -85,12 +85,12 @@ def open_file(file: Path) -> int:
     raise OSError(errno.EINVAL, "not a regular file")
 
 
-def read(file: Path) -> bytes:
-    """The bytes of a regular file, no larger than any manifest."""
+def read(file: Path, most: int = LARGEST) -> bytes:
+    """The bytes of a regular file; by default of one no larger than any manifest."""
     with os.fdopen(open_file(file), "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
-        if size > LARGEST:
-            raise OSError(errno.EFBIG, f"larger than any manifest: {size:,} bytes")
+        if size > most:
+            raise OSError(errno.EFBIG, f"larger than it can be: {size:,} bytes")
         return opened.read()
 
 

@@ -92,21 +92,28 @@ def _hold(
     values, data, faults = [], [], []
     for i in chosen:
         value = live[i]
-        inside = [value]
-        if not (_is_array(type(value)) and is_storable(value.dtype)):
-            inside = []
-            try:
-                value = describe(value, inside)
-            except UnsavableError as e:
-                faults.append(f"{schema.describe(i)}: {e}")
-        if what := _not_there(inside):
-            faults.append(f"{schema.describe(i)}: {what}")
-        if faults:
-            continue
-        held = [_held(x, pin) for x in inside]
-        # The shape of a NumPy array can be changed in place, so its record is a copy's.
-        values.append(held[0] if type(value) is np.ndarray else value)
-        data += held
+        try:
+            if not (_is_array(type(value)) and is_storable(value.dtype)):
+                inside: list[Any] = []
+                values.append(describe(value, inside))
+                data += [_held(x, pin) for x in inside]
+            elif type(value) is np.ndarray:
+                # Its shape can be changed in place, so its record is a copy's.
+                values.append(held := _held(value, pin))
+                data.append(held)
+            elif pin and type(value.sharding) is _ON_ONE:
+                # As _held does: most of the time that a save holds the program up.
+                data.append(np.asarray(value))
+                values.append(value)
+            else:
+                data.append(_held(value, pin))
+                values.append(value)
+        except UnsavableError as e:
+            faults.append(f"{schema.describe(i)}: {e}")
+        except RuntimeError:
+            if not live[i].is_deleted():
+                raise
+            faults.append(f"{schema.describe(i)}: {_GONE}")
     if faults:
         raise SaveError(
             "a checkpoint holds arrays, Python scalars, strings, and pytrees of these; "
@@ -121,43 +128,39 @@ def _is_array(cls: type) -> bool:
     return cls is np.ndarray or issubclass(cls, jax.Array)
 
 
-@functools.lru_cache(maxsize=64)
-def _of_jax(cls: type) -> bool:
-    return issubclass(cls, jax.Array)
+_ON_ONE = jax.sharding.SingleDeviceSharding
+_GONE = "its buffer was donated to a call and is gone"
 
 
-def _not_there(live: list[Any]) -> str:
-    for x in live:
-        if type(x) is jax.ShapeDtypeStruct:
-            return "a shape without values"
-        if _of_jax(type(x)) and x.is_deleted():
-            return "its buffer was donated to a call and is gone"
-    return ""
+def _on_one(live: Any, pin: bool) -> Any:
+    if live.is_deleted():
+        raise UnsavableError(_GONE)
+    # On CPU a view, which keeps the buffer from being donated; else a copy.
+    return np.asarray(live) if pin else live
 
 
 def _held(live: Any, pin: bool) -> Any:
-    if not _of_jax(type(live)):
+    """Any array, whole or in its parts; with ``pin``, as it is now for good."""
+    if type(live) is jax.ShapeDtypeStruct:
+        raise UnsavableError("a shape without values")
+    sharding = getattr(live, "sharding", None)
+    if sharding is None:  # of NumPy
         return live.copy() if pin else live
-    sharding = live.sharding
-    if type(sharding) is not jax.sharding.SingleDeviceSharding:
-        shard = sharding.shard_shape(live.shape)
-        if live.is_fully_replicated:
-            live = live.addressable_data(0)
-        elif not live.is_fully_addressable or live.nbytes >= SMALL:
-            return Split(
-                shard,
-                not live.is_fully_addressable,
-                [
-                    Piece(
-                        tuple(s.start or 0 for s in part.index),
-                        np.asarray(part.data) if pin else part.data,
-                    )
-                    for part in live.addressable_shards
-                    if part.replica_id == 0
-                ],
-            )
-    # On CPU a view, which keeps the buffer from being donated; else a copy.
-    return np.asarray(live) if pin else live
+    if live.is_deleted() or type(sharding) is _ON_ONE:
+        return _on_one(live, pin)
+    if live.is_fully_replicated:
+        return _on_one(live.addressable_data(0), pin)
+    if live.is_fully_addressable and live.nbytes < SMALL:
+        return _on_one(live, pin)
+    return Split(
+        sharding.shard_shape(live.shape),
+        not live.is_fully_addressable,
+        [
+            Piece(tuple(s.start or 0 for s in part.index), _on_one(part.data, pin))
+            for part in live.addressable_shards
+            if part.replica_id == 0
+        ],
+    )
 
 
 def _refuse_statics(root: Any) -> None:

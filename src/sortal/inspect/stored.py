@@ -299,7 +299,7 @@ def check(path: str, step: int | str, progress: Callable[[int, int], None]) -> C
     try:
         return Checked(verify(path, step, progress))
     except DamagedError as e:
-        where = files.local(path)
+        where = files.located(path)
         return Checked(Verified(where, 0, 0, (f"manifest.json: {e}",), ()))
 
 
@@ -337,7 +337,7 @@ def convert(
     elif opened.format == "sortal":
         copy_step(opened.path, target, progress)
     else:
-        refuse_existing(files.local(target), 0)
+        refuse_existing(files.located(target), 0)
         pairs = [(e.name, e.read()) for e in _reporting(entries, progress)]
         save(target, State.from_flat_path(pairs), step=0)
     return len(entries)

@@ -6,12 +6,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sortal._engine.paths import show
+from sortal.checkpoint.files import Location
 from sortal.checkpoint.values import dtype_name
 from sortal.errors import SaveError, listing
 
@@ -53,7 +53,7 @@ class Opened(NamedTuple):
     reads several entries in less time than one by one.
     """
 
-    path: Path
+    path: Location
     format: str
     about: dict[str, Any]
     entries: list[Entry]

@@ -20,6 +20,7 @@ from sortal._engine.state import State
 from sortal._engine.statics import EMPTY
 from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
+from sortal.checkpoint.bucket import Address
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
 from sortal.checkpoint.manifest import encode_path
@@ -56,12 +57,15 @@ def open_arrays(path: str | os.PathLike[str], step: int | str = "latest") -> Ope
     """Opens a file or folder of arrays: Sortal, Orbax, safetensors, NumPy or GGUF.
 
     ``step`` is used where the path is a folder of steps. Arrays are read when asked
-    for.
+    for. In an object store there are steps of Sortal only.
 
     Raises:
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
     """
+    at = files.located(path)
+    if isinstance(at, Address) and Path(at.name).suffix not in _SUFFIXES:
+        return steps.read(open_step(at, step))
     path = files.local(path)
     try:
         return _opened(path, step)
@@ -78,7 +82,7 @@ def _opened(path: Path, step: int | str) -> Opened:
     if path.suffix in _SUFFIXES and path.is_file():
         return _SUFFIXES[path.suffix](path)
     if (path / _manifest.NAME).is_file() or files.steps(path):
-        return steps.read(Path(open_step(path, step)))
+        return steps.read(open_step(path, step))
     if huggingface.is_folder(path):
         return huggingface.read(path)
     if orbax.items(path).trees:
@@ -106,7 +110,8 @@ def load_arrays(
       A State of raw NumPy arrays.
 
     Raises:
-      ArgumentError: it is not a local path.
+      ArgumentError: it is no path; or the address of something else than steps of
+        Sortal.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: ``only`` takes nothing, or looks at values.
@@ -184,7 +189,8 @@ def restore_from(
       The paths that were restored.
 
     Raises:
-      ArgumentError: it is not a local path.
+      ArgumentError: it is no path; or the address of something else than steps of
+        Sortal.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: it does not fit the model; every difference is listed.
@@ -327,7 +333,8 @@ def export(
       only: a filter; all leaves if absent.
 
     Raises:
-      ArgumentError: it is not a local path.
+      ArgumentError: it is no path; or the address of something else than steps of
+        Sortal.
       SaveError: a leaf is not an array, or the format cannot hold it.
       FilterError: ``only`` is not a filter.
 

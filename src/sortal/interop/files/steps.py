@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from sortal._engine.paths import show
+from sortal.checkpoint.files import Location
 from sortal.checkpoint.loading import Want
 from sortal.checkpoint.restoring import read as read_wants
 from sortal.checkpoint.store import Reader
@@ -17,7 +17,7 @@ from sortal.errors import DamagedError
 from sortal.interop.files.entries import Entry, Opened
 
 
-def read(folder: Path) -> Opened:
+def read(folder: Location) -> Opened:
     """Opens the folder of one step; no array is read."""
     m = read_step(folder)
     reader = Reader(folder / m.folder, m)
