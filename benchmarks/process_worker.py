@@ -89,7 +89,7 @@ def words(x: Any) -> Any:
     return jax.random.key_data(x) if typed else x
 
 
-def start() -> None:
+def start(_: str) -> None:
     """Begins and ends."""
     distributed.initialize()
     distributed.barrier("here")

@@ -64,7 +64,8 @@ def test_an_exception_in_one_ends_all_and_the_save_under_way_is_finished(
 
 def test_one_interrupt_ends_all_and_the_save_under_way_is_finished(launch, tmp_path):
     run = launch(TRAINING, "run", "60", str(tmp_path / "steps"))
-    run.until("running")
+    for _ in range(2):  # the save has begun in both
+        run.until("running")
     run.process.send_signal(signal.SIGINT)
     done = run.end()
     assert done.code == failures.INTERRUPTED
