@@ -92,7 +92,7 @@ def test_blocks_in_other_languages_are_not_run() -> None:
     assert examples("```\n1 / 0\n```\n```sh\nfalse\n```\n```pycon\n1 / 0\n```\n") == []
 
 
-# ------------------------------------------------------------- what the README claims
+# ------------------------------------------------------------ what the tutorial claims
 X = jnp.ones((4, 2))
 MESH = jax.make_mesh((1,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -136,7 +136,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", [*VERBS, *TRANSFORMS])
-def test_the_verbs_and_transforms_that_the_readme_names_take_flax_objects(
+def test_the_verbs_and_transforms_of_the_tutorial_take_flax_objects(
     name: str,
 ) -> None:
     def leaves(out: Any) -> list[Any]:

@@ -35,6 +35,7 @@ ORDER = (
     "sortal._engine.bounded",
     "sortal._engine.tables",
     "sortal._engine.paths",
+    "sortal._engine.stale",
     "sortal._engine.printing",
     "sortal._engine.statics",
     "sortal._engine.foreign",
@@ -96,6 +97,13 @@ ORDER = (
     "sortal.sharding.report",
     "sortal.sharding.specs",
     "sortal.sharding.transfer",
+    "sortal.distributed.meeting",
+    "sortal.distributed.failures",
+    "sortal.distributed.starting",
+    "sortal.distributed.batches",
+    "sortal.distributed.same",
+    "sortal.distributed.launch",
+    "sortal.distributed",
     "sortal.training.fitting",
     "sortal.training.optimizer",
     "sortal.training.ema",
@@ -125,7 +133,10 @@ ORDER = (
     "sortal.inspect.naming",
     "sortal.inspect.rows",
     "sortal.inspect.text",
-    "sortal.inspect.html",
+    "sortal.inspect.scopes",
+    "sortal.inspect.equations",
+    "sortal.inspect.remedies",
+    "sortal.inspect.nans",
     "sortal.inspect.display",
     "sortal.inspect.cli",
     "sortal.inspect",
@@ -141,17 +152,27 @@ ORDER = (
     "sortal.interop.linen",
     "sortal.interop",
     "sortal.inspect.stored",
+    "sortal.inspect.html.*",
+    "sortal.inspect.html",
     "sortal",
+    "sortal.__main__",
     "sortal.demo.*",
     "sortal.demo",
+    "sortal.learn.lesson",
+    "sortal.learn.answer",
+    "sortal.learn.problems.*",
+    "sortal.learn.problems",
+    "sortal.learn.judging",
+    "sortal.learn.process",
+    "sortal.learn.progress",
+    "sortal.learn.cli",
+    "sortal.learn",
     "sortal.nnx.*",
     "sortal.nnx",
 )
 # Rows whose files the design names and nobody has written yet. Who writes one strikes
 # it out here.
-UNWRITTEN = {
-    "sortal.inspect.html",
-}
+UNWRITTEN: set[str] = set()
 # A command is an entry point: what it runs is above it only for as long as it runs.
 MAY_IMPORT_ANYTHING_LATE = {"sortal.inspect.cli"}
 # The contents table says to type checkers what is read when first asked for.
@@ -160,8 +181,8 @@ MAY_USE_PRIVATE_JAX = {"sortal._engine.jax_compat"}
 # `import sortal` costs what `import jax` costs: each of these takes from a tenth of a
 # second to a second, and is imported by the function that needs it.
 HEAVY = frozenset(
-    "equinox flax gguf hypothesis matplotlib optax orbax pytest rich safetensors scipy "
-    "sklearn tensorstore tokenizers".split()
+    "equinox flax gguf grain hypothesis jinja2 matplotlib optax orbax pytest rich "
+    "safetensors scipy sklearn tensorstore tokenizers".split()
 )
 FILE_LINES = 600
 FUNCTION_LINES = 60

@@ -25,13 +25,7 @@ KINDS = (
 NO_EXAMPLE: dict[str, str] = {
     f"sortal.{kind}": "a kind is used as Variable's example uses it"
     for kind in KINDS.split()
-} | {
-    f"sortal.nnx.{name}": "refused by a sentence that says what to write"
-    for name in (
-        "MergeContext SplitContext UpdateContext current_update_context "
-        "merge_context pmap split_context update_context"
-    ).split()
-}
+} | {"sortal.nnx.pmap": "refused by a sentence that says what to write"}
 SECTION = re.compile(r"^(Args|Arguments):[ \t]*\n", re.MULTILINE)
 ENTRY = re.compile(r"^(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: \([^)]*\))?:")
 

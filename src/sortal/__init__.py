@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if _TYPE_CHECKING:
     from sortal import checkpoint as checkpoint
     from sortal import decoding as decoding
+    from sortal import distributed as distributed
     from sortal import errors as errors
     from sortal import module as module
     from sortal import nn as nn
@@ -74,6 +75,8 @@ if _TYPE_CHECKING:
     from sortal.functional import update as update
     from sortal.functional import variables as variables
     from sortal.inspect.display import display as display
+    from sortal.inspect.html.picture import show as show
+    from sortal.inspect.nans import find_nan as find_nan
     from sortal.inspect.text import explain as explain
     from sortal.inspect.text import tabulate as tabulate
     from sortal.module import Module as Module

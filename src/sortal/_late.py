@@ -23,7 +23,9 @@ def contents(files: Mapping[str, str]) -> dict[str, str]:
 
 TABLE = contents(
     {
-        "sortal": "checkpoint decoding errors module nn nnx sharding transforms",
+        "sortal": (
+            "checkpoint decoding distributed errors module nn nnx sharding transforms"
+        ),
         "sortal._engine.annotations": "PARTITION_NAME with_metadata with_partitioning",
         "sortal._engine.graphdef": "GraphDef",
         "sortal._engine.nodes": "register_node",
@@ -46,6 +48,8 @@ TABLE = contents(
             "clone graphdef iter_graph merge pop split state update variables"
         ),
         "sortal.inspect.display": "display",
+        "sortal.inspect.html.picture": "show",
+        "sortal.inspect.nans": "find_nan",
         "sortal.inspect.text": "explain tabulate",
         "sortal.module": (
             "Module Pytree dataclass iter_children iter_modules set_attributes"

@@ -104,6 +104,10 @@ class ShardingError(SortalError, ValueError):
     """A partition spec does not fit its leaf or the mesh, or nothing is sharded."""
 
 
+class DistributedError(SortalError, RuntimeError):
+    """Processes of one program do not meet, or do not hold the same."""
+
+
 class GradientError(SortalError, TypeError):
     """A loss, or what it is to be differentiated by, has no gradient."""
 

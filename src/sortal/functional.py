@@ -16,6 +16,7 @@ from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
+from sortal._engine.stale import any_gone, is_gone, refuse_leaves
 from sortal._engine.state import State, as_state, one_or_all, snapshot
 from sortal._engine.statics import Metadata
 from sortal._engine.variable import check_writable, describe
@@ -246,6 +247,7 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
       UpdateError: a path is unknown, or a leaf has the wrong kind, shape or dtype; all
         are listed and nothing is changed.
       TraceError: the model belongs to another trace than the current one.
+      StaleBufferError: a leaf holds a buffer that was donated; nothing is changed.
 
     Example:
       >>> import jax
@@ -263,6 +265,10 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
         where, n = map(schema.describe, match.found), len(new)
         misfits = map(_misfit, where, leaves, olds, new, [strict] * n)
         problems += filter(None, misfits)
+    if any_gone(new):
+        pairs = zip(match.found, new, strict=True)
+        gone = [(i, x) for i, x in pairs if is_gone(x)]
+        refuse_leaves([f"{schema.describe(i)}: {describe(x)}" for i, x in gone])
     if problems:
         raise UpdateError(
             f"the model was left as it was, because {len(problems)} of the given "

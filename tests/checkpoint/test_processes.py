@@ -14,6 +14,7 @@ import pytest
 
 import sortal as nnx
 from sortal.checkpoint import processes
+from sortal.distributed import meeting
 from sortal.errors import CheckpointError
 
 PROGRAM = """
@@ -116,25 +117,27 @@ def test_two_processes_save_and_restore_shards_of_one_array(tmp_path):
 
 def test_processes_that_cannot_talk_are_told_how_to(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(CheckpointError, match=r"call jax\.distributed\.initialize\(\)"):
+    with pytest.raises(CheckpointError, match=r"call sortal\.distributed\.initia"):
         processes.Group("saving")
 
 
 def test_a_process_that_does_not_answer_is_named(monkeypatch):
     class Client:
         def key_value_set(self, key, value):
-            self.said = value
+            self.said = key, value
 
-        def blocking_key_value_get(self, key, timeout):
-            if key.endswith("/1"):
-                raise RuntimeError("DEADLINE_EXCEEDED")
-            return self.said
+        def wait_at_barrier(self, key, milliseconds):
+            assert milliseconds == 600_000
+            raise RuntimeError("DEADLINE_EXCEEDED")
+
+        def key_value_dir_get(self, key):
+            return [self.said]
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "coordinator", Client)
+    monkeypatch.setattr(meeting, "coordinator", Client)
     group = processes.Group("saving step 1")
     with pytest.raises(
-        CheckpointError, match="process 1 did not answer about saving st"
+        CheckpointError, match="saving step 1: process 1 of 2 did not come within 600 s"
     ):
         group.decide("begin", None)
 

@@ -629,3 +629,24 @@ def test_a_fallback_is_from_the_newest_step_only(tmp_path):
     three_steps(tmp_path)
     with pytest.raises(ArgumentError, match=r"fallback=True .* step='latest'; found 2"):
         nnx.restore(tmp_path, {"w": nnx.Param(jnp.zeros(3))}, step=2, fallback=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"), [((), P()), ((8,), P()), ((8,), P("x")), ((2, 4), P(None, "x"))]
+)
+def test_keys_that_lie_on_a_mesh_are_restored_onto_it(tmp_path, shape, spec):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    there = NamedSharding(mesh, spec)
+
+    def placed(seed):
+        return jax.device_put(jax.random.split(jax.random.key(seed), shape), there)
+
+    saved = {"key": nnx.RngKey(placed(3))}
+    nnx.save(tmp_path, saved, step=1)
+    into = {"key": nnx.RngKey(placed(4))}
+    nnx.restore(tmp_path, into)
+    found = into["key"].value
+    assert found.sharding.is_equivalent_to(there, found.ndim)
+    assert np.array_equal(
+        jax.random.key_data(found), jax.random.key_data(saved["key"].value)
+    )

@@ -50,3 +50,31 @@ def test_one_level_takes_registered_types_apart_and_leaves_others():
 def test_plain_key_is_the_name_inside_a_key_path_entry(key, plain):
     """Every kind of JAX key-path entry gives its bare name or index."""
     assert jax_compat.plain_key(key) == plain
+
+
+def test_mapped_sizes_are_those_of_the_vmaps_around():
+    """Outermost first; a derivative between them hides none."""
+    seen = []
+
+    def f(x):
+        seen.append(jax_compat.mapped_sizes())
+        return x**2
+
+    jax.vmap(jax.vmap(jax.grad(f)))(jnp.ones((3, 2)))
+    assert jax_compat.mapped_sizes() == []
+    assert seen == [[3, 2]]
+
+
+def test_scan_layout_counts_constants_and_carries():
+    """Inputs of the equation are constants, carries and what is scanned over."""
+    constant = jnp.ones(2)
+
+    def body(carry, x):
+        return (carry[0] + constant, carry[1] * x), x
+
+    def f(carry, xs):
+        return jax.lax.scan(body, carry, xs)
+
+    jaxpr = jax.make_jaxpr(f)((jnp.ones(2), 1.0), jnp.ones(3))
+    (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "scan")
+    assert jax_compat.scan_layout(equation) == (1, 2)

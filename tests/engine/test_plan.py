@@ -575,13 +575,63 @@ def test_a_variable_in_an_attribute_marked_static_is_refused() -> None:
     """It would be hidden in the structure, as a constant of compiled functions."""
     model = sortal.Module()
     model.rate, model.pair = nnx.static(3), nnx.static((1, 2))
-    model.rate, model.pair = sortal.Param(jnp.ones(2)), (1, sortal.Param(jnp.ones(2)))
+    vars(model)["rate"] = sortal.Param(jnp.ones(2))  # unseen by the check of writes
+    vars(model)["pair"] = (1, sortal.Param(jnp.ones(2)))
     with pytest.raises(StructureError) as refusal:
         sortal.state(model)
     for row in ("pair: a tuple", "rate: a Param"):
         assert f"{row} in an attribute that is marked static" in str(refusal.value)
     model.rate, model.pair = nnx.data(model.rate), nnx.data(model.pair)
     assert sortal.state(model).paths() == (("pair", 0), ("pair", 1), ("rate",))
+
+
+DATA = {
+    "an array": lambda: jnp.ones(2),
+    "a NumPy array": lambda: np.ones(2),
+    "a Variable": lambda: sortal.Param(jnp.ones(2)),
+    "a Module": lambda: sortal.Linear(1, 1, rngs=sortal.Rngs(0)),
+    "a list of Variables": lambda: [1, sortal.Param(jnp.ones(2))],
+    "a tuple with a Module": lambda: (1, {"a": sortal.Module()}),
+    "a Variable of Flax": lambda: flax_nnx.Param(jnp.ones(2)),
+}
+
+
+class Annotated(sortal.Module):
+    rate: nnx.Static[int]
+
+    def __init__(self) -> None:
+        self.rate = 3
+
+
+@nnx.dataclass
+class Field(sortal.Module):
+    rate: int = nnx.static(default=3)
+
+
+class Marked(sortal.Module):
+    def __init__(self) -> None:
+        self.rate = nnx.static(3)
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("cls", [Annotated, Field, Marked])
+def test_data_is_not_assigned_to_what_was_declared_static(cls: Any, name: str) -> None:
+    model, value = cls(), DATA[name]()
+    with pytest.raises(StructureError) as refusal:
+        model.rate = value
+    kind = type(value).__name__
+    assert str(refusal.value) == (
+        f"cannot assign data, a {kind}, to rate of a {cls.__name__}, which is declared "
+        "static and would be no leaf. Take the declaration off, or mark the value "
+        "data."
+    )
+    with pytest.raises(StructureError, match="cannot assign data"):
+        model.rate = nnx.static(value)
+    assert model.rate == 3
+    model.rate = (4, "static")
+    assert sortal.state(model).paths() == ()
+    model.rate = nnx.data(value)
+    assert model.rate is value
 
 
 def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:

@@ -17,16 +17,7 @@ from sortal.errors import UnsupportedError
 
 GUIDE = Path(__file__).parents[2] / "docs" / "migrating-from-flax.md"
 ABSENT = _nnx_names.ABSENT
-REFUSED = {
-    "pmap": "`nnx.jit` with shardings, or `nnx.shard_map`",
-    "update_context": "`nnx.jit` in the place of `jax.jit`",
-    "UpdateContext": "`nnx.jit` in the place of `jax.jit`",
-    "current_update_context": "`nnx.jit` in the place of `jax.jit`",
-    "split_context": "`nnx.jit` in the place of `jax.jit`",
-    "SplitContext": "`nnx.jit` in the place of `jax.jit`",
-    "merge_context": "`nnx.jit` in the place of `jax.jit`",
-    "MergeContext": "`nnx.jit` in the place of `jax.jit`",
-}
+REFUSED = {"pmap": "`nnx.jit` with shardings, or `nnx.shard_map`"}
 NAMES = [name for name in dir(flax_nnx) if not name.startswith("_")]
 
 

@@ -562,13 +562,6 @@ def test_models_that_share_variables_are_no_two_trees() -> None:
 
 REFUSED = {
     "pmap": lambda: nnx.pmap(abs),
-    "update_context": lambda: nnx.update_context("x"),
-    "current_update_context": lambda: nnx.current_update_context("x"),
-    "split_context": lambda: nnx.split_context("x"),
-    "merge_context": lambda: nnx.merge_context("x", inner=True),
-    "UpdateContext": nnx.UpdateContext,
-    "SplitContext": nnx.SplitContext,
-    "MergeContext": nnx.MergeContext,
 }
 
 

@@ -16,14 +16,15 @@ import numpy as np
 # identity at a quarter of the cost. Both names are the same from 0.10 to 0.12.
 # No public function lets processes agree from another thread: those of
 # `multihost_utils` run a computation on all devices, which only the main thread may.
-from jax._src import distributed
+from jax._src import clusters, distributed
+from jax._src.array import ArrayImpl as ArrayImpl
 from jax._src.core import EvalTrace, ShapedArray, trace_ctx
 from jax._src.interpreters import pxla
 from jax._src.interpreters.ad import JVPTrace, LinearizeTrace
 
 # No public function tells whether a value differs between the replicas of a vmap; JAX
 # tests for it in the same way when it checks out_axes=None.
-from jax._src.interpreters.batching import BatchTracer
+from jax._src.interpreters.batching import BatchTrace, BatchTracer
 
 
 def current_trace() -> Any:
@@ -92,6 +93,27 @@ def differs_in_vmap(value: Any) -> bool:
     )
 
 
+def mapped_sizes() -> list[int]:
+    """The sizes of the ``jax.vmap`` calls being traced, outermost first."""
+    found = []
+    trace: Any = trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, BatchTrace):
+            found.append(trace.axis_data.size)
+        trace = getattr(trace, "parent_trace", None)
+    return found[::-1]
+
+
+def scan_layout(equation: Any) -> tuple[int, int]:
+    """How many inputs of a ``scan`` equation are constants, and how many the carry."""
+    params = equation.params
+    if "ft_in" not in params:  # before 0.11
+        return params["num_consts"], params["num_carry"]
+    numbers = params["ft_in"].update(range(len(equation.invars)))
+    consts, carry, _ = map(list, numbers.unpack())
+    return len(consts), len(carry)
+
+
 def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes along which a value inside ``jax.shard_map`` may differ."""
     found = getattr(jax.typeof(value), "manual_axis_type", None)
@@ -132,6 +154,23 @@ def put_pieces(
     return pxla.batched_device_put(aval, sharding, pieces, devices, committed)
 
 
+def in_a_cluster() -> bool:
+    """Whether JAX finds that a scheduler, or a cloud, has started this process.
+
+    No public function tells; ``jax.distributed.initialize`` asks the same objects.
+    """
+    kinds = clusters.ClusterEnv._cluster_types
+    return any(not x.opt_in_only_method and x.is_env_present() for x in kinds)
+
+
 def coordinator() -> Any:
     """The client that carries messages between the processes of one program."""
     return distributed.global_state.client
+
+
+def numbered() -> tuple[int, int]:
+    """Which process this is, and of how many, for messages.
+
+    ``jax.process_index`` asks the devices, and so would start them.
+    """
+    return distributed.global_state.process_id, distributed.global_state.num_processes

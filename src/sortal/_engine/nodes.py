@@ -75,8 +75,11 @@ class Node:
             raise foreign_write([(self, (name,), f"of a {type(self).__name__}")])
         old = self.__dict__.get(name, _ABSENT)
         if type(value) is Marked:
-            _set_roles(self, {**(self._roles or {}), name: value.role})
-            value, old = value.value, _ABSENT
+            role, value, old = value.role, value.value, _ABSENT
+            _refuse_data(self, name, value, role)
+            _set_roles(self, {**(self._roles or {}), name: role})
+        elif self._roles:
+            _refuse_data(self, name, value, self._roles.get(name))
         object.__setattr__(self, name, value)
         if type(old) not in leaf_types or type(value) not in leaf_types:
             _note_edit(self)
@@ -111,6 +114,15 @@ class Node:
         self.__dict__.update(attributes or {})
         _set_roles(self, roles)
         _note_edit(self)
+
+
+def _refuse_data(node: Node, name: str, value: Any, role: str | None) -> None:
+    if role == "static" and _holds_data(value):
+        raise StructureError(
+            f"cannot assign data, a {type(value).__name__}, to {name} of a "
+            f"{type(node).__name__}, which is declared static and would be no leaf. "
+            "Take the declaration off, or mark the value data."
+        )
 
 
 def _note_edit(node: Node) -> None:
@@ -464,6 +476,16 @@ def is_root(x: Any) -> bool:
       True for Variables, Modules and their like, of Sortal or of another library.
     """
     return is_variable(x) or getattr(handler_of(x), "root", False)
+
+
+def _holds_data(x: Any) -> bool:
+    """Whether a value is a Variable, an array or an object, or a container of such."""
+    handler = handler_of(x)
+    if handler is STATIC:
+        return False
+    if handler is LEAF or handler.root:
+        return True
+    return any(map(_holds_data, handler.items(x).values()))
 
 
 def _classify(cls: type, obj: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sortal._engine.stale import is_gone, refuse_gone
 from sortal.errors import VariableError
 
 
@@ -23,10 +24,17 @@ class ArrayOperators:
     value: Any
 
     def __jax_array__(self) -> Any:
-        return jnp.asarray(self.value)
+        value = jnp.asarray(self.value)
+        if is_gone(value):  # JAX would not say whose it was
+            refuse_gone([self])
+        return value
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.value, dtype=dtype, copy=copy)
+        try:
+            return np.array(self.value, dtype=dtype, copy=copy)
+        except RuntimeError as e:
+            refuse_gone([self], e)
+            raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.value(*args, **kwargs)  # type: ignore[operator]
@@ -81,7 +89,11 @@ def _operator(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
     def forward(self: ArrayOperators, other: Any) -> Any:
-        return function(self.value, plain(other))
+        try:
+            return function(self.value, plain(other))
+        except RuntimeError as e:
+            refuse_gone([self, other], e)
+            raise
 
     return forward
 
@@ -90,14 +102,22 @@ def _reflected(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
     def reflected(self: ArrayOperators, other: Any) -> Any:
-        return function(plain(other), self.value)
+        try:
+            return function(plain(other), self.value)
+        except RuntimeError as e:
+            refuse_gone([self, other], e)
+            raise
 
     return reflected
 
 
 def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayOperators], Any]:
     def unary(self: ArrayOperators) -> Any:
-        return function(self.value)
+        try:
+            return function(self.value)
+        except RuntimeError as e:
+            refuse_gone([self], e)
+            raise
 
     return unary
 

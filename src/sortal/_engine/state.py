@@ -50,6 +50,11 @@ class _Stored:
         return self._cells[1]
 
     @property
+    def layout(self) -> Schema:
+        """The schema for its paths alone, which edits of a leaf leave as they are."""
+        return self._schema
+
+    @property
     def schema(self) -> Schema:
         """Paths, kinds and metadata, as they are now."""
         cells, boxed = self._cells
@@ -177,7 +182,7 @@ class State(MutableMapping[Any, Any]):
     def _mine(self, items: list[Any]) -> list[Any]:
         if not self._prefix:
             return list(items)
-        return [items[i] for i in self._stored.schema.below(self._prefix)[1]]
+        return [items[i] for i in self._stored.layout.below(self._prefix)[1]]
 
     def _write(self, new: dict[Path, Any], gone: Iterable[Path] = ()) -> None:
         """Sets some leaves and removes others; a bare value keeps the leaf's kind."""
@@ -187,7 +192,7 @@ class State(MutableMapping[Any, Any]):
 
     # ------------------------------------------------- nested mapping
     def __getitem__(self, key: Any) -> Any:
-        schema, path = self._stored.schema, (*self._prefix, key)
+        schema, path = self._stored.layout, (*self._prefix, key)
         if path in schema.index:
             return self._stored.leaves()[schema.index[path]]
         if schema.children(path):
@@ -248,13 +253,13 @@ class State(MutableMapping[Any, Any]):
         return key, self.pop(key)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._stored.schema.children(self._prefix))
+        return iter(self._stored.layout.children(self._prefix))
 
     def __len__(self) -> int:
-        return len(self._stored.schema.children(self._prefix))
+        return len(self._stored.layout.children(self._prefix))
 
     def __contains__(self, key: Any) -> bool:
-        return key in self._stored.schema.children(self._prefix)
+        return key in self._stored.layout.children(self._prefix)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):

@@ -15,6 +15,7 @@ from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.operators import ArrayOperators, plain, with_item
 from sortal._engine.printing import STATISTICS, text
+from sortal._engine.stale import refuse_gone
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import (
     TraceError,
@@ -156,7 +157,11 @@ class Variable(ArrayOperators, Generic[A]):
             raise foreign_write([self._place])
 
     def __getitem__(self, index: Any) -> Any:
-        return _item(self._value, index)
+        try:
+            return _item(self._value, index)
+        except RuntimeError as e:
+            refuse_gone([self], e)
+            raise
 
     def __setitem__(self, index: Any, new: Any) -> None:
         self._check_writable()

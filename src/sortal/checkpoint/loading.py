@@ -51,9 +51,20 @@ def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Wa
     if sharding is None:
         sharding = getattr(like, "sharding", None)
         committed = sharding is not None and getattr(like, "committed", True)
+        if array.key is not None:
+            sharding = _of_keys(sharding, len(array.shape))
     if not committed and sharding is not None and len(sharding.device_set) == 1:
         sharding = None
     return Want(path, array, "jax", live.dtype, live.weak, sharding, committed)
+
+
+def _of_keys(sharding: Any, rank: int) -> Any:
+    """The sharding of keys, from that of their words, which have one axis more."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = jax.sharding.PartitionSpec(*sharding.spec[:rank])
+    kind = sharding.memory_kind
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=kind)
 
 
 def check_shardings(wants: Iterable[Want]) -> None:

@@ -6,10 +6,12 @@ import atexit
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
 from sortal.checkpoint.files import Location
+from sortal.distributed.failures import finish_first
 from sortal.errors import SaveError
 
 _known: list[Saving] = []
@@ -131,6 +133,15 @@ def settle(directory: Location | None = None) -> None:
         saving.wait()
 
 
+def _finish(seconds: float) -> None:
+    """Waits for saves under way, but not for long; their failures stay."""
+    with _changes:
+        threads = [s._thread for s in _known if s._thread is not None]
+    until = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0, until - time.monotonic()))
+
+
 def _release(error: BaseException | None) -> None:
     """Drops the tracebacks of an error, for their frames hold the arrays."""
     while error is not None:
@@ -158,3 +169,4 @@ def _tell() -> None:
 
 
 atexit.register(_tell)
+finish_first(_finish)

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
-from sortal._engine.jax_compat import coordinator, outside_traces
-from sortal.errors import CheckpointError, TraceError
+from sortal._engine.jax_compat import outside_traces
+from sortal.distributed.meeting import exchange, messenger
+from sortal.errors import CheckpointError, DistributedError, TraceError
 
 _calls = itertools.count()
-_MILLISECONDS = 600_000
 
 
 def not_in_a_trace(verb: str) -> None:
@@ -56,13 +56,14 @@ class Group:
     def __init__(self, matter: str):
         self.index, self.count = jax.process_index(), jax.process_count()
         self._matter = matter
-        self._name = f"sortal/{next(_calls)}"
-        self._client: Any = coordinator() if self.count > 1 else None
-        if self.count > 1 and self._client is None:
-            raise CheckpointError(
-                f"{self.count} processes run this program and cannot agree on a "
-                "checkpoint: call jax.distributed.initialize() in each of them first."
-            )
+        self._name = f"checkpoint/{next(_calls)}"
+        # Found now, for a save that runs beside the program may outlive it.
+        self._client: Any = None
+        if self.count > 1:
+            try:
+                self._client = messenger(self.count)
+            except DistributedError as e:
+                raise CheckpointError(str(e)) from None
 
     @property
     def leads(self) -> bool:
@@ -75,12 +76,12 @@ class Group:
         ``round`` names the exchange; each has another name. A fault of one process, or
         no answer within ten minutes, raises a CheckpointError in every process.
         """
-        answers = [[mine, fault]]
-        if self._client is not None:
-            self._client.key_value_set(
-                f"{self._name}/{round}/{self.index}", json.dumps([mine, fault])
-            )
-            answers = [json.loads(self._wait(round, i)) for i in range(self.count)]
+        key, text = f"{self._name}/{round}", json.dumps([mine, fault])
+        try:
+            texts = exchange(key, text, self._matter, client=self._client)
+        except DistributedError as e:
+            raise CheckpointError(str(e)) from e
+        answers = list(map(json.loads, texts))
         faults = [
             f"process {i}: {text}" if self.count > 1 else text
             for i, (_, text) in enumerate(answers)
@@ -89,13 +90,3 @@ class Group:
         if faults:
             raise CheckpointError("\n".join(faults))
         return [x for x, _ in answers]
-
-    def _wait(self, round: str, index: int) -> str:
-        key = f"{self._name}/{round}/{index}"
-        try:
-            return self._client.blocking_key_value_get(key, _MILLISECONDS)
-        except Exception as e:
-            raise CheckpointError(
-                f"process {index} did not answer about {self._matter}; it may be dead, "
-                f"or not have asked for the same: {e}"
-            ) from e

@@ -12,7 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-_PROGRAMS = {"demo": "sortal.demo.digits", "generate": "sortal.demo.generate"}
+_PROGRAMS = {
+    "demo": "sortal.demo.digits",
+    "generate": "sortal.demo.generate",
+    "show": "sortal.inspect.html.command",
+    "learn": "sortal.learn.cli",
+    "launch": "sortal.distributed.launch",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, does in (
         ("demo", "learn handwritten digits in under a minute"),
         ("generate", "continue a text with SmolLM2-135M"),
+        ("show", "write a page that shows a model or a file by kind"),
+        ("learn", "learn Sortal in twenty problems"),
+        ("launch", "run a program in several processes on this machine"),
     ):
         commands.add_parser(
             name,

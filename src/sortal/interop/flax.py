@@ -324,8 +324,8 @@ def _with_subclasses(cls: type) -> Iterator[type]:
 
 def _items(state: State) -> tuple[list[tuple[Any, Any]], None]:
     """The entries of a State for Flax's functions, such as its Optimizer."""
-    kinds = state.schema.kinds
-    unseen = [i for i, k in enumerate(kinds) if k and issubclass(k, _kinds.Variable)]
+    leaves = enumerate(state.leaves())
+    unseen = [i for i, x in leaves if isinstance(x, _kinds.Variable)]
     if unseen:
         raise UnsupportedError(
             "Flax does not see these Variables of Sortal, and by kind leaves them "

@@ -295,7 +295,9 @@ def axes_of(spec: PartitionSpec) -> Iterator[tuple[int, str]]:
                 yield dimension, axis
 
 
-def _fault(shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]) -> str:
+def spec_fault(
+    shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]
+) -> str:
     """Why an array of ``shape`` cannot have ``spec``; empty where it can."""
     axes = list(axes_of(spec))
     unknown = [axis for _, axis in axes if axis not in sizes]
@@ -334,7 +336,7 @@ def check_specs(
         if not isinstance(spec, PartitionSpec):
             continue
         for x in jax.tree.leaves(value):
-            fault = _fault(np.shape(x), spec, sizes)
+            fault = spec_fault(np.shape(x), spec, sizes)
             if fault:
                 shown = format_answer("spec", spec)
                 row = f"{schema.describe(i)} {list(np.shape(x))}: {shown}, but {fault}"

@@ -91,7 +91,7 @@ class Jitted:
                 call = self._jit
             result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
-            refuse_stale(bound, e)
+            refuse_stale(self._fn, bound, e)
             refuse_arguments(self._fn, bound, self._static, e)
             refuse_devices(self._fn, bound, self._static, e)
             raise
@@ -140,7 +140,7 @@ class Jitted:
         try:
             result = program(*lent, *dynamic, **kwargs)
         except (RuntimeError, TypeError, ValueError) as e:
-            refuse_stale(bound, e)
+            refuse_stale(self._fn, bound, e)
             if isinstance(e, RuntimeError) or "transformations" in str(e):
                 raise
             raise ArgumentError(

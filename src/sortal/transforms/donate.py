@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from sortal._engine.paths import Path
 from sortal._engine.schema import Kind
+from sortal._engine.stale import note_donor
 from sortal.errors import FilterError, listing
 from sortal.filters import Filter, leaf_filter
 from sortal.policy.policy import Policy
@@ -99,6 +100,7 @@ class Donation:
             self.filter = DonatedBy(given) if is_policy else leaf_filter(given)
         self._overwritten = given is True
         self._donated, self._static, self._mirrored = donated, static, mirrored
+        note_donor(self, fn)
 
         def find(*args: Any, **kwargs: Any) -> Overwritten:
             # Evaluated abstractly, so that nothing of it is in the program.

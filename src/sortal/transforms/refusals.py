@@ -10,36 +10,55 @@ import jax
 from jax.core import Tracer
 
 from sortal._engine.paths import show
+from sortal._engine.schema import kind_name
+from sortal._engine.stale import is_gone, refuse_leaves
+from sortal._engine.state import State
 from sortal._engine.statics import is_hashable
-from sortal._engine.variable import describe
-from sortal.errors import ArgumentError, ShardingError, StaleBufferError, listing
+from sortal._engine.variable import describe, is_variable, value_of
+from sortal.errors import ArgumentError, ShardingError, listing
 from sortal.transforms._adapter.binding import BoundArguments
+from sortal.transforms._adapter.tracing import FlatModule
 
 
-def refuse_stale(bound: BoundArguments, cause: Exception) -> None:
+def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
     """Says which leaves hold buffers that are gone.
 
     Args:
+      fn: the user's function.
       bound: the arguments of the call.
       cause: what JAX raised.
 
     Raises:
       StaleBufferError: some do; all are listed.
     """
-    stale = [
-        f"{show(path)}: {describe(value)}"
-        for c in bound.flat_modules
-        for path, value in zip(c.definition.paths, c.values, strict=True)
-        if isinstance(value, jax.Array)
-        and not isinstance(value, Tracer)
-        and value.is_deleted()
+    rows = [
+        f"{where}: {describe(value)}"
+        for _, name, x in named_arguments(fn, bound)
+        for where, value in _arrays(name, x)
+        if is_gone(value)
     ]
-    if stale:
-        raise StaleBufferError(
-            f"{len(stale)} leaves hold buffers that were donated to an earlier "
-            f"call:\n{listing(stale)}\nUse the objects that call updated, or make "
-            "the copy that must survive with clone(model, arrays=True)."
-        ) from cause
+    refuse_leaves(rows, cause)
+
+
+def _arrays(name: str, argument: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays of an argument, with path and kind where they belong to an object."""
+    pairs = jax.tree_util.tree_leaves_with_path(
+        argument, is_leaf=lambda x: isinstance(x, (FlatModule, State))
+    )
+    for path, x in pairs:
+        at = f"{name}{jax.tree_util.keystr(path)}"
+        if isinstance(x, State):
+            for below, leaf in x.flat_state():
+                kind = type(leaf) if is_variable(leaf) else None
+                where = f"{at}: {show(below)} ({kind_name(kind)})"
+                yield from ((where, v) for v in jax.tree.leaves(value_of(leaf)))
+        elif isinstance(x, FlatModule):
+            d, kinds = x.definition, x.definition.graphdef.schema.kinds
+            for below, k, value in zip(d.paths, d.leaves, x.values, strict=True):
+                where = f"{at}: {show(below)} ({kind_name(kinds[k])})"
+                yield from ((where, v) for v in jax.tree.leaves(value))
+        else:
+            yield at, x
 
 
 def refuse_arguments(
@@ -66,7 +85,7 @@ def refuse_arguments(
         hashable; all are listed.
     """
     unhashable, bad, settings = [], [], []
-    for key, name, x in _named_arguments(fn, bound):
+    for key, name, x in named_arguments(fn, bound):
         if key in static:
             if not is_hashable(x):
                 unhashable.append(f"{name}: {describe(x)}")
@@ -106,7 +125,7 @@ def refuse_devices(
       ShardingError: arrays are bound to several sets of devices; all are listed.
     """
     at: dict[Any, list[str]] = {}
-    for key, name, x in _named_arguments(fn, bound):
+    for key, name, x in named_arguments(fn, bound):
         if key in static:
             continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(x):
@@ -132,7 +151,7 @@ def refuse_devices(
     ) from cause
 
 
-def _named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
+def named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
     """Each argument with its position or keyword, and its name in the signature."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())

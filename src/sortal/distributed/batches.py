@@ -1,0 +1,135 @@
+"""shard_batch: the part of a batch that each process has loaded, as one array."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sortal._engine.jax_compat import plain_key
+from sortal._engine.paths import show
+from sortal.errors import ShardingError, listing
+from sortal.policy.rule import format_answer
+from sortal.sharding.resolution import axes_of, spec_fault
+
+
+def shard_batch(batch: Any, mesh: Mesh, spec: Any = None) -> Any:
+    """Makes global arrays of what each process has loaded, without a copy to others.
+
+    Every process gives the rows that its own devices are to hold: with ``P("data")``
+    and the devices of the mesh in the order of ``jax.devices()``, process 0 the first
+    part of the batch, process 1 the second, of equal sizes. Devices that hold the same
+    part, in whatever process, must be given the same numbers. With one process it is
+    ``jax.device_put``.
+
+    Args:
+      batch: a NumPy array, or a pytree of these, of this process.
+      mesh: the mesh, with devices of all processes.
+      spec: a PartitionSpec, or a pytree of these that is a prefix of the batch's; the
+        first mesh axis divides the first dimension if absent.
+
+    Returns:
+      The batch, with global arrays in the place of the local ones.
+
+    Raises:
+      ShardingError: an array is no NumPy array, or has a shape that its spec cannot
+        divide; all are listed.
+
+    Example:
+      >>> import jax
+      >>> import numpy as np
+      >>> from sortal.distributed import shard_batch
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> batch = {"image": np.ones((4, 8)), "label": np.zeros(4, np.int32)}
+      >>> shard_batch(batch, mesh)["image"].shape
+      (4, 8)
+    """
+    spec = PartitionSpec(mesh.axis_names[0]) if spec is None else spec
+    rows, treedef = jtu.tree_flatten_with_path(batch)
+    specs = _specs(spec, batch)
+    bad, made = [], []
+    for (keys, x), entry in zip(rows, specs, strict=True):
+        found, fault = _global_shape(x, mesh, entry)
+        if fault:
+            path = show(map(plain_key, keys))
+            shown = format_answer("spec", entry)
+            bad.append(f"{path} {list(np.shape(x))}: {shown}, but {fault}")
+        made.append((x, NamedSharding(mesh, entry) if not fault else None, found))
+    if bad:
+        known = ", ".join(f"{axis!r}: {n}" for axis, n in dict(mesh.shape).items())
+        raise ShardingError(
+            f"this batch of process {jax.process_index()} cannot be divided over the "
+            f"mesh ({known}):\n{listing(bad)}\nEach process gives NumPy arrays with "
+            "the rows of its own devices."
+        )
+    arrays = [
+        jax.make_array_from_process_local_data(sharding, x, shape)
+        for x, sharding, shape in made
+    ]
+    return jtu.tree_unflatten(treedef, arrays)
+
+
+def _specs(spec: Any, batch: Any) -> list[PartitionSpec]:
+    def is_spec(x: Any) -> bool:
+        return isinstance(x, PartitionSpec)
+
+    try:
+        found = jax.tree.map(
+            lambda one, part: [one] * len(jax.tree.leaves(part)),
+            spec, batch, is_leaf=is_spec,
+        )  # fmt: skip
+    except ValueError as e:
+        raise ShardingError(
+            f"spec={spec!r} is neither a PartitionSpec nor a prefix of the batch: {e}"
+        ) from e
+    flat = jax.tree.leaves(found, is_leaf=is_spec)
+    odd = [x for x in flat if not is_spec(x)]
+    if odd:
+        raise ShardingError(f"spec has {odd[0]!r}; write jax.sharding.PartitionSpec.")
+    return flat
+
+
+def _global_shape(
+    x: Any, mesh: Mesh, spec: PartitionSpec
+) -> tuple[tuple[int, ...], str]:
+    """The shape of all processes' arrays together, or why there is none."""
+    if not isinstance(x, np.ndarray):
+        return (), f"it is a {type(x).__name__} and no NumPy array of this process"
+    sizes = dict(mesh.shape)
+    if fault := spec_fault((0,) * x.ndim, spec, sizes):
+        return (), fault
+    whole = list(x.shape)
+    for d, (mine, parts) in enumerate(_parts(mesh, spec)):
+        if not mine:
+            return (), "none of the mesh's devices is one of this process"
+        if x.shape[d] % mine:
+            of = f"{mine} of the {parts} parts" if mine < parts else f"{parts} parts"
+            return (), f"dimension {d}, {x.shape[d]}, is to be {of} of equal size"
+        whole[d] = x.shape[d] // mine * parts
+    return tuple(whole), ""
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(mesh: Mesh, spec: PartitionSpec) -> list[tuple[int, int]]:
+    """For each entry of a spec: how many parts this process has, and how many all."""
+    here = jax.process_index()
+    places = [
+        at
+        for at, device in np.ndenumerate(mesh.devices)
+        if device.process_index == here
+    ]
+    entries: list[list[int]] = [[] for _ in spec]
+    for d, axis in axes_of(spec):
+        entries[d].append(mesh.axis_names.index(axis))
+    return [
+        (
+            len({tuple(at[a] for a in axes) for at in places}),
+            math.prod(mesh.devices.shape[a] for a in axes),
+        )
+        for axes in entries
+    ]
