@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import sortal as nnx
 from models import untouched
+from sortal.checkpoint.files import on
 from sortal.checkpoint.loading import Want, host_value, load, wanted
 from sortal.checkpoint.manifest import Manifest, Stored
 from sortal.checkpoint.store import CHUNK, Reader, zarr_json
@@ -34,7 +35,7 @@ def disk(root: Path, **arrays: np.ndarray) -> Reader:
         found[name] = Stored(value.dtype.name, value.shape, chunks)
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{root / name}/"},
+            "kvstore": on(root / name).spec(root / name),
             "metadata": zarr_json(found[name]),
             "store_data_equal_to_fill_value": True,
         }

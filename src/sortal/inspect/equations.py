@@ -318,9 +318,7 @@ class Evaluation:
         stacked = inputs[consts + carried :]
         length = equation.params["length"]
         steps: list[list[Value]] = [[] for _ in range(length)]
-        for i in (
-            reversed(range(length)) if equation.params["reverse"] else range(length)
-        ):
+        for i in range(length)[:: -1 if equation.params["reverse"] else 1]:
             given = [*fixed, *carry, *(_part(x, i) for x in stacked)]
             here = where._replace(iterations=(*where.iterations, i))
             out = self.run(equation.params["jaxpr"], given, here, only)

@@ -142,6 +142,9 @@ def test_the_gap_between_two_arrays_is_that_of_numpy(x, data):
 
 
 def test_gaps_of_other_dtypes():
+    nan = np.array([np.nan, 1.0])
+    assert gap(nan, np.array([0.0, 1.0])) == Gap(np.inf, 0.5)
+    assert gap(nan, nan.copy()) is None
     one, two = (np.array([1, n]).astype("bfloat16") for n in (2, 3))
     assert gap(one, two) == Gap(1.0, 0.5)
     assert gap(np.array([1 + 1j]), np.array([1 - 1j])) == Gap(2.0, 1.0)

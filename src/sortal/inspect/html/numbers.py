@@ -149,7 +149,7 @@ def _numbers(blocks: Callable[[], Iterator[np.ndarray]], whole: bool) -> Numbers
             x = x[np.isfinite(x)]  # noqa: PLW2901
         off = x - mean
         squares += float(np.square(off, out=off).sum())
-        bins += _counts(x, low, high, len(bins), whole and width < BINS)
+        bins += _counts(x, low, high, len(bins))
     std = math.sqrt(squares / finite)
     return Numbers(
         count,
@@ -164,12 +164,10 @@ def _numbers(blocks: Callable[[], Iterator[np.ndarray]], whole: bool) -> Numbers
     )
 
 
-def _counts(x: np.ndarray, low: float, high: float, n: int, one_each: bool) -> Any:
+def _counts(x: np.ndarray, low: float, high: float, n: int) -> np.ndarray:
     if n == 1:
         return np.array([x.size])
-    if one_each:
-        at = x - low
-    elif math.isfinite(high - low):
+    if math.isfinite(high - low):
         at = (x - low) / (high - low) * n
     else:
         at = (x / 2 - low / 2) / (high / 2 - low / 2) * n

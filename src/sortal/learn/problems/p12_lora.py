@@ -17,23 +17,19 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     nnx = answer.nnx
     model, rank = body_and_head(nnx, rng), int(rng.integers(1, 4))
     x = rng.normal(size=(3, model.body.in_features)).astype(np.float32)
-    case, before, y = (
-        f"a model of {', '.join(values(model))}; rank={rank}",
-        values(model),
-        model(x),
-    )
+    before, y = values(model), model(x)
+    case = f"a model of {', '.join(before)}; rank={rank}"
     adapt, rngs = answer.get("adapt"), nnx.Rngs(int(rng.integers(1000)))
     signs = {r"(?s)OptimizerError.*LoRAParam": EARLY}
     optimizer = answer.run(case, adapt, model, rank, rngs, pitfalls=signs)
     factors = values(model, nnx.LoRAParam)
     if not factors:
+        made = "LoRA" in answer.called()
         raise Wrong(
             "The model has no LoRAParam.",
             case=case,
             found=", ".join(values(model)),
-            pitfall="the adapter is not in the model"
-            if "LoRA" in answer.called()
-            else "",
+            pitfall="the adapter is not in the model" if made else "",
         )
     frozen = {path: a for path, a in values(model).items() if path not in factors}
     if len(frozen) < len(before):
@@ -44,16 +40,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             expected=", ".join(before),
             pitfall="the base is missing",
         )
-    ranks = {
-        factor.shape[i] for factor, i in zip(factors.values(), (1, 0), strict=False)
-    }
-    if ranks != {rank}:
-        raise Wrong(
-            "The factors have another rank.",
-            case=case,
-            expected=str(rank),
-            found=", ".join(f"{p} {a.shape}" for p, a in factors.items()),
-        )
+    _of_rank(rank, factors, case)
     expect(model(x), y, case, what="The output has changed before any training.")
     if not isinstance(optimizer, nnx.Optimizer):
         raise Wrong(
@@ -74,6 +61,17 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         )
     if all(np.array_equal(a, values(model)[p]) for p, a in factors.items()):
         raise Wrong("The step has moved nothing.", case=case, pitfall=EARLY)
+
+
+def _of_rank(rank: int, factors: dict[str, np.ndarray], case: str) -> None:
+    inner = {a.shape[-1 if p.endswith("_a") else 0] for p, a in factors.items()}
+    if inner != {rank}:
+        raise Wrong(
+            "The factors have another rank.",
+            case=case,
+            expected=str(rank),
+            found=", ".join(f"{p} {a.shape}" for p, a in factors.items()),
+        )
 
 
 def _step(answer: Answer, model: Any, optimizer: Any, x: np.ndarray, case: str) -> None:
