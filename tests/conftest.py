@@ -1,6 +1,7 @@
 """What every test shares: the device, and how examples are generated."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -37,6 +38,11 @@ hypothesis.settings.register_profile(
     "home", deadline=None, max_examples=50, suppress_health_check=_SLOW
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what all tests need until the end."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
