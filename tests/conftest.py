@@ -1,22 +1,10 @@
 """What every test shares: the device, and how examples are generated."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
 
 # Read once, when JAX is imported; an accelerator is asked for by naming it outside.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-# Most of the time is spent on compiling, and what one process of a run has compiled the
-# others take from it. A run starts with nothing kept.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    programs = tempfile.mkdtemp(prefix="sortal-tests-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
