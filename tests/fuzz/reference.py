@@ -227,9 +227,12 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_owner(self)
+        roles = self._roles
         if type(value) is Marked:
-            object.__setattr__(self, "_roles", {**self._roles, name: value.role})
-            value = value.value
+            roles, value = {**roles, name: value.role}, value.value
+        if roles.get(name) == "static" and _holds_data(value):
+            raise StructureError
+        object.__setattr__(self, "_roles", roles)
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -414,6 +417,13 @@ def is_node(x: Any) -> bool:
         plain = not any(map(_has_state, inside))
         return not (plain and hashable(x))
     return dataclasses.is_dataclass(x)
+
+
+def _holds_data(x: Any) -> bool:
+    """Whether a value is an array, a Variable or a Module, or holds one."""
+    if is_array(x) or isinstance(x, (Variable, Module)):
+        return True
+    return is_node(x) and any(_holds_data(child) for _, child in children(x))
 
 
 def _is_frozen(x: Any) -> bool:
