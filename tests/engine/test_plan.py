@@ -634,6 +634,19 @@ def test_data_is_not_assigned_to_what_was_declared_static(cls: Any, name: str) -
     assert model.rate is value
 
 
+def test_containers_that_hold_themselves_may_be_assigned_where_statics_are() -> None:
+    """They are refused at first use, as other statics without a hash are."""
+    loop: list[Any] = []
+    loop.append({"a": loop})
+    model = Marked()
+    model.rate = loop
+    with pytest.raises(StructureError, match="static values must be hashable"):
+        sortal.state(model)
+    loop[0]["a"] = jnp.ones(2)
+    with pytest.raises(StructureError, match="cannot assign data, a list"):
+        Marked().rate = loop
+
+
 def test_a_mark_inside_a_container_is_refused_and_not_lost() -> None:
     """``[nnx.data(x)]`` would else hide the value in the structure."""
     model = sortal.Module()

@@ -419,11 +419,13 @@ def is_node(x: Any) -> bool:
     return dataclasses.is_dataclass(x)
 
 
-def _holds_data(x: Any) -> bool:
+def _holds_data(x: Any, above: tuple[Any, ...] = ()) -> bool:
     """Whether a value is an array, a Variable or a Module, or holds one."""
     if is_array(x) or isinstance(x, (Variable, Module)):
         return True
-    return is_node(x) and any(_holds_data(child) for _, child in children(x))
+    if not is_node(x) or any(x is held for held in above):
+        return False
+    return any(_holds_data(child, (*above, x)) for _, child in children(x))
 
 
 def _is_frozen(x: Any) -> bool:

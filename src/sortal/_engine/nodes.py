@@ -480,12 +480,17 @@ def is_root(x: Any) -> bool:
 
 def _holds_data(x: Any) -> bool:
     """Whether a value is a Variable, an array or an object, or a container of such."""
-    handler = handler_of(x)
-    if handler is STATIC:
-        return False
-    if handler is LEAF or handler.root:
-        return True
-    return any(map(_holds_data, handler.items(x).values()))
+    left, seen = [x], {}
+    while left:
+        x = left.pop()
+        handler = handler_of(x)
+        if handler is STATIC or id(x) in seen:
+            continue
+        if handler is LEAF or handler.root:
+            return True
+        seen[id(x)] = x  # kept, so that no other has its id
+        left += handler.items(x).values()
+    return False
 
 
 def _classify(cls: type, obj: Any) -> Any:
