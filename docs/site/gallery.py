@@ -10,6 +10,8 @@ import optax
 from drawing import MONO, SANS, Colours, words
 
 import sortal as nnx
+from sortal._engine.paths import show
+from sortal._engine.tables import size
 from sortal.demo import digits, llama
 from sortal.inspect import rows
 
@@ -83,7 +85,7 @@ def draw(model: Any, colours: Colours) -> str:
 def cell(leaf: rows.LeafRow, at: Box, colours: Colours) -> Iterator[str]:
     """One leaf; its path is written where there is room for it."""
     back, ink = shade(leaf.label, colours)
-    path = ".".join(map(str, leaf.path))
+    path = show(leaf.path)
     yield (
         f'<rect x="{at.x:.1f}" y="{at.y:.1f}" width="{at.width:.1f}" '
         f'height="{at.height:.1f}" fill="{back}" stroke="{colours.paper}"/>'
@@ -129,15 +131,6 @@ def total(leaves: Sequence[rows.LeafRow]) -> int:
     return sum(leaf.bytes for leaf in leaves)
 
 
-def size(count: float) -> str:
-    """Bytes, in words."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
 def layout(sizes: Sequence[float], room: Box) -> list[Box]:
     """Boxes of these areas that fill a room, as square as can be.
 
@@ -157,8 +150,8 @@ def layout(sizes: Sequence[float], room: Box) -> list[Box]:
         taken, left = left[:count], left[count:]
         depth = sum(taken) * scale / side if side else 0.0
         along = 0.0
-        for size in taken:
-            length = size * scale / depth if depth else 0.0
+        for area in taken:
+            length = area * scale / depth if depth else 0.0
             boxes.append(
                 Box(room.x, room.y + along, depth, length)
                 if room.width >= room.height

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import sortal as nnx
+from sortal._engine.paths import show
 from sortal.inspect import rows
 
 HERE = Path(__file__).parent
@@ -78,11 +79,6 @@ def is_key(value: jax.Array) -> bool:
 def differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> set[str]:
     """The paths whose values differ."""
     return {path for path in a if not np.array_equal(a[path], b[path])}
-
-
-def show(path: tuple[object, ...]) -> str:
-    """A path as it is printed."""
-    return ".".join(map(str, path))
 
 
 # ------------------------------------------------------------------------ drawing

@@ -44,6 +44,19 @@ def show(path: Iterable[Any]) -> str:
     return text or "<root>"
 
 
+def show_from(name: str, path: Path) -> str:
+    """A path as text that begins with the name of what it leads on from.
+
+    Example:
+      >>> show_from("model", ("layers", 0)), show_from("state", ("a.b",))
+      ('model.layers.0', "state['a.b']")
+    """
+    if not path or not name:
+        return show(path) if path else name
+    text = show(path)
+    return name + (text if text.startswith("[") else f".{text}")
+
+
 def _is_plain(key: Any) -> bool:
     if type(key) is int:
         return key >= 0

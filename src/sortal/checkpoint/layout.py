@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from sortal._engine.foreign import handler_of_kind
@@ -26,7 +25,7 @@ from sortal.checkpoint.manifest import (
     encode_path,
 )
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
-from sortal.checkpoint.taking import Split, Taken
+from sortal.checkpoint.taking import ON_ONE, Split, Taken
 from sortal.checkpoint.values import (
     DEPTH,
     RECORDS,
@@ -88,12 +87,9 @@ def lay_out(taken: Taken) -> Layout:
 
 def _described(array: Any) -> Tree:
     """As ``describe``; most arrays are alike, and that is much faster for them."""
-    if type(array) is np.ndarray or type(array.sharding) is not _ON_ONE:
+    if type(array) is np.ndarray or type(array.sharding) is not ON_ONE:
         return describe(array, [])
     return _alike(array.shape, array.dtype, array.weak_type)
-
-
-_ON_ONE = jax.sharding.SingleDeviceSharding
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,6 +28,8 @@ from sortal.errors import SaveError, listing
 from sortal.filters import to_filter
 from sortal.policy.policy import Policy, answers
 
+ON_ONE = jax.sharding.SingleDeviceSharding
+
 
 class Split(NamedTuple):
     """An array in the parts that the devices of this process hold, each once.
@@ -101,7 +103,7 @@ def _hold(
                 # Its shape can be changed in place, so its record is a copy's.
                 values.append(held := _held(value, pin))
                 data.append(held)
-            elif pin and type(value.sharding) is _ON_ONE:
+            elif pin and type(value.sharding) is ON_ONE:
                 # As _held does: most of the time that a save holds the program up.
                 data.append(np.asarray(value))
                 values.append(value)
@@ -128,7 +130,6 @@ def _is_array(cls: type) -> bool:
     return cls is np.ndarray or issubclass(cls, jax.Array)
 
 
-_ON_ONE = jax.sharding.SingleDeviceSharding
 _GONE = "its buffer was donated to a call and is gone"
 
 
@@ -146,7 +147,7 @@ def _held(live: Any, pin: bool) -> Any:
     sharding = getattr(live, "sharding", None)
     if sharding is None:  # of NumPy
         return live.copy() if pin else live
-    if live.is_deleted() or type(sharding) is _ON_ONE:
+    if live.is_deleted() or type(sharding) is ON_ONE:
         return _on_one(live, pin)
     if live.is_fully_replicated:
         return _on_one(live.addressable_data(0), pin)

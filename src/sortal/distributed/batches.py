@@ -79,10 +79,7 @@ def _specs(spec: Any, batch: Any) -> list[PartitionSpec]:
         return isinstance(x, PartitionSpec)
 
     try:
-        found = jax.tree.map(
-            lambda one, part: [one] * len(jax.tree.leaves(part)),
-            spec, batch, is_leaf=is_spec,
-        )  # fmt: skip
+        found = jax.tree.broadcast(spec, batch, is_leaf=is_spec)
     except ValueError as e:
         raise ShardingError(
             f"spec={spec!r} is neither a PartitionSpec nor a prefix of the batch: {e}"

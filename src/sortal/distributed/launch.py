@@ -185,10 +185,12 @@ class _Run:
                 asked, until = number, time.monotonic() + _PATIENCE
             before = len(self._ends)
             self._look()
-            if until == float("inf") and (failed := self._failed(before)):
+            failed = [end for end in self._ends[before:] if end.code]
+            if until == float("inf") and failed:
                 until = time.monotonic() + self._allow(failed)
             if time.monotonic() > until:
-                self._say("these have not ended, and are killed: " + self._left())
+                left = ", ".join(str(rank) for rank, _ in self._running())
+                self._say("these have not ended, and are killed: " + left)
                 break
         if asked:
             return 128 + asked
@@ -206,17 +208,12 @@ class _Run:
                 yield number
 
     def _send(self, number: int) -> None:
-        ended = {end.rank for end in self._ends}
-        for rank, child in enumerate(self._children):
-            if rank not in ended:  # else its number may be another process's by now
-                os.kill(child.pid, number)
+        for _, child in self._running():  # an ended one's number may be another's
+            os.kill(child.pid, number)
 
     def _look(self) -> None:
         """Notes which processes have ended, were stopped, or go on."""
-        ended = {end.rank for end in self._ends}
-        for rank, child in enumerate(self._children):
-            if rank in ended:
-                continue
+        for rank, child in self._running():
             flags = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
             pid, status = os.waitpid(child.pid, flags)
             if not pid:
@@ -229,9 +226,6 @@ class _Run:
             else:
                 child.returncode = os.waitstatus_to_exitcode(status)
                 self._ends.append(End(rank, child.returncode))
-
-    def _failed(self, before: int) -> list[End]:
-        return [end for end in self._ends[before:] if end.code]
 
     def _allow(self, failed: list[End]) -> float:
         """How long the others have to end, once some have failed.
@@ -246,9 +240,10 @@ class _Run:
         self._send(signal.SIGTERM)
         return _MERCY
 
-    def _left(self) -> str:
+    def _running(self) -> list[tuple[int, subprocess.Popen[bytes]]]:
+        """The processes that have not ended, by rank."""
         ended = {end.rank for end in self._ends}
-        return ", ".join(str(r) for r in range(len(self._children)) if r not in ended)
+        return [(r, x) for r, x in enumerate(self._children) if r not in ended]
 
     def _say(self, text: str) -> None:
         sys.stderr.write(f"sortal launch: {text}\n")

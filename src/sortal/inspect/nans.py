@@ -15,7 +15,7 @@ import jax
 import jax.tree_util as jtu
 from jax.core import Tracer
 
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import Path, show_from
 from sortal._engine.schema import kind_name
 from sortal.errors import TraceError
 from sortal.functional import merge, split
@@ -106,17 +106,10 @@ class NonFinite:
         return f"{text} ({count}, first at {list(out.first or ())})"
 
     def _where(self) -> str:
-        name = _name(self.argument, self.path)
+        name = show_from(self.argument, self.path)
         place = f"{name} ({self.module})" if self.module else name
         phase = "" if self.operation == "input" else self.phase
         return ", ".join(filter(None, [place.strip(), phase]))
-
-
-def _name(argument: str, path: Path) -> str:
-    if not path:
-        return argument
-    text = show(path)
-    return text if not argument else argument + ("" if text[0] == "[" else ".") + text
 
 
 def _told(x: Operand) -> str:
@@ -129,7 +122,7 @@ def _told(x: Operand) -> str:
     text += "".join(f", {n} {name}" for name, n in counts if n and x.shape)
     if x.leaf is not None:
         kind = f" ({x.leaf.kind})" if x.leaf.kind else ""
-        text += f", {_name(x.leaf.argument, x.leaf.path)}{kind}"
+        text += f", {show_from(x.leaf.argument, x.leaf.path)}{kind}"
     return text
 
 
@@ -294,7 +287,7 @@ class _Search:
             schema = bound.alias_map.graphdef.schema
             path, one = schema.paths[k], len(self._roots) == 1
             name, below = self._roots[0 if one else path[0]], path if one else path[1:]
-            text = f"{_name(name, below)} ({kind_name(schema.kinds[k])})"
+            text = f"{show_from(name, below)} ({kind_name(schema.kinds[k])})"
             names += [text] * len(jax.tree.leaves(value))
         return names + ["a new leaf"] * len(jax.tree.leaves(shape.fresh))
 

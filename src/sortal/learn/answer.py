@@ -258,6 +258,21 @@ def kind_of(value: Any) -> str:
     return "array" if isinstance(value, jax.Array) else type(value).__name__
 
 
+def of_type(found: Any, cls: type, what: str, case: str) -> None:
+    """Refuses a result of another type.
+
+    Raises:
+      Wrong: it is one.
+    """
+    if not isinstance(found, cls):
+        raise Wrong(
+            f"The result is not {what}.",
+            case=case,
+            expected=cls.__name__,
+            found=kind_of(found),
+        )
+
+
 def values(tree: Any, *filters: Any) -> dict[str, np.ndarray]:
     """The arrays of a model that filters take, by path, as they are now."""
     state = sortal.state(tree, *filters)

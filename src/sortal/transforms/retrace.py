@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.difference import ABSENT, Difference, Fact, facts_of
 from sortal._engine.graphdef import GraphDef
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import Path, show, show_from
 from sortal._engine.schema import kind_name
 from sortal._engine.statics import is_hashable, static_key
 from sortal._engine.variable import describe, is_variable
@@ -381,11 +381,7 @@ def _cut(text: str) -> str:
 
 def _at(path: Path, roots: Sequence[str]) -> str:
     number, below = (0, path) if len(roots) == 1 else (path[0], path[1:])
-    name = roots[number]  # type: ignore[index]
-    if not below:
-        return name
-    text = show(below)
-    return name + (text if text.startswith("[") else f".{text}")
+    return show_from(roots[number], below)  # type: ignore[index]
 
 
 def _stacklevel() -> int:

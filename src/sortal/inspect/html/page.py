@@ -209,17 +209,17 @@ def _leaves(items: Sequence[Item], tables: _Tables) -> dict[str, list[Any]]:
 
 def _tables(tables: _Tables) -> dict[str, Any]:
     list(map(tables.class_, ARRAYS.values()))
-    built_in = [x for x in vars(variable).values() if isinstance(x, type)]
-    for kind in [*built_in, LoRAParam]:
-        if issubclass(kind, variable.Variable):
-            tables.class_(Class(kind.__name__, full_name(kind)))
-            if twin(kind) is not kind:
-                list(map(tables.class_, classes_of(kind)))
+    pairs = [(kind, twin(kind)) for kind in _kinds_of_the_library()]
+    twins = [(kind, other) for kind, other in pairs if other is not kind]
+    for kind, _ in pairs:
+        tables.class_(Class(kind.__name__, full_name(kind)))
+    for kind, _ in twins:
+        list(map(tables.class_, classes_of(kind)))
     return {
         "keys": tables.keys.rows,
         "kinds": tables.kinds.rows,
         "classes": tables.classes.rows,
-        "twins": _twins(),
+        "twins": [list(map(full_name, pair)) for pair in twins],
         "dtypes": tables.dtypes.rows,
         "dtypeNames": sorted(_dtype_filters()),
         "dtypeTexts": sorted(DTYPES),
@@ -228,11 +228,9 @@ def _tables(tables: _Tables) -> dict[str, Any]:
     }
 
 
-def _twins() -> list[list[str]]:
-    """Full names of pairs of kinds that count as one."""
-    built_in = [x for x in vars(variable).values() if isinstance(x, type)]
-    pairs = [(k, twin(k)) for k in built_in if twin(k) is not k]
-    return [[full_name(x) for x in pair] for pair in pairs]
+def _kinds_of_the_library() -> list[type]:
+    known = [x for x in vars(variable).values() if isinstance(x, type)]
+    return [x for x in (*known, LoRAParam) if issubclass(x, variable.Variable)]
 
 
 def _numbers_of(item: Item, read: compare.Read) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
+from sortal.learn.answer import Answer, Wrong, expect, of_type, values
 
 REST = "nothing takes the rest"
 SIGNS = {
@@ -46,13 +46,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
             found=", ".join(changed),
             pitfall="the model itself was changed",
         )
-    if not isinstance(found, type(model)):
-        raise Wrong(
-            "The result is not a model.",
-            case=case,
-            expected=type(model).__name__,
-            found=kind_of(found),
-        )
+    of_type(found, type(model), "a model", case)
     after = values(found)
     everything = {path: value * factor for path, value in before.items()}
     right = {p: everything[p] if p in params else before[p] for p in before}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
+from sortal.learn.answer import Answer, expect, of_type, values
 
 TWICE = {"exactly one of the groups": "a Param in two groups"}
 
@@ -43,13 +43,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
     case = f"a model of {', '.join(values(model))}; fast={fast}, slow={slow}"
     make = answer.get("make_optimizer")
     optimizer = answer.run(case, make, model, fast, slow, pitfalls=TWICE)
-    if not isinstance(optimizer, nnx.Optimizer):
-        raise Wrong(
-            "The result is not an Optimizer.",
-            case=case,
-            expected="Optimizer",
-            found=kind_of(optimizer),
-        )
+    of_type(optimizer, nnx.Optimizer, "an Optimizer", case)
     before = values(model)
     ones = jax.tree.map(jnp.ones_like, nnx.state(model, optimizer.wrt))
     answer.run(case, optimizer.update, model, ones)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortal.learn.answer import Answer, Wrong, expect, kind_of, values
+from sortal.learn.answer import Answer, Wrong, expect, of_type, values
 from sortal.learn.problems.p11_optimizer_groups import body_and_head
 
 EARLY = "the optimizer came before the adapter"
@@ -42,13 +42,7 @@ def check(answer: Answer, rng: np.random.Generator) -> None:
         )
     _of_rank(rank, factors, case)
     expect(model(x), y, case, what="The output has changed before any training.")
-    if not isinstance(optimizer, nnx.Optimizer):
-        raise Wrong(
-            "The result is not an Optimizer.",
-            case=case,
-            expected="Optimizer",
-            found=kind_of(optimizer),
-        )
+    of_type(optimizer, nnx.Optimizer, "an Optimizer", case)
     _step(answer, model, optimizer, x, case)
     moved = [p for p, a in frozen.items() if not np.array_equal(a, values(model)[p])]
     if moved:
