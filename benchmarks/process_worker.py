@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -25,20 +26,21 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "multiprocess.py"
 
 
 def tiny(seed: int, steps: int) -> Any:
-    """A model with every kind that training has, and little to compile.
-
-    BatchNorm takes a bias before it away, of which nothing but rounding is left to
-    Adam, and that differs between numbers of devices: so there is none.
-    """
-    rngs = sortal.Rngs(seed)
+    """A model with every kind that training has, and little to compile."""
+    rngs, dtype = sortal.Rngs(seed), widest()
     model = sortal.Sequential(
-        sortal.Linear(8, 64, use_bias=False, rngs=rngs),
-        sortal.BatchNorm(64, rngs=rngs),
+        sortal.Linear(8, 64, param_dtype=dtype, rngs=rngs),
+        sortal.BatchNorm(64, param_dtype=dtype, rngs=rngs),
         sortal.Dropout(0.2, rngs=rngs),
-        sortal.Linear(64, 8, rngs=rngs),
+        sortal.Linear(64, 8, param_dtype=dtype, rngs=rngs),
     )
     optimizer = sortal.Optimizer(model, optax.adam(1e-2), wrt=sortal.Param)
     return model, optimizer, sortal.MultiMetric(loss=sortal.metrics.Average("loss"))
+
+
+def widest() -> Any:
+    """float64 with ``JAX_ENABLE_X64``, else float32."""
+    return jax.dtypes.canonicalize_dtype(np.float64)
 
 
 @sortal.jit
@@ -58,7 +60,7 @@ def train(arguments: list[str]) -> None:
 
     def rows(seed: int) -> Any:
         rng = np.random.default_rng(seed)
-        return names["Rows"](*rng.normal(size=(2, 300, 8)).astype(np.float32))
+        return names["Rows"](*rng.normal(size=(2, 300, 8)).astype(widest()))
 
     names["TASKS"]["tiny"] = (rows, tiny, tiny_step)
     draw, report = names["bar"].draw, sortal.sharding_report
@@ -90,9 +92,26 @@ def words(x: Any) -> Any:
 
 
 def start(_: str) -> None:
-    """Begins and ends."""
+    """Begins, computes a sum over all processes, tells its ports, and ends."""
     distributed.initialize()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mine = np.ones(jax.local_device_count(), np.float32)
+    total = jax.jit(jax.numpy.sum)(distributed.shard_batch(mine, mesh))
+    assert float(total) == jax.device_count()
+    print(f"listens {json.dumps(listening())}", flush=True)
     distributed.barrier("here")
+
+
+def listening() -> list[str]:
+    """The addresses, as in ``/proc/net``, at which this process waits for others."""
+    links = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            links.append(str(path.readlink()))
+    mine = {x[8:-1] for x in links if x.startswith("socket:[")}
+    tables = [Path(f"/proc/net/{x}").read_text() for x in ("tcp", "tcp6")]
+    rows = [line.split() for text in tables for line in text.splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and row[9] in mine]
 
 
 def big(megabytes: int, fill: float) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,10 @@ class Done(NamedTuple):
 class Launched:
     """A running ``sortal launch``, in a session of its own."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, wide=False):
         path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+        environment["JAX_ENABLE_X64"] = str(int(wide))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sortal.inspect.cli", "launch", *arguments],
             env=environment,
@@ -52,11 +55,12 @@ def launch(tmp_path):
     """Starts the text of a program under ``sortal launch``; see Launched."""
     started = []
 
-    def start(text, *arguments, n=2, devices=None):
+    def start(text, *arguments, n=2, devices=None, wide=False):
         program = tmp_path / f"program{len(started)}.py"
         program.write_text(text)
         extra = [] if devices is None else ["--devices", str(devices)]
-        started.append(Launched("-n", str(n), *extra, str(program), *arguments))
+        words = "-n", str(n), *extra, str(program), *arguments
+        started.append(Launched(*words, wide=wide))
         return started[-1]
 
     yield start
@@ -69,3 +73,68 @@ def launch(tmp_path):
                 one.process.kill()
         one.process.stdout.close()
         one.process.stderr.close()
+
+
+def slurm(rank, job):
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+    }
+
+
+def ompi(rank, job):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:9",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+    }
+
+
+def free_job():
+    """The number of a job whose port, of which JAX makes 61440 + it, nobody uses."""
+    for job in range(1, 4096):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", 61440 + job))
+            return job
+    raise AssertionError("no port")
+
+
+@pytest.fixture
+def clusters():
+    """Runs Python in two processes with the variables of a scheduler; what each did."""
+    children = []
+
+    def run(scheduler, *arguments, **more):
+        job, named = free_job(), {"slurm": slurm, "ompi": ompi}[scheduler]
+        clean = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_"))
+        }
+        for rank in range(2):
+            environment = {
+                **clean, "PYTHONPATH": str(SOURCE), "JAX_PLATFORMS": "cpu",
+                **named(rank, job), **more,
+            }  # fmt: skip
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        told = [child.communicate(timeout=240) for child in children]
+        return [
+            Done(child.returncode, out.splitlines(), err)
+            for child, (out, err) in zip(children, told, strict=True)
+        ]
+
+    yield run
+    for child in children:
+        child.kill()
+        child.wait()

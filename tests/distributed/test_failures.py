@@ -11,16 +11,17 @@ import sortal as nnx
 from sortal.distributed import failures
 
 TRAINING = """
-import os, sys, time
+import sys, time
 from sortal import distributed
-distributed.initialize(heartbeat_timeout=5, shutdown_timeout=int(sys.argv[2]))
+distributed.initialize(heartbeat_timeout=5)
 import jax, numpy as np
 import sortal as nnx
 from sortal.checkpoint import files
 
-how, where = sys.argv[1], sys.argv[3]
+how, where = sys.argv[1:]
 mesh = jax.make_mesh((jax.device_count(),), ("data",))
 model = nnx.shard(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), mesh)
+distributed.assert_same(model)
 batch = distributed.shard_batch(np.ones((4, 4), np.float32), mesh)
 step = nnx.jit(lambda m, x: m(x).sum())
 
@@ -34,11 +35,8 @@ for number in range(10_000):
     if number == 5:
         saving = nnx.save(where, model, step=5, wait=False)
         print("running", flush=True)
-    if number == 9 and jax.process_index() == 1:
-        if how == "raise":
-            raise ValueError("no more\\ndata")
-        if how == "end":
-            break
+    if number == 9 and jax.process_index() == 1 and how == "raise":
+        raise ValueError("no more\\ndata")
     time.sleep(0.02)
 """
 
@@ -46,7 +44,7 @@ for number in range(10_000):
 def test_an_exception_in_one_ends_all_and_the_save_under_way_is_finished(
     launch, tmp_path
 ):
-    run = launch(TRAINING, "raise", "60", str(tmp_path / "steps"))
+    run = launch(TRAINING, "raise", str(tmp_path / "steps"), devices=1)
     run.until("running")
     began = time.monotonic()
     done = run.end()
@@ -54,7 +52,7 @@ def test_an_exception_in_one_ends_all_and_the_save_under_way_is_finished(
     assert done.code == failures.FAILED
     told = [x for x in done.err.splitlines() if "sortal: process 1 of 2 (pid" in x]
     assert sorted(x[:3] for x in told) == ["[0]", "[1]"]
-    line = TRAINING.splitlines().index('            raise ValueError("no more\\ndata")')
+    line = TRAINING.splitlines().index('        raise ValueError("no more\\ndata")')
     due = f"program0.py:{line + 1}, <module>: ValueError: no more data"
     assert all(x.endswith(due) for x in told), told
     assert "[0] Process 0 ends because of it." in done.err
@@ -63,7 +61,7 @@ def test_an_exception_in_one_ends_all_and_the_save_under_way_is_finished(
 
 
 def test_one_interrupt_ends_all_and_the_save_under_way_is_finished(launch, tmp_path):
-    run = launch(TRAINING, "run", "60", str(tmp_path / "steps"))
+    run = launch(TRAINING, "run", str(tmp_path / "steps"), devices=1)
     for _ in range(2):  # the save has begun in both
         run.until("running")
     run.process.send_signal(signal.SIGINT)
@@ -74,8 +72,16 @@ def test_one_interrupt_ends_all_and_the_save_under_way_is_finished(launch, tmp_p
     assert nnx.load_state(tmp_path / "steps").paths() == (("bias",), ("kernel",))
 
 
-def test_a_process_that_ends_too_early_is_noticed(launch, tmp_path):
-    done = launch(TRAINING, "end", "1", str(tmp_path / "steps")).end()
+def test_a_process_that_ends_too_early_is_noticed(launch):
+    text = """
+import time
+from sortal import distributed
+from sortal.distributed import failures
+distributed.initialize(shutdown_timeout=1)
+if failures.numbered()[0] == 0:
+    time.sleep(300)
+"""
+    done = launch(text).end()
     assert done.code == failures.FAILED
     assert (
         "it is at its end, and others are not: the end of the program: "
@@ -93,7 +99,7 @@ if jax.process_index() == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 time.sleep(300)
 """
-    done = launch(text).end(60)
+    done = launch(text, devices=1).end(60)
     assert done.code == 128 + signal.SIGSTOP
     assert "process 1 was stopped and not continued.\n" in done.err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -151,6 +152,9 @@ def test_what_the_command_says_when_it_is_asked_wrongly(capsys):
     for arguments, told in (
         ([], "which program? Write: sortal launch -n 4 train.py"),
         (["-n", "0", "x.py"], "must be 1 or more, found 0"),
+        (["-n", "two", "x.py"], "must be 1 or more, found two"),
+        (["--devices", "-1", "x.py"], "must be 1 or more, found -1"),
+        (["-n", "2", "absent.py"], "there is no program 'absent.py'"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["launch", *arguments])
@@ -158,6 +162,33 @@ def test_what_the_command_says_when_it_is_asked_wrongly(capsys):
     with pytest.raises(SystemExit):
         cli.main(["launch", "--help"])
     assert "usage: sortal launch [-n N]" in capsys.readouterr().out
+
+
+def copied(*written):
+    """What is written for output that comes in these pieces."""
+    left = list(written)
+    source, target = io.BytesIO(), io.TextIOWrapper(io.BytesIO())
+    source.read1 = lambda size: left.pop(0) if left else b""
+    launching._copy_lines(source, target, b"[0] ")
+    return target.buffer.getvalue()
+
+
+def test_each_line_of_output_has_one_number():
+    found = copied(b"a\r\nb\nc", b"d\n\ne")
+    assert found == b"[0] a\r\n[0] b\n[0] cd\n[0] \n[0] e\n"
+    assert copied(b"10%\r", b"20%\r") == b"[0] 10%\r[0] 20%\r"
+
+
+def test_a_long_line_is_searched_once_for_its_end(monkeypatch):
+    searched, split = [], launching.re.split
+
+    def counted(pattern, data):
+        searched.append(len(data))
+        return split(pattern, data)
+
+    monkeypatch.setattr(launching.re, "split", counted)
+    assert copied(*[b"x" * 1000] * 100, b"\n") == b"[0] " + b"x" * 100_000 + b"\n"
+    assert sum(searched) == 100_001
 
 
 def test_the_first_process_alone_draws_bars_in_a_terminal(monkeypatch):

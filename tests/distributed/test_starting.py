@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 
 from sortal import distributed
 from sortal.errors import DistributedError
 
-SOURCE = Path(__file__).parents[2] / "src"
 PROGRAM = """
 from sortal import distributed
 distributed.initialize()
@@ -39,44 +32,27 @@ def test_half_of_what_is_needed_is_refused():
         distributed.initialize(num_processes=4)
 
 
-def test_slurm_says_how_many_and_which():
-    # Its port is 61440 + the number of the job modulo 4096.
-    for job in range(1, 4096):
-        with socket.socket() as free:
-            try:
-                free.bind(("127.0.0.1", 61440 + job))
-            except OSError:
-                continue
-            break
-    slurm = {
-        "SLURM_JOB_ID": str(job),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_"))}
-    children = []
-    for rank in range(2):
-        mine = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-        environment = {
-            **clean, **slurm, **mine, "PYTHONPATH": str(SOURCE),
-            "JAX_PLATFORMS": "cpu",
-        }  # fmt: skip
-        children.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        told = [child.communicate(timeout=120) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    found = [out.splitlines()[-1:] for out, _ in told]
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"])
+def test_one_of_several_is_not_taken_for_the_only_one(monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    told = f"{name}=4 says that several processes were started.*mpi4py"
+    with pytest.raises(DistributedError, match=told):
+        distributed.initialize()
+    monkeypatch.setenv(name, "1")
+    distributed.initialize()
+
+
+def test_a_variable_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("SORTAL_NUM_PROCESSES", "two")
+    with pytest.raises(
+        DistributedError, match="SORTAL_NUM_PROCESSES is 'two', which is no"
+    ):
+        distributed.initialize()
+
+
+def test_open_mpi_says_how_many_and_which(clusters):
+    told = clusters("ompi", "-c", PROGRAM)
+    found = [done.out[-1:] for done in told]
     assert found == [["0 2 6"], ["1 2 6"]], told
 
 

@@ -40,12 +40,21 @@ said["uneven"] = fails(
     ShardingError, lambda: distributed.shard_batch({"x": [np.ones((3, 2))]}, flat)
 )
 
+rows = np.ones((2 + 2 * here, 2), np.float32)
+said["ragged"] = fails(
+    ShardingError, lambda: distributed.shard_batch({"x": rows, "y": rows[:2]}, flat)
+)
+
 # ---------------------------------------------------------------------- assert_same
 def model(seed=0):
     return nnx.Linear(2, 4, rngs=nnx.Rngs(seed))
 
 same = nnx.shard(model(), mesh, presets.fsdp("data", min_size=1))
 distributed.assert_same({"model": same, "own": model(), "rngs": nnx.Rngs(1)})
+apart = nnx.shard(nnx.Rngs(1), mesh)
+said["placed"] = [apart.default.key.value.sharding.is_fully_addressable, bool(
+    (apart.default.key.value.addressable_data(0) == jax.random.key(1)).all()
+)]
 other = model()
 other.kernel[...] += here * 1e-7
 said["differs"] = fails(DistributedError, lambda: distributed.assert_same(other))
@@ -96,6 +105,11 @@ if here == 1:
         DistributedError, lambda: distributed.barrier("never", timeout=1)
     )
 distributed.barrier("end")
+if here == 1:
+    said["lone"] = fails(
+        DistributedError, lambda: distributed.shard_batch(np.ones(6), flat, timeout=1)
+    )
+distributed.barrier("end of the end")
 said["again"] = fails(DistributedError, distributed.initialize)
 print(json.dumps(said))
 """
@@ -116,6 +130,13 @@ def test_two_processes_share_a_batch_and_metrics_and_are_told_what_differs(launc
             "of equal size\nEach process gives NumPy arrays with the rows of its own "
             "devices."
         )
+        assert said["ragged"] == (
+            "process 1 of 2 gave another batch than process 0, of all processes "
+            "together:\n  x: float32[4,2] P('data') in process 0\n  x: float32[8,2] "
+            "P('data') in process 1\nEach process gives as many rows for each of its "
+            "devices, of the same dtypes; drop or fill the last batch."
+        )
+        assert said["placed"] == [False, True]
         assert "First difference: kernel (Param), in process 1 of 2." in said["differs"]
         assert (
             "First difference: a (Param): float32[2], in process 1 of 2, which has "
@@ -131,3 +152,7 @@ def test_two_processes_share_a_batch_and_metrics_and_are_told_what_differs(launc
         "barrier 'never': process 1 of 2 did not come within 1 s." in told["0"]["alone"]
     )
     assert "came when the others had given up" in told["1"]["late"]
+    assert told["1"]["lone"].startswith(
+        "shard_batch of a new form (<root>: float64[12] P('data')): process 0 of 2 did "
+        "not come within 1 s."
+    )

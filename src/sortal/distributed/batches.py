@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import math
 from typing import Any
 
@@ -13,12 +15,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sortal._engine.jax_compat import plain_key
 from sortal._engine.paths import show
+from sortal.distributed.meeting import TIMEOUT, exchange, processes
 from sortal.errors import ShardingError, listing
 from sortal.policy.rule import format_answer
 from sortal.sharding.resolution import axes_of, spec_fault
 
+_known: set[Any] = set()
+"""Forms of batches that all processes have given together."""
+_calls = itertools.count()
 
-def shard_batch(batch: Any, mesh: Mesh, spec: Any = None) -> Any:
+
+def shard_batch(
+    batch: Any, mesh: Mesh, spec: Any = None, timeout: float = TIMEOUT
+) -> Any:
     """Makes global arrays of what each process has loaded, without a copy to others.
 
     Every process gives the rows that its own devices are to hold: with ``P("data")``
@@ -27,18 +36,23 @@ def shard_batch(batch: Any, mesh: Mesh, spec: Any = None) -> Any:
     part, in whatever process, must be given the same numbers. With one process it is
     ``jax.device_put``.
 
+    When a process gives a batch of another structure, shape, dtype or spec than any
+    before, it compares them with those of all others, which must give it too.
+
     Args:
       batch: a NumPy array, or a pytree of these, of this process.
       mesh: the mesh, with devices of all processes.
       spec: a PartitionSpec, or a pytree of these that is a prefix of the batch's; the
         first mesh axis divides the first dimension if absent.
+      timeout: how many seconds to wait for the others, where forms are compared.
 
     Returns:
       The batch, with global arrays in the place of the local ones.
 
     Raises:
       ShardingError: an array is no NumPy array, or has a shape that its spec cannot
-        divide; all are listed.
+        divide; all are listed. Or processes have given batches of different forms.
+      DistributedError: some processes did not give a batch of this form in time.
 
     Example:
       >>> import jax
@@ -67,11 +81,40 @@ def shard_batch(batch: Any, mesh: Mesh, spec: Any = None) -> Any:
             f"mesh ({known}):\n{listing(bad)}\nEach process gives NumPy arrays with "
             "the rows of its own devices."
         )
+    shapes = tuple((shape, x.dtype, sharding) for x, sharding, shape in made)
+    if (treedef, shapes) not in _known:
+        _compare(mesh, [keys for keys, _ in rows], shapes, timeout)
+        _known.add((treedef, shapes))
     arrays = [
         jax.make_array_from_process_local_data(sharding, x, shape)
         for x, sharding, shape in made
     ]
     return jtu.tree_unflatten(treedef, arrays)
+
+
+def _compare(mesh: Mesh, paths: list[Any], shapes: Any, timeout: float) -> None:
+    """Refuses a batch that has another form in another process."""
+    count = jax.process_count()
+    if len({device.process_index for device in mesh.devices.flat}) < count:
+        return  # a mesh of some processes only, which nothing brings together
+    mine = [
+        f"{show(map(plain_key, keys))}: {dtype}[{','.join(map(str, shape))}] "
+        f"{format_answer('spec', sharding.spec)}"
+        for keys, (shape, dtype, sharding) in zip(paths, shapes, strict=True)
+    ]
+    matter = f"shard_batch of a new form ({'; '.join(mine)[:500]})"
+    texts = exchange(f"batch/{next(_calls)}", json.dumps(mine), matter, timeout)
+    forms = list(map(json.loads, texts))
+    odd = [i for i in range(count) if forms[i] != forms[0]]
+    if odd:
+        other = forms[odd[0]]
+        bad = [f"{x} in process 0" for x in forms[0] if x not in other]
+        bad += [f"{x} in process {odd[0]}" for x in other if x not in forms[0]]
+        raise ShardingError(
+            f"{processes(odd)} of {count} gave another batch than process 0, of all "
+            f"processes together:\n{listing(bad)}\nEach process gives as many rows for "
+            "each of its devices, of the same dtypes; drop or fill the last batch."
+        )
 
 
 def _specs(spec: Any, batch: Any) -> list[PartitionSpec]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sortal.distributed.failures import ENDED_BY_ANOTHER
@@ -77,14 +78,15 @@ def _parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
         parser.error("which program? Write: sortal launch -n 4 train.py")
     if options.module:
         options.program.insert(0, "-m")
+    elif not Path(options.program[0]).exists():
+        parser.error(f"there is no program {options.program[0]!r}")
     return options
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, found {text}")
-    return number
+    return int(text)
 
 
 def _environments(count: int, devices: int | None) -> list[dict[str, str]]:
@@ -152,8 +154,9 @@ class _Run:
                 os.killpg(guard.pid, signal.SIGKILL)
             for process in (guard, *self._children):
                 process.wait()
-            for reader in self._readers:
-                reader.join(_MERCY)
+            until = time.monotonic() + _MERCY
+            for reader in self._readers:  # one waits on where something left holds it
+                reader.join(max(0, until - time.monotonic()))
             guard.communicate()
 
     def _start(self, environment: dict[str, str], group: int) -> None:
@@ -287,13 +290,17 @@ _writing = threading.Lock()
 
 def _copy_lines(source: BinaryIO, target: Any, prefix: bytes) -> None:
     """Copies output line by line; a carriage return, as of a bar, ends a line too."""
-    rest = b""
+    held: list[bytes] = []  # of a line that has not ended, which may be very long
     with source:
         while data := source.read1(1 << 16):  # type: ignore[attr-defined]
-            *lines, rest = re.split(rb"(?<=[\r\n])", rest + data)
-            _write(target, b"".join(prefix + line for line in lines))
-    if rest:
-        _write(target, prefix + rest + b"\n")
+            first, *lines = re.split(rb"(?<=\n)|(?<=\r)(?!\n)", data)
+            held.append(first)
+            if lines:
+                *lines, rest = b"".join(held), *lines
+                _write(target, b"".join(prefix + line for line in lines))
+                held = [rest] if rest else []
+    if held:
+        _write(target, prefix + b"".join(held) + b"\n")
 
 
 def _write(target: Any, data: bytes) -> None:

@@ -52,7 +52,8 @@ def initialize(
 
     Raises:
       DistributedError: it was called before; or only some of ``coordinator_address``,
-        ``num_processes`` and ``process_id`` are known, and nothing says the rest.
+        ``num_processes`` and ``process_id`` are known, and nothing says the rest; or a
+        launcher that JAX does not know has started several processes.
 
     Example:
       >>> from sortal import distributed
@@ -64,13 +65,14 @@ def initialize(
             "instead of jax.distributed.initialize()."
         )
     if COUNT in os.environ and num_processes is None:
-        num_processes = int(os.environ[COUNT])
+        num_processes = _number(COUNT)
     if INDEX in os.environ and process_id is None:
-        process_id = int(os.environ[INDEX])
+        process_id = _number(INDEX)
     address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     given = (address, num_processes, process_id)
     if None in given and "cluster_detection_method" not in options:
         if given == (None, None, None) and not options and not in_a_cluster():
+            _refuse_others()
             return
         if not in_a_cluster():
             raise DistributedError(
@@ -87,3 +89,29 @@ def initialize(
         **options,
     )
     failures.watch(coordinator(), shutdown_timeout)
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise DistributedError(
+            f"the variable {name} is {text!r}; it is to be a number."
+        )
+    return int(text)
+
+
+_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+"""Where Open MPI, MPICH and its kin, and torchrun say how many processes there are."""
+
+
+def _refuse_others() -> None:
+    """Refuses to take one of several processes for the only one."""
+    for name in _COUNTS:
+        if os.environ.get(name, "1") != "1":
+            raise DistributedError(
+                f"{name}={os.environ[name]} says that several processes were started, "
+                "and JAX cannot find out from their launcher which this is. Give "
+                "coordinator_address=, num_processes= and process_id=; or, under MPI "
+                'with mpi4py installed, cluster_detection_method="mpi4py". Unset the '
+                "variable if this process is the only one."
+            )

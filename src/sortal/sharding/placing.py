@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from sortal._engine.jax_compat import outside_traces
@@ -209,8 +211,36 @@ def shard(
     _check_takes(found, policy)
     _check_places(found.plan)
     shardings = found.shardings()
-    _store(found.plan, jax.device_put(list(found.values), shardings), shardings)
+    _store(found.plan, _placed(found.values, shardings), shardings)
     return model
+
+
+def _placed(values: Sequence[Any], shardings: list[NamedSharding]) -> list[Any]:
+    """The values where they belong.
+
+    Across processes JAX places NumPy's arrays, and refuses those that differ between
+    processes. It refuses keys, though, and what it makes of a process's own array
+    cannot be read where each process has one device.
+    """
+    if all(s.is_fully_addressable for s in shardings):
+        return jax.device_put(list(values), shardings)
+    placed = jax.device_put([_on_host(x) for x in values], shardings)
+    return [
+        jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
+        if _is_key(old)
+        else x
+        for x, old in zip(placed, values, strict=True)
+    ]
+
+
+def _on_host(x: Any) -> Any:
+    words = jax.random.key_data(x) if _is_key(x) else x
+    whole = getattr(words, "is_fully_addressable", True)
+    return np.asarray(words) if whole else words
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
 
 
 def _check_takes(found: OnMesh, policy: Any) -> None:
