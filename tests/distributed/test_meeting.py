@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import pytest
 
 from sortal.distributed import meeting
-from sortal.errors import DistributedError
+from sortal.errors import ArgumentError, DistributedError, TraceError
 
 
 class Client:
@@ -71,6 +73,18 @@ def test_a_barrier_may_be_passed_again(four):
         meeting.barrier("twice")
     one, two = client.keys
     assert one != two
+
+
+@pytest.mark.parametrize("timeout", [None, "5", -1, float("nan"), float("inf")])
+def test_what_is_no_number_of_seconds_is_refused(timeout):
+    told = f"timeout= is seconds, from 0 on; found {timeout!r}."
+    with pytest.raises(ArgumentError, match=re.escape(told)):
+        meeting.barrier("x", timeout)
+
+
+def test_a_barrier_in_a_trace_is_refused():
+    with pytest.raises(TraceError, match="would wait once, when it is traced"):
+        jax.jit(lambda x: meeting.barrier("x"))(1.0)
 
 
 def test_of_many_processes_some_are_named():

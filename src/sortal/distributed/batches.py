@@ -50,6 +50,7 @@ def shard_batch(
       The batch, with global arrays in the place of the local ones.
 
     Raises:
+      ArgumentError: ``timeout`` is no number of seconds.
       ShardingError: an array is no NumPy array, or has a shape that its spec cannot
         divide; all are listed. Or processes have given batches of different forms.
       DistributedError: some processes did not give a batch of this form in time.

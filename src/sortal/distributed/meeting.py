@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from sortal._engine.jax_compat import coordinator
-from sortal.errors import DistributedError
+from sortal._engine.jax_compat import coordinator, outside_traces
+from sortal.errors import ArgumentError, DistributedError, TraceError
 
 TIMEOUT = 600.0
 """Seconds that processes wait for one another, unless something else is said."""
@@ -26,12 +28,19 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
       timeout: how many seconds to wait.
 
     Raises:
+      ArgumentError: ``timeout`` is no number of seconds.
       DistributedError: some processes did not come in time; they are named.
+      TraceError: it is called inside a transform.
 
     Example:
       >>> from sortal import distributed
       >>> distributed.barrier("data is there")  # alone, nobody is waited for
     """
+    if not outside_traces():
+        raise TraceError(
+            "barrier inside a transform would wait once, when it is traced, and not "
+            "when the compiled function is called. Call it outside."
+        )
     exchange(f"barrier/{name}/{next(_times[name])}", "", f"barrier {name!r}", timeout)
 
 
@@ -57,9 +66,12 @@ def exchange(
       The text of each process.
 
     Raises:
+      ArgumentError: ``timeout`` is no number of seconds.
       DistributedError: some processes did not come in time, or this one comes after
         the others have given up; or there is nothing that carries messages.
     """
+    if not isinstance(timeout, numbers.Real) or not 0 <= timeout < math.inf:
+        raise ArgumentError(f"timeout= is seconds, from 0 on; found {timeout!r}.")
     index, count = who or (jax.process_index(), jax.process_count())
     if count == 1:
         return [mine]
@@ -118,8 +130,8 @@ def _absent(
     )
 
 
-def processes(numbers: list[int]) -> str:
+def processes(indices: list[int]) -> str:
     """Processes in words, such as ``processes 1, 2``."""
-    listed = ", ".join(map(str, numbers[:20]))
-    more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
-    return f"process{'es' if len(numbers) > 1 else ''} {listed}{more}"
+    listed = ", ".join(map(str, indices[:20]))
+    more = f" and {len(indices) - 20} more" if len(indices) > 20 else ""
+    return f"process{'es' if len(indices) > 1 else ''} {listed}{more}"

@@ -35,6 +35,7 @@ def assert_same(model: Any, /, *, only: Any = ..., timeout: float = TIMEOUT) -> 
       timeout: how many seconds to wait for the other processes.
 
     Raises:
+      ArgumentError: ``timeout`` is no number of seconds.
       DistributedError: a leaf differs; the first path and the processes that have
         something else than most are named. Or some processes did not call this in
         time.
