@@ -153,6 +153,6 @@ def test_two_processes_share_a_batch_and_metrics_and_are_told_what_differs(launc
     )
     assert "came when the others had given up" in told["1"]["late"]
     assert told["1"]["lone"].startswith(
-        "shard_batch of a new form (<root>: float64[12] P('data')): process 0 of 2 did "
+        "shard_batch of a new form (<root>: float32[12] P('data')): process 0 of 2 did "
         "not come within 1 s."
     )

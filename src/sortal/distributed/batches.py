@@ -99,7 +99,8 @@ def _compare(mesh: Mesh, paths: list[Any], shapes: Any, timeout: float) -> None:
     if len({device.process_index for device in mesh.devices.flat}) < count:
         return  # a mesh of some processes only, which nothing brings together
     mine = [
-        f"{show(map(plain_key, keys))}: {dtype}[{','.join(map(str, shape))}] "
+        f"{show(map(plain_key, keys))}: {jax.dtypes.canonicalize_dtype(dtype)}"
+        f"[{','.join(map(str, shape))}] "
         f"{format_answer('spec', sharding.spec)}"
         for keys, (shape, dtype, sharding) in zip(paths, shapes, strict=True)
     ]
