@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
+# What is compiled runs a few times only.
+QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 class Done(NamedTuple):
@@ -27,7 +29,7 @@ class Launched:
 
     def __init__(self, *arguments, wide=False):
         path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, **QUICK, "PYTHONPATH": path}
         environment["JAX_ENABLE_X64"] = str(int(wide))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sortal.inspect.cli", "launch", *arguments],
@@ -116,8 +118,7 @@ def clusters():
         }
         for rank in range(2):
             environment = {
-                **clean, "PYTHONPATH": str(SOURCE), "JAX_PLATFORMS": "cpu",
-                **named(rank, job), **more,
+                **clean, **QUICK, "PYTHONPATH": str(SOURCE), **named(rank, job), **more,
             }  # fmt: skip
             children.append(
                 subprocess.Popen(

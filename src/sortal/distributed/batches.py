@@ -82,10 +82,14 @@ def shard_batch(
             f"mesh ({known}):\n{listing(bad)}\nEach process gives NumPy arrays with "
             "the rows of its own devices."
         )
-    shapes = tuple((shape, x.dtype, sharding) for x, sharding, shape in made)
-    if (treedef, shapes) not in _known:
-        _compare(mesh, [keys for keys, _ in rows], shapes, timeout)
-        _known.add((treedef, shapes))
+    forms = [
+        (shape, x.dtype, entry)
+        for (x, _, shape), entry in zip(made, specs, strict=True)
+    ]
+    form = mesh, treedef, *forms
+    if form not in _known:
+        _compare(mesh, [keys for keys, _ in rows], forms, timeout)
+        _known.add(form)
     arrays = [
         jax.make_array_from_process_local_data(sharding, x, shape)
         for x, sharding, shape in made
@@ -93,7 +97,7 @@ def shard_batch(
     return jtu.tree_unflatten(treedef, arrays)
 
 
-def _compare(mesh: Mesh, paths: list[Any], shapes: Any, timeout: float) -> None:
+def _compare(mesh: Mesh, paths: list[Any], forms: list[Any], timeout: float) -> None:
     """Refuses a batch that has another form in another process."""
     count = jax.process_count()
     if len({device.process_index for device in mesh.devices.flat}) < count:
@@ -101,17 +105,17 @@ def _compare(mesh: Mesh, paths: list[Any], shapes: Any, timeout: float) -> None:
     mine = [
         f"{show(map(plain_key, keys))}: {jax.dtypes.canonicalize_dtype(dtype)}"
         f"[{','.join(map(str, shape))}] "
-        f"{format_answer('spec', sharding.spec)}"
-        for keys, (shape, dtype, sharding) in zip(paths, shapes, strict=True)
+        f"{format_answer('spec', entry)}"
+        for keys, (shape, dtype, entry) in zip(paths, forms, strict=True)
     ]
     matter = f"shard_batch of a new form ({'; '.join(mine)[:500]})"
     texts = exchange(f"batch/{next(_calls)}", json.dumps(mine), matter, timeout)
-    forms = list(map(json.loads, texts))
-    odd = [i for i in range(count) if forms[i] != forms[0]]
+    found = list(map(json.loads, texts))
+    odd = [i for i in range(count) if found[i] != found[0]]
     if odd:
-        other = forms[odd[0]]
-        bad = [f"{x} in process 0" for x in forms[0] if x not in other]
-        bad += [f"{x} in process {odd[0]}" for x in other if x not in forms[0]]
+        first, other = found[0], found[odd[0]]
+        bad = [f"{x} in process 0" for x in first if x not in other]
+        bad += [f"{x} in process {odd[0]}" for x in other if x not in first]
         raise ShardingError(
             f"{processes(odd)} of {count} gave another batch than process 0, of all "
             f"processes together:\n{listing(bad)}\nEach process gives as many rows for "

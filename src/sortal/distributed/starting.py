@@ -94,9 +94,7 @@ def initialize(
 def _number(name: str) -> int:
     text = os.environ[name]
     if not text.isdecimal():
-        raise DistributedError(
-            f"the variable {name} is {text!r}; it is to be a number."
-        )
+        raise DistributedError(f"the variable {name} is {text!r}, which is no number.")
     return int(text)
 
 
