@@ -52,6 +52,8 @@ def model(seed=0):
 same = nnx.shard(model(), mesh, presets.fsdp("data", min_size=1))
 distributed.assert_same({"model": same, "own": model(), "rngs": nnx.Rngs(1)})
 apart = nnx.shard(nnx.Rngs(1), mesh)
+pair = nnx.shard({"p": nnx.Variable((jnp.ones(4), jax.random.key(3)))}, mesh)["p"]
+assert pair.value[0].sharding.mesh == pair.value[1].sharding.mesh == mesh
 said["placed"] = [apart.default.key.value.sharding.is_fully_addressable, bool(
     (apart.default.key.value.addressable_data(0) == jax.random.key(1)).all()
 )]

@@ -222,15 +222,11 @@ def _placed(values: Sequence[Any], shardings: list[NamedSharding]) -> list[Any]:
     processes. It refuses keys, though, and what it makes of a process's own array
     cannot be read where each process has one device.
     """
+    given = list(values)
     if all(s.is_fully_addressable for s in shardings):
-        return jax.device_put(list(values), shardings)
-    placed = jax.device_put([_on_host(x) for x in values], shardings)
-    return [
-        jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
-        if _is_key(old)
-        else x
-        for x, old in zip(placed, values, strict=True)
-    ]
+        return jax.device_put(given, shardings)
+    placed = jax.device_put(jax.tree.map(_on_host, given), shardings)
+    return jax.tree.map(_as_keys, placed, given)
 
 
 def _on_host(x: Any) -> Any:
@@ -239,8 +235,14 @@ def _on_host(x: Any) -> Any:
     return np.asarray(words) if whole else words
 
 
+def _as_keys(x: Any, like: Any) -> Any:
+    if not _is_key(like):
+        return x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+
+
 def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _check_takes(found: OnMesh, policy: Any) -> None:
