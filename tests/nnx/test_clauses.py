@@ -288,6 +288,26 @@ def the_backward_function_is_given_gradients_of_inputs_and_output(lib: Any) -> A
 
 
 @alike
+def a_pullback_deletes_what_is_not_differentiated(lib: Any) -> Any:
+    chosen = lib.DiffState(0, lib.PathContains("x"))
+
+    @lib.custom_vjp(nondiff_argnums=(chosen,))
+    def f(m: Any) -> Any:
+        return jnp.sin(m.x[...]) * m.y[...]
+
+    def bwd(cos: Any, g: Any) -> Any:
+        (m_g,), out_g = g
+        m_g = jax.tree.map(lambda x: x, m_g)
+        m_g["x"][...] = cos * out_g * 3
+        del m_g["y"]
+        return (m_g,)
+
+    f.defvjp(lambda m: (f(m), jnp.cos(m.x[...])), bwd)
+    m = lib.Dict(x=lib.Param(jnp.array(1.0)), y=lib.Param(jnp.array(2.0)))
+    return lib.grad(f, argnums=chosen)(m)
+
+
+@alike
 def the_backward_function_of_several_arguments(lib: Any) -> Any:
     @lib.custom_vjp(nondiff_argnums=(0,))
     def f(k: Any, m: Any, x: Any, v: Any) -> Any:
