@@ -307,6 +307,19 @@ def test_rngs_are_handed_to_those_that_take_them():
     assert seen == [("may", None), ("layer", None)]
 
 
+def test_keywords_of_the_call_reach_all_that_take_them():
+    """As in Flax 0.12.12, which leaves out what none takes."""
+    drop = sortal.Dropout(0.5, rngs=sortal.Rngs(0))
+    model = sortal.Sequential(Scale(2.0), drop, named, total, drop)
+    x = jnp.ones(4)
+    assert (model(x, deterministic=True) == 7).all()
+    with pytest.raises(ArgumentError, match=r"no layer takes determinstic\."):
+        model(x, determinstic=True)
+    with pytest.raises(ArgumentError, match=r"layers\.1 is given b, c by the layer"):
+        sortal.Sequential(named, lambda *, a, b, c: a)(x, b=1, c=2)
+    assert sortal.Sequential(abs, total)(-1, b=2) == 3
+
+
 def test_a_builtin_without_a_signature_takes_no_rngs():
     """``inspect`` knows no signature of some functions, such as ``min``."""
     assert sortal.Sequential(min)([3, 1], rngs=sortal.Rngs(0)) == 1

@@ -74,9 +74,7 @@ def test_the_bridge_has_each_name_or_says_what_to_write() -> None:
     inside = {"interop", "module", "variables", "wrappers"}
     lacking = {x for x in public - inside if not hasattr(nnx.bridge, x)}
     assert lacking == set(nnx.bridge.ABSENT)
-    with pytest.raises(
-        AttributeError, match="no AttrPriority: attributes are"
-    ):
+    with pytest.raises(AttributeError, match="no AttrPriority: attributes are"):
         nnx.bridge.AttrPriority  # noqa: B018
 
 

@@ -126,7 +126,8 @@ class _Named(type):
                 f"that or None; found a {type(parent).__name__}."
             )
         name = kwargs.get("name")
-        if "name" not in {f.name for f in dataclasses.fields(cls)}:
+        dataclass: Any = cls
+        if "name" not in {f.name for f in dataclasses.fields(dataclass)}:
             kwargs.pop("name", None)
         if name is None and context.in_compact:
             name = context.name_for(cls)

@@ -57,10 +57,10 @@ def _unboxed(kind: type[Variable], x: Any) -> Variable:
 
     if not isinstance(x, meta.AxisMetadata):
         return kind(x)
-    if isinstance(x, variable_box()):
-        return x.to_nnx_variable()
     # to_nnx_metadata of some boxes of Flax changes the box, hence the copy.
     box: Any = copy.copy(x)
+    if isinstance(box, variable_box()):
+        return box.to_nnx_variable()
     values = box.to_nnx_metadata() if hasattr(box, "to_nnx_metadata") else vars(box)
     metadata = {**values, _BOX: type(x)}
     return kind(metadata.pop("value"), **metadata)
