@@ -14,7 +14,7 @@ class Sequential(Module):
     """Calls functions and modules one after another.
 
     A tuple that one returns becomes the positional arguments of the next, a dict its
-    keyword arguments. Keyword arguments of the call, such as ``rngs``, are passed to all
+    keyword arguments. Keyword arguments of the call, such as ``rngs``, go to all layers
     that take them.
 
     Args:

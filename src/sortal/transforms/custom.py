@@ -27,7 +27,6 @@ from sortal.transforms._adapter.tracing import (
     replace_roots,
 )
 from sortal.transforms.autodiff import (
-    Chosen,
     DiffState,
     FlatCall,
     differentiable,
