@@ -337,6 +337,18 @@ def the_backward_function_without_graph_is_given_that_of_the_output(lib: Any) ->
     return lib.grad(f, graph=False)(jnp.array(3.0))
 
 
+@alike
+def names_of_files_that_programs_use(lib: Any) -> Any:
+    things = [small(lib), lib.Param(1), 3, [1], jnp.ones(1), lib.List()]
+    with pytest.raises(ValueError, match="none"):
+        lib.module.first_from(None, error_msg="none")
+    return (
+        [lib.graph.is_node(x) for x in things],
+        [lib.graph.is_graph_node(x) for x in things],
+        lib.module.first_from(None, 0, 1, error_msg=""),
+    )
+
+
 # ----------------------------------------------------------------------------- marks
 @alike
 def fields_of_a_dataclass_say_what_is_static(lib: Any) -> Any:
