@@ -331,7 +331,7 @@ def test_what_cannot_be_called_is_named_with_its_place():
     ):
         sortal.Sequential(abs, [abs])(1)
     with pytest.raises(TypeError):
-        flax_nnx.Sequential(abs, 1)(1)
+        flax_nnx.Sequential(abs, 1)(1)  # type: ignore[arg-type]
 
 
 def test_layers_may_be_changed_like_any_list():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
 from flax import nnx as flax_nnx
+from flax.core import FrozenDict
 
 from sortal import nnx
 from sortal.errors import ArgumentError
@@ -28,7 +28,7 @@ def alike(program: Any) -> Any:
 
 def plain(x: Any) -> Any:
     """Output as numbers, texts and containers of them."""
-    if isinstance(x, dict | flax.core.FrozenDict):
+    if isinstance(x, dict | FrozenDict):
         return {str(k): plain(v) for k, v in sorted(x.items())}
     if isinstance(x, tuple | list):
         return [plain(v) for v in x]
