@@ -19,7 +19,7 @@ from sortal._engine.state import as_state
 from sortal._engine.statics import EMPTY
 from sortal._engine.variable import make
 from sortal.checkpoint.layout import aliases_of
-from sortal.checkpoint.manifest import Path, encode_path
+from sortal.checkpoint.manifest import Path, encoded_paths
 from sortal.checkpoint.taking import namesakes
 from sortal.checkpoint.values import (
     DTYPES,
@@ -127,7 +127,8 @@ class _Matching:
         if self.options.only is not None:
             at = select(schema, (self.options.only,), view).parts[0][1]
         at = [i for i in at if actions[i] != "drop"]
-        paths = [encode_path(schema.paths[i]) for i in at]
+        encoded = encoded_paths(schema)
+        paths = [encoded[i] for i in at]
         self.faults += [f"one text for several paths: {p}" for p in namesakes(paths)]
         return dict(zip(paths, at, strict=True))
 
@@ -171,7 +172,7 @@ class _Matching:
     # ---------------------------------------------------------------------- matching
     def match(self, given: Sequence[Candidate], tied: Any) -> Fit:
         """Finds the pairs, and records all faults."""
-        known = set(map(encode_path, self.schema.paths))
+        known = set(encoded_paths(self.schema))
         by_path: dict[Path, Candidate] = {}
         for c in given:
             if c.path in by_path:

@@ -23,6 +23,7 @@ from sortal.checkpoint.manifest import (
     Path,
     Stored,
     encode_path,
+    encoded_paths,
 )
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
 from sortal.checkpoint.taking import ON_ONE, Split, Taken
@@ -61,11 +62,12 @@ def lay_out(taken: Taken) -> Layout:
     graphdef, schema = taken.graphdef, taken.graphdef.schema
     kinds, number = _kinds([schema.kinds[i] for i in taken.chosen])
     place, data = _Places(), iter(taken.data)
+    paths = encoded_paths(schema)
     leaves = []
     for i, passing, value in zip(
         taken.chosen, taken.passing, taken.values, strict=True
     ):
-        kind, path = number[schema.kinds[i]], encode_path(schema.paths[i])
+        kind, path = number[schema.kinds[i]], paths[i]
         tree = value if type(value) in RECORDS else _described(value)
         new = place.all(tree, data, kinds[kind].group, path, passing)
         metadata = {}
@@ -179,7 +181,7 @@ def fingerprint(graphdef: GraphDef) -> str:
         schema = graphdef.schema
         rows = [
             f"{p!r}: {kind_name(None) if k is None else qualified(k)}"
-            for p, k in zip(map(encode_path, schema.paths), schema.kinds, strict=True)
+            for p, k in zip(encoded_paths(schema), schema.kinds, strict=True)
         ]
         rows += [f"{a!r} = {b!r}" for a, b in aliases_of(graphdef)]
         if graphdef.records:
