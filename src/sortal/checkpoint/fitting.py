@@ -31,7 +31,7 @@ from sortal.checkpoint.values import (
     describe,
     difference,
 )
-from sortal.errors import RestoreError, listing
+from sortal.errors import ArgumentError, RestoreError, listing
 from sortal.filters import to_filter
 from sortal.policy.policy import Policy, answers
 
@@ -138,6 +138,12 @@ class _Matching:
     ) -> tuple[list[Candidate], Any]:
         """The leaves of the checkpoint, with their paths renamed to the model's."""
         table = self.options.rename or {}
+        items = table.items() if isinstance(table, Mapping) else [table]
+        if odd := [x for x in items if not _is_renaming(x)]:
+            raise ArgumentError(
+                "rename= is a mapping from globs of paths to globs of paths, as in "
+                "rename={'old.**': 'new.**'}; found:\n" + listing_of(odd)
+            )
         used: set[str] = set()
 
         def new(path: Path) -> Path:
@@ -385,7 +391,17 @@ def _abstract(tree: Tree) -> Any:
     return [_abstract(a) for a in arrays(tree)]
 
 
+def listing_of(items: Iterable[Any]) -> str:
+    """Items of a mapping as ``key: value``, and what is none as it is, for messages."""
+    pairs = (": ".join(map(repr, x)) if type(x) is tuple else repr(x) for x in items)
+    return listing(f"{text:.100}" for text in pairs)
+
+
 # --------------------------------------------------------------------------- renaming
+def _is_renaming(item: Any) -> bool:
+    return type(item) is tuple and all(type(x) is str for x in item)
+
+
 class _Literal(NamedTuple):
     """An entry of a pattern that stands for one key, and no glob: ``['a.b']``."""
 

@@ -105,13 +105,14 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def is_kind(cls: type) -> bool:
+    """Whether a class is a kind: of Variables, or of those of another library."""
+    return issubclass(cls, Variable) or handler_of_kind(cls) is not None
+
+
 def bases_of(kind: type) -> list[type]:
     """The kinds that a kind derives from, nearest first."""
-    return [
-        base
-        for base in kind.__mro__[1:]
-        if issubclass(base, Variable) or handler_of_kind(base) is not None
-    ]
+    return list(filter(is_kind, kind.__mro__[1:]))
 
 
 def _kinds(found: list[Any]) -> tuple[tuple[Kind, ...], dict[Any, int]]:
@@ -274,5 +275,8 @@ def _not_json(at: str, x: Any, above: tuple[int, ...]) -> Iterator[str]:
     elif type(x) is float:
         if not math.isfinite(x):
             yield f"{at}: {x}"
-    elif x is not None and type(x) not in (str, int, bool):
+    elif type(x) is int:
+        if x.bit_length() > 14_000:  # Python reads no more than 4,300 digits
+            yield f"{at}: an integer of {x.bit_length():,} bits"
+    elif x is not None and type(x) not in (str, bool):
         yield f"{at}: a {type(x).__name__}"
