@@ -134,9 +134,9 @@ _GONE = "its buffer was donated to a call and is gone"
 
 
 def _on_one(live: Any, pin: bool) -> Any:
-    """An array of one device; its memory itself if that is the host's."""
+    """An array of one device; with ``pin``, its memory itself where the host has it."""
     try:
-        if live.dtype.isbuiltin == 1:  # others have no memoryview
+        if pin and live.dtype.isbuiltin == 1:  # others have no memoryview
             # It keeps the buffer from being donated, as asarray does, and is faster.
             return memoryview(live)
     except BufferError:  # on an accelerator, or deleted

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import sys
 import struct
+import sys
 import warnings
 
 import jax
@@ -314,7 +314,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UnsupportedError, match=f"with: pip install {package}$"):
             do()
-    with pytest.raises(UnsupportedError, match="with: pip install orbax-checkpoint$"):
+    with pytest.raises(UnsupportedError, match=r"pip install orbax-checkpoint$"):
         export(tmp_path / "new", Two(0))
     assert not (tmp_path / "new").exists()
 
