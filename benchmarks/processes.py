@@ -317,7 +317,7 @@ def saves(count: int, place: Path) -> None:
 
 PARTS: dict[str, tuple[Callable[[int, Path], None], int]] = {
     "equal": (equal, 100),
-    "kills": (kills, 20),
+    "kills": (kills, 10),  # 40 of them, in 20 trainings
     "interrupts": (interrupts, 10),
     "starts": (starts, 100),
     "bytes": (counted, 64),
