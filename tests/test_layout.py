@@ -31,6 +31,7 @@ ORDER = (
     "sortal.errors",
     "sortal._late",
     "sortal._nnx_names",
+    "sortal._engine.host",
     "sortal._engine.jax_compat",
     "sortal._engine.bounded",
     "sortal._engine.tables",

@@ -421,7 +421,7 @@ def test_each_process_reads_only_the_shards_that_it_is_to_have(tmp_path):
     value = np.arange(8 * 200_000, dtype=np.float32).reshape(8, -1)
     whole = jax.device_put(value, NamedSharding(mesh(8), P("x")))
     nnx.save(tmp_path, {"w": nnx.Param(whole)}, step=0)
-    from sortal._engine.jax_compat import host_memory
+    from sortal._engine.host import host_memory
     from sortal.checkpoint.store import Reader
 
     manifest = files.read_manifest(tmp_path, 0)

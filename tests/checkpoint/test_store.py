@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sortal as nnx
-from sortal._engine.jax_compat import host_memory
+from sortal._engine.host import host_memory
 from sortal.checkpoint.files import on, read_manifest
 from sortal.checkpoint.manifest import Manifest, Stored
 from sortal.checkpoint.store import (

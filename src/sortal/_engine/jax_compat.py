@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.tree_util as jtu
-import numpy as np
 
 # `jax.extend.core.get_opaque_trace_state` is the public way to identify a trace, but it
 # builds a Python object with a Python `__eq__` at each call, and every write to a
@@ -118,18 +116,6 @@ def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes along which a value inside ``jax.shard_map`` may differ."""
     found = getattr(jax.typeof(value), "manual_axis_type", None)
     return frozenset() if found is None else found.varying
-
-
-def host_memory(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX copies from: it begins 16 bytes past a multiple of 64.
-
-    JAX would keep well-aligned memory without a copy, and could then neither donate
-    such an array nor free one of many that share the memory.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 128, np.uint8)
-    start = -raw.ctypes.data % 64 + 16
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def put_pieces(

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal._engine.jax_compat import host_memory, put_pieces
+from sortal._engine.host import host_memory
+from sortal._engine.jax_compat import put_pieces
 from sortal._engine.paths import show
 from sortal.checkpoint.manifest import storage_dtype
 from sortal.checkpoint.store import Reader

@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
+import jax
 import numpy as np
 
+from sortal._engine.host import is_near, to_host
 from sortal.checkpoint import forks
 from sortal.checkpoint.files import Location, on
 from sortal.checkpoint.manifest import (
@@ -262,6 +264,8 @@ def _tiles(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice,
 
 def on_host(data: Any) -> np.ndarray:
     """The array in host memory, in native byte order, with the dtype stored."""
+    if isinstance(data, jax.Array) and not is_near(data.sharding):
+        (data,) = to_host([data])
     host = np.asarray(data)
     native, stored = _forms(host.dtype)
     if native is not host.dtype:

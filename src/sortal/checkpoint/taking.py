@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from sortal._engine.graphdef import GraphDef
+from sortal._engine.host import to_host
 from sortal._engine.paths import show
 from sortal._engine.plan import bind
 from sortal._engine.schema import Schema, select
@@ -122,7 +123,19 @@ def _hold(
             f"found:\n{listing(faults)}\nNothing was saved. Leave them out with only=, "
             "or put them into metadata=."
         )
+    if pin and not all(type(x) is memoryview for x in data):
+        data = _off_devices(data)
     return values, data
+
+
+def _off_devices(data: list[Any]) -> list[Any]:
+    """With the arrays that an accelerator still has in memory of the host."""
+    leaves, treedef = jax.tree.flatten(data)
+    there = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    for i, x in zip(there, to_host([leaves[i] for i in there]), strict=True):
+        # Of a CPU's own memory, a view keeps the buffer from being donated.
+        leaves[i] = np.asarray(x) if x is leaves[i] else x
+    return treedef.unflatten(leaves)
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,7 +156,7 @@ def _on_one(live: Any, pin: bool) -> Any:
         pass
     if live.is_deleted():
         raise UnsavableError(_GONE)
-    return np.asarray(live) if pin else live
+    return live
 
 
 def _held(live: Any, pin: bool) -> Any:

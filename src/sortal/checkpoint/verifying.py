@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sortal._engine.jax_compat import host_memory
+from sortal._engine.host import host_memory
 from sortal.checkpoint import files
 from sortal.checkpoint.files import Location
 from sortal.checkpoint.manifest import NAME, Manifest

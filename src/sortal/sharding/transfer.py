@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal._engine.jax_compat import host_memory, outside_traces, put_pieces
+from sortal._engine.host import host_memory
+from sortal._engine.jax_compat import outside_traces, put_pieces
 from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import Plan, bind

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sortal._engine.host import to_host
+
 BINS = 32
 # Fits the cache of a core; beyond 128 kB each temporary is new memory of the system.
 _BLOCK = 1 << 15
@@ -54,8 +56,7 @@ def host(x: Any) -> np.ndarray:
 
     Random keys become their words, and objects that are no arrays their repr. JAX keeps
     a host copy of what ``numpy.asarray`` reads from an accelerator or from several
-    devices, for as long as the array lives. So such an array is read by shards that are
-    copied to the CPU first.
+    devices, for as long as the array lives. So such an array is read by shards.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,19 +69,13 @@ def host(x: Any) -> np.ndarray:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     pieces = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-    if len(pieces) == 1:
-        return _on_cpu(pieces[0].data)
+    parts = to_host([shard.data for shard in pieces])
+    if len(parts) == 1:
+        return np.asarray(parts[0])
     whole = np.empty(x.shape, x.dtype)
-    for shard in pieces:
-        whole[shard.index] = _on_cpu(shard.data)
+    for shard, part in zip(pieces, parts, strict=True):
+        whole[shard.index] = np.asarray(part)
     return whole
-
-
-def _on_cpu(x: jax.Array) -> np.ndarray:
-    (device,) = x.devices()
-    if device.platform != "cpu":
-        x = jax.device_put(x, jax.local_devices(backend="cpu")[0])
-    return np.asarray(x)
 
 
 def is_numeric(x: np.ndarray) -> bool:

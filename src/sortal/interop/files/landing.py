@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sortal._engine.jax_compat import host_memory, put_pieces
+from sortal._engine.host import host_memory
+from sortal._engine.jax_compat import put_pieces
 from sortal.checkpoint.loading import Want, cast
 from sortal.checkpoint.values import numpy_dtype
 
