@@ -308,6 +308,43 @@ def test_an_unhashable_static_inside_a_tuple_is_named_by_its_own_path() -> None:
         sortal.graphdef(Holder(pair=(1, {2})))
 
 
+def _nested(kind: Any, inner: Any, depth: int = 3000) -> Any:
+    for _ in range(depth):
+        inner = kind([inner])
+    return inner
+
+
+@pytest.mark.parametrize("kind", [list, tuple, frozenset])
+def test_a_static_nested_deeper_than_pythons_stack_is_refused_by_its_path(
+    kind: Any,
+) -> None:
+    with pytest.raises(StructureError, match=f"a: a {kind.__name__}, nested too deep"):
+        sortal.state(Holder(a=nnx.static(_nested(kind, 1))))
+    if kind is not list:
+        with pytest.raises(StructureError, match="a.b: a .*, nested too deeply"):
+            sortal.state(Holder(a={"b": _nested(kind, 1)}))
+
+
+def test_tuples_of_any_depth_may_hold_leaves() -> None:
+    param = sortal.Param(1)
+    found = sortal.variables(Holder(a=_nested(tuple, param))).flat_state()
+    assert found.leaves[0] is param
+    assert found.paths == (("a", *[0] * 3000),)
+
+
+def test_state_in_a_frozenset_is_refused_where_it_would_be_a_constant() -> None:
+    held = frozenset([sortal.Param(jnp.ones(1)), (Holder(x=1), 2)])
+    model = Holder(inner=Holder(a=held, b=(1, held)), c=frozenset([1]))
+    with pytest.raises(StructureError) as e:
+        sortal.state(model)
+    for where in ("inner.a", "inner.b.1"):
+        assert (
+            f"  {where}: a frozenset that is no Module but holds Holder, Param; write "
+            "a tuple" in str(e.value)
+        )
+    assert "c: " not in str(e.value)
+
+
 def test_attributes_of_a_list_or_dict_that_copies_would_lose_are_refused() -> None:
     class Named(list):
         pass

@@ -52,7 +52,7 @@ class Walk:
         if found is LEAF or number or (found is STATIC and role == "data"):
             return Entry(key, LEAF, self._leaf(obj, path))
         data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
-        if found is STATIC or (not data and _nodes.is_static_value(obj, found)):
+        if found is STATIC or (not data and _nodes.is_static_value(obj)):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
@@ -93,21 +93,24 @@ class Walk:
                 f"a value marked {obj.role} inside a container, where the mark says "
                 "nothing; mark the attribute that holds the container"
             )
-        elif marked and _holds_leaves(obj):
+        elif marked and _nodes.holds_data(obj):
             why = (
                 f"a {name} in an attribute that is marked static, where it would be "
                 "no leaf; take the mark off, or mark it data"
             )
         elif hidden := _nodes.hidden_state(obj):
-            why = (
-                f"a {name} that is no Module but holds {hidden}; derive it from "
-                "sortal.Module"
+            why = f"a {name} that is no Module but holds {hidden}; " + (
+                "write a tuple"
+                if isinstance(obj, frozenset)
+                else "derive it from sortal.Module"
             )
         else:
             try:
                 return Static(obj)
             except TypeError:
-                why = f"a {name}, {obj!r:.60}"
+                why = f"a {name}, {_shown(obj)}"
+            except RecursionError:
+                why = f"a {name}, nested too deeply"
         self._bad.append(f"{show(path)}: {why}")
         return None
 
@@ -166,8 +169,8 @@ class Walk:
             )
 
 
-def _holds_leaves(obj: Any) -> bool:
-    """Whether a value marked static is a Variable or array, or a tuple of such."""
-    if isinstance(obj, (tuple, frozenset)):
-        return any(map(_holds_leaves, obj))
-    return handler_of(obj) is LEAF
+def _shown(obj: Any) -> str:
+    try:
+        return f"{obj!r:.60}"
+    except RecursionError:
+        return "nested too deeply to be shown"
