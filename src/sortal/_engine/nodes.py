@@ -117,7 +117,7 @@ class Node:
 
 
 def _refuse_data(node: Node, name: str, value: Any, role: str | None) -> None:
-    if role == "static" and holds_data(value):
+    if role == "static" and _holds_data(value):
         raise StructureError(
             f"cannot assign data, a {type(value).__name__}, to {name} of a "
             f"{type(node).__name__}, which is declared static and would be no leaf. "
@@ -299,7 +299,8 @@ class DictHandler(Handler):
         return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
     def spec(self, obj: Any) -> Hashable:
-        return (tuple(obj), getattr(obj, "default_factory", None))
+        defaults = isinstance(obj, collections.defaultdict)
+        return (tuple(obj), obj.default_factory) if defaults else tuple(obj)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         values = [x.values() for x in nodes]
@@ -310,12 +311,11 @@ class DictHandler(Handler):
         del obj[key]
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        keys, maker = spec
-        obj.clear()
-        for key in keys:
-            obj[key] = items[key]
         if isinstance(obj, collections.defaultdict):
-            obj.default_factory = maker
+            spec, obj.default_factory = spec
+        obj.clear()
+        for key in spec:
+            obj[key] = items[key]
 
 
 class TupleHandler(Handler):
@@ -388,10 +388,13 @@ _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
 
 
-def _held(obj: Any, seen: dict[int, Any] | None = None) -> Iterator[tuple[Any, Any]]:
+def _held(
+    obj: Any, seen: dict[int, Any] | None = None, into: Any = Handler
+) -> Iterator[tuple[Any, Any]]:
     """An object and all that it holds, each once, with what ``handler_of`` says.
 
-    ``seen`` are objects to leave out, by id, to which those found are added.
+    ``seen`` are objects to leave out, by id, to which those found are added; ``into``
+    the handlers of nodes that are looked into.
     """
     seen = {} if seen is None else seen
     stack = [obj]
@@ -402,7 +405,7 @@ def _held(obj: Any, seen: dict[int, Any] | None = None) -> Iterator[tuple[Any, A
         seen[id(x)] = x  # held, so that no other object gets this id
         handler = handler_of(x)
         yield x, handler
-        if isinstance(handler, Handler):
+        if isinstance(handler, into):
             stack += handler.items(x).values()
         elif isinstance(x, frozenset):
             stack += x
@@ -480,7 +483,13 @@ def is_root(x: Any) -> bool:
     return is_variable(x) or getattr(handler_of(x), "root", False)
 
 
-def holds_data(x: Any) -> bool:
+def holds_leaves(x: Any) -> bool:
+    """Whether a value is a leaf, or one that hashes and has a leaf in it."""
+    into = TupleHandler, DataclassHandler
+    return any(handler is LEAF for _, handler in _held(x, into=into))
+
+
+def _holds_data(x: Any) -> bool:
     """Whether a value is a Variable, an array or an object, or a container of such."""
     return any(h is LEAF or getattr(h, "root", False) for _, h in _held(x))
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import GraphDef
-from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.leaves import Foreign, Leaves, Slot, held
 from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
@@ -318,24 +319,36 @@ def plan_of_built(
     graphdef: GraphDef, root: Any, nodes: Sequence[Any], leaves: Sequence[Any]
 ) -> Plan | None:
     """The plan of what ``graphdef.build`` returned; None where only a walk can tell."""
-    known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
-    raw = (x for x, kind in zip(leaves, graphdef.schema.kinds, strict=True) if not kind)
-    if not known or any(handler_of(x) is not LEAF for x in raw):
+    slots = graphdef.memo("slots", lambda: _slots(graphdef))
+    if slots is None or any(handler_of(leaves[i]) is not LEAF for i, _, _ in slots):
         return None
-    plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
+    live, now = list(leaves), current_trace()
+    for i, key, n in slots:
+        live[i] = Slot(nodes[n], graphdef.records[n].handler, key, now)
+    plan = Plan(graphdef, nodes, live)
     plan.watch(root)
     return plan
 
 
-def _built_as_walked(graphdef: GraphDef) -> bool:
-    """Whether these are objects that are surely built as they were walked.
+def _slots(graphdef: GraphDef) -> list[tuple[int, Any, int]] | None:
+    """Raw arrays with key and node, where objects are surely built as they were walked.
 
     That holds for our own objects and Python's own containers. What another type does
     when it is filled or built only a walk can tell.
     """
-    classes = [record.cls for record in graphdef.records]
-    others = {x for x in classes if not issubclass(x, Node)}
-    return bool(classes) and others <= {list, dict, tuple, types.MethodType}
+    records, kinds = graphdef.records, graphdef.schema.kinds
+    others = {record.cls for record in records if not issubclass(record.cls, Node)}
+    if not records or graphdef.schema.has_foreign or others - _BUILT_AS_WALKED:
+        return None
+    return [
+        (ref, key, n)
+        for n, record in enumerate(records)
+        for key, what, ref in record.entries
+        if what is LEAF and kinds[ref] is None
+    ]
+
+
+_BUILT_AS_WALKED = {list, dict, tuple, types.MethodType}
 
 
 def has_plan(root: Any) -> bool:

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sortal._engine import nodes as _nodes
 from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import Entry, GraphDef, Record
-from sortal._engine.leaves import live_leaves
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.leaves import Foreign, Slot
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, handler_of
+from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, ListHandler, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
 from sortal._engine.variable import Variable, is_variable
 from sortal.errors import StructureError, UnsupportedError, listing
 
+_LIST = ListHandler()
 _NUMBERS = (numbers.Number, np.generic)
+
+
+class _Open(NamedTuple):
+    """A node whose children are being visited."""
+
+    number: int
+    node: Any
+    path: Path
+    handler: Handler
+    numbers_are_leaves: bool
+    trace: Any  # of the innermost object that says who may edit the node
+    children: Iterator[tuple[Any, Any]]
+    entries: list[Entry]
 
 
 class Walk:
@@ -27,52 +43,56 @@ class Walk:
 
     def __init__(self, root: Any):
         self.nodes: list[Any] = []
-        self._leaves: list[tuple[Any, Path, Any, Any]] = []
+        self.leaves: list[Any] = []
+        self._schema: list[tuple[Path, Any, Metadata]] = []
         self._records: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
-        self._open: list[tuple[Any, ...]] = []
-        root_entry = self._visit(root, None, (), False, None)
+        self._open: list[_Open] = []
+        top = _Open(0, [root], (), _LIST, False, current_trace(), iter(()), [])
+        entry = self._visit(root, 0, (), top, None)._replace(key=None)
         while self._open:
             self._take_apart()
         self._refuse()
-        leaves, *parts = zip(*self._leaves, strict=True) if self._leaves else [()] * 4
-        schema = Schema.of(*parts)
-        self.graphdef = GraphDef.of(root_entry, self._records, schema)
-        self.leaves = live_leaves(self.graphdef, self.nodes, leaves)
+        rows = self._schema
+        schema = Schema.of(*zip(*rows, strict=True)) if rows else Schema.of((), (), ())
+        self.graphdef = GraphDef.of(entry, self._records, schema)
 
-    def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
+    def _visit(self, obj: Any, key: Any, path: Path, holder: _Open, role: Any) -> Entry:
         """The Entry of one object; in what is marked data, numbers are leaves."""
         if role == "static":
             return Entry(key, STATIC, self._static(obj, path, marked=True))
-        found = handler_of(obj)
+        found, data = handler_of(obj), holder.numbers_are_leaves
         number = found is STATIC and data and isinstance(obj, _NUMBERS)
         if found is LEAF or number or (found is STATIC and role == "data"):
-            return Entry(key, LEAF, self._leaf(obj, path))
+            return Entry(key, LEAF, self._leaf(obj, key, path, holder))
         data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
         if found is STATIC or (not data and _nodes.is_static_value(obj)):
             return Entry(key, STATIC, self._static(obj, path))
-        return Entry(key, NODE, self._node(obj, path, found, data))
+        return Entry(key, NODE, self._node(obj, path, found, data, holder.trace))
 
-    def _leaf(self, obj: Any, path: Path) -> int:
-        number = len(self._leaves)
-        kind, metadata = None, EMPTY
+    def _leaf(self, obj: Any, key: Any, path: Path, holder: _Open) -> int:
+        number = len(self.leaves)
+        kind, metadata, live = type(obj), EMPTY, obj
         # Raw arrays are values: one met twice is two leaves, else the structure would
         # depend on which equal arrays happen to be one object.
-        if is_variable(obj):
-            first = self._numbers.setdefault(id(obj), number)
-            if first != number:
-                return first
-            kind, metadata = type(obj), self._metadata(obj, path)
-        self._leaves.append((obj, path, kind, metadata))
+        if not is_variable(obj):
+            kind, live = None, Slot(holder.node, holder.handler, key, holder.trace)
+        elif (first := self._numbers.setdefault(id(obj), number)) != number:
+            return first
+        elif isinstance(obj, Variable):
+            metadata = obj._metadata
+        else:
+            live = Foreign(obj, handler_of_kind(kind))
+            metadata = self._metadata(live, path)
+        self.leaves.append(live)
+        self._schema.append((path, kind, metadata))
         return number
 
-    def _metadata(self, obj: Any, path: Path) -> Metadata:
-        if isinstance(obj, Variable):
-            return obj._metadata
-        handler: Any = handler_of_kind(type(obj))
+    def _metadata(self, leaf: Foreign, path: Path) -> Metadata:
+        obj, handler = leaf.held, leaf.handler
         refusal = handler.refusal(obj)
         (entries,) = handler.entries([obj])
         bad = [k for k, v in entries.items() if not is_hashable(v)]
@@ -93,7 +113,7 @@ class Walk:
                 f"a value marked {obj.role} inside a container, where the mark says "
                 "nothing; mark the attribute that holds the container"
             )
-        elif marked and _nodes.holds_data(obj):
+        elif marked and _nodes.holds_leaves(obj):
             why = (
                 f"a {name} in an attribute that is marked static, where it would be "
                 "no leaf; take the mark off, or mark it data"
@@ -114,7 +134,7 @@ class Walk:
         self._bad.append(f"{show(path)}: {why}")
         return None
 
-    def _node(self, obj: Any, path: Path, handler: Handler, data: bool) -> int:
+    def _node(self, obj: Any, path: Path, handler: Any, data: bool, trace: Any) -> int:
         number = len(self.nodes)
         if handler.tracked:
             first = self._numbers.setdefault(id(obj), number)
@@ -135,23 +155,25 @@ class Walk:
                 )
         self.nodes.append(obj)
         self._records.append(None)
-        children = iter(handler.items(obj).items())
-        self._open.append((number, obj, path, handler, data, children, []))
+        owner, children = handler.owner(obj), iter(handler.items(obj).items())
+        trace = trace if owner is None else owner._trace
+        self._open.append(_Open(number, obj, path, handler, data, trace, children, []))
         return number
 
     def _take_apart(self) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
-        number, obj, path, handler, data, children, entries = self._open[-1]
-        depth = len(self._open)
-        roles = handler.roles(obj) or {}
-        for key, child in children:
+        node, depth = self._open[-1], len(self._open)
+        handler, path = node.handler, node.path
+        roles = handler.roles(node.node) or {}
+        for key, child in node.children:
             below = path + key if handler.flat else (*path, key)
-            entries.append(self._visit(child, key, below, data, roles.get(key)))
+            node.entries.append(self._visit(child, key, below, node, roles.get(key)))
             if len(self._open) > depth:
                 return
         self._open.pop()
-        spec = Static(handler.spec(obj))
-        self._records[number] = Record(type(obj), handler, spec, tuple(entries))
+        spec = Static(handler.spec(node.node))
+        record = Record(type(node.node), handler, spec, tuple(node.entries))
+        self._records[node.number] = record
 
     def _refuse(self) -> None:
         if self._refused:
