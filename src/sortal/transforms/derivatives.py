@@ -21,14 +21,10 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.functional import state
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    named_positions,
-    unbind,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Ref, Result
+from sortal.transforms._adapter.functions import named_positions, unbind
 from sortal.transforms._adapter.tracing import replace_roots, run
 from sortal.transforms.autodiff import (
     Chosen,
