@@ -471,6 +471,18 @@ def is_node_class(cls: type) -> bool:
     return any(base in _registry for base in cls.__mro__)
 
 
+def is_object(x: Any) -> bool:
+    """Whether ``x`` is a Module or its like, of any library: no Variable or container.
+
+    Args:
+      x: anything.
+
+    Returns:
+      True for objects that transforms carry as a whole, and whose plans are kept.
+    """
+    return getattr(handler_of(x), "root", False)
+
+
 def is_root(x: Any) -> bool:
     """Whether transforms carry ``x`` as a whole: a Variable, or an object of kinds.
 
@@ -480,7 +492,7 @@ def is_root(x: Any) -> bool:
     Returns:
       True for Variables, Modules and their like, of Sortal or of another library.
     """
-    return is_variable(x) or getattr(handler_of(x), "root", False)
+    return is_variable(x) or is_object(x)
 
 
 def holds_leaves(x: Any) -> bool:
@@ -491,7 +503,7 @@ def holds_leaves(x: Any) -> bool:
 
 def _holds_data(x: Any) -> bool:
     """Whether a value is a Variable, an array or an object, or a container of such."""
-    return any(h is LEAF or getattr(h, "root", False) for _, h in _held(x))
+    return any(h is LEAF or is_object(y) for y, h in _held(x))
 
 
 def _classify(cls: type, obj: Any) -> Any:

@@ -20,7 +20,15 @@ from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.leaves import Foreign, Leaves, Slot, held
-from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
+from sortal._engine.nodes import (
+    LEAF,
+    Node,
+    get_dict,
+    handler_of,
+    is_object,
+    leaf_types,
+    set_plans,
+)
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
@@ -267,19 +275,23 @@ def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
     _sides[at] = (weakref.ref(root, lambda _: pop(at, None)), plans)
 
 
-def plan_of(root: Any) -> Plan:
-    """The plan of an object, kept from earlier calls while it is valid.
+def bind(root: Any) -> Plan:
+    """The plan of any root: that of an object is kept, and used while it is valid.
 
     Args:
-      root: a Node, or another library's object that is a root of its own.
+      root: an object, a container of objects and Variables, a Variable, or an array.
 
     Returns:
       A valid Plan.
 
     Raises:
+      ArgumentError: the root is a class or a function.
       StructureError: a static value cannot be hashed.
     """
-    plans = root._plans if isinstance(root, Node) else _kept_plans(root)
+    ours = isinstance(root, Node)
+    if not ours and not is_object(root):
+        return _planned(root)
+    plans = root._plans if ours else _kept_plans(root)
     for plan in plans:
         if plan.valid(root):
             if plan is not plans[0]:
@@ -287,10 +299,10 @@ def plan_of(root: Any) -> Plan:
             return plan
     plan = _planned(root)
     plan.watch(root)
-    if not isinstance(root, Node) and plan.leads_to(root):
+    if ours or not plan.leads_to(root):
+        _keep(root, plan.before(plans))
+    else:
         _sides.pop(id(root), None)
-        return plan
-    _keep(root, plan.before(plans))
     return plan
 
 
@@ -349,23 +361,6 @@ def _slots(graphdef: GraphDef) -> list[tuple[int, Any, int]] | None:
 
 
 _BUILT_AS_WALKED = {list, dict, tuple, types.MethodType}
-
-
-def has_plan(root: Any) -> bool:
-    """Whether plans of ``root`` are kept: it is an object, and no mere container."""
-    return isinstance(root, Node) or getattr(handler_of(root), "root", False)
-
-
-def bind(root: Any) -> Plan:
-    """The plan for any root object: kept for nodes, made anew for containers.
-
-    Args:
-      root: a Node, a container of nodes and Variables, a Variable, or an array.
-
-    Returns:
-      The Plan.
-    """
-    return plan_of(root) if has_plan(root) else _planned(root)
 
 
 def _planned(root: Any) -> Plan:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sortal._engine.foreign import handler_of_kind, variable_bases
 from sortal._engine.paths import Path, joined, show
-from sortal._engine.statics import EMPTY, Interned, Metadata
+from sortal._engine.statics import Interned, Metadata
 from sortal._engine.variable import Variable
 from sortal.errors import FilterError, listing
 from sortal.filters import (
@@ -303,8 +303,3 @@ def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> No
         + "\nAdd a filter for them, or ... as the last one."
         + "".join(hints)
     )
-
-
-def plain_leaf_schema(paths: Sequence[Path]) -> Schema:
-    """A schema of raw arrays at ``paths``."""
-    return Schema.of(paths, [None] * len(paths), [EMPTY] * len(paths))

@@ -23,7 +23,6 @@ from sortal._engine.schema import (
 )
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
-    Variable,
     describe,
     foreign_write,
     is_variable,
@@ -40,14 +39,10 @@ class _Stored:
     __slots__ = ("_cells", "_checked", "_schema", "_trace")
 
     def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
-        # The list and what it holds change together, seen from any thread.
+        # The list, and whether it has Variables, which others may hold too. They change
+        # together, seen from any thread.
         self._cells = (cells, boxed)
         self._schema, self._checked, self._trace = schema, -1, current_trace()
-
-    @property
-    def boxed(self) -> bool:
-        """Whether Variables were read or given, which others may hold too."""
-        return self._cells[1]
 
     @property
     def layout(self) -> Schema:
@@ -71,9 +66,7 @@ class _Stored:
     def values(self) -> list[Any]:
         """The bare values, in a new list."""
         cells, boxed = self._cells
-        if not boxed:
-            return list(cells)
-        return [x._value if isinstance(x, Variable) else value_of(x) for x in cells]
+        return list(map(value_of, cells)) if boxed else list(cells)
 
     def leaves(self) -> list[Any]:
         """The Variables and raw arrays themselves: the list that is kept."""
@@ -258,9 +251,6 @@ class State(MutableMapping[Any, Any]):
     def __len__(self) -> int:
         return len(self._stored.layout.children(self._prefix))
 
-    def __contains__(self, key: Any) -> bool:
-        return key in self._stored.layout.children(self._prefix)
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
             return NotImplemented
@@ -280,11 +270,7 @@ class State(MutableMapping[Any, Any]):
         return self._parts([(self.schema.pick(kept), kept)])
 
     def __repr__(self) -> str:
-        schema, texts = self.schema, map(describe, self.values_list())
-        rows = [
-            f"{show(path)}: " + (text if kind is None else f"{kind_name(kind)}({text})")
-            for path, kind, text in zip(schema.paths, schema.kinds, texts, strict=True)
-        ]
+        rows = self._rows(lambda x, _: describe(x))
         return f"State(\n{listing(rows)}\n)" if rows else "State()"
 
     def __str__(self) -> str:
@@ -296,28 +282,25 @@ class State(MutableMapping[Any, Any]):
             raise ArgumentError(
                 f"a State is formatted as '' or 'stats'; found {spec!r}."
             )
-        rows, values = [], self.values_list()
-        for path, kind, x in zip(self.paths(), self.schema.kinds, values, strict=True):
-            before = f"  {show(path)}: " + (
-                "" if kind is None else f"{kind_name(kind)}("
-            )
-            end = "" if kind is None else ")"
-            rows.append(f"{before}{text(x, describe(x), before, spec)}{end}")
-        return "\n".join(["State(", *rows, ")"]) if rows else "State()"
+        rows = self._rows(lambda x, start: text(x, describe(x), f"  {start}", spec))
+        return "\n  ".join(["State(", *rows]) + "\n)" if rows else "State()"
+
+    def _rows(self, shown: Callable[[Any, str], str]) -> list[str]:
+        """A row for each leaf, given how a value is shown after some text."""
+        schema, rows = self.schema, []
+        for i, x in enumerate(self.values_list()):
+            kind = schema.kinds[i]
+            opened, closed = (f"{kind_name(kind)}(", ")") if kind else ("", "")
+            start = f"{show(schema.paths[i])}: {opened}"
+            rows.append(start + shown(x, start) + closed)
+        return rows
 
     def __reduce__(self) -> Any:
-        if self._stored.boxed:  # another object may hold one of the Variables
-            return (_of_leaves, (self.schema, self.leaves()))
-        return (snapshot, (self.schema, own(self.values_list())))
+        # As Variables, one of which another object may hold.
+        return (_of_leaves, (self.schema, self.leaves()))
 
     def __copy__(self) -> State:
         return snapshot(self.schema, own(self.values_list()))
-
-    def __deepcopy__(self, memo: Any) -> State:
-        if self._stored.boxed:
-            return _of_leaves(self.schema, copy.deepcopy(self.leaves(), memo))
-        values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
-        return snapshot(self.schema, values)
 
     # ------------------------------------------------------------ flat
     def paths(self) -> tuple[Path, ...]:

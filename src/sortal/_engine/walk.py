@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,19 +24,6 @@ _LIST = ListHandler()
 _NUMBERS = (numbers.Number, np.generic)
 
 
-class _Open(NamedTuple):
-    """A node whose children are being visited."""
-
-    number: int
-    node: Any
-    path: Path
-    handler: Handler
-    numbers_are_leaves: bool
-    trace: Any  # of the innermost object that says who may edit the node
-    children: Iterator[tuple[Any, Any]]
-    entries: list[Entry]
-
-
 class Walk:
     """One traversal: the GraphDef, and the live nodes and leaves in its order."""
 
@@ -50,9 +36,9 @@ class Walk:
         self._bad: list[str] = []
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
-        self._open: list[_Open] = []
-        top = _Open(0, [root], (), _LIST, False, current_trace(), iter(()), [])
-        entry = self._visit(root, 0, (), top, None)._replace(key=None)
+        self._open: list[tuple[Any, ...]] = []
+        entry = self._visit(root, None, (), False, None)
+        self._hang(entry, [root], _LIST, 0, current_trace())
         while self._open:
             self._take_apart()
         self._refuse()
@@ -60,36 +46,41 @@ class Walk:
         schema = Schema.of(*zip(*rows, strict=True)) if rows else Schema.of((), (), ())
         self.graphdef = GraphDef.of(entry, self._records, schema)
 
-    def _visit(self, obj: Any, key: Any, path: Path, holder: _Open, role: Any) -> Entry:
+    def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
         """The Entry of one object; in what is marked data, numbers are leaves."""
         if role == "static":
             return Entry(key, STATIC, self._static(obj, path, marked=True))
-        found, data = handler_of(obj), holder.numbers_are_leaves
+        found = handler_of(obj)
         number = found is STATIC and data and isinstance(obj, _NUMBERS)
         if found is LEAF or number or (found is STATIC and role == "data"):
-            return Entry(key, LEAF, self._leaf(obj, key, path, holder))
+            return Entry(key, LEAF, self._leaf(obj, path))
         data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
         if found is STATIC or (not data and _nodes.is_static_value(obj)):
             return Entry(key, STATIC, self._static(obj, path))
-        return Entry(key, NODE, self._node(obj, path, found, data, holder.trace))
+        return Entry(key, NODE, self._node(obj, path, found, data))
 
-    def _leaf(self, obj: Any, key: Any, path: Path, holder: _Open) -> int:
+    def _leaf(self, obj: Any, path: Path) -> int:
         number = len(self.leaves)
-        kind, metadata, live = type(obj), EMPTY, obj
+        kind, metadata = type(obj), EMPTY
         # Raw arrays are values: one met twice is two leaves, else the structure would
         # depend on which equal arrays happen to be one object.
         if not is_variable(obj):
-            kind, live = None, Slot(holder.node, holder.handler, key, holder.trace)
+            kind = None
         elif (first := self._numbers.setdefault(id(obj), number)) != number:
             return first
         elif isinstance(obj, Variable):
             metadata = obj._metadata
         else:
-            live = Foreign(obj, handler_of_kind(kind))
-            metadata = self._metadata(live, path)
-        self.leaves.append(live)
+            obj = Foreign(obj, handler_of_kind(kind))
+            metadata = self._metadata(obj, path)
+        self.leaves.append(obj)
         self._schema.append((path, kind, metadata))
         return number
+
+    def _hang(self, entry: Entry, *where: Any) -> None:
+        """Notes of a raw array in which node it hangs, and which trace may edit it."""
+        if entry.what is LEAF and self._schema[entry.ref][1] is None:
+            self.leaves[entry.ref] = Slot(*where)
 
     def _metadata(self, leaf: Foreign, path: Path) -> Metadata:
         obj, handler = leaf.held, leaf.handler
@@ -134,7 +125,7 @@ class Walk:
         self._bad.append(f"{show(path)}: {why}")
         return None
 
-    def _node(self, obj: Any, path: Path, handler: Any, data: bool, trace: Any) -> int:
+    def _node(self, obj: Any, path: Path, handler: Handler, data: bool) -> int:
         number = len(self.nodes)
         if handler.tracked:
             first = self._numbers.setdefault(id(obj), number)
@@ -156,24 +147,27 @@ class Walk:
         self.nodes.append(obj)
         self._records.append(None)
         owner, children = handler.owner(obj), iter(handler.items(obj).items())
-        trace = trace if owner is None else owner._trace
-        self._open.append(_Open(number, obj, path, handler, data, trace, children, []))
+        # Who may edit it: the innermost object around it.
+        above = self._open[-1][5] if self._open else current_trace()
+        trace = above if owner is None else owner._trace
+        self._open.append((number, obj, path, handler, data, trace, children, []))
         return number
 
     def _take_apart(self) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
-        node, depth = self._open[-1], len(self._open)
-        handler, path = node.handler, node.path
-        roles = handler.roles(node.node) or {}
-        for key, child in node.children:
+        number, obj, path, handler, data, trace, children, entries = self._open[-1]
+        depth = len(self._open)
+        roles = handler.roles(obj) or {}
+        for key, child in children:
             below = path + key if handler.flat else (*path, key)
-            node.entries.append(self._visit(child, key, below, node, roles.get(key)))
+            entry = self._visit(child, key, below, data, roles.get(key))
+            self._hang(entry, obj, handler, key, trace)
+            entries.append(entry)
             if len(self._open) > depth:
                 return
         self._open.pop()
-        spec = Static(handler.spec(node.node))
-        record = Record(type(node.node), handler, spec, tuple(node.entries))
-        self._records[node.number] = record
+        spec = Static(handler.spec(obj))
+        self._records[number] = Record(type(obj), handler, spec, tuple(entries))
 
     def _refuse(self) -> None:
         if self._refused:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import held, identity, store_all
-from sortal._engine.nodes import NODE, Node, handler_of
-from sortal._engine.plan import Plan, bind, plan_of
+from sortal._engine.nodes import NODE, handler_of
+from sortal._engine.plan import Plan, bind
 from sortal._engine.variable import check_writable, make
 from sortal._engine.walk import Walk
 from sortal.transforms._adapter.effects import Edits, Result, resolve
@@ -123,7 +123,7 @@ class BoundArguments:
                     flat_module.values = [flat_module.values[j] for j in pick]
 
     def _carry(self, root: Any) -> FlatModule:
-        plan = plan_of(root) if isinstance(root, Node) else bind(root)
+        plan = bind(root)
         flat_module = FlatModule(plan.leaves.values(), _UNKNOWN)
         self.roots.append(root)
         self.plans.append(plan)

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sortal._engine.plan import has_plan
+from sortal._engine.nodes import is_object
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.transforms._adapter.tracing import has_roots
@@ -28,9 +28,9 @@ def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     Raises:
       ArgumentError: it cannot be called.
     """
-    if isinstance(fn, types.MethodType) and has_plan(fn.__self__):
+    if isinstance(fn, types.MethodType) and is_object(fn.__self__):
         return fn.__func__, (fn.__self__,)
-    if has_plan(fn) and callable(fn):
+    if is_object(fn) and callable(fn):
         return type(fn).__call__, (fn,)
     if isinstance(fn, functools.partial):
         inner, first = unbind(fn.func)
