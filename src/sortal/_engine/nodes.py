@@ -414,7 +414,8 @@ def _held(
 def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
     """Tells ``copy.deepcopy`` to take the statics below ``obj`` as they are."""
     for x, handler in _held(obj, seen):
-        if handler is not LEAF and is_static_value(x):
+        static = handler is STATIC and is_hashable(x)
+        if static or (handler not in (STATIC, LEAF) and is_static_value(x)):
             memo[id(x)] = x
 
 
