@@ -12,7 +12,7 @@ import numpy as np
 from sortal._engine.foreign import same_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, picker, store_all
-from sortal._engine.nodes import LEAF, STATIC
+from sortal._engine.nodes import ARRAYS, LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
@@ -292,7 +292,7 @@ def _misfit(where: str, leaf: Any, old: Any, new: Any, strict: bool) -> str:
     if type(leaf) is Slot:
         if not leaf.writable:
             return f"cannot be written: {where} is in a tuple or other value"
-        if not isinstance(new, _ARRAYS) and type(new) is not type(old):
+        if not isinstance(new, ARRAYS) and type(new) is not type(old):
             return f"no array: {both}, which would be static; write jnp.asarray(...)"
     if strict and not _fits(old, new):
         names = ("structure", "shape", "dtype")
@@ -300,9 +300,6 @@ def _misfit(where: str, leaf: Any, old: Any, new: Any, strict: bool) -> str:
             if a != b:
                 return f"wrong {name}: {both}"
     return ""
-
-
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
 def _form(value: Any) -> tuple[Any, list[Any], list[Any]]:

@@ -160,6 +160,7 @@ def test_what_merge_builds_is_planned_without_a_walk(walks: Any) -> None:
     model = Net()
     model.raw = jnp.ones(2)
     model.parts = [Holder(up=model), (jnp.ones(1), {"k": sortal.Param(1.0)})]
+    model.kept = sortal.State({"b": {"x": sortal.Param(1.0)}, "a": jnp.ones(1)})
     definition, leaves = sortal.split(model)
     assert len(walks) == 1
     copied = sortal.merge(definition, leaves)

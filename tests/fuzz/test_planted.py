@@ -119,7 +119,7 @@ def test_models_in_a_partial_with_keywords_baked_in_are_found(monkeypatch):
 
 
 def test_numbers_written_over_raw_arrays_are_found(monkeypatch):
-    monkeypatch.setattr(functional, "_ARRAYS", object)
+    monkeypatch.setattr(functional, "ARRAYS", object)
     first_found("edits", 1500)
 
 

@@ -139,6 +139,8 @@ set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+"""The types of raw arrays."""
 leaf_types: set[type] = {np.ndarray}
 """Exact types of raw arrays met so far: replacing one by another keeps structure."""
 
@@ -151,8 +153,9 @@ class Handler:
     from their children; ``fixed`` ones never change while they live. ``flat`` nodes
     have keys that are paths. Nodes of a handler that ``notes_edits`` call
     ``statics.edits.note`` when their structure changes; those that ``counts_edits``
-    also have a number of their own, ``_version``. ``root`` nodes are carried into
-    transforms whole, from wherever in an argument they are.
+    also have a number of their own, ``_version``. Those that are ``exact`` are built
+    with the very children that they are given, whatever their class. ``root`` nodes are
+    carried into transforms whole, from wherever in an argument they are.
     """
 
     tracked = True
@@ -160,6 +163,7 @@ class Handler:
     flat = False
     notes_edits = False
     counts_edits = False
+    exact = False
     root = False
 
     def items(self, obj: Any) -> dict[Any, Any]:
@@ -233,7 +237,7 @@ class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
 
     notes_edits = counts_edits = True
-    root = True
+    exact = root = True
 
     def items(self, obj: Any) -> dict[Any, Any]:
         attributes = get_dict(obj)
@@ -510,7 +514,7 @@ def _holds_data(x: Any) -> bool:
 def _classify(cls: type, obj: Any) -> Any:
     if is_variable(obj):
         return LEAF
-    if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+    if isinstance(obj, ARRAYS):
         leaf_types.add(cls)
         return LEAF
     for base in cls.__mro__:

@@ -139,7 +139,7 @@ class Plan:
         if [*map(len, self._dicts)] != self._lengths:
             return False
         now = edits.last  # read first: an edit in the meantime must show next time
-        if self._checked != now:
+        if self._checked is not now:
             if not self._unedited(root):
                 return False
             self._checked = now
@@ -349,7 +349,7 @@ def _slots(graphdef: GraphDef) -> list[tuple[int, Any, int]] | None:
     when it is filled or built only a walk can tell.
     """
     records, kinds = graphdef.records, graphdef.schema.kinds
-    others = {record.cls for record in records if not issubclass(record.cls, Node)}
+    others = {record.cls for record in records if not record.handler.exact}
     if not records or graphdef.schema.has_foreign or others - _BUILT_AS_WALKED:
         return None
     return [

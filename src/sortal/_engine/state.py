@@ -42,7 +42,7 @@ class _Stored:
         # The list, and whether it has Variables, which others may hold too. They change
         # together, seen from any thread.
         self._cells = (cells, boxed)
-        self._schema, self._checked, self._trace = schema, -1, current_trace()
+        self._schema, self._checked, self._trace = schema, None, current_trace()
 
     @property
     def layout(self) -> Schema:
@@ -55,7 +55,7 @@ class _Stored:
         cells, boxed = self._cells
         old = self._schema
         # Variables of other libraries note no edit, and so are looked at each time.
-        if boxed and (self._checked != edits.last or old.has_foreign):
+        if boxed and (self._checked is not edits.last or old.has_foreign):
             now = edits.last
             kinds, metadata = _kinds(cells)
             if kinds != old.kinds or metadata != old.metadata:
@@ -545,8 +545,7 @@ def _unflatten(layout: Layout, children: Iterable[Any]) -> State:
 class _StateHandler(Handler):
     """A State held by an object is one node whose children lie at whole paths."""
 
-    flat = True
-    notes_edits = True
+    flat = notes_edits = exact = True
 
     def items(self, obj: State) -> dict[Any, Any]:
         return dict(obj.flat_state())
