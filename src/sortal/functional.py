@@ -266,8 +266,7 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
         misfits = map(_misfit, where, leaves, olds, new, [strict] * n)
         problems += filter(None, misfits)
     if any_gone(new):
-        pairs = zip(match.found, new, strict=True)
-        gone = [(i, x) for i, x in pairs if is_gone(x)]
+        gone = ((i, x) for i, x in zip(match.found, new, strict=True) if is_gone(x))
         refuse_leaves([f"{schema.describe(i)}: {describe(x)}" for i, x in gone])
     if problems:
         raise UpdateError(

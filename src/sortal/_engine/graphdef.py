@@ -136,19 +136,18 @@ class GraphDef(Interned):
         Children have higher numbers than the value-like nodes that hold them, so going
         backwards every value is complete before its holder asks for it.
         """
-        parts = self.memo("parts", lambda: list(map(_parts, self.records)))
+        steps = self.memo("steps", lambda: list(map(_step, self.records)))
         for n in reversed(which):
-            cls, handler, spec, _ = self.records[n]
-            template, below, inside = parts[n]
+            cls, handler, tracked, spec, template, below, inside = steps[n]
             items = template.copy()
             for key, ref in below:
                 items[key] = leaves[ref]
             for key, ref in inside:
                 items[key] = nodes[ref]
-            if handler.tracked:
-                handler.fill(nodes[n], spec.value, items)
+            if tracked:
+                handler.fill(nodes[n], spec, items)
             else:
-                nodes[n] = handler.build(cls, spec.value, items)
+                nodes[n] = handler.build(cls, spec, items)
 
     def build(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Builds the objects around ``leaves``.
@@ -173,12 +172,13 @@ class GraphDef(Interned):
         )
 
 
-def _parts(record: Record) -> tuple[dict[Any, Any], list[Any], list[Any]]:
-    """A node's statics by key in order, with gaps for its leaves and nodes; those."""
-    entries = record.entries
+def _step(record: Record) -> tuple[Any, ...]:
+    """What building one node takes, laid out for speed; in its statics are gaps."""
+    cls, handler, spec, entries = record
     template = {key: x.value if what == STATIC else None for key, what, x in entries}
     leaves = [(key, ref) for key, what, ref in entries if what == LEAF]
-    return template, leaves, [(key, ref) for key, what, ref in entries if what == NODE]
+    nodes = [(key, ref) for key, what, ref in entries if what == NODE]
+    return cls, handler, handler.tracked, spec.value, template, leaves, nodes
 
 
 jax.tree_util.register_static(GraphDef)

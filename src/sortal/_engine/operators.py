@@ -85,25 +85,41 @@ def _same_type(a: jax.Array, b: jax.Array) -> bool:
     return a.sharding == b.sharding
 
 
-def _method(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of values as a method, which says whose value is gone."""
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
 
-    def method(self: ArrayOperators, *others: Any) -> Any:
+    def forward(self: ArrayOperators, other: Any) -> Any:
         try:
-            return function(self.value, *map(plain, others))
+            return function(self.value, plain(other))
         except RuntimeError as e:
-            refuse_gone([self, *others], e)
+            refuse_gone([self, other], e)
             raise
 
-    return method
+    return forward
 
 
-def _reflected(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    return _method(lambda value, other: function(other, value))
+def _reflected(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def reflected(self: ArrayOperators, other: Any) -> Any:
+        try:
+            return function(plain(other), self.value)
+        except RuntimeError as e:
+            refuse_gone([self, other], e)
+            raise
+
+    return reflected
 
 
-def _function(name: str) -> Callable[..., Any]:
-    return getattr(operator, f"__{name}__")
+def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayOperators], Any]:
+    def unary(self: ArrayOperators) -> Any:
+        try:
+            return function(self.value)
+        except RuntimeError as e:
+            refuse_gone([self], e)
+            raise
+
+    return unary
 
 
 def _in_place(symbol: str) -> Callable[..., Any]:
@@ -122,10 +138,12 @@ _BINARY = {
     "rshift": ">>=", "and": "&=", "xor": "^=", "or": "|=",
 }  # fmt: skip
 for _name, _symbol in _BINARY.items():
-    setattr(ArrayOperators, f"__r{_name}__", _reflected(_function(_name)))
+    setattr(ArrayOperators, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(ArrayOperators, f"__r{_name}__", _reflected(f"__{_name}__"))
     setattr(ArrayOperators, f"__i{_name}__", _in_place(_symbol))
-_OTHERS = "eq ne lt le gt ge neg pos abs invert index".split()
-for _name in (*_BINARY, *_OTHERS):
-    setattr(ArrayOperators, f"__{_name}__", _method(_function(_name)))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(ArrayOperators, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("neg", "pos", "abs", "invert", "index"):
+    setattr(ArrayOperators, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
 for _cast in (int, float, complex):
-    setattr(ArrayOperators, f"__{_cast.__name__}__", _method(_cast))
+    setattr(ArrayOperators, f"__{_cast.__name__}__", _unary(_cast))

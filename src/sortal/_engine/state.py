@@ -39,10 +39,14 @@ class _Stored:
     __slots__ = ("_cells", "_checked", "_schema", "_trace")
 
     def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
-        # The list, and whether it has Variables, which others may hold too. They change
-        # together, seen from any thread.
+        # The list and what it holds change together, seen from any thread.
         self._cells = (cells, boxed)
         self._schema, self._checked, self._trace = schema, None, current_trace()
+
+    @property
+    def boxed(self) -> bool:
+        """Whether Variables were read or given, which others may hold too."""
+        return self._cells[1]
 
     @property
     def layout(self) -> Schema:
@@ -251,6 +255,9 @@ class State(MutableMapping[Any, Any]):
     def __len__(self) -> int:
         return len(self._stored.layout.children(self._prefix))
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self._stored.layout.children(self._prefix)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
             return NotImplemented
@@ -296,11 +303,18 @@ class State(MutableMapping[Any, Any]):
         return rows
 
     def __reduce__(self) -> Any:
-        # As Variables, one of which another object may hold.
-        return (_of_leaves, (self.schema, self.leaves()))
+        if self._stored.boxed:  # another object may hold one of the Variables
+            return (_of_leaves, (self.schema, self.leaves()))
+        return (snapshot, (self.schema, own(self.values_list())))
 
     def __copy__(self) -> State:
         return snapshot(self.schema, own(self.values_list()))
+
+    def __deepcopy__(self, memo: Any) -> State:
+        if self._stored.boxed:
+            return _of_leaves(self.schema, copy.deepcopy(self.leaves(), memo))
+        values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
+        return snapshot(self.schema, values)
 
     # ------------------------------------------------------------ flat
     def paths(self) -> tuple[Path, ...]:

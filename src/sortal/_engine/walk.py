@@ -30,7 +30,9 @@ class Walk:
     def __init__(self, root: Any):
         self.nodes: list[Any] = []
         self.leaves: list[Any] = []
-        self._schema: list[tuple[Path, Any, Metadata]] = []
+        self._paths: list[Path] = []
+        self._kinds: list[Any] = []
+        self._metadata: list[Metadata] = []
         self._records: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
@@ -38,12 +40,12 @@ class Walk:
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
         entry = self._visit(root, None, (), False, None)
-        self._hang(entry, [root], _LIST, 0, current_trace())
+        if self._kinds == [None]:
+            self.leaves[0] = Slot([root], _LIST, 0, current_trace())
         while self._open:
             self._take_apart()
         self._refuse()
-        rows = self._schema
-        schema = Schema.of(*zip(*rows, strict=True)) if rows else Schema.of((), (), ())
+        schema = Schema.of(self._paths, self._kinds, self._metadata)
         self.graphdef = GraphDef.of(entry, self._records, schema)
 
     def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
@@ -55,7 +57,8 @@ class Walk:
         if found is LEAF or number or (found is STATIC and role == "data"):
             return Entry(key, LEAF, self._leaf(obj, path))
         data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
-        if found is STATIC or (not data and _nodes.is_static_value(obj)):
+        node = found is not STATIC and (data or found.root)
+        if not node and (found is STATIC or _nodes.is_static_value(obj)):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
@@ -72,17 +75,14 @@ class Walk:
             metadata = obj._metadata
         else:
             obj = Foreign(obj, handler_of_kind(kind))
-            metadata = self._metadata(obj, path)
+            metadata = self._foreign(obj, path)
         self.leaves.append(obj)
-        self._schema.append((path, kind, metadata))
+        self._paths.append(path)
+        self._kinds.append(kind)
+        self._metadata.append(metadata)
         return number
 
-    def _hang(self, entry: Entry, *where: Any) -> None:
-        """Notes of a raw array in which node it hangs, and which trace may edit it."""
-        if entry.what is LEAF and self._schema[entry.ref][1] is None:
-            self.leaves[entry.ref] = Slot(*where)
-
-    def _metadata(self, leaf: Foreign, path: Path) -> Metadata:
+    def _foreign(self, leaf: Foreign, path: Path) -> Metadata:
         obj, handler = leaf.held, leaf.handler
         refusal = handler.refusal(obj)
         (entries,) = handler.entries([obj])
@@ -161,7 +161,8 @@ class Walk:
         for key, child in children:
             below = path + key if handler.flat else (*path, key)
             entry = self._visit(child, key, below, data, roles.get(key))
-            self._hang(entry, obj, handler, key, trace)
+            if entry.what is LEAF and self._kinds[entry.ref] is None:
+                self.leaves[entry.ref] = Slot(obj, handler, key, trace)
             entries.append(entry)
             if len(self._open) > depth:
                 return

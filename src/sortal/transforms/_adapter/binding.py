@@ -73,21 +73,18 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
     for i, (root, plan) in enumerate(zip(roots, plans, strict=True)):
         for j, leaf in enumerate(plan.leaves):
             where.setdefault(identity(leaf), (i, j))
-        for k, node in enumerate(plan.nodes):
-            where.setdefault(id(root if k == 0 else node), (i, k))
+        for k, node in enumerate(plan.nodes_of(root)):
+            where.setdefault(id(node), (i, k))
     leaf_at = tuple(where[identity(leaf)] for leaf in walk.leaves)
     picks: list[Any] = []
     for i, plan in enumerate(plans):
         mine = tuple(j for owner, j in leaf_at if owner == i)
         picks.append(None if len(mine) == len(plan.leaves) else mine)
-    graphdef = walk.graphdef
-    node_at = {
-        n: where[id(node)] for n, node in enumerate(walk.nodes) if id(node) in where
-    }
-    definitions = tuple(
-        flat_module_def(graphdef, i, len(roots)) for i in range(len(roots))
-    )
-    return AliasMap(graphdef, definitions, tuple(picks), leaf_at, node_at)
+    known = enumerate(where.get(id(node)) for node in walk.nodes)
+    node_at = {n: place for n, place in known if place is not None}
+    numbers, of = range(len(roots)), len(roots)
+    definitions = tuple(flat_module_def(walk.graphdef, i, of) for i in numbers)
+    return AliasMap(walk.graphdef, definitions, tuple(picks), leaf_at, node_at)
 
 
 class BoundArguments:
