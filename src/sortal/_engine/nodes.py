@@ -501,9 +501,8 @@ def is_root(x: Any) -> bool:
 
 
 def holds_leaves(x: Any) -> bool:
-    """Whether a value is a leaf, or one that hashes and has a leaf in it."""
-    into = TupleHandler, DataclassHandler
-    return any(handler is LEAF for _, handler in _held(x, into=into))
+    """Whether a value is a leaf, or a tuple or frozenset with one in it."""
+    return any(handler is LEAF for _, handler in _held(x, into=TupleHandler))
 
 
 def _holds_data(x: Any) -> bool:
