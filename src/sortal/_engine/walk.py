@@ -57,8 +57,9 @@ class Walk:
         if found is LEAF or number or (found is STATIC and role == "data"):
             return Entry(key, LEAF, self._leaf(obj, path))
         data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
-        node = found is not STATIC and (data or found.root)
-        if not node and (found is STATIC or _nodes.is_static_value(obj)):
+        if found is STATIC or (
+            not (data or found.root) and _nodes.is_static_value(obj)
+        ):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
@@ -74,7 +75,8 @@ class Walk:
         elif isinstance(obj, Variable):
             metadata = obj._metadata
         else:
-            obj = Foreign(obj, handler_of_kind(kind))
+            handler: Any = handler_of_kind(kind)
+            obj = Foreign(obj, handler)
             metadata = self._foreign(obj, path)
         self.leaves.append(obj)
         self._paths.append(path)
