@@ -69,6 +69,7 @@ ORDER = (
     "sortal.transforms._adapter.effects",
     "sortal.transforms._adapter.decorator",
     "sortal.transforms._adapter.tracing",
+    "sortal.transforms._adapter.functions",
     "sortal.transforms._adapter.lanes",
     "sortal.transforms._adapter.binding",
     "sortal.transforms.axis_names",

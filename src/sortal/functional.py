@@ -12,7 +12,7 @@ import numpy as np
 from sortal._engine.foreign import same_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.leaves import Leaves, Slot, held, own, picker, store_all
-from sortal._engine.nodes import LEAF, STATIC
+from sortal._engine.nodes import ARRAYS, LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind, build
 from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
@@ -266,8 +266,7 @@ def update(node: Any, /, *states: Any, strict: bool = True) -> None:
         misfits = map(_misfit, where, leaves, olds, new, [strict] * n)
         problems += filter(None, misfits)
     if any_gone(new):
-        pairs = zip(match.found, new, strict=True)
-        gone = [(i, x) for i, x in pairs if is_gone(x)]
+        gone = ((i, x) for i, x in zip(match.found, new, strict=True) if is_gone(x))
         refuse_leaves([f"{schema.describe(i)}: {describe(x)}" for i, x in gone])
     if problems:
         raise UpdateError(
@@ -292,7 +291,7 @@ def _misfit(where: str, leaf: Any, old: Any, new: Any, strict: bool) -> str:
     if type(leaf) is Slot:
         if not leaf.writable:
             return f"cannot be written: {where} is in a tuple or other value"
-        if not isinstance(new, _ARRAYS) and type(new) is not type(old):
+        if not isinstance(new, ARRAYS) and type(new) is not type(old):
             return f"no array: {both}, which would be static; write jnp.asarray(...)"
     if strict and not _fits(old, new):
         names = ("structure", "shape", "dtype")
@@ -300,9 +299,6 @@ def _misfit(where: str, leaf: Any, old: Any, new: Any, strict: bool) -> str:
             if a != b:
                 return f"wrong {name}: {both}"
     return ""
-
-
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
 def _form(value: Any) -> tuple[Any, list[Any], list[Any]]:

@@ -14,9 +14,9 @@ from sortal._engine.foreign import is_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
-from sortal._engine.nodes import Node, get_dict, handler_of, leaf_types
+from sortal._engine.nodes import Node, get_dict, handler_of, is_object, leaf_types
 from sortal._engine.paths import Path, PathKey, order
-from sortal._engine.plan import build, has_plan, plan_of
+from sortal._engine.plan import bind, build
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StructureError, VariableError, listing
@@ -53,7 +53,7 @@ class Pytree(Node):
 
 
 def _flatten(node: Any) -> tuple[list[Any], GraphDef]:
-    plan = plan_of(node)
+    plan = bind(node)
     values = plan.values()
     if not leaf_types.issuperset(map(type, values)):
         _refuse_cycle(node, plan.graphdef, values)
@@ -81,7 +81,7 @@ def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
                     bad.append(graphdef.schema.describe(k))
                 elif _is_node(x) and id(x) not in seen:
                     seen.add(id(x))
-                    todo += plan_of(x).values()
+                    todo += bind(x).values()
     if bad:
         raise StructureError(
             f"the values of these leaves hold the {type(node).__name__} that they "
@@ -361,7 +361,7 @@ def iter_children(node: Module, /, **_unknown: Never) -> Iterator[tuple[str, Mod
     if _unknown:
         refuse_unknown("iter_children", _unknown)
     handler = handler_of(node)
-    attributes = handler.items(node) if has_plan(node) else {}
+    attributes = handler.items(node) if is_object(node) else {}
     pairs = sorted(attributes.items(), key=lambda pair: order(pair[0]))
     return ((name, x) for name, x in pairs if is_module(x))
 

@@ -100,7 +100,7 @@ def test_an_edit_is_noticed_and_described_as_by_a_fresh_walk(edit: Any) -> None:
     assert after is not before
     assert after is walk.Walk(model).graphdef
     live = [x for x in objects(model).values() if isinstance(x, sortal.Variable)]
-    planned = [x for x in graph.plan_of(model).leaves if isinstance(x, sortal.Variable)]
+    planned = [x for x in graph.bind(model).leaves if isinstance(x, sortal.Variable)]
     boxed = model.box.inner
     assert {*map(id, planned)} == {*map(id, live), id(boxed)}
 
@@ -144,15 +144,15 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_train_and_eval_return_to_their_plans_without_a_walk(walks: Any) -> None:
     model = Net()
-    training = graph.plan_of(model)
+    training = graph.bind(model)
     model.eval()
-    evaluating = graph.plan_of(model)
+    evaluating = graph.bind(model)
     assert len(walks) == 2
     for _ in range(3):
         model.train()
-        assert graph.plan_of(model) is training
+        assert graph.bind(model) is training
         model.eval()
-        assert graph.plan_of(model) is evaluating
+        assert graph.bind(model) is evaluating
     assert len(walks) == 2
 
 
@@ -160,16 +160,17 @@ def test_what_merge_builds_is_planned_without_a_walk(walks: Any) -> None:
     model = Net()
     model.raw = jnp.ones(2)
     model.parts = [Holder(up=model), (jnp.ones(1), {"k": sortal.Param(1.0)})]
+    model.kept = sortal.State({"b": {"x": sortal.Param(1.0)}, "a": jnp.ones(1)})
     definition, leaves = sortal.split(model)
     assert len(walks) == 1
     copied = sortal.merge(definition, leaves)
-    assert graph.plan_of(copied).graphdef is definition
+    assert graph.bind(copied).graphdef is definition
     mapped = jax.tree.map(lambda x: x, copied)
-    assert graph.plan_of(mapped).graphdef is definition
+    assert graph.bind(mapped).graphdef is definition
     assert len(walks) == 1
     assert walk.Walk(copied).graphdef is walk.Walk(mapped).graphdef is definition
     copied.raw = 1
-    assert graph.plan_of(copied).graphdef is walk.Walk(copied).graphdef
+    assert graph.bind(copied).graphdef is walk.Walk(copied).graphdef
     assert len(walks) == 2
 
 
@@ -184,23 +185,23 @@ def test_what_is_built_of_other_types_or_values_is_walked() -> None:
 
 def test_values_may_change_without_a_walk(walks: Any) -> None:
     model = big()
-    plan = graph.plan_of(model)
+    plan = graph.bind(model)
     model.raw = np.arange(5)
     model.raw = jnp.ones((2, 2))
     model.layer.kernel[...] = 0.0
     model.items[1].value = jnp.ones((3, 3))
     model.rate = model.rate
-    assert graph.plan_of(model) is plan
+    assert graph.bind(model) is plan
     assert len(walks) == 1
     np.testing.assert_array_equal(sortal.state(model)["raw"], jnp.ones((2, 2)))
 
 
 def test_a_raw_array_replaced_inside_containers_keeps_the_plan(walks: Any) -> None:
     model = Holder(items=[jnp.zeros(2)], table={"k": np.zeros(2)})
-    plan = graph.plan_of(model)
+    plan = graph.bind(model)
     model.items[0] = jnp.ones(2)
     model.table["k"] = np.ones(2)
-    assert graph.plan_of(model) is plan
+    assert graph.bind(model) is plan
     assert sortal.state(model)["items"][0][0] == 1
     assert sortal.state(model)["table"]["k"][0] == 1
     assert len(walks) == 1
@@ -306,6 +307,43 @@ def test_unhashable_statics_are_refused_by_path_at_first_use_all_listed() -> Non
 def test_an_unhashable_static_inside_a_tuple_is_named_by_its_own_path() -> None:
     with pytest.raises(StructureError, match=r"pair\.1: a set"):
         sortal.graphdef(Holder(pair=(1, {2})))
+
+
+def _nested(kind: Any, inner: Any, depth: int = 1200) -> Any:
+    for _ in range(depth):
+        inner = kind([inner])
+    return inner
+
+
+@pytest.mark.parametrize("kind", [list, tuple, frozenset])
+def test_a_static_nested_deeper_than_pythons_stack_is_refused_by_its_path(
+    kind: Any,
+) -> None:
+    with pytest.raises(StructureError, match=f"a: a {kind.__name__}, nested too deep"):
+        sortal.state(Holder(a=nnx.static(_nested(kind, 1))))
+    if kind is not list:
+        with pytest.raises(StructureError, match=r"a\.b: a .*, nested too deep"):
+            sortal.state(Holder(a={"b": _nested(kind, 1)}))
+
+
+def test_tuples_of_any_depth_may_hold_leaves() -> None:
+    param = sortal.Param(1)
+    found = sortal.variables(Holder(a=_nested(tuple, param))).flat_state()
+    assert found.leaves[0] is param
+    assert found.paths == (("a", *[0] * 1200),)
+
+
+def test_state_in_a_frozenset_is_refused_where_it_would_be_a_constant() -> None:
+    held = frozenset([sortal.Param(jnp.ones(1)), (Holder(x=1), 2)])
+    model = Holder(inner=Holder(a=held, b=(1, held)), c=frozenset([1]))
+    with pytest.raises(StructureError) as e:
+        sortal.state(model)
+    for where in ("inner.a", "inner.b.1"):
+        assert (
+            f"  {where}: a frozenset that is no Module but holds Holder, Param; write "
+            "a tuple" in str(e.value)
+        )
+    assert "c: " not in str(e.value)
 
 
 def test_attributes_of_a_list_or_dict_that_copies_would_lose_are_refused() -> None:
@@ -468,7 +506,7 @@ def test_deep_copies_and_pickles_are_equal_and_apart(make: Any, duplicate: Any) 
     assert portrait(made) == before
     assert not objects(made).keys() & objects(model).keys()
     assert sortal.graphdef(made) is sortal.graphdef(model)
-    for leaf in graph.plan_of(made).leaves:
+    for leaf in graph.bind(made).leaves:
         if isinstance(leaf, sortal.Variable):
             leaf.value = jnp.zeros(9)
     assert portrait(model) == before
@@ -487,12 +525,12 @@ def test_a_shallow_copy_shares_variables_but_has_attributes_and_plans_of_its_own
     None
 ):
     model = Net()
-    plan = graph.plan_of(model)
+    plan = graph.bind(model)
     made = copy.copy(model)
     assert made.norm is model.norm
     made.extra = 1
     assert not hasattr(model, "extra")
-    assert graph.plan_of(model) is plan
+    assert graph.bind(model) is plan
     assert sortal.graphdef(made) is not sortal.graphdef(model)
 
 

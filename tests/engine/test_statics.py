@@ -239,7 +239,7 @@ def test_threads_that_make_equal_metadata_get_one_object():
 
 
 # --------------------------------------------------------------------- Edits
-def test_each_note_gives_a_number_that_was_never_seen_before():
+def test_each_note_leaves_an_object_that_was_never_seen_before():
     notes, seen = Edits(), set()
     for _ in range(100):
         notes.note()
@@ -250,7 +250,7 @@ def test_each_note_gives_a_number_that_was_never_seen_before():
 def test_the_process_wide_note_moves_on():
     before = edits.last
     edits.note()
-    assert edits.last != before
+    assert edits.last is not before
 
 
 def test_a_subclass_of_a_dataclass_is_compared_by_its_own_equality():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 
 import pytest
 
@@ -11,7 +12,7 @@ from fuzz import live, runs
 from sortal import functional
 from sortal._engine import leaves, marks, nodes, plan, state, statics
 from sortal.transforms import eager
-from sortal.transforms._adapter import binding
+from sortal.transforms._adapter import functions
 
 
 def first_found(kind, most, *, matching=""):
@@ -42,11 +43,11 @@ def first_found(kind, most, *, matching=""):
 def test_a_root_that_is_recorded_as_none_is_found(monkeypatch):
     def same(self, root):
         nodes = [root, *self._nodes] if self._has_root else self._nodes
-        equal, now = self._handler.contents(nodes)
+        equal, now = self.handler.contents(nodes)
         now = [_none_for_root(plan._marked(x, root)) for x in now]
         then = list(map(_none_for_root, self.held))
         kept = list(map(type, nodes)) == self._types and equal == self._equal
-        return kept and len(now) == len(then) and all(map(plan._is, now, then))
+        return kept and len(now) == len(then) and all(map(operator.is_, now, then))
 
     monkeypatch.setattr(plan.Record, "same", same)
     failure = first_found("edits", 4000)
@@ -104,7 +105,7 @@ def test_roles_lost_in_write_back_are_found(monkeypatch):
 
 
 def test_models_in_a_partial_with_keywords_baked_in_are_found(monkeypatch):
-    unbind = binding.unbind
+    unbind = functions.unbind
 
     def as_it_was(fn):
         if isinstance(fn, functools.partial) and fn.keywords:
@@ -118,7 +119,7 @@ def test_models_in_a_partial_with_keywords_baked_in_are_found(monkeypatch):
 
 
 def test_numbers_written_over_raw_arrays_are_found(monkeypatch):
-    monkeypatch.setattr(functional, "_ARRAYS", object)
+    monkeypatch.setattr(functional, "ARRAYS", object)
     first_found("edits", 1500)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import sortal
-from sortal._engine.plan import plan_of
+from sortal._engine.plan import bind
 from sortal.errors import (
     ArgumentError,
     AxisError,
@@ -283,7 +283,7 @@ def test_an_edit_by_any_way_is_noticed(name):
     model = Net(nnx.Rngs(0))
     model.options = {"depth": 2}
     old = sortal.graphdef(model)
-    assert plan_of(model).valid(model)
+    assert bind(model).valid(model)
     EDITS[name](model)
     new = sortal.graphdef(model)
     assert new is not old or name == "a replaced Variable"
@@ -295,15 +295,15 @@ def test_an_edit_by_any_way_is_noticed(name):
 
 def test_a_plan_is_kept_while_nothing_but_values_changes():
     model = Net(nnx.Rngs(0))
-    plan = plan_of(model)
+    plan = bind(model)
     model(X)
     model.raw = jnp.zeros(2)
-    assert plan_of(model) is plan
+    assert bind(model) is plan
     np.testing.assert_array_equal(bits(sortal.state(model)["raw"]), 0)
     model.eval()
-    assert plan_of(model) is not plan
+    assert bind(model) is not plan
     model.train()
-    assert plan_of(model) is plan
+    assert bind(model) is plan
 
 
 def test_a_dropped_model_is_freed_at_once():

@@ -123,13 +123,12 @@ class GraphDef(Interned):
         schema = self.schema
         return make_all(schema.kinds, values, metadata or schema.metadata)
 
-    def _steps(self) -> list[_Step]:
-        return self.memo("steps", lambda: list(map(_Step, self.records)))
-
     def shells(self) -> list[Any]:
         """All nodes in order, still empty; None for values, which ``fill`` builds."""
-        steps = self._steps()
-        return [s.handler.shell(s.cls, s.spec) if s.tracked else None for s in steps]
+        return [
+            handler.shell(cls, spec.value) if handler.tracked else None
+            for cls, handler, spec, _ in self.records
+        ]
 
     def fill(self, nodes: list[Any], leaves: Any, which: Sequence[int]) -> None:
         """Gives the nodes numbered ``which`` their children.
@@ -137,18 +136,18 @@ class GraphDef(Interned):
         Children have higher numbers than the value-like nodes that hold them, so going
         backwards every value is complete before its holder asks for it.
         """
-        steps = self._steps()
+        steps = self.memo("steps", lambda: list(map(_step, self.records)))
         for n in reversed(which):
-            step = steps[n]
-            items = step.template.copy()
-            for key, ref in step.leaves:
+            cls, handler, tracked, spec, template, below, inside = steps[n]
+            items = template.copy()
+            for key, ref in below:
                 items[key] = leaves[ref]
-            for key, ref in step.nodes:
+            for key, ref in inside:
                 items[key] = nodes[ref]
-            if step.tracked:
-                step.handler.fill(nodes[n], step.spec, items)
+            if tracked:
+                handler.fill(nodes[n], spec, items)
             else:
-                nodes[n] = step.handler.build(step.cls, step.spec, items)
+                nodes[n] = handler.build(cls, spec, items)
 
     def build(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Builds the objects around ``leaves``.
@@ -173,20 +172,13 @@ class GraphDef(Interned):
         )
 
 
-class _Step:
-    """What building one node takes, laid out for speed."""
-
-    __slots__ = ("cls", "handler", "leaves", "nodes", "spec", "template", "tracked")
-
-    def __init__(self, record: Record):
-        self.cls, self.handler = record.cls, record.handler
-        self.spec = record.spec.value
-        self.tracked = record.handler.tracked
-        self.template = {
-            e.key: e.ref.value if e.what == STATIC else None for e in record.entries
-        }
-        self.nodes = [(e.key, e.ref) for e in record.entries if e.what == NODE]
-        self.leaves = [(e.key, e.ref) for e in record.entries if e.what == LEAF]
+def _step(record: Record) -> tuple[Any, ...]:
+    """What building one node takes, laid out for speed; in its statics are gaps."""
+    cls, handler, spec, entries = record
+    template = {key: x.value if what == STATIC else None for key, what, x in entries}
+    leaves = [(key, ref) for key, what, ref in entries if what == LEAF]
+    nodes = [(key, ref) for key, what, ref in entries if what == NODE]
+    return cls, handler, handler.tracked, spec.value, template, leaves, nodes
 
 
 jax.tree_util.register_static(GraphDef)

@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sortal._engine.foreign import VariableHandler, handler_of_kind
-from sortal._engine.graphdef import GraphDef
+from sortal._engine.foreign import VariableHandler
 from sortal._engine.jax_compat import current_trace
-from sortal._engine.nodes import LEAF, NODE, Handler, ListHandler
+from sortal._engine.nodes import Handler
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, check_writable, write
-
-_LIST = ListHandler()
 
 
 class Slot:
@@ -50,56 +47,6 @@ class Slot:
     @property
     def _place(self) -> tuple[Any, Path, str]:
         return self.holder, (self.key,), "unlabelled array"
-
-
-def live_leaves(
-    graphdef: GraphDef, nodes: Sequence[Any], leaves: Sequence[Any]
-) -> list[Any]:
-    """What the engine reads and writes leaves by: Variables, Slots and Foreigns.
-
-    Args:
-      graphdef: the structure of the objects.
-      nodes: all live nodes in its order.
-      leaves: Variables of any library, and raw arrays, in its order.
-
-    Returns:
-      One for each leaf.
-    """
-    found = list(leaves)
-    if not graphdef.records and found and graphdef.schema.kinds[0] is None:
-        return [Slot([found[0]], _LIST, 0, current_trace())]  # the root is an array
-    theirs, raw, above = graphdef.memo("odd leaves", lambda: _odd_leaves(graphdef))
-    for i, handler in theirs:
-        found[i] = Foreign(found[i], handler)
-    for i, key, n in raw:
-        trace = _trace_of(graphdef, nodes, above, n)
-        found[i] = Slot(nodes[n], graphdef.records[n].handler, key, trace)
-    return found
-
-
-def _odd_leaves(graphdef: GraphDef) -> tuple[list[Any], list[Any], dict[int, int]]:
-    """Other libraries' leaves; raw arrays with key and holder; each node's holder."""
-    kinds = graphdef.schema.kinds
-    above: dict[int, int] = {0: -1}
-    raw = []
-    for n, record in enumerate(graphdef.records):
-        for key, what, ref in record.entries:
-            if what is NODE:
-                above.setdefault(ref, n)
-            elif what is LEAF and kinds[ref] is None:
-                raw.append((ref, key, n))
-    handlers = ((i, handler_of_kind(k)) for i, k in enumerate(kinds) if k)
-    return [(i, handler) for i, handler in handlers if handler], raw, above
-
-
-def _trace_of(graphdef: GraphDef, nodes: Any, above: dict[int, int], n: int) -> Any:
-    """The trace of the innermost object around a node that says who may edit it."""
-    while n >= 0:
-        owner = graphdef.records[n].handler.owner(nodes[n])
-        if owner is not None:
-            return owner._trace
-        n = above[n]
-    return current_trace()
 
 
 class Foreign:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import operator
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -139,6 +139,8 @@ set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+"""The types of raw arrays."""
 leaf_types: set[type] = {np.ndarray}
 """Exact types of raw arrays met so far: replacing one by another keeps structure."""
 
@@ -151,8 +153,9 @@ class Handler:
     from their children; ``fixed`` ones never change while they live. ``flat`` nodes
     have keys that are paths. Nodes of a handler that ``notes_edits`` call
     ``statics.edits.note`` when their structure changes; those that ``counts_edits``
-    also have a number of their own, ``_version``. ``root`` nodes are carried into
-    transforms whole, from wherever in an argument they are.
+    also have a number of their own, ``_version``. Those that are ``exact`` are built
+    with the very children that they are given, whatever their class. ``root`` nodes are
+    carried into transforms whole, from wherever in an argument they are.
     """
 
     tracked = True
@@ -160,6 +163,7 @@ class Handler:
     flat = False
     notes_edits = False
     counts_edits = False
+    exact = False
     root = False
 
     def items(self, obj: Any) -> dict[Any, Any]:
@@ -233,7 +237,7 @@ class ObjectHandler(Handler):
     """Node subclasses: children are the attributes, sorted by name."""
 
     notes_edits = counts_edits = True
-    root = True
+    exact = root = True
 
     def items(self, obj: Any) -> dict[Any, Any]:
         attributes = get_dict(obj)
@@ -291,41 +295,31 @@ class DictHandler(Handler):
     """Dicts: children sorted by key; the order of insertion is kept in the spec.
 
     Code that loops over a dict of layers must meet them in the same order inside a
-    transform, so two dicts that differ in order differ in structure.
+    transform, so two dicts that differ in order differ in structure. So do two that
+    differ in the function that makes what is missing.
     """
 
     def items(self, obj: Any) -> dict[Any, Any]:
         return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
     def spec(self, obj: Any) -> Hashable:
-        return tuple(obj)
+        defaults = isinstance(obj, collections.defaultdict)
+        return (tuple(obj), obj.default_factory) if defaults else tuple(obj)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         values = [x.values() for x in nodes]
-        return [*map(len, nodes)], itertools.chain(*nodes, *values)
+        makers = [getattr(x, "default_factory", None) for x in nodes]
+        return [*map(len, nodes)], itertools.chain(*nodes, *values, makers)
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        if isinstance(obj, collections.defaultdict):
+            spec, obj.default_factory = spec
         obj.clear()
         for key in spec:
             obj[key] = items[key]
-
-
-class DefaultDictHandler(DictHandler):
-    """Dicts that make what is missing: the factory is static."""
-
-    def spec(self, obj: Any) -> Hashable:
-        return (tuple(obj), obj.default_factory)
-
-    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        lengths, same = super().contents(nodes)
-        return lengths, itertools.chain(same, [x.default_factory for x in nodes])
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        super().fill(obj, spec[0], items)
-        obj.default_factory = spec[1]
 
 
 class TupleHandler(Handler):
@@ -398,19 +392,35 @@ _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
 
 
-def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
-    """Tells ``copy.deepcopy`` to take the statics below ``obj`` as they are."""
+def _held(
+    obj: Any, seen: dict[int, Any] | None = None, into: Any = Handler
+) -> Iterator[tuple[Any, Any]]:
+    """An object and all that it holds, each once, with what ``handler_of`` says.
+
+    ``seen`` are objects to leave out, by id, to which those found are added; ``into``
+    the handlers of nodes that are looked into.
+    """
+    seen = {} if seen is None else seen
     stack = [obj]
     while stack:
-        found = stack.pop()
-        handler = handler_of(found)
-        if handler is LEAF or id(found) in seen:
+        x = stack.pop()
+        if id(x) in seen:
             continue
-        seen[id(found)] = found  # held, so that no other object gets this id
-        if handler is not STATIC and not is_static_value(found, handler):
-            stack += handler.items(found).values()
-        elif is_hashable(found):
-            memo[id(found)] = found
+        seen[id(x)] = x  # held, so that no other object gets this id
+        handler = handler_of(x)
+        yield x, handler
+        if isinstance(handler, into):
+            stack += handler.items(x).values()
+        elif isinstance(x, frozenset):
+            stack += x
+
+
+def _keep_statics(obj: Any, memo: dict[Any, Any], seen: dict[int, Any]) -> None:
+    """Tells ``copy.deepcopy`` to take the statics below ``obj`` as they are."""
+    for x, handler in _held(obj, seen):
+        static = handler is STATIC and is_hashable(x)
+        if static or (handler not in (STATIC, LEAF) and is_static_value(x)):
+            memo[id(x)] = x
 
 
 def register_node(node_type: type, handler: Handler) -> None:
@@ -466,6 +476,18 @@ def is_node_class(cls: type) -> bool:
     return any(base in _registry for base in cls.__mro__)
 
 
+def is_object(x: Any) -> bool:
+    """Whether ``x`` is a Module or its like, of any library: no Variable or container.
+
+    Args:
+      x: anything.
+
+    Returns:
+      True for objects that transforms carry as a whole, and whose plans are kept.
+    """
+    return getattr(handler_of(x), "root", False)
+
+
 def is_root(x: Any) -> bool:
     """Whether transforms carry ``x`` as a whole: a Variable, or an object of kinds.
 
@@ -475,28 +497,23 @@ def is_root(x: Any) -> bool:
     Returns:
       True for Variables, Modules and their like, of Sortal or of another library.
     """
-    return is_variable(x) or getattr(handler_of(x), "root", False)
+    return is_variable(x) or is_object(x)
+
+
+def holds_leaves(x: Any) -> bool:
+    """Whether a value is a leaf, or a tuple or frozenset with one in it."""
+    return any(handler is LEAF for _, handler in _held(x, into=TupleHandler))
 
 
 def _holds_data(x: Any) -> bool:
     """Whether a value is a Variable, an array or an object, or a container of such."""
-    left, seen = [x], {}
-    while left:
-        x = left.pop()
-        handler = handler_of(x)
-        if handler is STATIC or id(x) in seen:
-            continue
-        if handler is LEAF or handler.root:
-            return True
-        seen[id(x)] = x  # kept, so that no other has its id
-        left += handler.items(x).values()
-    return False
+    return any(h is LEAF or is_object(y) for y, h in _held(x))
 
 
 def _classify(cls: type, obj: Any) -> Any:
     if is_variable(obj):
         return LEAF
-    if isinstance(obj, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+    if isinstance(obj, ARRAYS):
         leaf_types.add(cls)
         return LEAF
     for base in cls.__mro__:
@@ -515,34 +532,34 @@ register_node(Node, ObjectHandler())
 register_node(types.MethodType, MethodHandler())
 register_node(list, ListHandler())
 register_node(dict, DictHandler())
-register_node(collections.defaultdict, DefaultDictHandler())
 register_node(tuple, _tuple)
 
 
-def is_static_value(obj: Any, handler: Any) -> bool:
-    """Whether a value-like container holds statics only, and so is one static itself.
+def is_static_value(obj: Any) -> bool:
+    """Whether a value is static with all that it holds, and so one static itself.
 
     Args:
-      obj: an object whose handler is a Handler.
-      handler: that handler.
+      obj: no leaf.
 
     Returns:
-      True for tuples, methods and frozen dataclasses with no leaf or mutable inside.
+      True for statics, and for tuples, methods and frozen dataclasses with no leaf or
+      mutable inside.
     """
-    if isinstance(handler, MethodHandler):
-        held = obj.__self__
-        return handler_of(held) is STATIC and not hidden_state(held)
-    frozen = handler is _dataclass and type(obj).__dataclass_params__.frozen
-    if not (handler is _tuple or frozen):
-        return False
-    for child in handler.items(obj).values():
-        inner = handler_of(child)
-        if inner is LEAF or (inner is STATIC and hidden_state(child)):
-            return False
-        if inner is not STATIC and not is_static_value(child, inner):
+    for x, handler in _held(obj):
+        if handler is STATIC:
+            fits = not hidden_state(x)
+        elif isinstance(handler, MethodHandler):
+            fits = handler_of(x.__self__) is STATIC
+        else:
+            frozen = handler is _dataclass and type(x).__dataclass_params__.frozen
+            fits = frozen or handler is _tuple
+        if not fits:
             return False
     # What is refused makes it a node, so that the culprit in it has its own path.
-    return is_hashable(obj)
+    try:
+        return is_hashable(obj)
+    except RecursionError:  # refused whole, lest it be divided by the stack's height
+        return True
 
 
 @functools.cache
@@ -553,7 +570,9 @@ def class_state(cls: type) -> Mapping[str, str]:
 
 
 def hidden_state(obj: Any) -> str:
-    """Names Variables and nodes directly inside a static object, where JAX is blind."""
+    """Names Variables and objects inside a static object, where JAX is blind."""
+    if isinstance(obj, frozenset):
+        return ", ".join(sorted(type(x).__name__ for x, _ in _held(obj) if is_root(x)))
     attributes = getattr(obj, "__dict__", None)
     if type(attributes) is not dict or isinstance(obj, types.FunctionType):
         return ""

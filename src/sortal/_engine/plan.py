@@ -18,8 +18,17 @@ from typing import Any
 
 from sortal._engine.bounded import Bounded
 from sortal._engine.graphdef import GraphDef
-from sortal._engine.leaves import Foreign, Leaves, Slot, held, live_leaves
-from sortal._engine.nodes import LEAF, Node, get_dict, handler_of, leaf_types, set_plans
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.leaves import Foreign, Leaves, Slot, held
+from sortal._engine.nodes import (
+    LEAF,
+    Node,
+    get_dict,
+    handler_of,
+    is_object,
+    leaf_types,
+    set_plans,
+)
 from sortal._engine.schema import Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
@@ -130,7 +139,7 @@ class Plan:
         if [*map(len, self._dicts)] != self._lengths:
             return False
         now = edits.last  # read first: an edit in the meantime must show next time
-        if self._checked != now:
+        if self._checked is not now:
             if not self._unedited(root):
                 return False
             self._checked = now
@@ -266,19 +275,23 @@ def _keep(root: Any, plans: tuple[Plan, ...]) -> None:
     _sides[at] = (weakref.ref(root, lambda _: pop(at, None)), plans)
 
 
-def plan_of(root: Any) -> Plan:
-    """The plan of an object, kept from earlier calls while it is valid.
+def bind(root: Any) -> Plan:
+    """The plan of any root: that of an object is kept, and used while it is valid.
 
     Args:
-      root: a Node, or another library's object that is a root of its own.
+      root: an object, a container of objects and Variables, a Variable, or an array.
 
     Returns:
       A valid Plan.
 
     Raises:
+      ArgumentError: the root is a class or a function.
       StructureError: a static value cannot be hashed.
     """
-    plans = root._plans if isinstance(root, Node) else _kept_plans(root)
+    ours = isinstance(root, Node)
+    if not ours and not is_object(root):
+        return _planned(root)
+    plans = root._plans if ours else _kept_plans(root)
     for plan in plans:
         if plan.valid(root):
             if plan is not plans[0]:
@@ -286,10 +299,10 @@ def plan_of(root: Any) -> Plan:
             return plan
     plan = _planned(root)
     plan.watch(root)
-    if not isinstance(root, Node) and plan.leads_to(root):
+    if ours or not plan.leads_to(root):
+        _keep(root, plan.before(plans))
+    else:
         _sides.pop(id(root), None)
-        return plan
-    _keep(root, plan.before(plans))
     return plan
 
 
@@ -318,41 +331,36 @@ def plan_of_built(
     graphdef: GraphDef, root: Any, nodes: Sequence[Any], leaves: Sequence[Any]
 ) -> Plan | None:
     """The plan of what ``graphdef.build`` returned; None where only a walk can tell."""
-    known = graphdef.memo("built as walked", lambda: _built_as_walked(graphdef))
-    raw = (x for x, kind in zip(leaves, graphdef.schema.kinds, strict=True) if not kind)
-    if not known or any(handler_of(x) is not LEAF for x in raw):
+    slots = graphdef.memo("slots", lambda: _slots(graphdef))
+    if slots is None or any(handler_of(leaves[i]) is not LEAF for i, _, _ in slots):
         return None
-    plan = Plan(graphdef, nodes, live_leaves(graphdef, nodes, leaves))
+    live, now = list(leaves), current_trace()
+    for i, key, n in slots:
+        live[i] = Slot(nodes[n], graphdef.records[n].handler, key, now)
+    plan = Plan(graphdef, nodes, live)
     plan.watch(root)
     return plan
 
 
-def _built_as_walked(graphdef: GraphDef) -> bool:
-    """Whether these are objects that are surely built as they were walked.
+def _slots(graphdef: GraphDef) -> list[tuple[int, Any, int]] | None:
+    """Raw arrays with key and node, where objects are surely built as they were walked.
 
     That holds for our own objects and Python's own containers. What another type does
     when it is filled or built only a walk can tell.
     """
-    classes = [record.cls for record in graphdef.records]
-    others = {x for x in classes if not issubclass(x, Node)}
-    return bool(classes) and others <= {list, dict, tuple, types.MethodType}
+    records, kinds = graphdef.records, graphdef.schema.kinds
+    others = {record.cls for record in records if not record.handler.exact}
+    if not records or graphdef.schema.has_foreign or others - _BUILT_AS_WALKED:
+        return None
+    return [
+        (ref, key, n)
+        for n, record in enumerate(records)
+        for key, what, ref in record.entries
+        if what is LEAF and kinds[ref] is None
+    ]
 
 
-def has_plan(root: Any) -> bool:
-    """Whether plans of ``root`` are kept: it is an object, and no mere container."""
-    return isinstance(root, Node) or getattr(handler_of(root), "root", False)
-
-
-def bind(root: Any) -> Plan:
-    """The plan for any root object: kept for nodes, made anew for containers.
-
-    Args:
-      root: a Node, a container of nodes and Variables, a Variable, or an array.
-
-    Returns:
-      The Plan.
-    """
-    return plan_of(root) if has_plan(root) else _planned(root)
+_BUILT_AS_WALKED = {list, dict, tuple, types.MethodType}
 
 
 def _planned(root: Any) -> Plan:

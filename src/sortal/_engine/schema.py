@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 from sortal._engine.foreign import handler_of_kind, variable_bases
+from sortal._engine.nodes import ARRAYS
 from sortal._engine.paths import Path, joined, show
-from sortal._engine.statics import EMPTY, Interned, Metadata
+from sortal._engine.statics import Interned, Metadata
 from sortal._engine.variable import Variable
 from sortal.errors import FilterError, listing
 from sortal.filters import (
@@ -226,17 +224,14 @@ def _check_classes(
         )
 
 
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-
-
 def _takes_by_itself(cls: type) -> bool:
     """Whether it is a kind, a base of a kind there is, or about types of arrays."""
     if issubclass(cls, Variable) or handler_of_kind(cls) is not None:
         return True
     try:
         return (
-            issubclass(cls, _ARRAYS)
-            or any(issubclass(array, cls) for array in _ARRAYS)
+            issubclass(cls, ARRAYS)
+            or any(issubclass(array, cls) for array in ARRAYS)
             or _derives(cls, (Variable, *variable_bases()))
         )
     except TypeError:  # a protocol that no class can be asked for
@@ -303,8 +298,3 @@ def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> No
         + "\nAdd a filter for them, or ... as the last one."
         + "".join(hints)
     )
-
-
-def plain_leaf_schema(paths: Sequence[Path]) -> Schema:
-    """A schema of raw arrays at ``paths``."""
-    return Schema.of(paths, [None] * len(paths), [EMPTY] * len(paths))

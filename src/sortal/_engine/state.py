@@ -23,7 +23,6 @@ from sortal._engine.schema import (
 )
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
-    Variable,
     describe,
     foreign_write,
     is_variable,
@@ -42,7 +41,7 @@ class _Stored:
     def __init__(self, schema: Schema, cells: list[Any], boxed: bool):
         # The list and what it holds change together, seen from any thread.
         self._cells = (cells, boxed)
-        self._schema, self._checked, self._trace = schema, -1, current_trace()
+        self._schema, self._checked, self._trace = schema, None, current_trace()
 
     @property
     def boxed(self) -> bool:
@@ -60,7 +59,7 @@ class _Stored:
         cells, boxed = self._cells
         old = self._schema
         # Variables of other libraries note no edit, and so are looked at each time.
-        if boxed and (self._checked != edits.last or old.has_foreign):
+        if boxed and (self._checked is not edits.last or old.has_foreign):
             now = edits.last
             kinds, metadata = _kinds(cells)
             if kinds != old.kinds or metadata != old.metadata:
@@ -71,9 +70,7 @@ class _Stored:
     def values(self) -> list[Any]:
         """The bare values, in a new list."""
         cells, boxed = self._cells
-        if not boxed:
-            return list(cells)
-        return [x._value if isinstance(x, Variable) else value_of(x) for x in cells]
+        return list(map(value_of, cells)) if boxed else list(cells)
 
     def leaves(self) -> list[Any]:
         """The Variables and raw arrays themselves: the list that is kept."""
@@ -280,11 +277,7 @@ class State(MutableMapping[Any, Any]):
         return self._parts([(self.schema.pick(kept), kept)])
 
     def __repr__(self) -> str:
-        schema, texts = self.schema, map(describe, self.values_list())
-        rows = [
-            f"{show(path)}: " + (text if kind is None else f"{kind_name(kind)}({text})")
-            for path, kind, text in zip(schema.paths, schema.kinds, texts, strict=True)
-        ]
+        rows = self._rows(lambda x, _: describe(x))
         return f"State(\n{listing(rows)}\n)" if rows else "State()"
 
     def __str__(self) -> str:
@@ -296,14 +289,18 @@ class State(MutableMapping[Any, Any]):
             raise ArgumentError(
                 f"a State is formatted as '' or 'stats'; found {spec!r}."
             )
-        rows, values = [], self.values_list()
-        for path, kind, x in zip(self.paths(), self.schema.kinds, values, strict=True):
-            before = f"  {show(path)}: " + (
-                "" if kind is None else f"{kind_name(kind)}("
-            )
-            end = "" if kind is None else ")"
-            rows.append(f"{before}{text(x, describe(x), before, spec)}{end}")
-        return "\n".join(["State(", *rows, ")"]) if rows else "State()"
+        rows = self._rows(lambda x, start: text(x, describe(x), f"  {start}", spec))
+        return "\n  ".join(["State(", *rows]) + "\n)" if rows else "State()"
+
+    def _rows(self, shown: Callable[[Any, str], str]) -> list[str]:
+        """A row for each leaf, given how a value is shown after some text."""
+        schema, rows = self.schema, []
+        for i, x in enumerate(self.values_list()):
+            kind = schema.kinds[i]
+            opened, closed = (f"{kind_name(kind)}(", ")") if kind else ("", "")
+            start = f"{show(schema.paths[i])}: {opened}"
+            rows.append(start + shown(x, start) + closed)
+        return rows
 
     def __reduce__(self) -> Any:
         if self._stored.boxed:  # another object may hold one of the Variables
@@ -562,8 +559,7 @@ def _unflatten(layout: Layout, children: Iterable[Any]) -> State:
 class _StateHandler(Handler):
     """A State held by an object is one node whose children lie at whole paths."""
 
-    flat = True
-    notes_edits = True
+    flat = notes_edits = exact = True
 
     def items(self, obj: State) -> dict[Any, Any]:
         return dict(obj.flat_state())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -109,20 +108,16 @@ class Static:
 class Edits:
     """Notes that some structure, anywhere, was edited.
 
-    While ``last`` is the number that a plan was checked at, no attribute, metadata or
-    State of any object has been edited since, and the plan need not look at each.
-    Numbers never repeat, so that threads cannot restore one that was seen before.
+    While ``last`` is the very object that a plan was checked at, no attribute, metadata
+    or State of any object has been edited since, and the plan need not look at each.
+    Each edit makes an object, so that threads cannot restore one that was seen before.
     """
 
-    __slots__ = ("_numbers", "last")
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
-        self.last = 0
+    last = object()
 
     def note(self) -> None:
         """Call after an edit."""
-        self.last = next(self._numbers)
+        self.last = object()
 
 
 edits = Edits()

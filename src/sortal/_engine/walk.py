@@ -10,15 +10,17 @@ import numpy as np
 from sortal._engine import nodes as _nodes
 from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import Entry, GraphDef, Record
-from sortal._engine.leaves import live_leaves
+from sortal._engine.jax_compat import current_trace
+from sortal._engine.leaves import Foreign, Slot
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, handler_of
+from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, ListHandler, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
 from sortal._engine.variable import Variable, is_variable
 from sortal.errors import StructureError, UnsupportedError, listing
 
+_LIST = ListHandler()
 _NUMBERS = (numbers.Number, np.generic)
 
 
@@ -27,21 +29,24 @@ class Walk:
 
     def __init__(self, root: Any):
         self.nodes: list[Any] = []
-        self._leaves: list[tuple[Any, Path, Any, Any]] = []
+        self.leaves: list[Any] = []
+        self._paths: list[Path] = []
+        self._kinds: list[Any] = []
+        self._metadata: list[Metadata] = []
         self._records: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
-        root_entry = self._visit(root, None, (), False, None)
+        entry = self._visit(root, None, (), False, None)
+        if self._kinds == [None]:
+            self.leaves[0] = Slot([root], _LIST, 0, current_trace())
         while self._open:
             self._take_apart()
         self._refuse()
-        leaves, *parts = zip(*self._leaves, strict=True) if self._leaves else [()] * 4
-        schema = Schema.of(*parts)
-        self.graphdef = GraphDef.of(root_entry, self._records, schema)
-        self.leaves = live_leaves(self.graphdef, self.nodes, leaves)
+        schema = Schema.of(self._paths, self._kinds, self._metadata)
+        self.graphdef = GraphDef.of(entry, self._records, schema)
 
     def _visit(self, obj: Any, key: Any, path: Path, data: bool, role: Any) -> Entry:
         """The Entry of one object; in what is marked data, numbers are leaves."""
@@ -52,27 +57,35 @@ class Walk:
         if found is LEAF or number or (found is STATIC and role == "data"):
             return Entry(key, LEAF, self._leaf(obj, path))
         data = (data or role == "data") and isinstance(obj, (list, dict, tuple))
-        if found is STATIC or (not data and _nodes.is_static_value(obj, found)):
+        if found is STATIC or (
+            not (data or found.root) and _nodes.is_static_value(obj)
+        ):
             return Entry(key, STATIC, self._static(obj, path))
         return Entry(key, NODE, self._node(obj, path, found, data))
 
     def _leaf(self, obj: Any, path: Path) -> int:
-        number = len(self._leaves)
-        kind, metadata = None, EMPTY
+        number = len(self.leaves)
+        kind, metadata = type(obj), EMPTY
         # Raw arrays are values: one met twice is two leaves, else the structure would
         # depend on which equal arrays happen to be one object.
-        if is_variable(obj):
-            first = self._numbers.setdefault(id(obj), number)
-            if first != number:
-                return first
-            kind, metadata = type(obj), self._metadata(obj, path)
-        self._leaves.append((obj, path, kind, metadata))
+        if not is_variable(obj):
+            kind = None
+        elif (first := self._numbers.setdefault(id(obj), number)) != number:
+            return first
+        elif isinstance(obj, Variable):
+            metadata = obj._metadata
+        else:
+            handler: Any = handler_of_kind(kind)
+            obj = Foreign(obj, handler)
+            metadata = self._foreign(obj, path)
+        self.leaves.append(obj)
+        self._paths.append(path)
+        self._kinds.append(kind)
+        self._metadata.append(metadata)
         return number
 
-    def _metadata(self, obj: Any, path: Path) -> Metadata:
-        if isinstance(obj, Variable):
-            return obj._metadata
-        handler: Any = handler_of_kind(type(obj))
+    def _foreign(self, leaf: Foreign, path: Path) -> Metadata:
+        obj, handler = leaf.held, leaf.handler
         refusal = handler.refusal(obj)
         (entries,) = handler.entries([obj])
         bad = [k for k, v in entries.items() if not is_hashable(v)]
@@ -93,21 +106,24 @@ class Walk:
                 f"a value marked {obj.role} inside a container, where the mark says "
                 "nothing; mark the attribute that holds the container"
             )
-        elif marked and _holds_leaves(obj):
+        elif marked and _nodes.holds_leaves(obj):
             why = (
                 f"a {name} in an attribute that is marked static, where it would be "
                 "no leaf; take the mark off, or mark it data"
             )
         elif hidden := _nodes.hidden_state(obj):
-            why = (
-                f"a {name} that is no Module but holds {hidden}; derive it from "
-                "sortal.Module"
+            why = f"a {name} that is no Module but holds {hidden}; " + (
+                "write a tuple"
+                if isinstance(obj, frozenset)
+                else "derive it from sortal.Module"
             )
         else:
             try:
                 return Static(obj)
             except TypeError:
-                why = f"a {name}, {obj!r:.60}"
+                why = f"a {name}, {_shown(obj)}"
+            except RecursionError:
+                why = f"a {name}, nested too deeply"
         self._bad.append(f"{show(path)}: {why}")
         return None
 
@@ -132,18 +148,24 @@ class Walk:
                 )
         self.nodes.append(obj)
         self._records.append(None)
-        children = iter(handler.items(obj).items())
-        self._open.append((number, obj, path, handler, data, children, []))
+        owner, children = handler.owner(obj), iter(handler.items(obj).items())
+        # Who may edit it: the innermost object around it.
+        above = self._open[-1][5] if self._open else current_trace()
+        trace = above if owner is None else owner._trace
+        self._open.append((number, obj, path, handler, data, trace, children, []))
         return number
 
     def _take_apart(self) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
-        number, obj, path, handler, data, children, entries = self._open[-1]
+        number, obj, path, handler, data, trace, children, entries = self._open[-1]
         depth = len(self._open)
         roles = handler.roles(obj) or {}
         for key, child in children:
             below = path + key if handler.flat else (*path, key)
-            entries.append(self._visit(child, key, below, data, roles.get(key)))
+            entry = self._visit(child, key, below, data, roles.get(key))
+            if entry.what is LEAF and self._kinds[entry.ref] is None:
+                self.leaves[entry.ref] = Slot(obj, handler, key, trace)
+            entries.append(entry)
             if len(self._open) > depth:
                 return
         self._open.pop()
@@ -166,8 +188,8 @@ class Walk:
             )
 
 
-def _holds_leaves(obj: Any) -> bool:
-    """Whether a value marked static is a Variable or array, or a tuple of such."""
-    if isinstance(obj, (tuple, frozenset)):
-        return any(map(_holds_leaves, obj))
-    return handler_of(obj) is LEAF
+def _shown(obj: Any) -> str:
+    try:
+        return f"{obj!r:.60}"
+    except RecursionError:
+        return "nested too deeply to be shown"

@@ -29,8 +29,9 @@ from sortal.inspect.equations import (
 )
 from sortal.inspect.remedies import remedy
 from sortal.inspect.scopes import Place, labelled, mark, place_of, sizes_of
-from sortal.transforms._adapter.binding import BoundArguments, unbind
+from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.tracing import (
     is_flat_module,
     replace_flat_modules,

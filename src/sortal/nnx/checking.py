@@ -11,8 +11,9 @@ from sortal._engine.variable import is_variable
 from sortal.errors import ArgumentError, UnsupportedError
 from sortal.functional import variables
 from sortal.nnx.spmd import add_axis, remove_axis
-from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.prefixes import ByKind
 from sortal.transforms._adapter.tracing import run
 

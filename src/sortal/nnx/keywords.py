@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from sortal.transforms._adapter.functions import parameters_of
+
 _IGNORED = "  {}: ignored; for NNX compatibility.\n"
 _EMPTY = "  {}: must be empty; for NNX compatibility.\n"
 
@@ -90,12 +92,8 @@ def _placed(
     f: Any, args: Any, kwargs: dict[str, Any], wanted: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with those at their positions that were given by keyword."""
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):
-        return args, kwargs
     found, rest = list(args), dict(kwargs)
-    for p in parameters[len(args) :]:
+    for p in parameters_of(f)[len(args) :]:
         if p.kind is not p.POSITIONAL_OR_KEYWORD:
             break
         if p.name in rest:

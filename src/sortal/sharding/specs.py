@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sortal._engine.annotations import PARTITION_NAME as PARTITION_NAME
 from sortal._engine.annotations import with_partitioning as with_partitioning
-from sortal._engine.plan import has_plan
+from sortal._engine.nodes import is_object, is_root
 from sortal._engine.schema import Schema
 from sortal._engine.variable import Variable, is_variable, make, metadata_of, value_of
 from sortal._nnx_names import refuse_unknown
@@ -114,12 +114,12 @@ def _map(of: Callable[[Variable], Any], of_raw: Callable[[Any], Any], tree: Any)
     def one(x: Any) -> Any:
         if is_variable(x):
             return make(type(x), of(x), metadata_of(x))
-        if has_plan(x):
+        if is_object(x):
             graphdef, state = split(x)
             return merge(graphdef, _map(of, of_raw, state))
         return of_raw(x)
 
-    return jax.tree.map(one, tree, is_leaf=lambda x: is_variable(x) or has_plan(x))
+    return jax.tree.map(one, tree, is_leaf=is_root)
 
 
 def as_abstract(tree: Any, **_unknown: Never) -> Any:

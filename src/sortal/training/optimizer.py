@@ -14,9 +14,10 @@ import numpy as np
 
 from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.marks import static
+from sortal._engine.nodes import is_object
 from sortal._engine.paths import Path
-from sortal._engine.plan import bind, has_plan
-from sortal._engine.schema import Kind, Schema, plain_leaf_schema, taken
+from sortal._engine.plan import bind
+from sortal._engine.schema import Kind, Schema, taken
 from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
@@ -137,7 +138,8 @@ class Optimizer(Pytree):
         self.step = OptState(jnp.array(0, dtype=jnp.uint32))
         self.tx = static(tx if groups is None else groups)
         self.wrt = static(wrt)
-        self._trained = static(plain_leaf_schema(params.schema.paths))
+        paths, n = params.schema.paths, len(params.schema)
+        self._trained = static(Schema.of(paths, [None] * n, [EMPTY] * n))
         self.dtypes = static(tuple(map(dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
         divided = _divide(self.tx, groups, params)
@@ -439,7 +441,7 @@ def _as_mapping(grads: Any, path: Path, params: Schema) -> Any:
     """What ``grad`` returns for a container of models, as nested dicts of States."""
     if isinstance(grads, (State, FlatState)) or path in params.index:
         return grads
-    if has_plan(grads):
+    if is_object(grads):
         return state_of(grads)
     if isinstance(grads, (list, tuple)) and not any(map(is_array, grads)):
         grads = dict(enumerate(grads))

@@ -19,14 +19,10 @@ from sortal._engine.variable import Param, describe, is_variable
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, GradientError, listing
 from sortal.filters import to_filter
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    identity,
-    unbind,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, identity, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.tracing import find_flat_modules, is_flat_module, run
 
 

@@ -15,14 +15,10 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError
 from sortal.functional import merge, split
 from sortal.sharding.mesh_axes import unseen_rules
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    named_positions,
-    unbind,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.functions import by_position, named_positions, unbind
 from sortal.transforms._adapter.lanes import unsorted
 from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
 from sortal.transforms.ahead import Lowered
@@ -81,7 +77,7 @@ class Jitted:
             with seen:
                 return self(*args, **kwargs)
         if kwargs and self._placed:
-            args, kwargs = _by_position(self._fn, self._first, args, kwargs)
+            args, kwargs = by_position(self._fn, self._first, args, kwargs)
         first, donation = self._first, self._donation
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
         given, named, call = bound.args, bound.kwargs, self._plain
@@ -104,7 +100,7 @@ class Jitted:
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if kwargs and self._placed:
-            args, kwargs = _by_position(self._fn, self._first, args, kwargs)
+            args, kwargs = by_position(self._fn, self._first, args, kwargs)
         bound = BoundArguments((*self._first, *args), kwargs, self._static)
         if self._donation is None:
             return function(*bound.args, **bound.kwargs)
@@ -192,20 +188,6 @@ class Traced:
                 "call. Write sortal.export(f)(...) for jax.export.export(f)(...)."
             )
         return self._traced.lower(**options)
-
-
-def _by_position(
-    fn: Callable[..., Any],
-    first: Sequence[Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with those at their places that were given by keyword."""
-    try:
-        found = inspect.signature(fn).bind(*first, *args, **kwargs)
-    except (TypeError, ValueError):  # which the call itself explains
-        return args, kwargs
-    return found.args[len(first) :], found.kwargs
 
 
 class JittedPartial(functools.partial):

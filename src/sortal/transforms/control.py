@@ -13,8 +13,9 @@ from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, LoopError, listing
-from sortal.transforms._adapter.binding import unbind, write_back
+from sortal.transforms._adapter.binding import write_back
 from sortal.transforms._adapter.effects import Effects, Result
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.operands import Operands, check_types, steady
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.eager import kept

@@ -17,9 +17,10 @@ from sortal._engine.variable import Param
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import All
-from sortal.transforms._adapter.binding import BoundArguments, unbind, write_back
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Effects, Result
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.tracing import (
     Copies,
     find_flat_modules,

@@ -13,22 +13,18 @@ import numpy as np
 from jax.core import Tracer
 
 from sortal._engine.nested import equal
+from sortal._engine.nodes import is_object
 from sortal._engine.paths import show
-from sortal._engine.plan import has_plan
 from sortal._engine.state import FlatState, as_state
 from sortal._engine.variable import Param, describe, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, GradientError, listing
 from sortal.filters import to_filter
 from sortal.functional import state
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    named_positions,
-    unbind,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Ref, Result
+from sortal.transforms._adapter.functions import named_positions, unbind
 from sortal.transforms._adapter.tracing import replace_roots, run
 from sortal.transforms.autodiff import (
     Chosen,
@@ -408,7 +404,7 @@ def _flat(part: Any, paths: Sequence[Any], zeros: bool) -> Mapping[Any, Any] | N
     """What is given for a module, by path; None where it is of no such form."""
     if part is None and zeros:
         return dict.fromkeys(paths)
-    if has_plan(part):
+    if is_object(part):
         every = dict(state(part).flat_state())
         return {path: every[path] for path in paths if path in every}
     if isinstance(part, (FlatState, Mapping)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from sortal.errors import FilterError, listing
 from sortal.filters import Filter, leaf_filter
 from sortal.policy.policy import Policy
 from sortal.transforms._adapter.binding import AliasMap, BoundArguments, identity
+from sortal.transforms._adapter.functions import lead_with
 from sortal.transforms._adapter.tracing import (
     FlatModule,
     FlatModuleDef,
@@ -318,13 +318,7 @@ def with_first(
     Returns:
       The options for ``traced``.
     """
-    try:
-        signature = inspect.signature(fn)
-        first = inspect.Parameter("_lent", inspect.Parameter.POSITIONAL_ONLY)
-        parameters = [first, *signature.parameters.values()]
-        traced.__signature__ = signature.replace(parameters=parameters)
-    except (TypeError, ValueError):
-        pass  # JAX then asks nothing of it
+    lead_with(traced, ["_lent"], fn)
     moved = dict(options)
     for what, named in (("static", donation._static), ("donate", donation._donated)):
         moved[f"{what}_argnums"] = tuple(

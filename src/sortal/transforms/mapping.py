@@ -22,13 +22,10 @@ from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import mapped_over
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    unbind,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     Spread,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from sortal._engine.statics import is_hashable
 from sortal._engine.variable import describe, is_variable, value_of
 from sortal.errors import ArgumentError, ShardingError, listing
 from sortal.transforms._adapter.binding import BoundArguments
+from sortal.transforms._adapter.functions import parameters_of
 from sortal.transforms._adapter.tracing import FlatModule
 
 
@@ -153,11 +153,7 @@ def refuse_devices(
 
 def named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
     """Each argument with its position or keyword, and its name in the signature."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    names = [p.name for p in parameters_of(fn) if p.kind is not p.VAR_POSITIONAL]
     for i, x in enumerate(bound.args):
         yield i, names[i] if i < len(names) else f"argument {i}", x
     for name, x in bound.kwargs.items():

@@ -9,13 +9,9 @@ from typing import Any, Never
 import jax
 
 from sortal._nnx_names import refuse_unknown
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    named_positions,
-    unbind,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms._adapter.functions import named_positions, unbind
 from sortal.transforms._adapter.tracing import run
 from sortal.transforms.eager import kept
 from sortal.transforms.refusals import refuse_arguments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import sys
 import warnings
@@ -22,6 +21,7 @@ from sortal._engine.schema import kind_name
 from sortal._engine.statics import is_hashable, static_key
 from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError, RetraceError, listing
+from sortal.transforms._adapter.functions import POSITIONAL, parameters_of
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module
 
 _KEPT = 16
@@ -210,16 +210,9 @@ def explain_retrace(f: Any) -> RetraceReport:
 
 def _parameters(fn: Callable[..., Any]) -> tuple[list[str], str]:
     """Names of the positional parameters, and of what takes further ones."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        return [], "args"
-    fixed = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
+    parameters = parameters_of(fn)
     rest = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
-    return [p.name for p in parameters if p.kind in fixed], (rest or ["args"])[0]
+    return [p.name for p in parameters if p.kind in POSITIONAL], (rest or ["args"])[0]
 
 
 def _describe(

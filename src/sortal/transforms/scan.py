@@ -17,9 +17,10 @@ from sortal._engine.variable import RngCount, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
 from sortal.sharding.mesh_axes import mapped_over
-from sortal.transforms._adapter.binding import unbind, write_back
+from sortal.transforms._adapter.binding import write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Effects, Result, resolve
+from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.operands import (
     Operands,
     check_types,

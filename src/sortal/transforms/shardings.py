@@ -18,12 +18,9 @@ from sortal._engine.statics import PLACEMENT
 from sortal.errors import AxisError, PolicyError, listing
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
 from sortal.sharding.resolution import check_specs, placement, spec_for
-from sortal.transforms._adapter.binding import (
-    BoundArguments,
-    named_positions,
-    write_back,
-)
+from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.effects import Effects, Result
+from sortal.transforms._adapter.functions import named_positions
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
     all_answers,

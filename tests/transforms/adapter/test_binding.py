@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import sys
 import threading
@@ -522,91 +521,6 @@ def test_threads_race_on_a_compiled_function_without_mixing_models() -> None:
 
 
 # -------------------------------------------------------------------- the function
-class Caller(sortal.Module):
-    """Can be called, and has a method."""
-
-    def __init__(self) -> None:
-        self.n = Count(jnp.array(0))
-
-    def __call__(self, x: Any) -> Any:
-        self.n[...] += 1
-        return self.n + x
-
-    def add_only(self, x: Any, k: int) -> Any:
-        return self.n.value * x * k
-
-    def add(self, x: Any, *, by: Any = 1) -> Any:
-        self.n[...] += by
-        return self.n + x
-
-
-def test_methods_modules_and_partials_are_taken_apart() -> None:
-    live = Caller()
-    spelled = [
-        lambda: sortal.jit(live)(1),
-        lambda: sortal.jit(live.add)(1),
-        lambda: sortal.jit(Caller.add)(live, 1),
-        lambda: sortal.jit(functools.partial(Caller.add, live))(1),
-        lambda: sortal.jit(functools.partial(Caller.add, live, 1))(),
-        lambda: sortal.jit(functools.partial(live.add))(1),
-        lambda: sortal.remat(live)(1),
-        lambda: sortal.remat(live.add)(1),
-    ]
-    for i, call in enumerate(spelled, 1):
-        assert int(call()) == i + 1
-        assert int(live.n.value) == i
-
-
-def test_a_partial_by_keyword_with_a_model_inside_is_not_a_silent_loss() -> None:
-    live = Caller()
-    assert int(sortal.jit(functools.partial(Caller.add, by=2))(live, 0)) == 2
-    assert int(live.n.value) == 2
-    f = functools.partial(lambda x, model: model.add(x), model=live)
-    sortal.jit(f)(0)
-    assert int(live.n.value) == 3
-
-
-def scaled(model: Any, x: Any, k: int = 1, bias: Any = 0.0) -> Any:
-    return model.n.value * x * k + bias
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda m: functools.partial(scaled, m, k=1),
-        lambda m: functools.partial(functools.partial(scaled, k=1), m),
-        lambda m: functools.partial(lambda ms, x, k: scaled(ms[0], x, k), [m], k=1),
-        lambda m: functools.partial(scaled, model=m),
-        lambda m: functools.partial(lambda x, ms: scaled(ms["a"], x), ms={"a": m}),
-        lambda m: functools.partial(m.add_only, k=1),
-    ],
-    ids=["keyword", "nested", "list", "by keyword", "dict by keyword", "method"],
-)
-@pytest.mark.parametrize("transform", [sortal.jit, sortal.remat])
-def test_what_a_partial_holds_has_its_value_of_now(make: Any, transform: Any) -> None:
-    m = Caller()
-    f = make(m)
-    compiled = transform(f)
-    for n in (2, 3):
-        m.n.value = jnp.array(n)
-        by_name = "model" in f.keywords
-        assert int(compiled(x=5) if by_name else compiled(5)) == 5 * n
-
-
-def test_keywords_of_a_partial_can_be_given_anew_and_be_static() -> None:
-    m, other = Caller(), Caller()
-    m.n.value, other.n.value = jnp.array(2), jnp.array(3)
-    f = sortal.jit(functools.partial(scaled, model=m, k=1), static_argnames="k")
-    assert int(f(x=5)) == 10
-    assert int(f(x=5, model=other)) == 15
-    assert int(f(x=5, k=2)) == 20
-    g = sortal.jit(
-        functools.partial(lambda m, x, n: x * m.n.value if n else x, m),
-        static_argnums=1,
-    )
-    assert [int(g(5, n)) for n in (0, 1)] == [5, 10]
-
-
 def test_threads_that_bind_many_pairs_of_models_get_their_own_values() -> None:
     """More pairs than are remembered, so that all threads make room all the time."""
     models = [Holder(w=Param(float(k))) for k in range(40)]
@@ -690,17 +604,6 @@ def test_an_object_in_the_value_of_its_own_variable_is_refused(value: Any) -> No
         with pytest.raises(StructureError, match=r"v \(Count\)"):
             call(m)
     assert stack_is_whole()
-
-
-def test_named_positions_reads_numbers_and_names_of_parameters() -> None:
-    def f(a: Any, b: Any, *rest: Any, c: Any = 0) -> None: ...
-
-    assert binding.named_positions(f, -1, None) == {1, "b"}
-    assert binding.named_positions(f, (0,), "c") == {0, "c"}
-    assert binding.named_positions(f, (0,), None) == {0, "a"}
-    assert binding.named_positions(f, None, ("b",)) == {1, "b"}
-    assert binding.named_positions(max, None, None) == set()
-    assert binding.named_positions(dict.fromkeys, 1, "x") >= {1, "x"}
 
 
 @pytest.mark.parametrize("where", ["root", "child"])

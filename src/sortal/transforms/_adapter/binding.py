@@ -8,19 +8,15 @@ brings that to the live objects.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.leaves import held, identity, store_all
-from sortal._engine.nodes import NODE, Node, handler_of
-from sortal._engine.plan import Plan, bind, has_plan, plan_of
-from sortal._engine.variable import check_writable, describe, make
+from sortal._engine.nodes import NODE, handler_of
+from sortal._engine.plan import Plan, bind
+from sortal._engine.variable import check_writable, make
 from sortal._engine.walk import Walk
-from sortal.errors import ArgumentError
 from sortal.transforms._adapter.effects import Edits, Result, resolve
 from sortal.transforms._adapter.tracing import (
     PASS,
@@ -28,7 +24,6 @@ from sortal.transforms._adapter.tracing import (
     FlatModule,
     FlatModuleDef,
     flat_module_def,
-    has_roots,
     mode_of,
     modes,
     replace_roots,
@@ -78,21 +73,18 @@ def _several(roots: Sequence[Any], plans: Sequence[Any]) -> AliasMap:
     for i, (root, plan) in enumerate(zip(roots, plans, strict=True)):
         for j, leaf in enumerate(plan.leaves):
             where.setdefault(identity(leaf), (i, j))
-        for k, node in enumerate(plan.nodes):
-            where.setdefault(id(root if k == 0 else node), (i, k))
+        for k, node in enumerate(plan.nodes_of(root)):
+            where.setdefault(id(node), (i, k))
     leaf_at = tuple(where[identity(leaf)] for leaf in walk.leaves)
     picks: list[Any] = []
     for i, plan in enumerate(plans):
         mine = tuple(j for owner, j in leaf_at if owner == i)
         picks.append(None if len(mine) == len(plan.leaves) else mine)
-    graphdef = walk.graphdef
-    node_at = {
-        n: where[id(node)] for n, node in enumerate(walk.nodes) if id(node) in where
-    }
-    definitions = tuple(
-        flat_module_def(graphdef, i, len(roots)) for i in range(len(roots))
-    )
-    return AliasMap(graphdef, definitions, tuple(picks), leaf_at, node_at)
+    known = enumerate(where.get(id(node)) for node in walk.nodes)
+    node_at = {n: place for n, place in known if place is not None}
+    numbers, of = range(len(roots)), len(roots)
+    definitions = tuple(flat_module_def(walk.graphdef, i, of) for i in numbers)
+    return AliasMap(walk.graphdef, definitions, tuple(picks), leaf_at, node_at)
 
 
 class BoundArguments:
@@ -128,7 +120,7 @@ class BoundArguments:
                     flat_module.values = [flat_module.values[j] for j in pick]
 
     def _carry(self, root: Any) -> FlatModule:
-        plan = plan_of(root) if isinstance(root, Node) else bind(root)
+        plan = bind(root)
         flat_module = FlatModule(plan.leaves.values(), _UNKNOWN)
         self.roots.append(root)
         self.plans.append(plan)
@@ -219,88 +211,3 @@ def _carry_out(
     changed = [n for n, edit in enumerate(edits.nodes) if edit.changed]
     graphdef.fill(nodes, leaves, changed)
     return [(nodes if e.what == NODE else leaves)[e.ref] for e in outputs]
-
-
-def unbind(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Takes the object out of a bound method or callable Module.
-
-    Left inside, the object would be a closed-over constant whose changes are lost.
-
-    Args:
-      fn: any callable.
-
-    Returns:
-      A plain function, and the arguments to put before those of each call.
-
-    Raises:
-      ArgumentError: it cannot be called.
-    """
-    if isinstance(fn, types.MethodType) and has_plan(fn.__self__):
-        return fn.__func__, (fn.__self__,)
-    if has_plan(fn) and callable(fn):
-        return type(fn).__call__, (fn,)
-    if isinstance(fn, functools.partial):
-        inner, first = unbind(fn.func)
-        names = [k for k, x in fn.keywords.items() if has_roots(x)]
-        if first or names or has_roots(fn.args):
-            rest = {k: x for k, x in fn.keywords.items() if k not in names}
-            inner = functools.partial(inner, **rest) if rest else inner
-            inner = _by_position(inner, names) if names else inner
-            return inner, (*[fn.keywords[k] for k in names], *first, *fn.args)
-    if not callable(fn):
-        raise ArgumentError(
-            f"a function is expected; found {describe(fn)}. Pass the function itself, "
-            "not what a call of it returned."
-        )
-    return fn, ()
-
-
-def _by_position(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """``fn`` with some keyword arguments before all others; a call may replace them."""
-    n = len(names)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args[n:], **{**dict(zip(names, args, strict=False)), **kwargs})
-
-    signature = _signature(functools.partial(fn, **dict.fromkeys(names)))
-    if signature is None:
-        return call
-    only = inspect.Parameter.POSITIONAL_ONLY
-    first = [inspect.Parameter(f"_{name}", only) for name in names]
-    parameters = [*first, *signature.parameters.values()]
-    vars(call)["__signature__"] = signature.replace(parameters=parameters)
-    return call
-
-
-def named_positions(fn: Any, nums: Any, names: Any) -> set[Any]:
-    """Positions and names that ``argnums`` and ``argnames`` together mean.
-
-    Args:
-      fn: the function they are about.
-      nums: an int, or several, or None.
-      names: a string, or several, or None.
-
-    Returns:
-      Non-negative positions, and names.
-    """
-    # As in JAX: where both are given, neither says anything about the other.
-    one_spelling = nums is None or names is None
-    nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
-    names = (names,) if isinstance(names, str) else tuple(names or ())
-    signature = _signature(fn)
-    parameters = signature.parameters.values() if signature else ()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p.name for p in parameters if p.kind in kinds]
-    n = len(positional)
-    found: set[Any] = {i + n if i < 0 else i for i in nums} | set(names)
-    for i, name in enumerate(positional if one_spelling else ()):
-        if i in found or name in found:
-            found |= {i, name}
-    return found
-
-
-def _signature(fn: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(fn)
-    except (TypeError, ValueError):
-        return None

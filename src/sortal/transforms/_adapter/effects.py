@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Collection, Sequence
@@ -65,30 +66,19 @@ class Edits(NamedTuple):
     leaves: tuple[Edit, ...]
 
 
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class Effects:
     """What a call did, apart from values: which leaves it wrote, edits, outputs.
 
     Two are equal that say the same, for JAX compares those of a function and its rules.
     """
 
-    __slots__ = ("_routes", "closes_over", "edits", "outputs", "written")
-
-    def __init__(
-        self, written: tuple[int, ...], outputs: tuple[Entry, ...], edits: Edits | None
-    ):
-        self.written, self.outputs, self.edits = written, outputs, edits
-        # Whether the trace closed over arrays; None until somebody has looked.
-        self.closes_over: bool | None = None
-        self._routes: list[tuple[int, Callable[[Any], Any]]] | None = None
-
-    def _key(self) -> tuple[Any, ...]:
-        return self.written, self.outputs, self.edits
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Effects) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
+    written: tuple[int, ...]
+    outputs: tuple[Entry, ...]
+    edits: Edits | None
+    # Whether the trace closed over arrays; None until somebody has looked.
+    closes_over: bool | None = dataclasses.field(default=None, compare=False)
+    _routes: Any = dataclasses.field(default=None, compare=False)
 
     def routes(
         self, leaf_at: Sequence[tuple[int, int]]

@@ -189,8 +189,6 @@ _NO_ROOTS = Walk(()).graphdef
 
 def find_flat_modules(tree: Any) -> list[FlatModule]:
     """All FlatModules in ``tree``."""
-    if type(tree) is FlatModule:
-        return [tree]
     leaves = jtu.tree_leaves(tree, is_leaf=_ends_search)
     return [x for x in leaves if is_flat_module(x)]
 
@@ -205,8 +203,6 @@ def replace_flat_modules(tree: Any, replace: Callable[[FlatModule], Any]) -> Any
     Returns:
       The tree.
     """
-    if type(tree) is FlatModule:
-        return replace(tree)
     if not find_flat_modules(tree):
         return tree
     return jax.tree.map(
