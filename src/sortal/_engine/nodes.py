@@ -295,31 +295,41 @@ class DictHandler(Handler):
     """Dicts: children sorted by key; the order of insertion is kept in the spec.
 
     Code that loops over a dict of layers must meet them in the same order inside a
-    transform, so two dicts that differ in order differ in structure. So do two that
-    differ in the function that makes what is missing.
+    transform, so two dicts that differ in order differ in structure.
     """
 
     def items(self, obj: Any) -> dict[Any, Any]:
         return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
     def spec(self, obj: Any) -> Hashable:
-        defaults = isinstance(obj, collections.defaultdict)
-        return (tuple(obj), obj.default_factory) if defaults else tuple(obj)
+        return tuple(obj)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         values = [x.values() for x in nodes]
-        makers = [getattr(x, "default_factory", None) for x in nodes]
-        return [*map(len, nodes)], itertools.chain(*nodes, *values, makers)
+        return [*map(len, nodes)], itertools.chain(*nodes, *values)
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        if isinstance(obj, collections.defaultdict):
-            spec, obj.default_factory = spec
         obj.clear()
         for key in spec:
             obj[key] = items[key]
+
+
+class DefaultDictHandler(DictHandler):
+    """Dicts that make what is missing: the factory is static."""
+
+    def spec(self, obj: Any) -> Hashable:
+        return (tuple(obj), obj.default_factory)
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        lengths, same = super().contents(nodes)
+        return lengths, itertools.chain(same, [x.default_factory for x in nodes])
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        super().fill(obj, spec[0], items)
+        obj.default_factory = spec[1]
 
 
 class TupleHandler(Handler):
@@ -532,6 +542,7 @@ register_node(Node, ObjectHandler())
 register_node(types.MethodType, MethodHandler())
 register_node(list, ListHandler())
 register_node(dict, DictHandler())
+register_node(collections.defaultdict, DefaultDictHandler())
 register_node(tuple, _tuple)
 
 
