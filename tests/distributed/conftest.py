@@ -26,6 +26,7 @@ class Launched:
     def __init__(self, *arguments):
         path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles in less time
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sortal.inspect.cli", "launch", *arguments],
             env=environment,
