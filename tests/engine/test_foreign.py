@@ -92,12 +92,13 @@ def test_a_library_that_is_refused_is_refused_each_time(monkeypatch):
 def test_listeners_hear_of_new_classes(monkeypatch):
     monkeypatch.setattr(foreign, "_listeners", [])
     heard = []
+    bases = sortal.Variable, sortal.Module  # whose files are read at the first look
     foreign.watch_classes(heard.append)
 
-    class Kind(sortal.Variable):
+    class Kind(bases[0]):
         pass
 
-    class Module(sortal.Module):
+    class Module(bases[1]):
         pass
 
     assert heard == [Kind, Module]

@@ -86,7 +86,9 @@ def _of_operation(operation: str, inputs: tuple[Operand, ...], back: bool) -> st
         return _ROOT if back else "a root of zero below the line: add a small number."
     if operation in ("div", "rem", "atan2", "integer_pow") and not infinite:
         if inputs and inputs[-1].zeros:
-            return _ROOT if back and operation == "div" else _ZERO
+            # JAX's derivative of a root divides one half by the root.
+            half = inputs[0].low == inputs[0].high == 0.5
+            return _ROOT if back and operation == "div" and half else _ZERO
         return ""
     if operation == "pow":
         if any(x.low is not None and x.low < 0 for x in inputs[:1]):
