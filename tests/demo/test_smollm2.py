@@ -23,7 +23,6 @@ from sortal.sharding import presets
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 FIXTURE = Path(__file__).parents[1] / "data" / "smollm2_tokens.json"
 FEATURES, HIDDEN, HEADS, KV_HEADS = 32, 64, 4, 2
 LENGTH = 9  # of the sequences on eight devices
