@@ -168,6 +168,10 @@ ORDER = (
     "sortal.learn.cli",
     "sortal.learn",
     "sortal.nnx.*",
+    "sortal.nnx.nn.*",
+    "sortal.nnx.nn",
+    "sortal.nnx.training.*",
+    "sortal.nnx.training",
     "sortal.nnx",
 )
 # Rows whose files the design names and nobody has written yet. Who writes one strikes

@@ -133,8 +133,6 @@ def nest(nnx: Any) -> Any:
 
 def test_modules_are_iterated_in_the_order_of_flax() -> None:
     theirs = [(p, type(m).__name__) for p, m in flax_nnx.iter_modules(nest(flax_nnx))]
-    # Flax's List and Dict are Modules themselves; Sortal's are containers.
-    theirs = [(p, name) for p, name in theirs if name not in {"List", "Dict"}]
     ours = nest(nnx)
     for found in (sortal.iter_modules(ours), ours.iter_modules()):
         assert [(p, type(m).__name__) for p, m in found] == theirs
@@ -143,9 +141,8 @@ def test_modules_are_iterated_in_the_order_of_flax() -> None:
 def test_children_are_iterated_in_the_order_of_flax() -> None:
     theirs = [k for k, m in flax_nnx.iter_children(nest(flax_nnx))]
     ours = nest(nnx)
-    containers = {"table"}
     for found in (sortal.iter_children(ours), ours.iter_children()):
-        assert [k for k, _ in found] == [k for k in theirs if k not in containers]
+        assert [k for k, _ in found] == theirs
     assert dict(ours.iter_children())["again"] is ours.first
 
 

@@ -13,9 +13,9 @@ from sortal.errors import ArgumentError
 TABLE = contents(
     {
         "sortal.nnx": (
-            "bridge compat filterlib graph graphlib helpers metrics module optimizer "
-            "proxy_caller pytreelib reprlib rnglib spmd statelib summary tracers "
-            "transforms traversals variablelib visualization"
+            "bridge compat filterlib graph graphlib helpers metrics module nn "
+            "optimizer proxy_caller pytreelib reprlib rnglib spmd statelib summary "
+            "tracers training transforms traversals variablelib visualization"
         ),
         "sortal.nnx.calls": "call",
         "sortal.nnx.capturing": "capture",

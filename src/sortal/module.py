@@ -129,6 +129,7 @@ class Module(Pytree):
         value: Any,
         reduce_fn: Callable[[Any, Any], Any] = lambda old, new: (*old, new),
         init_fn: Callable[[], Any] = lambda: (),
+        capture_noop: bool | None = None,
     ) -> bool:
         """Records a value of a call under ``self.<name>``, to be ``pop``ped later.
 
@@ -140,6 +141,7 @@ class Module(Pytree):
           reduce_fn: joins what is recorded so far and the value; appends to a tuple
             by default.
           init_fn: what is recorded before the first call.
+          capture_noop: whether to do nothing where no kind is being captured.
 
         Returns:
           Whether it was recorded; not where only other kinds are being captured.
@@ -148,6 +150,8 @@ class Module(Pytree):
           VariableError: the attribute is there and is not of this kind, or would hide
             a method.
         """
+        if capture_noop and RECORDS not in get_dict(self):
+            return False
         kind, found, keep = _recorded(self, name, variable_type)
         if keep is None:
             return False
@@ -162,6 +166,7 @@ class Module(Pytree):
         name: str,
         value: Any,
         variable_type: type[Variable] | str = Perturbation,
+        capture_noop: bool | None = None,
     ) -> Any:
         """Adds a Variable of zeros to a value, so that its gradient can be taken.
 
@@ -169,6 +174,7 @@ class Module(Pytree):
           name: the attribute that holds the zeros; made at the first call.
           value: an array or pytree.
           variable_type: the kind of the zeros, or the name of one.
+          capture_noop: whether to do nothing where no kind is being captured.
 
         Returns:
           The value plus what the attribute holds.
@@ -176,6 +182,8 @@ class Module(Pytree):
         Raises:
           VariableError: the attribute is there and is not of this kind.
         """
+        if capture_noop and RECORDS not in get_dict(self):
+            return value
         kind, found, keep = _recorded(self, name, variable_type)
         if keep is None:
             return value

@@ -172,9 +172,25 @@ def test_a_path_above_and_the_home_folder_are_what_a_shell_makes_of_them(
     assert files.local(tmp_path / "link" / ".." / "x") == tmp_path / "a" / "x"
 
 
-def test_a_path_with_a_zero_byte_is_refused():
-    with pytest.raises(ArgumentError, match="no zero bytes"):
-        nnx.restore("a\0b", nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", r"empty; the present folder is '\.'"),
+        ("a\0b", "no zero bytes"),
+        ("a\\..\\..\\b", "no backslashes, which TensorStore takes for slashes"),
+        ("a\ud800b", "no text in UTF-8"),
+        (b"a\xffb", "no text in UTF-8"),
+    ],
+)
+def test_a_path_that_is_another_one_for_tensorstore_is_refused(
+    tmp_path, monkeypatch, name, why
+):
+    """With a backslash, the arrays were written outside of the directory."""
+    monkeypatch.chdir(tmp_path)
+    for do in (nnx.restore, lambda at, root: nnx.save(at, root, step=0)):
+        with pytest.raises(ArgumentError, match=why):
+            do(name, nnx.Rngs(0))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_is_a_link_is_refused_and_its_target_left(tmp_path):

@@ -157,12 +157,13 @@ def test_metadata_that_contains_itself_or_is_too_deep_is_refused():
     loop: list[Any] = [1]
     loop += [loop, {"x": loop}]
     with pytest.raises(SaveError) as caught:
-        check_json("metadata", {"a": loop, "b": {1}})
+        check_json("metadata", {"a": loop, "b": {1}, "c": 10**5000})
     rows = str(caught.value).splitlines()[1:-1]
     assert rows == [
         "  metadata['a'][1]: something that contains itself",
         "  metadata['a'][2]['x']: something that contains itself",
         "  metadata['b']: a set",
+        "  metadata['c']: an integer of 16,610 bits",
     ]
     deep: Any = 1
     for _ in range(101):

@@ -355,4 +355,6 @@ def test_metrics_that_are_no_numbers_are_refused_all_at_once(tmp_path):
     with pytest.raises(SaveError, match=r"(?s)loss: None.*'high': '1'") as caught:
         kept.save(model(), step=0, metrics={"loss": None, "high": "1", "x": 1})
     assert "'x'" not in str(caught.value)
+    with pytest.raises(SaveError, match=r"metrics are numbers by name.*\n  0\.5"):
+        kept.save(model(), step=0, metrics=0.5)
     assert kept.steps() == ()

@@ -29,6 +29,7 @@ from sortal.errors import (
     CheckpointError,
     DamagedError,
     NoCheckpointError,
+    PolicyError,
     RestoreError,
     SaveError,
 )
@@ -246,6 +247,30 @@ def test_a_kind_that_moved_is_named(tmp_path):
         nnx.restore(tmp_path, into)
     nnx.restore(tmp_path, into, kinds={"sortal.Cache": New})
     assert into["x"].value == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"rename": [("a", "b")]}, r"rename= .*found:\n  \[\('a', 'b'\)\]"),
+        ({"rename": {"a": 3, 4: "b", "c": "d"}}, r"found:\n  'a': 3\n  4: 'b'"),
+        ({"kinds": nnx.Param}, r"kinds= .*found:\n  <class 'sortal.Param'>"),
+        ({"kinds": {"x": int, "sortal.Cache": nnx.Cache}}, r"found:\n  'x': <class"),
+    ],
+)
+def test_options_of_another_type_are_refused(tmp_path, options, told):
+    nnx.save(tmp_path, {"x": nnx.Cache(jnp.ones(1))}, step=0)
+    into = {"x": nnx.Cache(jnp.zeros(1))}
+    for do in (nnx.restore, nnx.restore_plan):
+        with pytest.raises(ArgumentError, match=told):
+            do(tmp_path, into, **options)
+    if "kinds" in options:
+        with pytest.raises(ArgumentError, match=told):
+            nnx.load_state(tmp_path, **options)
+    for do in (nnx.restore, lambda *a, **k: nnx.save(*a, step=1, **k)):
+        with pytest.raises(PolicyError, match=r"is a Policy, .* found 'keep'"):
+            do(tmp_path, into, policy="keep")
+    assert into["x"].value == 0
 
 
 def test_built_in_kinds_are_known_by_the_file_that_0_1_0_named(tmp_path):

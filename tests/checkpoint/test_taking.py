@@ -9,7 +9,7 @@ import pytest
 
 import sortal as nnx
 from sortal.checkpoint.layout import lay_out
-from sortal.checkpoint.store import SMALL
+from sortal.checkpoint.store import SMALL, as_bytes, on_host
 from sortal.checkpoint.taking import take
 from sortal.errors import SaveError
 
@@ -23,6 +23,19 @@ def test_what_is_pinned_does_not_change_with_the_model():
         (_, held), (piece,) = found.packs["Cache/packed"][0], found.own["Cache/b"]
         assert np.shares_memory(held, small) is not pin
         assert np.shares_memory(piece.data, big) is not pin
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3), (0, 2)])
+def test_what_is_pinned_outlives_its_buffer_in_every_dtype(shape):
+    names = "bool int8 uint32 float16 float32 complex64 bfloat16 float8_e4m3fn int4"
+    root = {n: nnx.Cache(jnp.ones(shape, n)) for n in names.split()}
+    due = {n: np.asarray(x.value).copy() for n, x in root.items()}
+    data = take(root, None, None, pin=True).data
+    for variable in root.values():
+        variable.value.delete()
+    for (name, host), held in zip(sorted(due.items()), data, strict=True):
+        assert np.array_equal(on_host(held), on_host(host)), name
+        assert as_bytes(held).tobytes() == host.tobytes(), name
 
 
 def test_keys_that_are_alike_as_text_are_refused():

@@ -176,9 +176,10 @@ def test_smollm2_has_the_logits_of_transformers_both_ways(tmp_path):
             return model(torch.tensor(tokens)).logits.numpy()
 
     single, double = logits(theirs), logits(theirs.double())
-    # Single precision alone costs torch 7e-5, of logits up to 30.
+    # What float32 costs depends on the tokens: 0.6e-4 for most, 2e-3 for some.
+    cost = np.abs(single - double).max()
     ours = huggingface.load(tmp_path / "theirs")
-    assert np.abs(np.asarray(ours(tokens)) - single).max() < 3e-4
+    assert np.abs(np.asarray(ours(tokens)) - double).max() < 3 * cost
     huggingface.save(tmp_path / "ours", ours, shard_bytes=200_000_000)
     back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert np.array_equal(logits(back), single)

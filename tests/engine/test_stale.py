@@ -41,6 +41,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "-": operator.neg,
     "an item": lambda x: x[0, 0],
     "NumPy": np.asarray,
+    "a method": lambda x: x.mean(),
 }
 
 

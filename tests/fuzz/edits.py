@@ -185,7 +185,7 @@ class Drawn:
         kind = self.random.choice(
             (
                 *("module", "module", "module", "list", "list", "dict", "dict"),
-                *("tuple", "tuple", "D", "FD", "NT", "List", "Dict", "Ordered"),
+                *("tuple", "tuple", "D", "FD", "NT", "Ordered"),
                 *("method", "defaultdict", "State"),
                 *(("flax", "flax") if self.flax else ()),
             )
@@ -199,13 +199,10 @@ class Drawn:
             return self.flax_module()
         if kind == "list":
             return f"[{', '.join(some)}]"
-        if kind == "List":
-            return f"nnx.List([{', '.join(some)}])"
-        if kind in ("dict", "Ordered", "Dict"):
+        if kind in ("dict", "Ordered"):
             keys = self.random.sample(KEYS, n)
             inside = ", ".join(f"{k}: {v}" for k, v in zip(keys, some, strict=True))
-            around = {"dict": "{%s}", "Ordered": "Ordered({%s})"}
-            return around.get(kind, "nnx.Dict({%s})") % inside
+            return f"Ordered({{{inside}}})" if kind == "Ordered" else f"{{{inside}}}"
         if kind == "tuple":
             return f"({', '.join(some)}{',' if n == 1 else ''})"
         if kind in ("D", "FD"):

@@ -81,7 +81,7 @@ names = types.SimpleNamespace(
         name: getattr(nnx, name)
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "List Dict Not Under All jit cond switch fori_loop while_loop remat"
+            "Not Under All jit cond switch fori_loop while_loop remat"
         ).split()
     },
     # NNX's give an empty State where ours refuse.

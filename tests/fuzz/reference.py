@@ -365,14 +365,6 @@ Param.TWIN, FlaxParam.TWIN = FlaxParam, Param
 BatchStat.TWIN = None
 
 
-class List(list):
-    __slots__ = ()
-
-
-class Dict(dict):
-    __slots__ = ()
-
-
 # ----------------------------------------------------------------- statics
 def static_key(value: Any) -> Any:
     """Equal where two statics mean the same; TypeError where there is no hash."""
@@ -1536,7 +1528,7 @@ names = types.SimpleNamespace(
         name: globals()[name]
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "List Dict Not Under All jit grad value_and_grad cond switch fori_loop "
+            "Not Under All jit grad value_and_grad cond switch fori_loop "
             "while_loop remat mapped iter_graph scan vmap"
         ).split()
     }

@@ -164,3 +164,16 @@ def test_a_model_of_flax_is_captured_in_place() -> None:
     _, expected = flax_nnx.capture(layer, flax_nnx.Intermediate)(x)
     assert flat(nnx, seen) == flat(flax_nnx, expected)
     assert not hasattr(layer, "__captures__")
+
+
+def test_what_is_recorded_may_be_left_out_where_nothing_is_captured() -> None:
+    class Net(nnx.Module):
+        def __call__(self, x: Any) -> Any:
+            self.sow(nnx.Intermediate, "h", x, capture_noop=True)
+            return self.perturb("p", x, capture_noop=True)
+
+    model = Net()
+    model(jnp.ones(2))
+    assert vars(model) == {}
+    _, sown, zeros = nnx.capture(model, nnx.Intermediate, nnx.Perturbation)(jnp.ones(2))
+    assert (sown.paths(), zeros.paths()) == ((("h",),), (("p",),))

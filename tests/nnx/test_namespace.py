@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import types
@@ -73,10 +74,24 @@ def test_the_bridge_has_each_name_or_says_what_to_write() -> None:
     inside = {"interop", "module", "variables", "wrappers"}
     lacking = {x for x in public - inside if not hasattr(nnx.bridge, x)}
     assert lacking == set(nnx.bridge.ABSENT)
-    with pytest.raises(AttributeError, match=r"no compact: write a sortal Module"):
-        nnx.bridge.compact  # noqa: B018
-    with pytest.raises(AttributeError, match=r"NNXMeta: .*flax.linen.Partitioned"):
-        nnx.bridge.NNXMeta  # noqa: B018
+    with pytest.raises(AttributeError, match="no AttrPriority: attributes are"):
+        nnx.bridge.AttrPriority  # noqa: B018
+
+
+INSIDE = {"canonicalize_padding", "to_opt_state"}
+
+
+def test_what_a_file_of_flax_defines_is_in_the_file_of_that_name() -> None:
+    root = Path(str(flax_nnx.__file__)).parent
+    for file in [*root.glob("nn/[a-z]*.py"), *root.glob("training/[a-z]*.py")]:
+        name = f"{file.parent.name}.{file.stem}"
+        theirs = importlib.import_module(f"flax.nnx.{name}")
+        ours = importlib.import_module(f"sortal.nnx.{name}")
+        for k, x in vars(theirs).items():
+            public = inspect.isclass(x) or inspect.isfunction(x)
+            if public and x.__module__ == theirs.__name__ and k[0] != "_":
+                assert hasattr(ours, k) or k in INSIDE, f"{name}.{k}"
+                assert getattr(ours, k, None) is getattr(nnx, k, getattr(ours, k, None))
 
 
 def test_texts_of_reprlib_are_those_of_flax() -> None:

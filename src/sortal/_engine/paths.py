@@ -347,4 +347,7 @@ def _items(holder: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(holder, _NOT_OWNERS):
         return ()
     attributes = getattr(holder, "__dict__", None)
-    return attributes.items() if type(attributes) is dict else ()
+    if type(attributes) is not dict:
+        return ()
+    # Attributes in digits are the indices of a List.
+    return [(int(k) if k and _digits(k) else k, x) for k, x in attributes.items()]

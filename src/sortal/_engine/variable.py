@@ -15,7 +15,7 @@ from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.operators import ArrayOperators, plain, with_item
 from sortal._engine.printing import STATISTICS, text
-from sortal._engine.stale import refuse_gone
+from sortal._engine.stale import is_gone, refuse_gone
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import (
     TraceError,
@@ -274,6 +274,8 @@ class Variable(ArrayOperators, Generic[A]):
         # The value comes first: metadata named `T` must not shadow transposition.
         found = getattr(value, name, _MISSING)
         if found is not _MISSING:
+            if is_gone(value) and callable(found) and name != "is_deleted":
+                refuse_gone([self])
             return found
         if name in metadata:
             return metadata[name]

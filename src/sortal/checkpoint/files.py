@@ -35,6 +35,7 @@ _FOLDER = re.compile(r"arrays-(?:([0-9a-f]{12})-[0-9a-f]{8}(-kept)?|[0-9a-f]{16}
 _BESIDE = re.compile(
     r"\.(?:manifest|last)-(?:[0-9a-f]{12}-[0-9a-f]{8}(?:-kept)?|[0-9a-f]{16})"
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -70,19 +71,33 @@ def located(path: Any) -> Location:
     if isinstance(path, Address):
         return path
     text = _text(path)
-    if text.startswith("file:///"):
-        return local(unquote(urlsplit(text).path))
-    return Address.of(text) or local(path)
+    if _SURROGATE.search(text):
+        raise ArgumentError(
+            f"the path of a checkpoint is text; this is no text in UTF-8: {text!r:.200}"
+        )
+    if (address := Address.of(text)) is not None:
+        return address
+    file = text.startswith("file:///")
+    path = local(unquote(urlsplit(text).path) if file else text)
+    if "\\" in str(path):
+        raise ArgumentError(
+            "the path of a checkpoint has no backslashes, which TensorStore takes for "
+            f"slashes; found {str(path)!r:.200}."
+        )
+    return path
 
 
 def _text(path: Any) -> str:
     try:
-        return os.fsdecode(path)
+        text = os.fsdecode(path)
     except TypeError:
         raise ArgumentError(
             "a directory or file is a string or a path; found a "
             f"{type(path).__name__}. It comes first, before the model."
         ) from None
+    if not text:
+        raise ArgumentError("a path is empty; the present folder is '.'.")
+    return text
 
 
 def local(path: Any) -> Path:

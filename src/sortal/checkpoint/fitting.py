@@ -19,7 +19,7 @@ from sortal._engine.state import as_state
 from sortal._engine.statics import EMPTY
 from sortal._engine.variable import make
 from sortal.checkpoint.layout import aliases_of
-from sortal.checkpoint.manifest import Path, encode_path
+from sortal.checkpoint.manifest import Path, encoded_paths
 from sortal.checkpoint.taking import namesakes
 from sortal.checkpoint.values import (
     DTYPES,
@@ -31,7 +31,7 @@ from sortal.checkpoint.values import (
     describe,
     difference,
 )
-from sortal.errors import RestoreError, listing
+from sortal.errors import ArgumentError, RestoreError, listing
 from sortal.filters import to_filter
 from sortal.policy.policy import Policy, answers
 
@@ -127,7 +127,8 @@ class _Matching:
         if self.options.only is not None:
             at = select(schema, (self.options.only,), view).parts[0][1]
         at = [i for i in at if actions[i] != "drop"]
-        paths = [encode_path(schema.paths[i]) for i in at]
+        encoded = encoded_paths(schema)
+        paths = [encoded[i] for i in at]
         self.faults += [f"one text for several paths: {p}" for p in namesakes(paths)]
         return dict(zip(paths, at, strict=True))
 
@@ -137,6 +138,12 @@ class _Matching:
     ) -> tuple[list[Candidate], Any]:
         """The leaves of the checkpoint, with their paths renamed to the model's."""
         table = self.options.rename or {}
+        items = table.items() if isinstance(table, Mapping) else [table]
+        if odd := [x for x in items if not _is_renaming(x)]:
+            raise ArgumentError(
+                "rename= is a mapping from globs of paths to globs of paths, as in "
+                "rename={'old.**': 'new.**'}; found:\n" + listing_of(odd)
+            )
         used: set[str] = set()
 
         def new(path: Path) -> Path:
@@ -171,7 +178,7 @@ class _Matching:
     # ---------------------------------------------------------------------- matching
     def match(self, given: Sequence[Candidate], tied: Any) -> Fit:
         """Finds the pairs, and records all faults."""
-        known = set(map(encode_path, self.schema.paths))
+        known = set(encoded_paths(self.schema))
         by_path: dict[Path, Candidate] = {}
         for c in given:
             if c.path in by_path:
@@ -384,7 +391,17 @@ def _abstract(tree: Tree) -> Any:
     return [_abstract(a) for a in arrays(tree)]
 
 
+def listing_of(items: Iterable[Any]) -> str:
+    """Items of a mapping as ``key: value``, and what is none as it is, for messages."""
+    pairs = (": ".join(map(repr, x)) if type(x) is tuple else repr(x) for x in items)
+    return listing(f"{text:.100}" for text in pairs)
+
+
 # --------------------------------------------------------------------------- renaming
+def _is_renaming(item: Any) -> bool:
+    return type(item) is tuple and all(type(x) is str for x in item)
+
+
 class _Literal(NamedTuple):
     """An entry of a pattern that stands for one key, and no glob: ``['a.b']``."""
 

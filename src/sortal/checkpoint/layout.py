@@ -23,6 +23,7 @@ from sortal.checkpoint.manifest import (
     Path,
     Stored,
     encode_path,
+    encoded_paths,
 )
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
 from sortal.checkpoint.taking import ON_ONE, Split, Taken
@@ -61,11 +62,12 @@ def lay_out(taken: Taken) -> Layout:
     graphdef, schema = taken.graphdef, taken.graphdef.schema
     kinds, number = _kinds([schema.kinds[i] for i in taken.chosen])
     place, data = _Places(), iter(taken.data)
+    paths = encoded_paths(schema)
     leaves = []
     for i, passing, value in zip(
         taken.chosen, taken.passing, taken.values, strict=True
     ):
-        kind, path = number[schema.kinds[i]], encode_path(schema.paths[i])
+        kind, path = number[schema.kinds[i]], paths[i]
         tree = value if type(value) in RECORDS else _described(value)
         new = place.all(tree, data, kinds[kind].group, path, passing)
         metadata = {}
@@ -103,13 +105,14 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def is_kind(cls: type) -> bool:
+    """Whether a class is a kind: of Variables, or of those of another library."""
+    return issubclass(cls, Variable) or handler_of_kind(cls) is not None
+
+
 def bases_of(kind: type) -> list[type]:
     """The kinds that a kind derives from, nearest first."""
-    return [
-        base
-        for base in kind.__mro__[1:]
-        if issubclass(base, Variable) or handler_of_kind(base) is not None
-    ]
+    return list(filter(is_kind, kind.__mro__[1:]))
 
 
 def _kinds(found: list[Any]) -> tuple[tuple[Kind, ...], dict[Any, int]]:
@@ -179,7 +182,7 @@ def fingerprint(graphdef: GraphDef) -> str:
         schema = graphdef.schema
         rows = [
             f"{p!r}: {kind_name(None) if k is None else qualified(k)}"
-            for p, k in zip(map(encode_path, schema.paths), schema.kinds, strict=True)
+            for p, k in zip(encoded_paths(schema), schema.kinds, strict=True)
         ]
         rows += [f"{a!r} = {b!r}" for a, b in aliases_of(graphdef)]
         if graphdef.records:
@@ -272,5 +275,8 @@ def _not_json(at: str, x: Any, above: tuple[int, ...]) -> Iterator[str]:
     elif type(x) is float:
         if not math.isfinite(x):
             yield f"{at}: {x}"
-    elif x is not None and type(x) not in (str, int, bool):
+    elif type(x) is int:
+        if x.bit_length() > 14_000:  # Python reads no more than 4,300 digits
+            yield f"{at}: an integer of {x.bit_length():,} bits"
+    elif x is not None and type(x) not in (str, bool):
         yield f"{at}: a {type(x).__name__}"

@@ -278,7 +278,10 @@ class Checkpoints:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    found, faults = {}, []
+    found: dict[str, float] = {}
+    faults: list[str] = []
+    if not isinstance(metrics, Mapping):
+        faults, metrics = [f"{metrics!r:.60}"], {}
     for name, x in metrics.items():
         try:
             found[name] = float(x)

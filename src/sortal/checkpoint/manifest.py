@@ -11,10 +11,11 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sortal._engine.paths import show
+from sortal._engine.schema import Schema
 from sortal.checkpoint.values import (
     DTYPES,
     Array,
@@ -116,6 +117,17 @@ def encode_path(path: Any) -> Path:
     return tuple(
         k if type(k) in (str, int) else f"<{type(k).__name__}> {k!r}" for k in path
     )
+
+
+def encoded_paths(schema: Schema) -> Sequence[Path]:
+    """The paths of all leaves so; where they are plain already, these themselves."""
+    return schema.memo("checkpoint paths", lambda: _encoded_paths(schema.paths))
+
+
+def _encoded_paths(paths: Sequence[Path]) -> Sequence[Path]:
+    if all(type(k) in (str, int) for path in paths for k in path):
+        return paths
+    return list(map(encode_path, paths))
 
 
 def now() -> str:

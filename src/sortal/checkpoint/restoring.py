@@ -21,8 +21,8 @@ from sortal._engine.state import State
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import Variable, make
 from sortal.checkpoint import files
-from sortal.checkpoint.fitting import Candidate, Fit, Options, fit
-from sortal.checkpoint.layout import bases_of, qualified
+from sortal.checkpoint.fitting import Candidate, Fit, Options, fit, listing_of
+from sortal.checkpoint.layout import bases_of, is_kind, qualified
 from sortal.checkpoint.loading import Want, check_shardings, load, wanted
 from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
@@ -124,7 +124,7 @@ def restore(
 
     Raises:
       ArgumentError: the directory is neither a path nor an address of an object store;
-        ``fallback`` with another step than the latest.
+        ``fallback`` with another step than the latest; an option of a wrong type.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: the checkpoint does not fit the model; every difference is listed.
@@ -422,7 +422,8 @@ def load_state(
       A State.
 
     Raises:
-      ArgumentError: the directory is neither a path nor an address of an object store.
+      ArgumentError: the directory is neither a path nor an address of an object store;
+        ``kinds`` of a wrong type.
       NoCheckpointError: there is no such step.
       DamagedError: a file is damaged, missing, or not what was written.
       RestoreError: a value needs a model to be built, or the filter takes nothing.
@@ -528,6 +529,12 @@ class _Kinds:
     """Finds the class of a kind by its name, without importing anything."""
 
     def __init__(self, here: Sequence[type], given: Mapping[str, type]):
+        items = given.items() if isinstance(given, Mapping) else [given]
+        if odd := [x for x in items if not (isinstance(x, tuple) and _names_kind(*x))]:
+            raise ArgumentError(
+                "kinds= is a mapping from full names in the checkpoint to kinds, as in "
+                "kinds={'old.module.Name': Name}; found:\n" + listing_of(odd)
+            )
         self._given = given
         self._known = _variables() | {qualified(k): k for k in here}
 
@@ -560,6 +567,10 @@ class _Kinds:
 @functools.lru_cache(maxsize=4096)
 def _stand_in(full: str, name: str, base: type) -> Any:
     return type(name, (base,), {"__module__": full.rpartition(".")[0], "__slots__": ()})
+
+
+def _names_kind(name: Any, kind: Any) -> bool:
+    return type(name) is str and isinstance(kind, type) and is_kind(kind)
 
 
 def _variables() -> dict[str, type]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import os
 import platform
@@ -287,7 +288,9 @@ def _drop_passing(directory: files.Location, old: Manifest) -> None:
     files.on(folder).remove(folder / files.mark(old.folder))
 
 
-def _versions() -> dict[str, str]:
+@functools.cache
+def _versions() -> Mapping[str, str]:
+    """The versions in this process; to read them takes as long as a small save."""
     found = {"python": platform.python_version()}
     for name in ("sortal", "jax", "numpy", "tensorstore"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

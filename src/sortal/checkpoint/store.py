@@ -188,9 +188,10 @@ class Writer:
 
         buffer = self._buffer(chunk)
         for offset, data in parts:
-            new = as_bytes(on_host(data))
+            new = as_bytes(data)
             if (end := offset + new.size) < done + chunk:  # nearly always
-                buffer[at - done : offset - done] = 0
+                if at < offset:
+                    buffer[at - done : offset - done] = 0
                 buffer[offset - done : end - done] = new
                 at = end
                 continue
@@ -276,9 +277,11 @@ def _forms(dtype: np.dtype) -> tuple[np.dtype, np.dtype]:
     return native, native if name == native.name else np.dtype(name)
 
 
-def as_bytes(host: np.ndarray) -> np.ndarray:
-    """The elements of an array as bytes, in order."""
-    return np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+def as_bytes(data: Any) -> np.ndarray:
+    """The elements of an array as bytes, in order, in the form stored."""
+    if type(data) is memoryview and data.c_contiguous:  # of JAX's, in that form
+        return np.frombuffer(data, np.uint8)
+    return np.ascontiguousarray(on_host(data)).reshape(-1).view(np.uint8)
 
 
 def fingerprints(

@@ -15,7 +15,7 @@ from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
 from sortal._engine.plan import bind
 from sortal._engine.schema import Schema, select
-from sortal.checkpoint.manifest import Path, encode_path
+from sortal.checkpoint.manifest import Path, encode_path, encoded_paths
 from sortal.checkpoint.store import SMALL, Piece
 from sortal.checkpoint.values import (
     PLAIN,
@@ -79,7 +79,7 @@ def take(root: Any, only: Any, policy: Policy | None, pin: bool) -> Taken:
             f"nothing to save: {what} takes none of the {len(schema)} "
             f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
         )
-    if not schema.memo("checkpoint keys", lambda: _all_plain(schema)):
+    if encoded_paths(schema) is not schema.paths:
         paths = [schema.paths[i] for i in chosen]
         _refuse_namesakes(paths)
         _refuse_addresses(paths)
@@ -103,9 +103,9 @@ def _hold(
                 # Its shape can be changed in place, so its record is a copy's.
                 values.append(held := _held(value, pin))
                 data.append(held)
-            elif pin and type(value.sharding) is ON_ONE:
+            elif type(value.sharding) is ON_ONE:
                 # As _held does: most of the time that a save holds the program up.
-                data.append(np.asarray(value))
+                data.append(_on_one(value, pin))
                 values.append(value)
             else:
                 data.append(_held(value, pin))
@@ -134,9 +134,15 @@ _GONE = "its buffer was donated to a call and is gone"
 
 
 def _on_one(live: Any, pin: bool) -> Any:
+    """An array of one device; with ``pin``, its memory itself where the host has it."""
+    try:
+        if pin and live.dtype.isbuiltin == 1:  # others have no memoryview
+            # It keeps the buffer from being donated, as asarray does, and is faster.
+            return memoryview(live)
+    except BufferError:  # on an accelerator, or deleted
+        pass
     if live.is_deleted():
         raise UnsavableError(_GONE)
-    # On CPU a view, which keeps the buffer from being donated; else a copy.
     return np.asarray(live) if pin else live
 
 
@@ -187,11 +193,6 @@ def _refuse_statics(root: Any) -> None:
             f"no static values; found:\n{listing(sorted(found))}\nPut them into "
             "metadata=, or into Variables."
         )
-
-
-def _all_plain(schema: Schema) -> bool:
-    """Whether all keys are stored as they are, and not as text."""
-    return all(type(k) in (str, int) for path in schema.paths for k in path)
 
 
 def _refuse_namesakes(paths: Iterable[Any]) -> None:

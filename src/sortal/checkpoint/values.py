@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,13 +66,18 @@ class Array(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The number of bytes stored."""
-        return math.prod(self.stored_shape) * numpy_dtype(self.dtype).itemsize
+        return _nbytes(self.stored_shape, self.dtype)
 
     @property
     def shown(self) -> str:
         """Such as ``float32[3,4]`` or ``key<threefry2x32>[]``."""
         dtype = self.dtype if self.key is None else f"key<{self.key.impl}>"
         return f"{dtype}[{','.join(map(str, self.shape))}]"
+
+
+@functools.lru_cache(maxsize=4096)
+def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * numpy_dtype(dtype).itemsize
 
 
 class Plain(NamedTuple):
@@ -139,13 +144,13 @@ def _is_key(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
-def arrays(tree: Tree) -> Iterator[Array]:
+def arrays(tree: Tree) -> Sequence[Array]:
     """All arrays of a value, in order."""
     if isinstance(tree, Array):
-        yield tree
-    elif isinstance(tree, Nest):
-        for child in tree.children:
-            yield from arrays(child)
+        return (tree,)
+    if isinstance(tree, Nest):
+        return [array for child in tree.children for array in arrays(child)]
+    return ()
 
 
 def with_arrays(tree: Tree, new: Iterator[Array]) -> Tree:

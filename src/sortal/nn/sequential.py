@@ -14,7 +14,8 @@ class Sequential(Module):
     """Calls functions and modules one after another.
 
     A tuple that one returns becomes the positional arguments of the next, a dict its
-    keyword arguments. ``rngs`` is passed to those that take it.
+    keyword arguments. Keyword arguments of the call, such as ``rngs``, go to all layers
+    that take them.
 
     Args:
       *fns: modules or functions.
@@ -34,13 +35,20 @@ class Sequential(Module):
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter(self.layers)
 
-    def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = args[0] if len(args) == 1 else args
+        own: dict[str, Any] = {}
+        left = kwargs.keys() - {"rngs"}
         for i, layer in enumerate(self.layers):
             if i > 0:
-                args, kwargs = _arguments(output)
-            if rngs is not None and _takes(layer, "rngs"):
-                kwargs = {**kwargs, "rngs": rngs}
+                args, own = _arguments(output)
+            given = _taken(layer, len(args), kwargs)
+            left -= given.keys()
+            if twice := own.keys() & given.keys():
+                raise ArgumentError(
+                    f"Sequential: layers.{i} is given {', '.join(sorted(twice))} by "
+                    "the layer before it and by the call."
+                )
             if isinstance(layer, type):
                 raise ArgumentError(
                     f"Sequential: layers.{i} is the class {layer.__name__}. Pass an "
@@ -51,7 +59,11 @@ class Sequential(Module):
                     f"Sequential: layers.{i} is a {type(layer).__name__}, which cannot "
                     "be called. Pass modules and functions: Sequential(*layers)."
                 )
-            output = layer(*args, **kwargs)
+            output = layer(*args, **own, **given)
+        if left:
+            raise ArgumentError(
+                f"Sequential: no layer takes {', '.join(sorted(left))}."
+            )
         return output
 
 
@@ -61,11 +73,21 @@ def _arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), output) if isinstance(output, dict) else ((output,), {})
 
 
-def _takes(function: Callable[..., Any], name: str) -> bool:
+def _taken(
+    function: Callable[..., Any], n: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of some keywords that a function takes after ``n`` positional arguments."""
+    if not options:
+        return {}
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return False
-    return name in parameters or any(
-        p.kind is p.VAR_KEYWORD for p in parameters.values()
-    )
+        return {}
+    by_place = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    only = sum(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    filled = {p.name for p in by_place[: max(n - only, 0)]}
+    free = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    free |= {p.name for p in by_place} - filled
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        free = options.keys() - filled
+    return {k: x for k, x in options.items() if k in free}

@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
     from sortal.nnx import helpers as helpers
     from sortal.nnx import metrics as metrics
     from sortal.nnx import module as module
+    from sortal.nnx import nn as nn
     from sortal.nnx import optimizer as optimizer
     from sortal.nnx import proxy_caller as proxy_caller
     from sortal.nnx import pytreelib as object
@@ -32,6 +33,7 @@ if _TYPE_CHECKING:
     from sortal.nnx import statelib as statelib
     from sortal.nnx import summary as summary
     from sortal.nnx import tracers as tracers
+    from sortal.nnx import training as training
     from sortal.nnx import transforms as transforms
     from sortal.nnx import traversals as traversals
     from sortal.nnx import variablelib as variablelib

@@ -1,40 +1,61 @@
 """Flax Linen modules in models and models in Linen, by NNX's module name."""
 
+import functools as _functools
 from typing import Any
 
 from sortal._engine.annotations import with_partitioning as with_partitioning
 from sortal.interop import linen
 from sortal.interop.linen import ToNNX as ToNNX
+from sortal.interop.linen import collections as _collections
 from sortal.interop.linen import lazy_init as lazy_init
-from sortal.interop.linen import to_linen_class as to_linen_class
 from sortal.nn import initializers as initializers
 from sortal.nnx.keywords import ignoring
+from sortal.nnx.linen_style import Functional as Functional
+from sortal.nnx.linen_style import Module as Module
+from sortal.nnx.linen_style import Scope as Scope
+from sortal.nnx.linen_style import compact as compact
+from sortal.nnx.linen_style import current_context as current_context
+from sortal.nnx.linen_style import current_module as current_module
+from sortal.nnx.linen_style import functional as functional
+from sortal.nnx.linen_style import linen_in_bridge_mdl as linen_in_bridge_mdl
+from sortal.nnx.linen_style import nnx_in_bridge_mdl as nnx_in_bridge_mdl
 
-to_linen = ignoring("abstract_init")(linen.to_linen)
+
+@ignoring("abstract_init")
+@_functools.wraps(linen.to_linen)
+def to_linen(  # noqa: D103
+    nnx_class: Any,
+    *args: Any,
+    metadata_fn: Any = _collections.boxed_whole,
+    name: str | None = None,
+    skip_rng: bool = False,
+    **kwargs: Any,
+) -> Any:
+    options = {"metadata_fn": metadata_fn, "name": name, "skip_rng": skip_rng}
+    return linen.to_linen(nnx_class, *args, **options, **kwargs)
 
 
-_LINEN_STYLE = (
-    "write a sortal Module whose submodules are made in __init__, or keep a flax.linen "
-    "module and put it into a model with nnx.bridge.ToNNX"
-)
-ABSENT = {
-    **dict.fromkeys(("Module", "compact", "Scope", "AttrPriority"), _LINEN_STYLE),
-    **dict.fromkeys(("current_context", "current_module"), _LINEN_STYLE),
-    **dict.fromkeys(("nnx_in_bridge_mdl", "linen_in_bridge_mdl"), _LINEN_STYLE),
-    **dict.fromkeys(
-        ("Functional", "functional"), "write nnx.split, and nnx.call on what it returns"
-    ),
-    "NNXMeta": (
-        "nnx.bridge.to_linen puts values whose axes have names into "
-        "flax.linen.Partitioned, which flax.linen.get_partition_spec reads"
-    ),
-}
-"""Names of Flax's bridge that are not here, and what to write."""
+@_functools.wraps(linen.to_linen_class)
+def to_linen_class(  # noqa: D103
+    base_nnx_class: Any,
+    base_metadata_fn: Any = _collections.boxed_whole,
+    base_skip_rng: bool = False,
+    **partial_kwargs: Any,
+) -> Any:
+    options = (base_nnx_class, base_metadata_fn, base_skip_rng)
+    return linen.to_linen_class(*options, **partial_kwargs)
+
+
+ABSENT = {"AttrPriority": "attributes are always taken in the order of their names"}
+"""Names of Flax's bridge that are not here, and why."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ToLinen":  # a Linen class, so Flax is imported when it is asked for
+    # Linen classes, so Flax is imported when they are asked for.
+    if name == "ToLinen":
         return linen.linen_class()
+    if name == "NNXMeta":
+        return _collections.variable_box()
     if name in ABSENT:
         raise AttributeError(f"nnx.bridge has no {name}: {ABSENT[name]}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

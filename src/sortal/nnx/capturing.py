@@ -15,7 +15,7 @@ from sortal._engine.state import State, as_state
 from sortal._engine.variable import Variable, describe
 from sortal.errors import ArgumentError, PathError, listing
 from sortal.module import RECORDS, Module, is_module, iter_modules
-from sortal.nnx.containers import Dict
+from sortal.nnx.containers import Items
 
 _METHODS = "methods"
 """Where records say that methods sow: another structure, so another program."""
@@ -101,7 +101,7 @@ def _recording(
 ) -> Iterator[None]:
     """Has modules record kinds apart; afterwards ``recorded`` has them by path."""
     modules = _modules(module)
-    homes = {path: {kind: Dict() for kind in recorded} for path, _ in modules}
+    homes = {path: {kind: Items() for kind in recorded} for path, _ in modules}
     homeless = [path for path, _ in given if path[:-1] not in homes]
     if homeless:
         raise PathError(
@@ -112,7 +112,7 @@ def _recording(
         homes[path[:-1]][_of_ours(type(leaf))][path[-1]] = leaf.replace()
     before = [(m, get_dict(m).get(RECORDS)) for _, m in modules]
     for path, m in modules:
-        records = Dict({kind.__qualname__: x for kind, x in homes[path].items()})
+        records = Items({kind.__qualname__: x for kind, x in homes[path].items()})
         if method_outputs is not None:
             records[_METHODS] = method_outputs.__qualname__
         setattr(m, RECORDS, records)

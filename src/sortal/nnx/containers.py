@@ -1,100 +1,152 @@
-"""List and Dict: NNX's containers, for code that names them."""
+"""List and Dict: NNX's containers, which are modules themselves."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Self
-
-import jax.tree_util as jtu
-
-from sortal._engine.jax_compat import current_trace, register_pytree
-from sortal._engine.marks import Marked
-from sortal._engine.nodes import STATIC, handler_of
-from sortal._engine.paths import order
-from sortal._engine.variable import foreign_write
-from sortal.errors import ArgumentError, PathAttributeError
-
-
-def _guarded(base: type, names: str) -> Callable[[type], type]:
-    """Makes methods refuse to change a container that another trace owns."""
-
-    def method(name: str) -> Callable[..., Any]:
-        change = getattr(base, name)
-
-        @functools.wraps(change)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._trace is not current_trace():
-                raise foreign_write([(self, (), type(self).__name__)])
-            return change(self, *map(_unmarked, args), **kwargs)
-
-        return guarded
-
-    def guard(cls: type) -> type:
-        for name in names.split():
-            setattr(cls, name, method(name))
-        return cls
-
-    return guard
-
-
-@_guarded(
-    list,
-    "append extend insert remove pop clear sort reverse __setitem__ __delitem__ "
-    "__iadd__ __imul__",
+from collections.abc import (
+    Hashable,
+    Iterable,
+    Iterator,
+    MutableMapping,
+    MutableSequence,
 )
-class List(list):
-    """A list of modules, Variables or arrays; a plain list works as well.
+from typing import Any
+
+from sortal._engine.marks import Marked
+from sortal._engine.nodes import ObjectHandler, get_dict, register_node
+from sortal._engine.paths import order
+from sortal.errors import ArgumentError, PathAttributeError
+from sortal.module import RECORDS, Module, Pytree
+
+
+class List(Module, MutableSequence):
+    """A list that is a Module; in plain attributes a plain list works as well.
+
+    Items may be marked ``data`` or ``static``, as attributes may.
 
     Args:
-      *args: one iterable of the elements; none if absent.
+      items: the elements; none if absent.
 
     Example:
       >>> from sortal import nnx
-      >>> layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+      >>> layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu])
       >>> len(layers)
-      1
+      2
     """
 
-    __slots__ = ("_trace",)
+    def __init__(self, items: Iterable[Any] | None = None, /):
+        for x in items or ():
+            self.append(x)
 
-    def __new__(cls, *args: Any, **_: Any) -> Self:
-        self = super().__new__(cls)
-        _set_list_trace(self, current_trace())
-        return self
+    def __len__(self) -> int:
+        attributes = get_dict(self)
+        n = len(attributes)  # what calls record apart is an attribute too
+        while n and str(n - 1) not in attributes:
+            n -= 1
+        return n
 
-    def __init__(self, items: Iterable[Any] = ()):
-        super().__init__([_unmarked(x) for x in items])
+    def __getitem__(self, index: Any) -> Any:
+        found = range(len(self))[index]
+        attributes = get_dict(self)
+        if isinstance(found, int):
+            return attributes[str(found)]
+        return [attributes[str(i)] for i in found]
 
-    def __reduce__(self) -> Any:
-        return (type(self), (), None, iter(list(self)))
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            rows = self._rows()
+            rows[index] = value
+            self._refill(rows)
+        else:
+            setattr(self, str(range(len(self))[index]), value)
+
+    def __delitem__(self, index: Any) -> None:
+        rows = self._rows()
+        del rows[index]
+        self._refill(rows)
+
+    def append(self, value: Any) -> None:
+        """Adds an element at the end.
+
+        Args:
+          value: the element.
+        """
+        setattr(self, str(len(self)), value)
+
+    def insert(self, index: int, value: Any) -> None:
+        """Adds an element before another.
+
+        Args:
+          index: that of the other.
+          value: the element.
+        """
+        rows = self._rows()
+        rows.insert(index, value)
+        self._refill(rows)
+
+    def reverse(self) -> None:
+        """Turns the order of the elements round."""
+        self._refill(self._rows()[::-1])
+
+    def _rows(self) -> list[Any]:
+        """The elements, with their marks."""
+        roles = self._roles or {}
+        return [
+            Marked(roles[str(i)], x) if str(i) in roles else x
+            for i, x in enumerate(self)
+        ]
+
+    def _refill(self, rows: list[Any]) -> None:
+        List(rows)  # refuses what cannot be, before anything is changed
+        for i in range(len(self)):
+            delattr(self, str(i))
+        for i, x in enumerate(rows):
+            setattr(self, str(i), x)
 
 
-def _unmarked(x: Any) -> Any:
-    """An item without a mark that says what it is in any case."""
-    if not isinstance(x, Marked):
-        return x
-    is_leaf = handler_of(x.value) is not STATIC
-    if is_leaf is not (x.role == "data"):
-        raise ArgumentError(
-            f"List: {x.value!r} is marked {x.role}, and is {'' if is_leaf else 'no '}"
-            "data in a list. Put a number that is data into an array or a Variable, "
-            "and what is static into an attribute of its own."
-        )
-    return x.value
+class Items(Pytree, MutableMapping):
+    """A mapping from names to values, which are its attributes."""
+
+    def __init__(self, *args: Any, **items: Any):
+        self.update(dict(*args, **items))
+
+    def __getitem__(self, key: str) -> Any:
+        return get_dict(self)[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str):
+            raise ArgumentError(
+                f"the keys of a {type(self).__name__} are names of attributes; found "
+                f"{key!r}. A plain dict takes any key."
+            )
+        setattr(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in get_dict(self):
+            raise KeyError(key)
+        delattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in get_dict(self) if name != RECORDS)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getattr__(self, name: str) -> Any:
+        raise PathAttributeError(_no_item(self, name))
+
+    def __delattr__(self, name: str) -> None:
+        if name not in get_dict(self):
+            raise PathAttributeError(_no_item(self, name))
+        super().__delattr__(name)
 
 
-_set_list_trace: Callable[[List, Any], None] = List.__dict__["_trace"].__set__
+class Dict(Items, Module):
+    """A dict that is a Module, and whose items are its attributes.
 
-
-@_guarded(
-    dict,
-    "pop popitem clear update setdefault __setitem__ __delitem__ __ior__",
-)
-class Dict(dict):
-    """A dict of modules, Variables or arrays whose items are attributes too.
-
-    Built as ``dict`` is: from a mapping, pairs, or keywords.
+    Built as ``dict`` is: from a mapping, pairs, or keywords. Keys are strings.
 
     Example:
       >>> from sortal import nnx
@@ -103,58 +155,48 @@ class Dict(dict):
       True
     """
 
-    __slots__ = ("_trace",)
 
-    def __new__(cls, *args: Any, **items: Any) -> Self:
-        self = super().__new__(cls)
-        _set_dict_trace(self, current_trace())
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise PathAttributeError(_no_item(self, name)) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def __delattr__(self, name: str) -> None:
-        if name not in self:
-            raise PathAttributeError(_no_item(self, name))
-        del self[name]
-
-    # Items are passed last, so that copies keep cycles. They are the only attributes.
-    def __reduce__(self) -> Any:
-        return (type(self), (), None, None, iter(list(self.items())))
+def _no_item(items: Items, name: str) -> str:
+    return f"{type(items).__name__} has no item {name!r}; it has {sorted(items)}."
 
 
-_set_dict_trace: Callable[[Dict, Any], None] = Dict.__dict__["_trace"].__set__
+class _ListHandler(ObjectHandler):
+    """Children at their indices, which attributes of a List spell in digits."""
+
+    def items(self, obj: Any) -> dict[Any, Any]:
+        found = {_index(name): x for name, x in get_dict(obj).items()}
+        return {key: found[key] for key in sorted(found, key=order)}
+
+    def roles(self, obj: Any) -> dict[Any, str] | None:
+        return obj._roles and {_index(name): x for name, x in obj._roles.items()}
+
+    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
+        return get_dict(obj), str(key)
+
+    def remove(self, obj: Any, key: Any) -> None:
+        delattr(obj, str(key))
+
+    def can_remove(self, key: Any) -> bool:
+        return isinstance(key, str)
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        super().fill(obj, spec, {str(key): x for key, x in items.items()})
 
 
-def _no_item(items: Dict, name: str) -> str:
-    return f"Dict has no item {name!r}; it has {sorted(map(str, items))}."
+def _index(name: str) -> int | str:
+    return int(name) if name.isdecimal() else name
 
 
-def _flatten_dict(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
-    keys = tuple(sorted(x, key=order))
-    return [x[k] for k in keys], keys
+class _ItemsHandler(ObjectHandler):
+    """Attributes, whose order of insertion is kept: code loops over a Dict."""
+
+    def spec(self, obj: Any) -> Hashable:
+        return super().spec(obj), tuple(get_dict(obj))
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        roles, names = spec
+        super().fill(obj, roles, {name: items[name] for name in names})
 
 
-def _flatten_dict_with_keys(x: Dict) -> tuple[list[Any], tuple[Any, ...]]:
-    keys = tuple(sorted(x, key=order))
-    return [(jtu.DictKey(k), x[k]) for k in keys], keys
-
-
-register_pytree(
-    List,
-    lambda x: (list(x), None),
-    lambda x: ([(jtu.SequenceKey(i), v) for i, v in enumerate(x)], None),
-    lambda _, xs: List(xs),
-)
-register_pytree(
-    Dict,
-    _flatten_dict,
-    _flatten_dict_with_keys,
-    lambda keys, xs: Dict(zip(keys, xs, strict=True)),
-)
+register_node(List, _ListHandler())
+register_node(Items, _ItemsHandler())

@@ -20,6 +20,8 @@ from sortal.nnx.graphlib import current_update_context as current_update_context
 from sortal.nnx.graphlib import find_duplicates as find_duplicates
 from sortal.nnx.graphlib import flatten as flatten
 from sortal.nnx.graphlib import graphdef as graphdef
+from sortal.nnx.graphlib import is_graph_node as is_graph_node
+from sortal.nnx.graphlib import is_node as is_node
 from sortal.nnx.graphlib import iter_children as iter_children
 from sortal.nnx.graphlib import iter_graph as iter_graph
 from sortal.nnx.graphlib import iter_module_children as iter_module_children

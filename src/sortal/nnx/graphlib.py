@@ -6,6 +6,7 @@ from typing import Any
 
 from sortal import functional
 from sortal._engine.graphdef import GraphDef as GraphDef
+from sortal._engine.nodes import Handler, handler_of, is_root
 from sortal._engine.state import FlatState as FlatState
 from sortal._engine.state import State as State
 from sortal._engine.variable import Variable as Variable
@@ -44,6 +45,7 @@ from sortal.nnx.walks import with_vars as with_vars
 
 NodeDef = GraphDef
 PureState = tuple[GraphDef, State]
+is_graph_node = is_root
 Key = Any
 
 _verb = ignoring("graph")
@@ -53,3 +55,20 @@ graphdef = _verb(functional.graphdef)
 iter_graph = _verb(functional.iter_graph)
 state = _verb(functional.state)
 variables = _verb(functional.variables)
+
+
+def is_node(x: Any) -> bool:
+    """Whether an object has children: a module, a container, a pytree.
+
+    Args:
+      x: anything.
+
+    Returns:
+      True or False; a Variable is a leaf.
+
+    Example:
+      >>> from sortal import nnx
+      >>> nnx.graph.is_node([1]), nnx.graph.is_node(nnx.Param(1))
+      (True, False)
+    """
+    return isinstance(handler_of(x), Handler)

@@ -16,7 +16,7 @@ import jax
 import jax.tree_util as jtu
 
 from sortal._engine.nodes import is_root
-from sortal.errors import LoopError, SortalError
+from sortal.errors import LoopError
 from sortal.functional import iter_graph, merge, split, update
 from sortal.transforms._adapter.prefixes import Carry
 from sortal.transforms._adapter.tracing import replace_roots
@@ -138,7 +138,7 @@ def _or_as_values(transform: Any, again: Callable[..., Any]) -> Any:
 def _retried(error: LoopError, again: Any, args: Any, options: Any) -> Any:
     try:
         return again(*args, **options)
-    except (SortalError, TypeError, ValueError):
+    except LoopError:
         _raise(error)
 
 

@@ -1,9 +1,10 @@
 """Modules and walks over them, by NNX's module name."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sortal import module
 from sortal._engine.graphdef import GraphDef as GraphDef
+from sortal.errors import ArgumentError
 from sortal.module import Module as Module
 from sortal.module import Pytree as Pytree
 from sortal.nnx.capturing import capture as capture
@@ -17,3 +18,27 @@ M = TypeVar("M", bound=Module)
 
 iter_children = ignoring("graph")(module.iter_children)
 iter_modules = ignoring("graph")(module.iter_modules)
+
+
+def first_from(*args: Any, error_msg: str) -> Any:
+    """The first argument that is not None.
+
+    Args:
+      *args: the arguments.
+      error_msg: what to say where all are None.
+
+    Returns:
+      The argument.
+
+    Raises:
+      ArgumentError: all are None.
+
+    Example:
+      >>> from sortal import nnx
+      >>> nnx.module.first_from(None, False, error_msg="no value")
+      False
+    """
+    for x in args:
+        if x is not None:
+            return x
+    raise ArgumentError(error_msg)

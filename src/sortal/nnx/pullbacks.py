@@ -9,25 +9,32 @@ import jax
 import jax.numpy as jnp
 
 from sortal._engine.state import State
+from sortal.filters import Any_
 from sortal.nnx.gradients import variables_for_states
 from sortal.nnx.modes import set_graph_mode, set_graph_updates
 from sortal.transforms import custom
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms.autodiff import DiffState, FlatCall
 
 
 class CustomVJP(custom.CustomVJP):
     """A function whose pull-back is given gradients of inputs and of the output."""
 
-    def cotangent(self, chosen: Any, out: Any) -> Any:
+    def cotangent(self, call: Any, out: Any) -> Any:
         """A pair: for each input the State of its gradient so far, and the output's.
 
         Args:
-          chosen: what is differentiated by.
+          call: the call of the function.
           out: the cotangent of the output.
 
         Returns:
           The pair.
         """
+        # Also what a DiffState leaves out, which `bwd` deletes.
+        filters, _ = self.roles(len(call.bound.args))
+        whole = {i: Any_(custom.INEXACT, x) for i, x in filters.items()}
+        by = [DiffState(i, whole.get(i, custom.INEXACT)) for i in call.moving]
+        chosen = FlatCall(call.bound, by).chosen
         zeros = [jnp.zeros(x.shape, x.dtype) for x in chosen.types.values()]
         trees = chosen.trees(zeros)
 

@@ -83,10 +83,7 @@ def is_data(value: Any, /) -> bool:
       >>> nnx.is_data(nnx.Param(1)), nnx.is_data(42), nnx.is_data([nnx.Param(1)])
       (True, False, False)
     """
-    from sortal.nnx.containers import Dict, List
-
-    boxed = handler_of(value) is LEAF or is_root(value)
-    return boxed or isinstance(value, (List, Dict))
+    return handler_of(value) is LEAF or is_root(value)
 
 
 def has_data(value: Any, /) -> list[Any]:

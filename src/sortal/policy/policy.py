@@ -301,6 +301,11 @@ def answers(
     default: Any = UNSET,
 ) -> list[Any]:
     """``Policy.column``; without a Policy, kinds and metadata alone give answers."""
+    if given is not None and not isinstance(given, Policy):
+        raise PolicyError(
+            "policy= is a Policy, such as Policy({Param: Rule(...)}); found "
+            f"{given!r:.100}."
+        )
     return (_EMPTY if given is None else given).column(name, schema, view, default)
 
 

@@ -27,7 +27,6 @@ from sortal.transforms._adapter.tracing import (
     replace_roots,
 )
 from sortal.transforms.autodiff import (
-    Chosen,
     DiffState,
     FlatCall,
     differentiable,
@@ -84,7 +83,7 @@ class _OneCall:
         filters, self.fixed = custom.roles(len(args))
         self.moving = [i for i in range(len(args)) if i not in self.fixed]
         self.call = FlatCall(
-            self.bound, [DiffState(i, filters.get(i, _INEXACT)) for i in self.moving]
+            self.bound, [DiffState(i, filters.get(i, INEXACT)) for i in self.moving]
         )
         leaves, mine = self.call.leaves, set(self.call.chosen.order)
         self.rest = {
@@ -187,7 +186,7 @@ def _inexact(path: Any, leaf: Any) -> bool:
     return differentiable(leaf)
 
 
-_INEXACT = All(Param, _inexact)
+INEXACT = All(Param, _inexact)
 
 
 def _positional(custom: _Custom, args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -226,11 +225,11 @@ class CustomVJP(_Custom):
         """
         self._rule = (fwd, bwd)
 
-    def cotangent(self, chosen: Chosen, out: Any) -> Any:
+    def cotangent(self, call: _OneCall, out: Any) -> Any:
         """What ``bwd`` is given of the cotangents; here that of the output.
 
         Args:
-          chosen: what is differentiated by.
+          call: the call of the function.
           out: the cotangent of the output.
 
         Returns:
@@ -252,7 +251,7 @@ class CustomVJP(_Custom):
 
         def bwd(saved: _Saved, cotangent: Result) -> tuple[Any, Any]:
             fixed, residuals = saved.load()
-            cotangent = self.cotangent(chosen, bare(cotangent.out))
+            cotangent = self.cotangent(call, bare(cotangent.out))
             given = bwd_rule(*fixed, residuals, cotangent)
             if not isinstance(given, (tuple, list)):
                 raise ArgumentError(

@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import struct
+import sys
 import warnings
 
 import jax
@@ -15,7 +16,13 @@ import numpy as np
 import pytest
 
 from sortal import nnx
-from sortal.errors import DamagedError, NoCheckpointError, RestoreError, SaveError
+from sortal.errors import (
+    DamagedError,
+    NoCheckpointError,
+    RestoreError,
+    SaveError,
+    UnsupportedError,
+)
 from sortal.interop.files.exchange import export, load_arrays, open_arrays, restore_from
 
 ARRAYS = {
@@ -293,6 +300,23 @@ def test_noise_is_an_error_and_no_crash(tmp_path, ending):
         file.write_bytes(cut if n % 2 else rng.randbytes(n * 40))
         with pytest.raises(DamagedError):
             open_arrays(file)
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "_METADATA").write_text("{}")
+    for name in ("gguf", "orbax", "orbax.checkpoint"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for package, do in {
+        "gguf": lambda: open_arrays(tmp_path / "x.gguf"),
+        "orbax-checkpoint": lambda: open_arrays(tmp_path / "tree"),
+    }.items():
+        with pytest.raises(UnsupportedError, match=f"with: pip install {package}$"):
+            do()
+    with pytest.raises(UnsupportedError, match=r"pip install orbax-checkpoint$"):
+        export(tmp_path / "new", Two(0))
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_nothing_known_says_what_is(tmp_path):

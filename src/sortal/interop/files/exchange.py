@@ -23,7 +23,7 @@ from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.bucket import Address
 from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
-from sortal.checkpoint.manifest import encode_path
+from sortal.checkpoint.manifest import encode_path, encoded_paths
 from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import (
     Array,
@@ -209,7 +209,7 @@ def restore_from(
     schema = plan.graphdef.schema
     # Formats with string keys lose which entries of a path were integers.
     by_text = _by_text(schema.paths)
-    values = dict(zip(map(encode_path, schema.paths), plan.values(), strict=True))
+    values = dict(zip(encoded_paths(schema), plan.values(), strict=True))
     sources: dict[Any, int] = {}
     given = []
     for n, e in enumerate(_renamed(opened.entries, names or {}, str(path))):
@@ -231,7 +231,8 @@ def restore_from(
         path_here = schema.paths[pair.at]
         wants.append(wanted(path_here, stored, pair.like[0], live, places[pair.at]))
     check_shardings(w for w in wants if w is not None)
-    numbers = [sources[encode_path(schema.paths[pair.at])] for pair in found.pairs]
+    encoded = encoded_paths(schema)
+    numbers = [sources[encoded[pair.at]] for pair in found.pairs]
     values = _values(opened, numbers, names or {})
     new = [
         x if want is None else host_value(want, x)

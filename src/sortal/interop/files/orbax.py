@@ -15,7 +15,7 @@ import numpy as np
 from sortal._engine.nested import nest
 from sortal.checkpoint import disk
 from sortal.checkpoint.values import dtype_name
-from sortal.errors import DamagedError, SaveError
+from sortal.errors import DamagedError, SaveError, UnsupportedError
 from sortal.interop.files.entries import Entry, Opened, named, part
 
 _MARK = "_METADATA"
@@ -55,6 +55,17 @@ def items(path: Path) -> Items:
     return Items(path, trees if len(trees) != 1 else {"": next(iter(trees.values()))})
 
 
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError:
+        raise UnsupportedError(
+            "folders of Orbax are read and written through its package, which is not "
+            "installed. Install it with: pip install orbax-checkpoint"
+        ) from None
+    return ocp
+
+
 class _Tree(NamedTuple):
     """One tree of a checkpoint, as its metadata have it."""
 
@@ -64,8 +75,7 @@ class _Tree(NamedTuple):
 
     def load(self, keys: Sequence[_Keys]) -> list[Any]:
         """Some leaves; of the others no byte is read."""
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         chosen, plain = set(keys), ocp.RestoreArgs(restore_type=str)
         array = ocp.RestoreArgs(restore_type=np.ndarray)
         leaves, structure = jax.tree.flatten(self.tree)
@@ -118,8 +128,7 @@ def read(path: Path) -> Opened:
 
 
 def _opened(folder: Path) -> _Tree:
-    import orbax.checkpoint as ocp
-
+    ocp = _orbax()
     try:
         with ocp.PyTreeCheckpointer() as reader:
             about: Any = reader.metadata(folder).item_metadata
@@ -200,8 +209,7 @@ def _parts(keys: _Keys) -> _Keys:
 # ----------------------------------------------------------------------------- writing
 def write(path: Path, entries: Iterable[Entry]) -> None:
     """Writes nested dicts of arrays into a new folder, with levels as of Flax NNX."""
-    import orbax.checkpoint as ocp
-
+    ocp = _orbax()
     if path.exists():
         raise SaveError(f"{path} exists, and Orbax cannot replace it safely.")
     found = named(entries, lambda name: tuple(map(str, name)), bool, "Orbax")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sortal._engine.annotations import PARTITION_NAME
 from sortal._engine.kind_names import (
     variable_name_from_type,
     variable_type_from_name,
@@ -15,6 +16,7 @@ from sortal._engine.nested import nest
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import Variable
 from sortal.errors import ArgumentError, listing
+from sortal.sharding.specs import get_var_pspec
 
 _BOX = "linen_meta_type"
 """The metadata key of the Linen box class that held the value."""
@@ -57,6 +59,8 @@ def _unboxed(kind: type[Variable], x: Any) -> Variable:
         return kind(x)
     # to_nnx_metadata of some boxes of Flax changes the box, hence the copy.
     box: Any = copy.copy(x)
+    if isinstance(box, variable_box()):
+        return box.to_nnx_variable()
     values = box.to_nnx_metadata() if hasattr(box, "to_nnx_metadata") else vars(box)
     metadata = {**values, _BOX: type(x)}
     return kind(metadata.pop("value"), **metadata)
@@ -99,3 +103,57 @@ def boxed(variable: Variable) -> Any:
     if hasattr(box, "from_nnx_metadata"):
         return box.from_nnx_metadata({"value": variable.value, **metadata})
     return box(variable.value, **metadata)
+
+
+def boxed_whole(variable: Variable) -> Any:
+    """A value as NNX's bridge hands it to Linen.
+
+    It is in the box that it came in, or with its kind and metadata, where it has any,
+    in a ``variable_box``.
+    """
+    metadata = variable.get_metadata()
+    if _BOX in metadata or not metadata:
+        return boxed(variable)
+    return variable_box()(type(variable), variable.value, metadata)
+
+
+@functools.cache
+def variable_box() -> Any:
+    """The class of Linen boxes that hold a Variable: its kind, value and metadata.
+
+    It is made at the first use, so that Flax is imported only where it is used.
+    """
+    from flax import struct
+    from flax.core import meta
+
+    class NNXMeta(struct.PyTreeNode, meta.AxisMetadata):
+        var_type: type[Variable] = struct.field(pytree_node=False)
+        value: Any = struct.field(pytree_node=True)
+        metadata: dict[str, Any] = struct.field(pytree_node=False)
+
+        def unbox(self) -> Any:
+            return self.value
+
+        def replace_boxed(self, val: Any) -> Any:
+            return self.replace(value=val)
+
+        def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+            return self._renamed(lambda names, name: names.insert(index, name), params)
+
+        def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+            return self._renamed(lambda names, _: names.pop(index), params)
+
+        def _renamed(self, change: Any, params: dict[Any, Any]) -> Any:
+            if not self.metadata.get("out_sharding"):
+                return self
+            names = list(self.metadata["out_sharding"])
+            change(names, params.get(PARTITION_NAME))
+            return self.replace(metadata={**self.metadata, "out_sharding": (*names,)})
+
+        def get_partition_spec(self) -> Any:
+            return get_var_pspec(self.to_nnx_variable())
+
+        def to_nnx_variable(self) -> Variable:
+            return self.var_type(self.value, **self.metadata)
+
+    return NNXMeta

@@ -1,0 +1,3 @@
+"""sortal.nn.initializers, by NNX's module name."""
+
+from sortal.nn.initializers import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""sortal.nn.lora, by NNX's module name."""
+
+from sortal.nn.lora import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""sortal.nn.stochastic, by NNX's module name."""
+
+from sortal.nn.stochastic import *  # noqa: F403

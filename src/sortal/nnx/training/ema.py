@@ -1,0 +1,3 @@
+"""EMA, by NNX's module name."""
+
+from sortal.nnx.ema import EMA as EMA

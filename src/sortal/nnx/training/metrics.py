@@ -1,0 +1,3 @@
+"""Metrics, by NNX's module name."""
+
+from sortal.nnx.metrics import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Optimizers, by NNX's module name."""
+
+from sortal.nnx.optimizer import *  # noqa: F403
