@@ -2,8 +2,9 @@
 
 `package` builds what would be published and tries it as a stranger would. `versions`
 runs tests under each supported Python with the oldest and newest JAX and Flax, and
-writes docs/versions.md from what it found; `-s versions -- --whole` runs the whole
-suite each time. A Python that is not installed is passed over, and nox says so.
+writes docs/versions.md and the table in the README from what it found; `-s versions --
+--whole` runs the whole suite each time. A Python that is not installed is passed over,
+and nox says so.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ QUICK = (
     "tests/interop/test_tree_mode.py",
 )
 """What a cell runs unless `--whole` is given: a file for each room of the source."""
+MARK = "<!-- `nox -s versions` writes this table -->\n\n"
+"""Where in the README the table stands."""
 
 
 # ----------------------------------------------------------------------- packages
@@ -153,14 +156,22 @@ def keep(cell: dict[str, object]) -> None:
     (CELLS / f"{name}.json").write_text(json.dumps(cell | {"day": day}))
     cells = [json.loads(p.read_text()) for p in sorted(CELLS.glob("*.json"))]
     (ROOT / "docs" / "versions.md").write_text(page(cells))
+    readme = ROOT / "README.md"
+    before, mark, after = readme.read_text().partition(MARK)
+    rest = after.partition("|\n\n")[2]
+    readme.write_text(f"{before}{mark}{table(cells)}\n{rest}")
+
+
+def table(cells: list[dict[str, object]]) -> str:
+    """What was tested, in a row for each cell."""
+    columns = ("python", "jax", "flax", "result", "day")
+    rows = ["| " + " | ".join(str(c[k]) for k in columns) + " |\n" for c in cells]
+    heading = "| Python | JAX | Flax | tests | day |\n|---|---|---|---|---|\n"
+    return heading + "".join(rows)
 
 
 def page(cells: list[dict[str, object]]) -> str:
     """The page of tested versions."""
-    columns = ("python", "jax", "flax", "result", "day")
-    rows = "\n".join(
-        "| " + " | ".join(str(c[k]) for k in columns) + " |" for c in cells
-    )
     quick = "\n".join(f"- `{test}`" for test in QUICK)
     return (
         "# Versions tested\n\n"
@@ -168,8 +179,7 @@ def page(cells: list[dict[str, object]]) -> str:
         "oldest and newest JAX and Flax that Sortal supports, under each Python. "
         "`cannot be installed together` is pip's answer where JAX or Flax have no such "
         "release for that Python.\n\n"
-        "| Python | JAX | Flax | tests | day |\n|---|---|---|---|---|\n"
-        f"{rows}\n\n"
+        f"{table(cells)}\n"
         "A row runs these files, and the whole suite with `nox -s versions -- --whole`:"
         f"\n\n{quick}\n"
     )

@@ -33,11 +33,37 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def _quick(item):
+    """Whether a test is content with slow code: an example shows few digits."""
+    names = getattr(item, "fixturenames", ())
+    return isinstance(item, pytest.DoctestItem) or "compiled_quickly" in names
+
+
+def pytest_collection_modifyitems(items):
+    """Puts what is compiled quickly first: its programs are not those of the rest."""
+    items.sort(key=lambda item: not _quick(item))
+
+
+class _Optimizations:
+    """Compiles each test as it asks; a plugin, for examples outside of this folder."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        name, quick = "jax_disable_most_optimizations", _quick(item)
+        if jax.config.read(name) == quick:
+            return
+        jax.config.update(name, quick)
+        if not quick:
+            jax.clear_caches()  # or bits of programs compiled so would be compared
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_Optimizations())
+
+
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """Spends no time on fast code, where only which operations are done is tested."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # or later tests would compare bits of programs compiled so
+    """Asks for slow code that is compiled fast, where what is computed is tested.
+
+    Not for tests that compare bits of programs that are compiled differently.
+    """

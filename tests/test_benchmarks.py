@@ -20,6 +20,7 @@ from benchmarks.report import Row, Table, number, timed_row
 from benchmarks.targets import check
 from benchmarks.timing import Effort, Timing, compare
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TINY = Effort(repeats=1, seconds=0.0, warmup=0)
 FOUND, _ = peers.load()
 
@@ -116,7 +117,7 @@ def test_each_lowering_traces_a_new_function(monkeypatch):
         assert counts[0] == counts[1] > 0, name
 
 
-def test_transforms_compute_the_same_in_all_contenders(compiled_quickly):
+def test_transforms_compute_the_same_in_all_contenders():
     """Each row refuses contenders that differ, so that all rows come is the claim."""
     table = transforms.transforms(FOUND, TINY, depth=1)
     rows = [f"{name}, eager" for name in transforms.ROWS]

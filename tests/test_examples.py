@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -20,25 +20,11 @@ from hypothesis import strategies as st
 
 import sortal
 from sortal.demo import digits
-from sortal.inspect import cli
+from swapped import LIBRARIES, OURS, THEIRS, load
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OURS, THEIRS = "import sortal as nnx\n", "from flax import nnx\n"
-LIBRARIES = ("sortal", "flax")
-
-
-def load(file: str, library: str, name: str) -> types.ModuleType:
-    """An example as a module, the one import line that names the library swapped."""
-    source = (EXAMPLES / file).read_text()
-    assert source.count(OURS) == 1
-    if library == "flax":
-        source = source.replace(OURS, THEIRS)
-        # Flax takes a list of modules in a List of its own only.
-        source = re.sub(r"self.blocks = (.*)", r"self.blocks = nnx.List(\1)", source)
-    module = types.ModuleType(name)
-    sys.modules[name] = module
-    exec(compile(source, file, "exec"), vars(module))  # noqa: S102 - our own file
-    return module
+COUNT = EXAMPLES / "state_filter_count.py"
 
 
 # ---------------------------------------------------------------- state_filter_count
@@ -47,7 +33,7 @@ def load(file: str, library: str, name: str) -> types.ModuleType:
 @pytest.fixture(scope="module")
 def counters():
     return [
-        load("state_filter_count.py", library, f"count_{library}").state_filter_count
+        load(COUNT, library, f"count_{library}").state_filter_count
         for library in LIBRARIES
     ]
 
@@ -71,7 +57,7 @@ def test_four_leaves_two_params_one_statistic_for_any_seed_and_shape(
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_counts_follow_the_classes_and_are_not_assumed(library):
     name = f"changed_{library}"
-    module = load("state_filter_count.py", library, name)
+    module = load(COUNT, library, name)
     nnx = module.nnx
 
     def count(base):
@@ -88,8 +74,7 @@ def test_the_counts_follow_the_classes_and_are_not_assumed(library):
 
 def test_the_same_weights_as_in_flax_come_of_the_same_seed():
     models = [
-        load("state_filter_count.py", library, f"weights_{library}").Affine
-        for library in LIBRARIES
+        load(COUNT, library, f"weights_{library}").Affine for library in LIBRARIES
     ]
     ours, theirs = (
         model(5, 4, rngs=module.Rngs(3))
@@ -106,7 +91,7 @@ def load_nnx():
 
 
 def test_what_the_lesson_says_of_explain_is_so():
-    module = load("state_filter_count.py", "sortal", "lesson")
+    module = load(COUNT, "sortal", "lesson")
     model = module.Affine(3, 2, rngs=sortal.Rngs(0))
     found = sortal.explain(model, sortal.Param, sortal.BatchStat)
     notes = " ".join(found.notes)
@@ -125,6 +110,7 @@ def run(*command: str, text: str | None = None) -> str:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -133,130 +119,13 @@ def run(*command: str, text: str | None = None) -> str:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_pasted_into_a_fresh_interpreter_it_prints_4_2_and_1(library):
-    source = (EXAMPLES / "state_filter_count.py").read_text()
+    source = COUNT.read_text()
     text = source if library == "sortal" else source.replace(OURS, THEIRS)
     printed = run("-", text=text)
     assert re.findall(r"^\d+", printed, re.MULTILINE) == ["4", "2", "1"]
 
 
 # ---------------------------------------------------------------------------- digits
-
-
-def options(*words: str):
-    return digits.parse(list(words))
-
-
-def trained(*words: str) -> digits.Result:
-    chosen = options(*words)
-    data = digits.load_digits(chosen.seed)
-    steps = chosen.epochs * (len(data.labels) // chosen.batch)
-    objects = digits.build(chosen.seed, steps, chosen.train)
-    return digits.train(data, objects, chosen)
-
-
-@pytest.fixture(scope="module")
-def result() -> digits.Result:
-    # The processor's seconds: the clock's depend on what else the machine is doing.
-    started = time.process_time()
-    found = trained()
-    return found._replace(seconds=time.process_time() - started)
-
-
-def test_held_out_accuracy_is_at_least_97_percent_within_a_minute(result):
-    assert result.accuracy >= 0.97
-    assert result.seconds < 60
-    assert result.losses[-1] < result.losses[0]
-
-
-def test_the_split_is_a_partition_drawn_by_the_seed():
-    data, again, other = (digits.load_digits(seed) for seed in (0, 0, 1))
-    assert len(data.images) + len(data.held_out_images) == 1797
-    assert len(data.held_out_labels) == 449
-    assert np.array_equal(data.images, again.images)
-    assert not np.array_equal(data.labels, other.labels)
-    pixels = np.concatenate([data.images, data.held_out_images])
-    others = np.concatenate([other.images, other.held_out_images])
-    assert sorted(map(np.ndarray.tobytes, pixels)) == sorted(
-        map(np.ndarray.tobytes, others)
-    )
-
-
-def test_an_epoch_meets_no_image_twice():
-    data = digits.load_digits(0)
-    numbered = data._replace(images=np.arange(1348), labels=np.arange(1348))
-    seen = [x for x, _ in digits.batches(numbered, 64, np.random.default_rng(0))]
-    assert {x.shape for x in seen} == {(64,)}
-    assert len(set(np.concatenate(seen))) == 64 * (1348 // 64)
-
-
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
-    one, two, other = (trained("--epochs", "1", "--seed", s) for s in "001")
-    state, same = sortal.state(one.model), sortal.state(two.model)
-    assert not any(row.changed for row in sortal.inspect.differences(state, same))
-    assert one.losses == two.losses != other.losses
-    assert one.accuracy == two.accuracy
-
-
-def test_the_first_twenty_losses_are_those_of_flax_to_the_last_bit():
-    data = digits.load_digits(0)
-    losses = []
-    for library in LIBRARIES:
-        module = load(digits.__file__, library, f"digits_{library}")
-        objects = module.build(0, 20)
-        objects[0].train()
-        drawn = digits.batches(data, 64, np.random.default_rng(0))
-        steps = [module.train_step(*objects, *next(drawn)) for _ in range(20)]
-        objects[0].eval()
-        guesses = module.predict(objects[0], data.held_out_images)
-        losses.append([*map(float, steps), *np.asarray(guesses)])
-    assert losses[0] == losses[1]
-
-
-def test_each_kind_is_changed_by_whom_it_should_be(result):
-    data = digits.load_digits(0)
-    objects = digits.build(0, 100)[:2]
-    before = sortal.state(objects)
-    parts = digits.writers(*objects, data.images[:64], data.labels[:64])
-    assert parts == {
-        "forward pass": {
-            digits.BatchStat: 2,
-            sortal.BatchStat: 4,
-            sortal.RngCount: 1,
-            sortal.Variable: 1,
-        },
-        "optimizer": {
-            sortal.Param: 8,
-            sortal.OptArray: 2,
-            sortal.OptState: 1,
-            sortal.OptVariable: 16,
-        },
-        "you": {sortal.Variable: 1},
-    }
-    rows = sortal.inspect.differences(before, objects)
-    assert not any(row.changed for row in rows), "the step was taken on copies"
-    table = digits.kind_table("t", (result.model, result.optimizer), before, parts)
-    cells = {row[0]: row[1:] for row in table.cells}
-    assert cells["Param"] == ("8", "12,658", "50.6 kB", "8", "optimizer")
-    assert cells["RngKey"][-2:] == ("0", "")
-    assert cells["Variable"][-2:] == ("2", "forward pass 1, you 1")
-    assert cells["digits.BatchStat"] == ("2", "128", "512 B", "2", "forward pass")
-    assert cells["sortal.BatchStat"][-2:] == ("4", "forward pass")
-
-
-def test_learning_the_head_only_leaves_other_parameters_as_they_were():
-    model, optimizer, _ = digits.build(0, 21, "head")
-    first = sortal.state(model)
-    result = trained("--epochs", "1", "--train", "head")
-    (params, *_) = sortal.inspect.differences(first, result.model)
-    assert params.paths == (("head", "bias"), ("head", "kernel"))
-    assert len(sortal.state(optimizer, sortal.OptVariable)) == 1
-
-
-def test_a_quiet_run_prints_one_line(capsys):
-    words = ["demo", "--quiet", "--epochs", "1", "--batch", "100000"]
-    assert cli.main(words) == 0
-    line = r"held-out accuracy \d+\.\d\d% after 1 epochs, \d+\.\d s\n"
-    assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def test_the_whole_program_runs_as_a_script_and_prints_its_tables():
@@ -296,7 +165,7 @@ def test_three_ways_to_train_eight_replicas_give_the_same_numbers():
 
 def test_a_scanned_stack_has_the_loss_and_gradients_of_the_unrolled_one():
     example = runpy.run_path(str(EXAMPLES / "scan_layers.py"))
-    found = example["main"](["--layers", "3", "--width", "8", "--length", "8"])
+    found = example["main"](["--layers", "2", "--width", "8", "--length", "8"])
     unrolled, scanned, remat = found.values()
     for other in (scanned, remat):
         assert other.loss == pytest.approx(unrolled.loss, rel=1e-6)

@@ -34,3 +34,9 @@ def test_what_the_readme_links_to_is_there_and_in_the_sdist() -> None:
     assert len(paths) > 20
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert {"/" + path.partition("/")[0] for path in paths} <= set(listed)
+
+
+def test_the_versions_in_the_readme_are_those_that_were_tested() -> None:
+    readme, page = ((ROOT / x).read_text() for x in ("README.md", "docs/versions.md"))
+    (table,) = re.findall(r"^\| Python \|.*?\n\n", page, BLOCK)
+    assert f"<!-- `nox -s versions` writes this table -->\n\n{table}" in readme

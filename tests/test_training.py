@@ -13,6 +13,8 @@ from flax import nnx as flax_nnx
 
 import sortal
 from sortal import nnx
+from sortal.demo import digits
+from swapped import LIBRARIES, load
 
 STEPS = 12
 PEERS = pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -146,3 +148,18 @@ def test_training_equals_plain_jax_bit_for_bit():
         value, params, stats, opt_state = step(params, stats, opt_state, at, x, y)
         losses.append(float(value))
     assert train(nnx, jnp.float32)[0] == losses
+
+
+def test_the_first_twenty_losses_of_the_digits_are_those_of_flax_to_the_last_bit():
+    data = digits.load_digits(0)
+    losses = []
+    for library in LIBRARIES:
+        module = load(digits.__file__, library, f"digits_{library}")
+        objects = module.build(0, 20)
+        objects[0].train()
+        drawn = digits.batches(data, 64, np.random.default_rng(0))
+        steps = [module.train_step(*objects, *next(drawn)) for _ in range(20)]
+        objects[0].eval()
+        guesses = module.predict(objects[0], data.held_out_images)
+        losses.append([*map(float, steps), *np.asarray(guesses)])
+    assert losses[0] == losses[1]

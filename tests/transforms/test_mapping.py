@@ -869,6 +869,11 @@ def sharded(f: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
     )
 
 
+def compiled(f: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
+    """As one program: called eagerly, JAX compiles a program for each operation."""
+    return sortal.jit(sharded(f, in_specs, out_specs, **options))
+
+
 def test_params_are_shared_and_batches_split() -> None:
     model = Linear(3, 4)
     forward = sharded(lambda m, x: m(x), (P(), P("data")), P("data"))
@@ -919,7 +924,8 @@ def test_devices_are_reduced_as_declared(how: Any, by_jax: Any, checked: bool) -
     def by_hand(x: Any) -> Any:
         return by_jax(1 + x.mean(0))
 
-    expected = jax.shard_map(by_hand, mesh=MESH, in_specs=P("data"), out_specs=P())
+    by_hand = jax.shard_map(by_hand, mesh=MESH, in_specs=P("data"), out_specs=P())
+    expected = jax.jit(by_hand)(BATCH)
     models = [
         (Holder(s=Stat(jnp.ones(3))), P()),
         (Holder(s=BatchStat(jnp.ones(3), reduce=how)), StateSharding({...: P()})),
@@ -931,7 +937,7 @@ def test_devices_are_reduced_as_declared(how: Any, by_jax: Any, checked: bool) -
     for model, specs in models:
         step = sharded(f, (specs, P("data")), P(), check_vma=checked)
         sortal.jit(step)(model, BATCH)
-        close(model.s.value, expected(BATCH))
+        close(model.s.value, expected)
 
 
 def test_batchnorm_reduced_over_devices_is_pmean_of_its_statistics() -> None:
@@ -945,9 +951,10 @@ def test_batchnorm_reduced_over_devices_is_pmean_of_its_statistics() -> None:
         new = 0.1 * mean, 0.9 + 0.1 * var
         return (x - mean) / jnp.sqrt(var + 1e-5), jax.lax.pmean(new, "data")
 
-    expected, (mean, var) = jax.shard_map(
+    by_hand = jax.shard_map(
         by_hand, mesh=MESH, in_specs=P("data"), out_specs=(P("data"), P())
-    )(BATCH)
+    )
+    expected, (mean, var) = jax.jit(by_hand)(BATCH)
     close(y, expected, rtol=1e-4)
     close(norm.mean.value, mean)
     close(norm.var.value, var, rtol=1e-5)
@@ -1013,7 +1020,7 @@ def test_a_function_may_reduce_numbers_of_any_sort() -> None:
         m.z.value = x[0] * (1 - 2j)
         m.h.value = x[0].astype(jnp.bfloat16)
 
-    sharded(f, (P(), P("data")), P())(model, x)
+    compiled(f, (P(), P("data")), P())(model, x)
     assert model.b.value.tolist() == [True, True]
     assert model.i.value.tolist() == [12, 16]
     close(model.z.value, x.sum(0) * (1 - 2j))
@@ -1066,10 +1073,11 @@ def test_maps_over_replicas_and_devices_nest() -> None:
     x = jnp.arange(16.0).reshape(8, 2)
     inside, outside = averaged(), averaged()
     per_row = sortal.vmap(averaging, in_axes=(None, 0))
-    close(sharded(per_row, (P(), P("data")), P("data"))(inside, x), x)
+    close(compiled(per_row, (P(), P("data")), P("data"))(inside, x), x)
     close(inside.s.value, x.mean())
     per_device = sharded(averaging, (P(), P("data")), P("data"))
-    got = sortal.vmap(per_device, in_axes=(None, 1), out_axes=1)(outside, x)
+    mapped = sortal.vmap(per_device, in_axes=(None, 1), out_axes=1)
+    got = sortal.jit(mapped)(outside, x)
     close(got, x)
     close(outside.s.value, x.mean())
 
@@ -1095,7 +1103,7 @@ def test_without_checks_an_undeclared_difference_is_not_noticed() -> None:
     def f(m: Any, x: Any) -> None:
         m.s[...] += x.mean()
 
-    sharded(f, (P(), P("data")), P(), check_vma=False)(model, x)
+    compiled(f, (P(), P("data")), P(), check_vma=False)(model, x)
     assert float(model.s.value) in x.reshape(N, 2).mean(1).tolist()
 
 
@@ -1108,7 +1116,7 @@ def test_a_mean_of_integers_of_devices_is_refused_with_all_others() -> None:
             variable[...] += x[0].astype(variable.dtype)
 
     with untouched(model), pytest.raises(AxisError) as e:
-        sharded(f, (P(), P("data")), P())(model, jnp.arange(4))
+        compiled(f, (P(), P("data")), P())(model, jnp.arange(4))
     assert "shard_map: replicas wrote integers that differ" in str(e.value)
     assert "a (Mean): int32[]" in str(e.value)
     assert "b (Mean): int32[]" in str(e.value)
@@ -1167,7 +1175,7 @@ def test_gradients_summed_over_devices_are_those_of_one_device() -> None:
     def whole(m: Any, x: Any) -> Any:
         return jax.lax.psum(loss(m, x), "data")
 
-    outside = sortal.grad(sharded(whole, (P(), P("data")), P()))(model, BATCH)
+    outside = sortal.grad(compiled(whole, (P(), P("data")), P()))(model, BATCH)
 
     # Varying parameters, so that JAX does not sum the gradients of its own accord.
     def inside(m: Any, x: Any) -> Any:
@@ -1224,7 +1232,7 @@ def test_shardings_stand_for_their_specs() -> None:
         return {"y": x * 2, "m": m, "n": jax.lax.psum(x.sum(), "data")}
 
     outs = {"y": split, "m": None, "n": whole}
-    got = sharded(f, (specs, split), outs)(model, BATCH)
+    got = compiled(f, (specs, split), outs)(model, BATCH)
     close(got["y"], BATCH * 2)
     close(got["n"], BATCH.sum())
     close(model.s.value, BATCH.sum(1))
@@ -1252,7 +1260,7 @@ def test_one_spec_under_two_names_is_one_spec() -> None:
     shared = Param(jnp.ones(3))
     a, b = Holder(w=shared), Holder(v=shared)
     whole = StateSharding({...: NamedSharding(MESH, P())})
-    f = sharded(lambda a, b: a.w + b.v, (whole, P()), P())
+    f = compiled(lambda a, b: a.w + b.v, (whole, P()), P())
     close(f(a, b), jnp.full(3, 2.0))
     with pytest.raises(AxisError, match=re.escape("w (Param)")) as e:
         sharded(lambda a, b: a.w + b.v, (P(), P("data")), P())(a, b)
@@ -1266,7 +1274,7 @@ def test_modules_made_on_devices_have_the_spec_of_their_kind() -> None:
         return made
 
     specs = StateSharding({Cache: P("data"), ...: P()})
-    made = sharded(f, P("data"), specs)(jnp.arange(8.0))
+    made = compiled(f, P("data"), specs)(jnp.arange(8.0))
     close(made.c.value, jnp.arange(8.0) * 2)
     close(made.w.value, jnp.ones(2))
     close(made.total.value, 7.0)
@@ -1287,7 +1295,7 @@ def test_a_new_leaf_of_a_spec_that_nobody_mentioned_is_refused() -> None:
     assert "new (Split): P('data')" in str(e.value)
     assert "Give their kind a row" in str(e.value)
     mentioned = StateSharding({Param: P(), Split: P("data")})
-    sharded(f, (mentioned, P(("data",))), P())(model, BATCH)
+    compiled(f, (mentioned, P(("data",))), P())(model, BATCH)
     close(model.new.value, BATCH)
 
 
