@@ -55,6 +55,22 @@ def test_a_variable_says_so_by_path_and_kind_where_it_is_read(name: str) -> None
         READS[name](state["layer"]["kernel"])
 
 
+def test_the_error_of_xla_itself_is_explained_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What JAX has not noticed XLA does, with another class of error."""
+    _, _, twin = stale()
+
+    def add(x: Any, other: Any) -> Any:
+        raise ValueError("INVALID_ARGUMENT: Buffer has been deleted or donated.")
+
+    monkeypatch.setattr(type(jnp.ones(1)), "__add__", add)
+    with pytest.raises(StaleBufferError, match=r"layer\.kernel \(Param\)"):
+        operator.add(twin.layer.kernel, 1)
+    with pytest.raises(ValueError, match="INVALID"):
+        operator.add(nnx.Param(jnp.ones(2)), 1)
+
+
 def test_functions_that_donate_are_named() -> None:
     _, _, twin = stale()
     line = train._fn.__code__.co_firstlineno  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sortal._engine.stale import is_gone, refuse_gone
+from sortal._engine.stale import READING, is_gone, refuse_gone
 from sortal.errors import VariableError
 
 
@@ -32,7 +32,7 @@ class ArrayOperators:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         try:
             return np.array(self.value, dtype=dtype, copy=copy)
-        except RuntimeError as e:
+        except READING as e:
             refuse_gone([self], e)
             raise
 
@@ -91,7 +91,7 @@ def _operator(name: str) -> Callable[..., Any]:
     def forward(self: ArrayOperators, other: Any) -> Any:
         try:
             return function(self.value, plain(other))
-        except RuntimeError as e:
+        except READING as e:
             refuse_gone([self, other], e)
             raise
 
@@ -104,7 +104,7 @@ def _reflected(name: str) -> Callable[..., Any]:
     def reflected(self: ArrayOperators, other: Any) -> Any:
         try:
             return function(plain(other), self.value)
-        except RuntimeError as e:
+        except READING as e:
             refuse_gone([self, other], e)
             raise
 
@@ -115,7 +115,7 @@ def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayOperators], Any]:
     def unary(self: ArrayOperators) -> Any:
         try:
             return function(self.value)
-        except RuntimeError as e:
+        except READING as e:
             refuse_gone([self], e)
             raise
 

@@ -12,6 +12,9 @@ from sortal._engine import paths
 from sortal._engine.jax_compat import ArrayImpl
 from sortal.errors import StaleBufferError, listing
 
+READING = (RuntimeError, ValueError)
+"""What JAX raises where such a buffer is read, and XLA where JAX has not noticed."""
+
 _donors: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 

@@ -15,7 +15,7 @@ from sortal._engine.foreign import handler_of_kind, note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.operators import ArrayOperators, plain, with_item
 from sortal._engine.printing import STATISTICS, text
-from sortal._engine.stale import is_gone, refuse_gone
+from sortal._engine.stale import READING, is_gone, refuse_gone
 from sortal._engine.statics import EMPTY, Metadata, edits, is_hashable
 from sortal.errors import (
     TraceError,
@@ -159,7 +159,7 @@ class Variable(ArrayOperators, Generic[A]):
     def __getitem__(self, index: Any) -> Any:
         try:
             return _item(self._value, index)
-        except RuntimeError as e:
+        except READING as e:
             refuse_gone([self], e)
             raise
 

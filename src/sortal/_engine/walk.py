@@ -149,21 +149,21 @@ class Walk:
         self.nodes.append(obj)
         self._records.append(None)
         owner, children = handler.owner(obj), iter(handler.items(obj).items())
-        # Who may edit it: the innermost object around it.
-        above = self._open[-1][5] if self._open else current_trace()
-        trace = above if owner is None else owner._trace
-        self._open.append((number, obj, path, handler, data, trace, children, []))
+        if owner is None and self._open:  # the innermost object around it says who may
+            owner = self._open[-1][5]
+        self._open.append((number, obj, path, handler, data, owner, children, []))
         return number
 
     def _take_apart(self) -> None:
         """Visits the children left of the innermost open node, up to a new node."""
-        number, obj, path, handler, data, trace, children, entries = self._open[-1]
+        number, obj, path, handler, data, owner, children, entries = self._open[-1]
         depth = len(self._open)
         roles = handler.roles(obj) or {}
         for key, child in children:
             below = path + key if handler.flat else (*path, key)
             entry = self._visit(child, key, below, data, roles.get(key))
             if entry.what is LEAF and self._kinds[entry.ref] is None:
+                trace = current_trace() if owner is None else owner._trace
                 self.leaves[entry.ref] = Slot(obj, handler, key, trace)
             entries.append(entry)
             if len(self._open) > depth:
