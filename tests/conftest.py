@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 def pytest_collection_finish():
     """Spares the garbage collector what all tests need until the end.
 
-    It runs less often, too: programs that JAX keeps are many objects, none of them garbage.
+    It runs less often, too: what JAX has compiled is many objects, and no garbage.
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
