@@ -29,10 +29,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector what all tests need until the end.
-
-    It runs less often, too: what JAX has compiled is many objects, and no garbage.
-    """
+    """Spares the garbage collector what all tests need until the end."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
 
@@ -63,6 +60,13 @@ class _Optimizations:
 
 def pytest_configure(config):
     config.pluginmanager.register(_Optimizations())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """Spares the collector what JAX has compiled, and searches of it as well."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

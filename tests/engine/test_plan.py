@@ -319,7 +319,9 @@ def _nested(kind: Any, inner: Any, depth: int = 1200) -> Any:
 def test_a_static_nested_deeper_than_pythons_stack_is_refused_by_its_path(
     kind: Any,
 ) -> None:
-    with pytest.raises(StructureError, match=f"a: a {kind.__name__}, nested too deep"):
+    # From Python 3.12 on a list so deep can be shown, and is refused as any list is.
+    why = rf"a: a {kind.__name__}, (nested too deep|\[\[)"
+    with pytest.raises(StructureError, match=why):
         sortal.state(Holder(a=nnx.static(_nested(kind, 1))))
     if kind is not list:
         with pytest.raises(StructureError, match=r"a\.b: a .*, nested too deep"):
