@@ -1,6 +1,7 @@
 """What every test shares: the device, and how examples are generated."""
 
 import gc
+import itertools
 import os
 
 # Read once, when JAX is imported; an accelerator is asked for by naming it outside.
@@ -62,9 +63,15 @@ def pytest_configure(config):
     config.pluginmanager.register(_Optimizations())
 
 
+_modules = itertools.count(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def collected():
     """Spares the collector what JAX has compiled, and searches of it as well."""
+    if next(_modules) % 40 == 0:  # or a worker comes to hold gigabytes of programs
+        gc.unfreeze()
+        jax.clear_caches()
     gc.collect()
     gc.freeze()
 
