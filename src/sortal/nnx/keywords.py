@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from sortal.transforms._adapter.functions import parameters_of
-
 _IGNORED = "  {}: ignored; for NNX compatibility.\n"
 _EMPTY = "  {}: must be empty; for NNX compatibility.\n"
 
@@ -92,6 +90,9 @@ def _placed(
     f: Any, args: Any, kwargs: dict[str, Any], wanted: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with those at their positions that were given by keyword."""
+    # Not read by a program that only imports the names.
+    from sortal.transforms._adapter.functions import parameters_of
+
     found, rest = list(args), dict(kwargs)
     for p in parameters_of(f)[len(args) :]:
         if p.kind is not p.POSITIONAL_OR_KEYWORD:
