@@ -274,7 +274,7 @@ class Variable(ArrayOperators, Generic[A]):
         # The value comes first: metadata named `T` must not shadow transposition.
         found = getattr(value, name, _MISSING)
         if found is not _MISSING:
-            if is_gone(value) and callable(found) and name != "is_deleted":
+            if callable(found) and is_gone(value) and name != "is_deleted":
                 refuse_gone([self])
             return found
         if name in metadata:
