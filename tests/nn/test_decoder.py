@@ -251,3 +251,12 @@ def test_a_decoder_in_a_module_of_either_library_gets_its_cache(library):
     assert np.abs(first - second).max() > 1e-3, "the second call continues"
     nnx.reset_cache(model)
     np.testing.assert_array_equal(model(x), first)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
+def test_a_batch_without_tokens_gives_none(shape) -> None:
+    layer = nnx.DecoderAttention(8, 2, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones(shape)).shape == shape
+    nnx.init_cache(layer, batch=shape[0], length=4)
+    assert layer(jnp.ones(shape)).shape == shape
+    assert layer.cache.position.value.tolist() == [0] * shape[0]
