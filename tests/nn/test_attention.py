@@ -208,3 +208,10 @@ def test_values_may_have_a_depth_and_heads_of_their_own(dropout, heads, depth) -
     options = {"dropout_rate": dropout, "deterministic": True}
     found = nnx.dot_product_attention(q, k, v, **options)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 8)])
+def test_rotation_of_an_array_without_places_is_refused(sizes) -> None:
+    rope = nnx.RoPE(1e4, *sizes)
+    with pytest.raises(ArgumentError, match=r"\(\.\.\., length, depth\).*float32\[4\]"):
+        rope(jnp.ones(4))

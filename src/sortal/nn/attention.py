@@ -470,6 +470,10 @@ class RoPE(Module):
             tokens than the tables are for; or not one position for each token.
         """
         x = dtypes.as_array(self, x)
+        if x.ndim < 2:
+            raise ArgumentError(
+                f"RoPE takes arrays (..., length, depth); found {describe(x)}."
+            )
         sin, cos = self._at(x, input_positions)
         sin, cos = (jnp.concatenate([t, t], axis=-1) for t in (sin, cos))
         half = x.shape[-1] // 2

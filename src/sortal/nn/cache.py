@@ -54,7 +54,8 @@ class KVCache(Module):
       position: Cache int32 (batch,): the number of tokens appended to each sequence.
 
     Raises:
-      ArgumentError: a size is not a whole number, or the length is 0.
+      ArgumentError: a size is not a whole number, the length is 0, or the dtype is not
+        a floating-point one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,6 +85,11 @@ class KVCache(Module):
         )
         if length == 0:
             raise ArgumentError("KVCache(length=0): a cache has at least one slot.")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ArgumentError(
+                "a KVCache holds floating-point numbers; found dtype="
+                f"{jnp.dtype(dtype).name}. Write dtype=jnp.bfloat16."
+            )
         shape = (batch, num_heads, length, head_dim)
         self.keys = Cache(jnp.zeros(shape, dtype))
         self.values = Cache(jnp.zeros(shape, dtype))

@@ -89,6 +89,13 @@ class DecoderAttention(Module):
         rngs: Rngs = NO_RNGS,
     ):
         check_sizes(self, in_features=in_features, num_heads=num_heads)
+        for name, size in (
+            ("num_key_value_heads", num_key_value_heads),
+            ("head_dim", head_dim),
+            ("window", window),
+        ):
+            if size is not None:
+                check_sizes(self, **{name: size})
         kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         _check_heads(in_features, num_heads, kv_heads, head_dim, window)
         self.in_features = in_features
