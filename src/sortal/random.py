@@ -148,7 +148,7 @@ def _as_key(key: Any, name: str) -> Any:
     if isinstance(key, (jax.Array, np.ndarray)):
         if key.dtype == jnp.uint32:
             with contextlib.suppress(TypeError):  # not of the shape of key data
-                return jax.random.wrap_key_data(key)
+                return jax.random.wrap_key_data(jnp.asarray(key))
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             return key
     raise RngError(
