@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.host import is_near, to_host
@@ -21,6 +20,7 @@ from sortal._engine.schema import Schema, select
 from sortal.checkpoint.manifest import Path, encode_path, encoded_paths
 from sortal.checkpoint.store import ALIGN, SMALL, Piece
 from sortal.checkpoint.values import (
+    GONE,
     PLAIN,
     Array,
     Tree,
@@ -28,6 +28,7 @@ from sortal.checkpoint.values import (
     describe,
     dtype_name,
     is_storable,
+    without_values,
 )
 from sortal.errors import SaveError, listing
 from sortal.filters import to_filter
@@ -131,7 +132,7 @@ def _hold(
         except RuntimeError:
             if not live[i].is_deleted():
                 raise
-            faults.append(f"{schema.describe(i)}: {_GONE}")
+            faults.append(f"{schema.describe(i)}: {GONE}")
     if faults:
         raise SaveError(
             "a checkpoint holds arrays, Python scalars, strings, and pytrees of these; "
@@ -210,9 +211,6 @@ def _is_array(cls: type) -> bool:
     return cls is np.ndarray or issubclass(cls, jax.Array)
 
 
-_GONE = "its buffer was donated to a call and is gone"
-
-
 def _on_one(live: Any, pin: bool) -> Any:
     """An array of one device; with ``pin``, its memory itself where the host has it."""
     try:
@@ -222,20 +220,18 @@ def _on_one(live: Any, pin: bool) -> Any:
     except BufferError:  # on an accelerator, or deleted
         pass
     if live.is_deleted():
-        raise UnsavableError(_GONE)
+        raise UnsavableError(GONE)
     return live
 
 
 def _held(live: Any, pin: bool) -> Any:
     """Any array, whole or in its parts; with ``pin``, as it is now for good."""
-    if type(live) is jax.ShapeDtypeStruct:
-        raise UnsavableError("a shape without values")
-    if isinstance(live, Tracer):
-        raise UnsavableError("a tracer, which was kept when a transform ended")
+    if why := without_values(live):
+        raise UnsavableError(why)
     sharding = getattr(live, "sharding", None)
     if sharding is None:  # of NumPy
         return live.copy() if pin else live
-    if live.is_deleted() or type(sharding) is ON_ONE:
+    if type(sharding) is ON_ONE:
         return _on_one(live, pin)
     if live.is_fully_replicated:
         return _on_one(live.addressable_data(0), pin)
