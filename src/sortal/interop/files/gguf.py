@@ -40,7 +40,7 @@ def read(path: Path) -> Opened:
 
 
 def _entry(tensor: Any) -> Entry:
-    stored = tensor.tensor_type.name.lower()
+    stored: str = tensor.tensor_type.name.lower()
     dtype = _DTYPES.get(stored, stored)
 
     def get() -> np.ndarray:
