@@ -336,3 +336,11 @@ def test_rngs_inside_vmap_by_split_streams_give_one_draw_for_each_key() -> None:
     for row, k in zip(made, jax.random.split(key, 4), strict=True):
         expected = jax.random.normal(jax.random.fold_in(k, 0), (2,))
         np.testing.assert_array_equal(row, expected)
+
+
+def test_key_data_may_be_numpys_and_must_have_the_shape_of_a_key() -> None:
+    key = jax.random.key(3)
+    assert sortal.Rngs(np.asarray(jax.random.key_data(key))).default.key.value == key
+    for wrong in (jnp.uint32(3), jnp.zeros(3, jnp.uint32)):
+        with pytest.raises(RngError, match=r"needs a seed .* found uint32\["):
+            sortal.Rngs(wrong)

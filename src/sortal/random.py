@@ -10,6 +10,7 @@ from typing import Any, Never, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sortal._engine.foreign import is_kind, register_imported
 from sortal._engine.nodes import get_dict
@@ -141,12 +142,13 @@ class RngStream(_Draws, Pytree):
         return type(self)(jnp.broadcast_to(key, shape + key.shape), tag=self.tag)
 
 
-def _as_key(key: Any, name: str) -> jax.Array:
+def _as_key(key: Any, name: str) -> Any:
     if isinstance(key, int) and not isinstance(key, bool):
         return jax.random.key(key)
-    if isinstance(key, jax.Array):
+    if isinstance(key, (jax.Array, np.ndarray)):
         if key.dtype == jnp.uint32:
-            return jax.random.wrap_key_data(key)
+            with contextlib.suppress(TypeError):  # not of the shape of key data
+                return jax.random.wrap_key_data(jnp.asarray(key))
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             return key
     raise RngError(
@@ -437,7 +439,8 @@ def reseed(
       policy: what to do with streams that hold several keys: ``"scalars_only"`` is an
         error, ``"match_shape"`` splits the new key; or a function of (path, key,
         shape) that returns the keys.
-      **stream_keys: seeds or keys by stream name.
+      **stream_keys: seeds or keys by stream name, which is that of the Rngs it was
+        forked from: ``default`` where that stood in. Names of no stream are ignored.
 
     Raises:
       RngError: the policy is unknown, or forbids a stream's shape; nothing is changed.

@@ -169,3 +169,14 @@ def test_options_that_mean_nothing_are_refused(options, message) -> None:
 def test_what_is_no_row_of_logits_is_refused(logits) -> None:
     with pytest.raises(ArgumentError, match=r"logits are floating-point numbers"):
         decoding.sample(logits)
+
+
+@pytest.mark.parametrize("option", ["temperature", "top_p"])
+def test_an_option_for_each_row_is_refused_inside_a_trace_too(option) -> None:
+    @jax.jit
+    def draw(x):
+        options = {"temperature": 1.0, option: x}
+        return decoding.sample(jnp.zeros((4, 4)), jax.random.key(0), **options)
+
+    with pytest.raises(ArgumentError, match=rf"{option}=.*float32\[4\]"):
+        draw(jnp.full(4, 0.5))

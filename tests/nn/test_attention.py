@@ -193,3 +193,25 @@ def test_dropping_all_weights_gives_zeros_as_dropout_does() -> None:
     )(Q)
     assert not grads.any()
     assert not nnx.Dropout(1.0, rngs=nnx.Rngs(0))(Q).any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("heads", "depth"), [(4, 3), (1, 6)])
+def test_values_may_have_a_depth_and_heads_of_their_own(dropout, heads, depth) -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 5, 4, 6)), rng.normal(size=(2, 7, 2, 6))
+    v = rng.normal(size=(2, 7, heads, depth))
+    weights = np.einsum("bqhd,bkhd->bhqk", q, np.repeat(k, 2, axis=2)) / np.sqrt(6)
+    weights = np.exp(weights) / np.exp(weights).sum(axis=-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, np.repeat(v, 4 // heads, axis=2))
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    options = {"dropout_rate": dropout, "deterministic": True}
+    found = nnx.dot_product_attention(q, k, v, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 8)])
+def test_rotation_of_an_array_without_places_is_refused(sizes) -> None:
+    rope = nnx.RoPE(1e4, *sizes)
+    with pytest.raises(ArgumentError, match=r"\(\.\.\., length, depth\).*float32\[4\]"):
+        rope(jnp.ones(4))

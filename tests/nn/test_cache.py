@@ -182,3 +182,45 @@ def test_the_state_by_kind_is_keys_values_and_position() -> None:
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(cache)))["keys"] == (
         2, 3, 4, 8,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        ([4, 1], "sequence 0 has 4"),
+        ([-1, 1], "sequence 0 has -1"),
+        ([1.0, 2.0], r"found float32\[2\]"),
+        ([True, False], r"found bool\[2\]"),
+        ([1], r"found int32\[1\]"),
+        (2, r"found int32\[\]"),
+        ([[1], [1]], r"found int32\[2,1\]"),
+    ],
+)
+def test_lengths_that_the_new_tokens_do_not_have_are_refused(
+    ring, lengths, found
+) -> None:
+    cache = nnx.KVCache(2, 9, 1, 1, ring=ring)
+    keys = jnp.ones((2, 1, 3, 1))
+    with pytest.raises(ArgumentError, match=rf"2 integers from 0 to 3.*{found}"):
+        cache.append(keys, keys, np.asarray(lengths))
+    assert cache.position.value.tolist() == [0, 0]
+
+
+def test_inside_a_trace_no_more_tokens_are_taken_than_there_are() -> None:
+    cache = nnx.KVCache(2, 9, 1, 1)
+    keys = jnp.ones((2, 1, 3, 1))
+    append(cache, keys, keys, jnp.array([5, -2]))
+    assert cache.position.value.tolist() == [3, 0]
+    held = nnx.jit(lambda c, n: c.append(keys, keys, [n, 1]))(cache, jnp.array(2))
+    assert held.positions.max(axis=1).tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("where", [[True], [0, 1], [True] * 3, True])
+def test_a_reset_of_other_sequences_than_there_are_is_refused(where) -> None:
+    cache = nnx.KVCache(2, 4, 1, 1)
+    keys = jnp.ones((2, 1, 3, 1))
+    cache.append(keys, keys)
+    with pytest.raises(ArgumentError, match=r"bool\[2\], one for each sequence"):
+        cache.reset(np.asarray(where))
+    assert cache.position.value.tolist() == [3, 3]

@@ -172,3 +172,10 @@ def test_an_empty_batch_goes_through_a_circular_transpose(strides) -> None:
         3, 4, (3,), strides=strides, padding="CIRCULAR", rngs=nnx.Rngs(0)
     )
     assert layer(jnp.zeros((0, 5, 3))).shape == (0, 5 * strides, 4)
+
+
+@pytest.mark.parametrize("name", ["strides", "kernel_dilation"])
+@pytest.mark.parametrize("layer", [nnx.Conv, nnx.ConvTranspose])
+def test_steps_of_zero_are_refused(layer, name) -> None:
+    with pytest.raises(ArgumentError, match=rf"{name}=0 .*1 or more"):
+        layer(4, 3, 3, **{name: 0}, rngs=nnx.Rngs(0))

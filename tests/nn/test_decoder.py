@@ -251,3 +251,24 @@ def test_a_decoder_in_a_module_of_either_library_gets_its_cache(library):
     assert np.abs(first - second).max() > 1e-3, "the second call continues"
     nnx.reset_cache(model)
     np.testing.assert_array_equal(model(x), first)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
+def test_a_batch_without_tokens_gives_none(shape) -> None:
+    layer = nnx.DecoderAttention(8, 2, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones(shape)).shape == shape
+    nnx.init_cache(layer, batch=shape[0], length=4)
+    assert layer(jnp.ones(shape)).shape == shape
+    assert layer.cache.position.value.tolist() == [0] * shape[0]
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "window"])
+def test_sizes_that_are_no_whole_numbers_are_refused(name) -> None:
+    with pytest.raises(ArgumentError, match=rf"{name} must be made of whole numbers"):
+        nnx.DecoderAttention(8, 2, **{name: 2.0}, rngs=nnx.Rngs(0))
+
+
+def test_a_cache_of_integers_is_refused() -> None:
+    layer = nnx.DecoderAttention(8, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=r"floating.*int32"):
+        nnx.init_cache(layer, batch=1, length=4, dtype=jnp.int32)

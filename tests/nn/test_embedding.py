@@ -53,3 +53,15 @@ def test_attending_with_another_number_of_features_is_refused() -> None:
     layer = nnx.Embed(4, 3, rngs=nnx.Rngs(0))
     with pytest.raises(ArgumentError, match=r"Embed has parameters for 3 features"):
         layer.attend(jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32"])
+def test_indices_of_any_integer_dtype_give_the_same_vectors(dtype) -> None:
+    table = nnx.Embed(300, 2, rngs=nnx.Rngs(0))
+    indices = np.array([0, 100, 127])
+    if not dtype.startswith("u"):
+        indices = np.array([0, 100, 127, -1, -128])
+    expected = np.asarray(table.embedding.value)[indices]
+    np.testing.assert_array_equal(table(indices.astype(dtype)), expected)
+    small = nnx.Embed(100, 2, rngs=nnx.Rngs(0))
+    assert bool(jnp.isnan(small(np.array([100, 127], dtype))).all())

@@ -155,3 +155,22 @@ def test_a_bias_that_does_not_fit_the_equation_is_refused() -> None:
     message = r"keeps axes of sizes \(4,\); .* found float32\[3\]"
     with pytest.raises(ArgumentError, match=message):
         layer(jnp.ones((2, 3)))
+
+
+def test_a_bias_of_the_kept_axes_in_another_order_is_refused() -> None:
+    x, rngs = jnp.ones((2, 5, 2)), nnx.Rngs(0)
+    layer = nnx.Einsum("nta,hab->ntbh", (8, 2, 4), (8, 4), rngs=rngs)
+    with pytest.raises(ArgumentError, match=r"keeps axes of sizes \(4, 8\).*\[8,4\]"):
+        layer(x)
+    right = nnx.Einsum("nta,hab->ntbh", (8, 2, 4), (4, 8), rngs=rngs)
+    assert right(x).shape == (2, 5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"axis": (1, 1)}, {"axis": (1, -2)}, {"axis": (0, 1), "batch_axis": {0: 6}}],
+)
+def test_an_axis_that_is_contracted_twice_is_refused(options) -> None:
+    layer = nnx.LinearGeneral((6, 6), 3, **options, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match="each axis once"):
+        layer(jnp.ones((6, 6, 4)))

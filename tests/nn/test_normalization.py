@@ -243,3 +243,12 @@ def test_a_group_reduction_without_the_features_is_refused(axes: Any) -> None:
     layer = nnx.GroupNorm(6, 2, reduction_axes=axes, rngs=nnx.Rngs(0))
     with pytest.raises(ArgumentError, match=r"reduction_axes must contain the last"):
         layer(jnp.ones((2, 3, 6)))
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "InstanceNorm"])
+@pytest.mark.parametrize("dtype", [int, float])
+def test_a_mask_of_weights_is_refused(name, dtype) -> None:
+    layer = getattr(nnx, name)(3, rngs=nnx.Rngs(0))
+    mask = jnp.ones((4, 2, 3), dtype)
+    with pytest.raises(ArgumentError, match=rf"{name}: the mask .* booleans; found"):
+        layer(jnp.ones((4, 2, 3)), mask=mask)

@@ -63,3 +63,16 @@ def test_arguments_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         nnx.max_pool(**{"inputs": X, "window_shape": (2,), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((2,), (0,)), r"strides.*1 or more.*\(0,\)"),
+        (((0,),), r"window_shape.*1 or more.*\(0,\)"),
+        (((2,), None, "CIRCULAR"), r"padding must be 'SAME'.*'CIRCULAR'"),
+    ],
+)
+def test_steps_of_zero_and_unknown_paddings_are_refused(arguments, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        nnx.avg_pool(jnp.ones((2, 6, 4)), *arguments)

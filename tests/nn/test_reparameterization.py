@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -148,3 +149,22 @@ def test_a_layer_of_which_no_weight_is_taken_is_refused() -> None:
         weight_norm(nnx.Embed(3, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(FilterError, match="Linear: a filter takes leaves"):
         weight_norm(variable_filter=nnx.Linear)
+
+
+def test_weights_in_half_precision_keep_it_without_a_warning() -> None:
+    layer = nnx.Linear(3, 5, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    normed = spectral_norm(layer, n_steps=20)
+    normed(X)
+    assert layer.kernel.dtype == jnp.bfloat16
+    kernel = np.asarray(layer.kernel.value, np.float32)
+    np.testing.assert_allclose(np.linalg.norm(kernel, ord=2), 1, atol=0.02)
+
+
+def test_scales_are_as_wide_as_the_weights_whatever_numbers_are_by_default() -> None:
+    with jax.enable_x64(True):
+        layer = linear()
+        assert weight_norm(layer)(X).dtype == jnp.float32
+        assert layer.kernel.dtype == jnp.float32
+        wide = nnx.Linear(3, 5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        [scale] = weight_norm(wide).scales.values()
+        assert scale.dtype == jnp.float64

@@ -168,3 +168,22 @@ def test_no_step_at_all_gives_the_first_carry(reverse) -> None:
     assert out.shape == (2, 0, 4)
     for a, b in zip(last, carry, strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize("lengths", [[4, 1], [3, -1]])
+def test_lengths_that_no_sequence_can_have_are_refused(lengths) -> None:
+    layer = nnx.RNN(nnx.SimpleCell(2, 4, rngs=nnx.Rngs(0)), reverse=True)
+    with pytest.raises(ArgumentError, match=r"integers from 0 to 3 .*\[.*\]"):
+        layer(jnp.ones((2, 3, 2)), seq_lengths=jnp.array(lengths))
+
+
+def test_lengths_known_only_in_a_trace_end_where_the_sequences_end() -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32)
+    cell = nnx.SimpleCell(2, 4, rngs=nnx.Rngs(0))
+    layer = nnx.RNN(cell, reverse=True, return_carry=True)
+    run = nnx.jit(lambda layer, x, n: layer(x, seq_lengths=n))
+    carry, outputs = run(layer, x, jnp.array([9, -2]))
+    same, others = layer(x, seq_lengths=jnp.array([3, 0]))
+    np.testing.assert_array_equal(carry, same)
+    np.testing.assert_array_equal(outputs, others)

@@ -423,3 +423,19 @@ def test_an_average_of_a_flax_model_is_that_of_flax():
     averaged = ema.apply_to(theirs)
     assert type(averaged) is type(theirs)
     equal(nnx.state(averaged), flax_nnx.state(reference.apply_to(other)))
+
+
+@pytest.mark.parametrize("decay", ["0.9", 1.5, np.float32(1.5), jnp.array(-0.1), None])
+def test_a_decay_of_any_type_that_is_no_share_is_refused(decay):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match="is not a share from 0 to 1"):
+        nnx.EMA(model, decay, only=nnx.Param)
+    for share in (np.float32(0.5), jnp.array(0.5), 1, 0):
+        nnx.EMA(model, share, only=nnx.Param).update(model)
+    nnx.jit(lambda m, d: nnx.EMA(m, d, only=nnx.Param).update(m))(model, 0.5)
+
+
+def test_the_average_of_another_shape_is_not_put_into_a_model():
+    ema = nnx.EMA(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), 0.9, only=nnx.Param)
+    with pytest.raises(UpdateError, match=r"kernel .* float32\[2,3\], found .*\[4,3\]"):
+        ema.apply_to(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))

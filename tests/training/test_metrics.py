@@ -430,3 +430,18 @@ def test_fractional_weights_add_up_under_jit_and_after_a_reset():
     assert np.isnan(average.compute())
     average.update(values=jnp.ones(1))
     assert float(average.compute()) == 1.0
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("mask", [None, np.array([0.0, 1.0, 2.0, 0.5])])
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, bool])
+def test_values_of_numpys_own_dtypes_are_taken_without_a_warning(x64, mask, dtype):
+    with jax.enable_x64(x64):
+        values = np.array([0, 1, 1, 0], dtype)
+        average, welford = Average(), Welford()
+        average.update(values=values, mask=mask)
+        welford.update(values=values)
+        assert average.compute() == (0.5 if mask is None else np.float32(3 / 3.5))
+        assert welford.compute().mean == welford.compute().standard_deviation == 0.5
+        kept = [x.dtype for x in jax.tree.leaves((average, welford))]
+        assert set(map(str, kept)) == {"float32", "int32"}

@@ -1268,3 +1268,12 @@ def test_of_groups_each_gives_out_a_state_of_its_own():
     equal(first, optax.adam(0.1).init(nnx.state(model, head)))
     rest = nnx.state(model, nnx.All(nnx.Param, nnx.Not(head)))
     equal(second, optax.sgd(0.1, momentum=0.9).init(rest))
+
+
+def test_complex_gradients_of_real_parameters_are_refused():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    grads = {"kernel": jnp.ones((2, 3)) * 1j, "bias": jnp.ones(3)}
+    with pytest.raises(OptimizerError, match=r"kernel .*its gradient complex64\[2,3\]"):
+        optimizer.update(model, grads)
+    assert optimizer.step == 0

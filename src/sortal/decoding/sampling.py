@@ -92,9 +92,9 @@ def sample(
         )
     heat = jnp.asarray(temperature, jnp.float32)
     # Of a traced number only the program can say that it means nothing.
-    if _is_traced(temperature):
+    if _is_traced_number(temperature):
         bad |= ~(jnp.isfinite(heat) & (heat >= 0))
-    if _is_traced(top_p):
+    if _is_traced_number(top_p):
         bad |= ~((top_p > 0) & (top_p <= 1))
     # The greatest is subtracted first, so that no quotient is infinite.
     scaled = (logits - logits.max(axis=-1, keepdims=True)).astype(jnp.float32)
@@ -131,13 +131,14 @@ def checked_options(
       it leaves nothing out.
 
     Raises:
-      ArgumentError: one of them is invalid. Numbers of a trace are not looked at.
+      ArgumentError: one of them is invalid. Of numbers of a trace only the shape is
+        known.
 
     Example:
       >>> checked_options(0.0, 5, 0.9), checked_options(0.7, 5, 1.0)
       ((None, None, None), (0.7, 5, None))
     """
-    if temperature is not None and not _is_traced(temperature):
+    if temperature is not None and not _is_traced_number(temperature):
         number = _number(temperature)
         if number is None or not 0 <= number < float("inf"):
             raise ArgumentError(
@@ -145,7 +146,7 @@ def checked_options(
                 "0 takes the most likely token."
             )
         temperature = None if number == 0 else temperature
-    if top_p is not None and not _is_traced(top_p):
+    if top_p is not None and not _is_traced_number(top_p):
         number = _number(top_p)
         if number is None or not 0 < number <= 1:
             raise ArgumentError(
@@ -185,8 +186,8 @@ def whole_number(name: str, found: Any, least: int, more: str = "") -> int:
     return int(found)
 
 
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, Tracer)
+def _is_traced_number(x: Any) -> bool:
+    return isinstance(x, Tracer) and not x.ndim
 
 
 def _number(x: Any) -> float | None:
@@ -197,4 +198,6 @@ def _number(x: Any) -> float | None:
 
 
 def _shown(x: Any) -> str:
+    if isinstance(x, Tracer):
+        return describe(x)
     return f"{x.item() if hasattr(x, 'item') and not np.ndim(x) else x!r:.60}"

@@ -20,6 +20,7 @@ from sortal.checkpoint.verifying import Verified, verify
 from sortal.errors import DamagedError, SaveError, listing
 from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
 from sortal.interop.files.exchange import is_file, open_arrays, write_arrays
+from sortal.interop.files.gguf import is_quantised
 
 _LARGEST = 10
 
@@ -321,15 +322,12 @@ def convert(
       progress: is called with the bytes read so far, and all there are.
     """
     opened = open_arrays(source, step)
-    if opened.format == "gguf" and (odd := [e for e in opened.entries if _packed(e)]):
+    if opened.format == "gguf" and (odd := list(filter(is_quantised, opened.entries))):
         raise SaveError(
             f"{len(odd)} arrays are quantised, such as {dotted(odd[0].name)} "
             f"({odd[0].dtype}), and no other format holds these."
         )
-    entries = [
-        e._replace(dtype=_GGUF[e.dtype]) if opened.format == "gguf" else e
-        for e in in_batches(opened, opened.entries)
-    ]
+    entries = in_batches(opened, opened.entries)
     to_orbax = target.startswith("orbax:")
     if to_orbax or is_file(target):
         entries = list(_reporting(_arrays(entries, target, to_orbax), progress))
@@ -341,16 +339,6 @@ def convert(
         pairs = [(e.name, e.read()) for e in _reporting(entries, progress)]
         save(target, State.from_flat_path(pairs), step=0)
     return len(entries)
-
-
-_GGUF = {
-    "f64": "float64", "f32": "float32", "f16": "float16",
-    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8",
-}  # fmt: skip
-
-
-def _packed(e: Entry) -> bool:
-    return e.dtype not in _GGUF
 
 
 def _arrays(entries: list[Entry], target: str, keys: bool) -> list[Entry]:

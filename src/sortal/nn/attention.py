@@ -208,7 +208,8 @@ def dot_product_attention(
 ) -> jax.Array:
     """Values summed with the weights of ``dot_product_attention_weights``.
 
-    Without dropout and ``module``, this is ``jax.nn.dot_product_attention``.
+    Without dropout and ``module``, and with values of the keys' shape, this is
+    ``jax.nn.dot_product_attention``.
 
     Args:
       query: array (*batch, queries, heads, depth).
@@ -247,7 +248,9 @@ def dot_product_attention(
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_operands(query, key, value)
     named = _named_precision(precision)
-    if dropout_rate == 0.0 and module is None and named is not None:
+    # JAX's attention has no values of another depth, or another number of heads.
+    alike = key.shape == value.shape
+    if dropout_rate == 0.0 and module is None and named is not None and alike:
         mask, bias = (_check_weights(x, query, key) for x in (mask, bias))
         with named:
             return _fused(query, key, value, bias, mask, is_causal)
@@ -467,6 +470,10 @@ class RoPE(Module):
             tokens than the tables are for; or not one position for each token.
         """
         x = dtypes.as_array(self, x)
+        if x.ndim < 2:
+            raise ArgumentError(
+                f"RoPE takes arrays (..., length, depth); found {describe(x)}."
+            )
         sin, cos = self._at(x, input_positions)
         sin, cos = (jnp.concatenate([t, t], axis=-1) for t in (sin, cos))
         half = x.shape[-1] // 2

@@ -54,7 +54,8 @@ class KVCache(Module):
       position: Cache int32 (batch,): the number of tokens appended to each sequence.
 
     Raises:
-      ArgumentError: a size is not a whole number, or the length is 0.
+      ArgumentError: a size is not a whole number, the length is 0, or the dtype is not
+        a floating-point one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,6 +85,11 @@ class KVCache(Module):
         )
         if length == 0:
             raise ArgumentError("KVCache(length=0): a cache has at least one slot.")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ArgumentError(
+                "a KVCache holds floating-point numbers; found dtype="
+                f"{jnp.dtype(dtype).name}. Write dtype=jnp.bfloat16."
+            )
         shape = (batch, num_heads, length, head_dim)
         self.keys = Cache(jnp.zeros(shape, dtype))
         self.values = Cache(jnp.zeros(shape, dtype))
@@ -109,7 +115,8 @@ class KVCache(Module):
           keys: array (batch, num_heads, new, head_dim), cast to the cache's dtype.
           values: the same.
           lengths: integers (batch,): how many of the new tokens are not padding, which
-            is not written; all if absent.
+            is not written; all if absent. Inside a transform, numbers below 0 or above
+            that of the new tokens count as these.
 
         Returns:
           What queries at the new positions may attend to: all slots. Where several
@@ -117,17 +124,18 @@ class KVCache(Module):
           earlier of the new ones may attend to tokens that the later ones replace.
 
         Raises:
-          ArgumentError: shapes do not fit the cache.
+          ArgumentError: shapes do not fit the cache, or lengths the new tokens.
           CacheError: there are fewer slots than tokens; nothing is changed. Inside a
             transform, raised only if the tokens do not fit into an empty cache.
         """
         self._check_shapes(keys, values)
         new = keys.shape[2]
-        check_room(self, new if lengths is None else lengths)
         start = self.position[...]
         counts = jnp.full_like(start, new)
         if lengths is not None:
-            counts = jnp.asarray(lengths, jnp.int32)
+            lengths = _checked_lengths(lengths, len(start), new)
+            counts = jnp.clip(lengths, 0, new).astype(jnp.int32)
+        check_room(self, new if lengths is None else lengths)
         end = start + counts
         slots = self._slots(start, counts, new)
         before = Held(self.keys[...], self.values[...], self._holds(start))
@@ -155,8 +163,17 @@ class KVCache(Module):
 
         Args:
           where: booleans (batch,): the sequences to empty; all if absent.
+
+        Raises:
+          ArgumentError: ``where`` has another shape or dtype.
         """
         chosen = jnp.ones((), bool) if where is None else jnp.asarray(where)
+        of_each = chosen.shape == self.position.shape and chosen.dtype == bool
+        if where is not None and not of_each:
+            raise ArgumentError(
+                f"where must be bool[{self.position.size}], one for each sequence, "
+                f"True to empty it; found {describe(chosen)}."
+            )
         for held in (self.keys, self.values, self.position):
             rows = chosen.reshape(-1, *(1,) * (held.ndim - 1))
             held[...] = jnp.where(rows, jnp.zeros((), held.dtype), held[...])
@@ -189,6 +206,22 @@ class KVCache(Module):
                 f"{describe(keys)} and values {describe(values)}. Make caches for "
                 "another batch with init_cache(model, batch, length)."
             )
+
+
+def _checked_lengths(lengths: Any, batch: int, new: int) -> Any:
+    lengths = jnp.asarray(lengths)
+    found = describe(lengths)
+    fits = lengths.shape == (batch,) and jnp.issubdtype(lengths.dtype, jnp.integer)
+    if fits and not isinstance(lengths, Tracer):
+        given = enumerate(np.asarray(lengths).tolist())
+        bad = [f"sequence {i} has {n}" for i, n in given if not 0 <= n <= new]
+        fits, found = not bad, ", ".join(bad)
+    if not fits:
+        raise ArgumentError(
+            f"lengths are {batch} integers from 0 to {new}, for each sequence how many "
+            f"of its new tokens are not padding; found {found}."
+        )
+    return lengths
 
 
 def _write(held: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

@@ -135,6 +135,10 @@ class _Conv(Module):
         sizes = given if isinstance(given, Sequence) else (given,) * n
         sizes = tuple(1 if given is None else size for size in sizes)
         check_sizes(self, **{name: sizes})
+        if 0 in sizes:
+            raise ArgumentError(
+                f"{dtypes.name_of(self)}: {name}={given!r} must be 1 or more."
+            )
         if len(sizes) != n:
             raise ArgumentError(
                 f"{dtypes.name_of(self)}: {name} must be one number or one for each of "

@@ -89,6 +89,13 @@ class DecoderAttention(Module):
         rngs: Rngs = NO_RNGS,
     ):
         check_sizes(self, in_features=in_features, num_heads=num_heads)
+        for name, size in (
+            ("num_key_value_heads", num_key_value_heads),
+            ("head_dim", head_dim),
+            ("window", window),
+        ):
+            if size is not None:
+                check_sizes(self, **{name: size})
         kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         _check_heads(in_features, num_heads, kv_heads, head_dim, window)
         self.in_features = in_features
@@ -126,7 +133,8 @@ class DecoderAttention(Module):
           for a sequence that a cache inside a transform had no room for.
 
         Raises:
-          ArgumentError: the input has another form, or another batch than the cache.
+          ArgumentError: the input has another form, or another batch than the cache; or
+            lengths do not fit the tokens, see ``KVCache``.
           CacheError: the cache has no room for the tokens; see ``KVCache``.
         """
         inputs = dtypes.as_array(self, inputs)
@@ -156,7 +164,8 @@ class DecoderAttention(Module):
             )
         else:
             mixed = self._from_cache(self.cache, query, key, value, positions, lengths)
-        return self.out(mixed.reshape(*inputs.shape[:2], -1))
+        width = self.num_heads * self.head_dim
+        return self.out(mixed.reshape(*inputs.shape[:2], width))
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, self.head_dim)
@@ -253,6 +262,7 @@ def reset_cache(model: Any, where: Any = None) -> None:
       where: booleans (batch,): the sequences to empty; all if absent.
 
     Raises:
+      ArgumentError: ``where`` has another shape or dtype.
       CacheError: there is no KVCache in the model.
 
     Example:

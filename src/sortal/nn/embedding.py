@@ -131,4 +131,7 @@ def _repeat(table: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _take(table: jax.Array, indices: jax.Array) -> jax.Array:
+    if indices.dtype.itemsize < 4:
+        # JAX adds the table's size to negative ones in their own dtype.
+        indices = indices.astype(jnp.int32)
     return jnp.take(table, indices, axis=0)

@@ -257,6 +257,11 @@ class LinearGeneral(Module):
         n_batch, n_in = len(self.batch_axis), len(self.axis)
         axis = tuple(sorted(a + x.ndim if a < 0 else a for a in self.axis))
         batch = tuple(range(n_batch))
+        if len({*batch, *axis}) < n_batch + n_in:
+            raise ArgumentError(
+                f"LinearGeneral takes each axis once; found axis={self.axis} and "
+                f"batch_axis={self.batch_axis} for an input {describe(x)}."
+            )
         for a, size in zip(batch + axis, kernel.shape, strict=False):
             dtypes.check_axis(self, x, size, a)
         dot_general = self.dot_general or dtypes.dot_general
@@ -282,8 +287,8 @@ class Einsum(Module):
     Args:
       einsum_str: the equation, with two operands, the input first, and ``->``.
       kernel_shape: shape of the kernel.
-      bias_shape: shape of the bias: the kernel's axes that the output keeps; without
-        it there is no bias.
+      bias_shape: shape of the bias: the kernel's axes that the output keeps, in the
+        output's order; without it there is no bias.
       dtype: dtype of the computation; by default, the one that input and parameters
         promote to.
       param_dtype: dtype of the parameters.
@@ -376,11 +381,13 @@ class Einsum(Module):
         if bias is None:
             return dtypes.constrain(y, out_sharding)
         shape = _kept_axes(equation, kernel.shape, y.ndim)
-        if math.prod(shape) != bias.size:
+        kept, found = ([n for n in s if n != 1] for s in (shape, bias.shape))
+        # One axis may stand for all; several must have the order of the output.
+        if math.prod(kept) != bias.size or (len(found) > 1 and found != kept):
             raise ArgumentError(
                 f"Einsum: of a kernel {describe(kernel)}, {equation!r} keeps axes of "
-                f"sizes {tuple(n for n in shape if n != 1)}; the bias must have that "
-                f"shape, found {describe(bias)}."
+                f"sizes {tuple(kept)}; the bias must have that shape, found "
+                f"{describe(bias)}."
             )
         return dtypes.constrain(y + dtypes.reshape(bias, shape), out_sharding)
 

@@ -107,12 +107,14 @@ class Norm(Module):
     def _broadcast_mask(self, mask: Any, x: Any) -> Any:
         mask = dtypes.as_array(self, mask)
         try:
-            return jnp.broadcast_to(mask, x.shape)
+            if mask.dtype == bool:
+                return jnp.broadcast_to(mask, x.shape)
         except ValueError:
-            raise ArgumentError(
-                f"{dtypes.name_of(self)}: the mask must broadcast to the input "
-                f"{describe(x)}; found {describe(mask)}."
-            ) from None
+            pass
+        raise ArgumentError(
+            f"{dtypes.name_of(self)}: the mask must broadcast to the input "
+            f"{describe(x)}, and be of booleans; found {describe(mask)}."
+        )
 
     def _normalized(
         self,

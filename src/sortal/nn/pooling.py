@@ -16,6 +16,8 @@ from sortal.nn.dtypes import as_array
 
 Padding = str | Sequence[Any]
 
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
 
 def pool(
     inputs: Any,
@@ -60,7 +62,7 @@ def pool(
         )
     # Without a batch axis `reduce_window` has no derivative.
     lead = (1,) * max(n_batch, 1)
-    if not isinstance(padding, str):
+    if not isinstance(padding, str) or padding not in _PADDINGS:
         pairs = _pairs(padding, len(window))
         padding = (*((0, 0) for _ in lead), *pairs, (0, 0))
     y = lax.reduce_window(
@@ -85,6 +87,8 @@ def _per_axis(name: str, sizes: Any, n: int | None = None) -> tuple[int, ...]:
             f"pooling: {name} must have {n} entries, as window_shape has; found "
             f"{tuple(sizes)}."
         )
+    if min(sizes, default=1) < 1:
+        raise ArgumentError(f"pooling: {name} must be 1 or more; found {tuple(sizes)}.")
     return tuple(sizes)
 
 

@@ -122,7 +122,13 @@ class WeightNorm(Module):
         if use_scale:
             check_rngs(self, "scales", rngs)
             self.scales = {
-                path: Param(scale_init(_own_key(rngs, path), self._lengths(weight)))
+                path: Param(
+                    scale_init(
+                        _own_key(rngs, path),
+                        self._lengths(weight),
+                        jnp.promote_types(weight.dtype, jnp.float32),
+                    )
+                )
                 for path, weight in taken
             }
 
@@ -197,8 +203,8 @@ class SpectralNorm(Module):
       layer_instance: the layer; it is called.
       n_steps: steps of power iteration in a call; 0 does not change the weights.
       epsilon: added to squared lengths.
-      dtype: dtype of the weights; by default, the one that they and the statistics
-        promote to.
+      dtype: dtype to which the normalised weights are rounded; by default, the one that
+        they and the statistics promote to. The weights keep the dtype that they have.
       param_dtype: dtype of the initial statistics.
       error_on_non_matrix: whether a Param of more than two axes is an error.
       update_stats: whether calls keep what the power iteration found, in
@@ -303,4 +309,4 @@ class SpectralNorm(Module):
             kept_u[...] = u.astype(kept_u.dtype)
             kept_sigma[...] = sigma.astype(kept_sigma.dtype)
         dtype = dtypes.canonicalize_dtype(new, u, v, sigma, dtype=self.dtype)
-        weight[...] = jnp.asarray(new, dtype)
+        weight[...] = jnp.asarray(new, dtype).astype(weight.dtype)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from sortal._engine.variable import RngState, describe
 from sortal.errors import ArgumentError
@@ -92,7 +94,8 @@ class RNN(Module):
             ``time_major``.
           initial_carry: the carry before the first step; the cell's
             ``initialize_carry`` if absent.
-          seq_lengths: integers (*batch,): the rest of each sequence is padding, which
+          seq_lengths: integers (*batch,), from 0 to the number of steps, inside a
+            transform the nearest of these: the rest of each sequence is padding, which
             stays at the end when reversed and does not change the carry returned.
           return_carry: whether to return the last carry; the layer's own if absent.
           time_major: which axis is time; the layer's own if absent.
@@ -123,7 +126,8 @@ class RNN(Module):
         axis = 0 if time_major else n_batch
         step_shape = (*x.shape[:axis], *x.shape[axis + 1 :])
         if seq_lengths is not None:
-            seq_lengths = _checked_lengths(seq_lengths, step_shape[:n_batch])
+            batch, steps = step_shape[:n_batch], x.shape[axis]
+            seq_lengths = _checked_lengths(seq_lengths, batch, steps)
         flip = functools.partial(
             flip_sequences,
             seq_lengths=seq_lengths,
@@ -191,14 +195,21 @@ def _carry_stream(owner: str, rngs: Any) -> RngStream | None:
     )
 
 
-def _checked_lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
+def _checked_lengths(lengths: Any, batch: tuple[int, ...], steps: int) -> Any:
     lengths = jnp.asarray(lengths)
     if lengths.shape != batch or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ArgumentError(
             f"RNN: seq_lengths must be integers of the batch's shape {batch}; found "
             f"{describe(lengths)}."
         )
-    return lengths
+    if not isinstance(lengths, Tracer):
+        held = np.asarray(lengths)
+        if ((held < 0) | (held > steps)).any():
+            raise ArgumentError(
+                f"RNN: seq_lengths must be integers from 0 to {steps} for inputs of "
+                f"{steps} steps; found {held.tolist()}."
+            )
+    return jnp.clip(lengths, 0, steps)
 
 
 def _last_carry(carries: Any, initial: Any, lengths: Any) -> Any:

@@ -43,7 +43,7 @@ def rotary(x: Any, positions: Any, *, base: float = 10_000.0) -> jax.Array:
       [[ 1.   1. ]
        [-0.3  1.4]]
     """
-    positions = jnp.asarray(positions)
+    x, positions = jnp.asarray(x), jnp.asarray(positions)
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ArgumentError(
             "rotary takes (batch, length, heads, features) with an even number of "

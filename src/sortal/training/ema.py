@@ -6,6 +6,8 @@ from typing import Any, Never, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from sortal._engine.leaves import store_all
 from sortal._engine.marks import static
@@ -59,7 +61,7 @@ class EMA(Pytree):
 
     def __init__(self, model: Any, decay: Any, *, only: Any = ..., **_unknown: Never):
         refuse_unknown("EMA", _unknown)
-        if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
+        if not _is_share(decay):
             raise ArgumentError(
                 f"decay={decay!r} is not a share from 0 to 1. Write decay=0.999 to "
                 "keep all but a thousandth of the old average at each step."
@@ -130,15 +132,26 @@ class EMA(Pytree):
           The new model.
 
         Raises:
-          UpdateError: ``model`` lacks tracked leaves; all are listed.
+          UpdateError: ``model`` lacks tracked leaves, or has them in other shapes; all
+            are listed.
         """
         plan = bind(model)
         graphdef, schema = plan.graphdef, self.params.schema
         _check_paths(schema, graphdef.schema, wider=False)
-        leaves = graphdef.build_leaves(plan.leaves.snapshot())
+        values = plan.leaves.snapshot()
+        there = [values[graphdef.schema.index[path]] for path in schema.paths]
+        _check_shapes(schema, bind(self.params).leaves.values(), there)
+        leaves = graphdef.build_leaves(values)
         for path, variable in zip(schema.paths, bind(self.params).view(), strict=True):
             leaves[graphdef.schema.index[path]] = variable
         return graphdef.build(leaves)[0]
+
+
+def _is_share(decay: Any) -> bool:
+    if isinstance(decay, Tracer):
+        return True
+    number = isinstance(decay, (int, float, np.generic, np.ndarray, jax.Array))
+    return number and not np.ndim(decay) and 0 <= float(decay) <= 1
 
 
 def _tracked_leaves(model: Any, only: Any) -> State:

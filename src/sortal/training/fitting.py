@@ -61,6 +61,14 @@ def same_shape(p: Any, g: Any) -> bool:
     return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs)
 
 
+def is_gradient(p: Any, g: Any) -> bool:
+    """Whether a value can be a gradient: of the same shape, and real if that is."""
+    return same_shape(p, g) and not any(
+        jnp.iscomplexobj(b) and not jnp.iscomplexobj(a)
+        for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(g), strict=True)
+    )
+
+
 def check_dtypes(params: State, made_for: tuple[Any, ...]) -> None:
     """Refuses parameters of other dtypes than at the start."""
     rows = [

@@ -137,10 +137,10 @@ class Average(Metric):
                     f"a mask needs an array under {self.argname!r}; found the number "
                     f"{values!r}. Write jnp.asarray({self.argname}), or leave mask out."
                 )
-            self.total[...] += values
+            self.total[...] += float(values)
             self.count[...] += 1
         elif mask is None:
-            self.total[...] += _floating(values).sum()
+            self.total[...] += _sum(_floating(values))
             self.count[...] += values.size
         else:
             weights = _floating(_broadcast(mask, values))
@@ -148,8 +148,9 @@ class Average(Metric):
             whole = jnp.floor(weights)
             rest = self.fraction.value + (weights - whole).sum()
             more = jnp.floor(rest)
-            self.total[...] += (kept * weights).sum()
-            self.count[...] += whole.astype(jnp.int32).sum() + more.astype(jnp.int32)
+            self.total[...] += _sum(kept * weights)
+            self.count[...] += jnp.sum(whole.astype(jnp.int32), dtype=jnp.int32)
+            self.count[...] += more.astype(jnp.int32)
             self.fraction.value = (rest - more).astype(jnp.float32)
 
     def compute(self) -> jax.Array:
@@ -163,7 +164,13 @@ class Average(Metric):
 
 def _floating(values: Any) -> jax.Array:
     """In float32 or wider, in which sums are exact enough."""
-    return jnp.asarray(values, jnp.promote_types(values.dtype, jnp.float32))
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    """In float32, as metrics keep it, of values that may be wider."""
+    return values.sum().astype(jnp.float32)
 
 
 def _keyword(metric: Metric, name: str, kwargs: dict[str, Any]) -> Any:
@@ -267,17 +274,22 @@ class Welford(Metric):
                 "values[mask], or in a MultiMetric mask={name: mask} for the others."
             )
         values = _keyword(self, self.argname, kwargs)
-        # A number keeps its weak type, so that it does not widen the mean.
+        # A Python number has a weak type, so that it does not widen the mean.
         number = isinstance(values, (int, float))
         count = 1 if number else values.size
         if count == 0:
             return
-        array = None if number else _floating(values)
+        mean, variance = float(values) if number else None, 0.0
+        if mean is None:
+            array = _floating(values)
+            mean, variance = (
+                x.astype(jnp.float32) for x in (array.mean(), array.var())
+            )
         before = self.count.value
         self.count[...] += count
-        delta = (values if array is None else array.mean()) - self.mean.value
+        delta = mean - self.mean.value
         self.mean[...] += delta * count / self.count.value
-        inner = 0.0 if array is None else array.var() * count
+        inner = variance * count
         self.m2[...] += inner + delta * delta * count * before / self.count.value
 
     def compute(self) -> Statistics:

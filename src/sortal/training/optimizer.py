@@ -47,10 +47,10 @@ from sortal.training.fitting import (
     dtype,
     dtypes,
     is_array,
+    is_gradient,
     is_leaf,
     odd_shapes,
     placed_like,
-    same_shape,
 )
 
 
@@ -167,9 +167,10 @@ class Optimizer(Pytree):
 
         Raises:
           ArgumentError: ``grads`` is neither a State nor a nested dict.
-          OptimizerError: gradients are missing, unknown or of the wrong shape, or the
-            model's trainable leaves are others than at the start or have another shape
-            or dtype; all are listed and nothing is changed.
+          OptimizerError: gradients are missing, unknown, of the wrong shape or complex
+            where the parameter is real, or the model's trainable leaves are others than
+            at the start or have another shape or dtype; all are listed and nothing is
+            changed.
           TraceError: the model or this optimizer belongs to another trace than the
             current one; nothing is changed.
         """
@@ -427,12 +428,12 @@ def _gradients(grads: Any, params: State) -> State:
         for i, (p, g) in enumerate(
             zip(params.values_list(), given.values_list(), strict=True)
         )
-        if not same_shape(p, g)
+        if not is_gradient(p, g)
     ]
     if bad:
         raise OptimizerError(
-            "gradients must have the shapes of their parameters; found:\n"
-            + listing(bad)
+            "gradients must have the shapes of their parameters, and be real where "
+            f"these are; found:\n{listing(bad)}"
         )
     return given
 

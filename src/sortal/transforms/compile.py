@@ -261,7 +261,8 @@ def jit(
     that are returned are the very objects passed in; Variables shared by several
     arguments are one inside; new attributes and replaced modules are carried over. An
     exception leaves everything as it was. As in JAX, what the function closes over is a
-    constant: pass each model as an argument, or later values of it are not seen.
+    constant, and so is a model that is a static argument: pass each as an argument that
+    is not static, or later values of it are not seen.
 
     Args:
       fun: the function; without it a decorator is returned.

@@ -382,3 +382,44 @@ def test_what_is_nothing_known_says_what_is(tmp_path):
         open_arrays(tmp_path / "no")
     with pytest.raises(NoCheckpointError, match="is nothing that Sortal can read: a"):
         open_arrays(tmp_path)
+
+
+def test_arrays_of_gguf_are_those_that_were_written_and_quantised_ones_refused(
+    tmp_path,
+):
+    gguf = pytest.importorskip("gguf")
+    x = np.linspace(-1, 1, 64).reshape(2, 32)
+    given = {
+        "f64": x,
+        "f32": x.astype(np.float32),
+        "f16": x.astype(np.float16),
+        "bf16": x.astype(ml_dtypes.bfloat16),
+        "i32": np.arange(6, dtype=np.int32).reshape(1, 2, 3),
+    }
+    path, writer = tmp_path / "x.gguf", gguf.GGUFWriter(tmp_path / "x.gguf", "test")
+    for name, value in given.items():
+        if name == "bf16":
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, value.view(np.uint8), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    quantised = gguf.quantize(given["f32"], kind)
+    writer.add_tensor("blk.0.q", quantised, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = load_arrays(path, only=~nnx.At("blk.**"))
+    assert set(found) == set(given)
+    for name, value in given.items():
+        assert found[name].dtype == value.dtype
+        assert np.array_equal(found[name], value)
+    with pytest.raises(RestoreError, match=r"quantised.*\n.*blk\.0\.q: q8_0"):
+        load_arrays(path)
+    model = {"bf16": nnx.Param(jnp.zeros((2, 32), jnp.bfloat16))}
+    assert restore_from(path, model, partial=True) == (("bf16",),)
+    assert np.array_equal(model["bf16"].value, given["bf16"])
+    blk = {"blk": [{"q": nnx.Param(jnp.zeros((2, 68), jnp.uint8))}]}
+    with pytest.raises(RestoreError, match=r"q8_0"):
+        restore_from(path, blk, partial=True)

@@ -109,8 +109,9 @@ def load_arrays(
     """Reads the arrays of a file of another library as a State.
 
     Args:
-      path: a file ``.safetensors`` or ``.npz``, a checkpoint of Orbax, or a folder of
-        Hugging Face. The name of one of several items of Orbax comes first in paths.
+      path: a file ``.safetensors``, ``.npz`` or ``.gguf``, a checkpoint of Orbax, or a
+        folder of Hugging Face. The name of one of several items of Orbax comes first
+        in paths.
       names: globs of paths in the model to globs of names in the file; see
         ``restore_from``.
       only: a filter of paths; other arrays are not read.
@@ -123,7 +124,8 @@ def load_arrays(
         Sortal; or ``names`` has another form.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
-      RestoreError: ``only`` takes nothing, or looks at values.
+      RestoreError: ``only`` takes nothing, looks at values, or takes arrays that are
+        quantised.
 
     Example:
       >>> import tempfile, numpy as np
@@ -137,6 +139,13 @@ def load_arrays(
     opened = open_arrays(path)
     renamed = list(_renamed(opened.entries, names, str(path)))
     chosen = _taken(only, renamed, str(path))
+    taken = [renamed[i] for i in chosen]
+    if opened.format == "gguf" and (odd := list(filter(gguf.is_quantised, taken))):
+        raise RestoreError(
+            f"arrays of {path} are quantised, and are not read:\n"
+            f"{listing(f'{dotted(e.name)}: {e.dtype}' for e in odd)}\n"
+            "Leave them out with only=."
+        )
     values = _values(opened, chosen, names)
     return State.from_flat_path(
         (renamed[i].name, x) for i, x in zip(chosen, values, strict=True)
@@ -184,7 +193,7 @@ def restore_from(
     As strict as ``restore``. Kinds are those of the model; other formats have none.
 
     Args:
-      path: a file ``.safetensors`` or ``.npz``, or a checkpoint of Orbax.
+      path: a file ``.safetensors``, ``.npz`` or ``.gguf``, or a checkpoint of Orbax.
       root: a Module, or a container of Modules, Variables and arrays.
       names: globs of paths in the model to globs of names in the file, such as
         ``{"layers.*.kernel": ("model.layers.*.weight", (1, 0))}``; the numbers are the
