@@ -1,11 +1,25 @@
 """What every test shares: the device, and how examples are generated."""
 
+import atexit
 import gc
 import itertools
 import os
+import shutil
+import tempfile
 
 # Read once, when JAX is imported; an accelerator is asked for by naming it outside.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# At least a quarter of all programs is compiled more than once: by several workers, in
+# processes that tests start, for new functions that say the same. JAX knows a program by
+# its code, its options and its own version, and so need not compile it again. A folder
+# that is named outside keeps the programs for the next run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="sortal-tests-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
@@ -16,6 +30,9 @@ collect_ignore_glob = ["data/*"]
 
 # Meshes and replicas need several devices, also where there is one.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A program runs once or twice here, so that it costs more to compile than to run.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # The first call of anything compiles, so no example has a typical duration. A failure
 # in continuous integration must come back on the next run; at home, new examples.
@@ -35,34 +52,6 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)
 
 
-def _quick(item):
-    """Whether a test is content with slow code: an example shows few digits."""
-    names = getattr(item, "fixturenames", ())
-    return isinstance(item, pytest.DoctestItem) or "compiled_quickly" in names
-
-
-def pytest_collection_modifyitems(items):
-    """Puts what is compiled quickly first: its programs are not those of the rest."""
-    items.sort(key=lambda item: not _quick(item))
-
-
-class _Optimizations:
-    """Compiles each test as it asks; a plugin, for examples outside of this folder."""
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item):
-        name, quick = "jax_disable_most_optimizations", _quick(item)
-        if jax.config.read(name) == quick:
-            return
-        jax.config.update(name, quick)
-        if not quick:
-            jax.clear_caches()  # or bits of programs compiled so would be compared
-
-
-def pytest_configure(config):
-    config.pluginmanager.register(_Optimizations())
-
-
 _modules = itertools.count(1)
 
 
@@ -74,11 +63,3 @@ def collected():
         jax.clear_caches()
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """Asks for slow code that is compiled fast, where what is computed is tested.
-
-    Not for tests that compare bits of programs that are compiled differently.
-    """

@@ -20,7 +20,6 @@ from benchmarks.report import Row, Table, number, timed_row
 from benchmarks.targets import check
 from benchmarks.timing import Effort, Timing, compare
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TINY = Effort(repeats=1, seconds=0.0, warmup=0)
 FOUND, _ = peers.load()
 

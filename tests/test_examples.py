@@ -22,7 +22,6 @@ import sortal
 from sortal.demo import digits
 from swapped import LIBRARIES, OURS, THEIRS, load
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNT = EXAMPLES / "state_filter_count.py"
 

@@ -12,8 +12,6 @@ import sortal
 from sortal.demo import digits
 from sortal.inspect import cli
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def options(*words: str):
     return digits.parse(list(words))

@@ -13,7 +13,6 @@ from learn.mistakes import MISTAKES
 from sortal.learn import judge, lessons
 from sortal.learn.lesson import HEADINGS, Lesson
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CASES = [
     pytest.param(lesson, pitfall, edits, id=f"{lesson.name}-{i}")
     for lesson in lessons()

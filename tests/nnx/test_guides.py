@@ -27,8 +27,6 @@ GUIDES = [
     systems.bridge,
 ]
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def plain(x: Any) -> Any:
     """Output as numbers, texts and containers of them."""

@@ -14,7 +14,6 @@ import sortal
 MESH = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 ROWS = {sortal.At("**.kernel"): sortal.Rule(spec=P("d"))}
 SHAPE = (16, 24)
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def masked():

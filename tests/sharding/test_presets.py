@@ -49,7 +49,6 @@ COLLECTIVES = {
     "tensor_parallel": {"all-reduce"},
     "fsdp_tensor_parallel": {"all-reduce", "all-gather"},
 }
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def mesh_of(sizes):
@@ -99,7 +98,7 @@ KINDS = {"transformer": (transformer, text_loss), "digits": (digits, image_loss)
 
 
 @pytest.fixture(scope="module")
-def alone(compiled_quickly):
+def alone():
     """The losses of one device."""
     found = {}
     for name, (make, loss) in KINDS.items():
