@@ -11,8 +11,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # At least a quarter of all programs is compiled more than once: by several workers, in
-# processes that tests start, for new functions that say the same. JAX knows a program by
-# its code, its options and its own version, and so need not compile it again. A folder
+# processes that tests start, for new functions that say the same. JAX knows a program
+# by its code, its options and its own version, and need not compile it again. A folder
 # that is named outside keeps the programs for the next run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="sortal-tests-")
