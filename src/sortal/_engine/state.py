@@ -438,7 +438,8 @@ class FlatState(tuple):
     """Pairs of path and leaf, in order; ``dict(flat)`` gives a mapping by path.
 
     Args:
-      iterable: pairs of path (tuple) and leaf.
+      pairs: pairs of path (tuple) and leaf.
+      sort: whether to put them into the order of a State.
 
     Example:
       >>> import sortal as nnx
@@ -447,6 +448,10 @@ class FlatState(tuple):
     """
 
     __slots__ = ()
+
+    def __new__(cls, pairs: Iterable[tuple[Path, Any]] = (), /, *, sort: bool = False):
+        pairs = State.from_flat_path(pairs).flat_state() if sort else pairs
+        return super().__new__(cls, pairs)
 
     @property
     def paths(self) -> tuple[Path, ...]:
