@@ -110,6 +110,11 @@ def metadata_that_is_not_there(lib: Any) -> Any:
     lib.Param(1).get_metadata("zz")
 
 
+@refused(TypeError, "default")
+def a_default_for_all_metadata(lib: Any) -> Any:
+    lib.Param(1).get_metadata(default=3)
+
+
 @refused(NotImplementedError, r"variable\[\.\.\.\] \+= x")
 def an_operator_in_place(lib: Any) -> Any:
     v = lib.Param(jnp.ones(2))
@@ -287,6 +292,93 @@ def shardings_given_as_a_state(lib: Any) -> Any:
         out_specs=PartitionSpec(None, "model"),
     )(layer, jnp.ones((1, 2)))
     return [list(out.sharding.spec), out]
+
+
+class Changes:
+    """A function that changes a statistic, with a pull-back that hands its part on."""
+
+    @staticmethod
+    def model(lib: Any) -> Any:
+        class Model(lib.Module):
+            def __init__(self) -> None:
+                self.x = lib.Param(jnp.array(1.0))
+                self.z = lib.BatchStat(jnp.array(3.0))
+
+        return Model()
+
+    @staticmethod
+    def change(m: Any) -> Any:
+        m.z[...] = m.z[...] * m.x[...]
+        if hasattr(m, "n"):
+            m.n[...] += 1
+        return jnp.sin(m.x[...])
+
+
+@alike
+def what_is_changed_has_a_part_in_the_gradients_of_inputs(lib: Any) -> Any:
+    f = lib.custom_vjp(Changes.change)
+
+    def bwd(residuals: Any, g: Any) -> Any:
+        cos, z = residuals
+        (m_g,), out_g = g
+        m_g["x"][...] = cos * out_g + m_g["z"][...] * z
+        return (m_g,)
+
+    f.defvjp(lambda m: (f(m), (jnp.cos(m.x[...]), m.z[...] / m.x[...])), bwd)
+
+    def loss(m: Any) -> Any:
+        return f(m) + 5 * m.z[...]
+
+    m = Changes.model(lib)
+    m.n = lib.BatchStat(jnp.array(0))
+    return lib.to_pure_dict(lib.grad(loss)(m)), m.z[...], m.n[...]
+
+
+@alike
+def what_is_changed_in_a_dict_has_a_part_too(lib: Any) -> Any:
+    f = lib.custom_vjp(lambda d, x: Changes.change(d["m"]) * x)
+
+    def bwd(residuals: Any, g: Any) -> Any:
+        cos, z = residuals
+        (d_g, x_g), out_g = g
+        assert x_g is None
+        m_g = d_g["m"]
+        m_g["x"][...] = cos * out_g + m_g["z"][...] * z
+        return d_g, out_g
+
+    def fwd(d: Any, x: Any) -> Any:
+        out = f(d, x)
+        m = d["m"]
+        return out, (jnp.cos(m.x[...]), m.z[...] / m.x[...])
+
+    f.defvjp(fwd, bwd)
+
+    def loss(m: Any) -> Any:
+        return f({"m": m}, jnp.array(2.0)) + 5 * m.z[...]
+
+    m = Changes.model(lib)
+    return lib.to_pure_dict(lib.grad(loss)(m)), m.z[...]
+
+
+@alike
+def what_is_changed_has_a_part_in_updates_g(lib: Any) -> Any:
+    f = lib.custom_vjp(Changes.change, graph_updates=False)
+
+    def bwd(residuals: Any, g: Any, *, updates_g: Any) -> Any:
+        cos, m = residuals
+        (m_g,) = updates_g
+        found = m_g.z[...]
+        m_g = lib.clone(m)
+        m_g.x[...] = cos * g + found
+        return (m_g,)
+
+    f.defvjp(lambda m: (f(m), (jnp.cos(m.x[...]), m)), bwd)
+
+    def loss(m: Any) -> Any:
+        return f(m) + 5 * m.z[...]
+
+    m = Changes.model(lib)
+    return lib.grad(loss, graph_updates=False)(m).x[...], m.z[...]
 
 
 # ---------------------------------------------------------------------------- training
