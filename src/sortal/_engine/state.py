@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from sortal._engine.foreign import note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
 from sortal._engine.nested import Layout, empty_node, equal, flatten, nest, ordered
@@ -589,3 +590,5 @@ jax.tree_util.register_pytree_node(
     lambda flat: (flat.leaves, flat.paths),
     lambda paths, leaves: FlatState(zip(paths, leaves, strict=True)),
 )
+for _class in (State, FlatState):
+    note_class(_class)

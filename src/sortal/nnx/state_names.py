@@ -1,14 +1,15 @@
 """Names that only NNX code uses of a State and its flat form.
 
-The functions of this package return the classes of ``sortal``, so the import of
-``sortal.nnx`` adds the names to them.
+Functions of ``sortal`` return these classes, so the names are added to them: at the
+import of ``sortal.nnx``, or when the file that has the classes is imported later.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from sortal._engine.state import FlatState, State
+from sortal._engine.foreign import watch_classes
 
 
 def _flat(states: Any) -> Any:
@@ -47,8 +48,8 @@ class FlatNames:
         """
         return _flat(self.to_nested_state().filter(*filters))
 
-    @staticmethod
-    def merge(*flat_states: Any) -> FlatState:
+    @classmethod
+    def merge(cls: Any, *flat_states: Any) -> Any:
         """One FlatState of all pairs; where two have the same path the later wins.
 
         Args:
@@ -58,10 +59,10 @@ class FlatNames:
           The new FlatState.
         """
         pairs = dict(pair for flat in flat_states for pair in flat)
-        return FlatState(pairs.items(), sort=True)
+        return cls(pairs.items(), sort=True)
 
     @classmethod
-    def from_sorted_keys_values(cls: Any, keys: Any, values: Any) -> FlatState:
+    def from_sorted_keys_values(cls: Any, keys: Any, values: Any) -> Any:
         """The FlatState of paths and leaves that are in order.
 
         Args:
@@ -83,11 +84,19 @@ class StateNames:
     def raw_mapping(self: Any) -> dict:
         """Nested dicts of the leaves."""
         return {
-            k: x.raw_mapping if isinstance(x, State) else x for k, x in self.items()
+            k: x.raw_mapping if type(x) is type(self) else x for k, x in self.items()
         }
 
 
-for _kind, _names in ((FlatState, FlatNames), (State, StateNames)):
-    for _name, _member in vars(_names).items():
-        if not _name.startswith("_"):
-            setattr(_kind, _name, _member)
+def _name(cls: Any) -> None:
+    home = sys.modules.get("sortal._engine.state")
+    for its_name, names in (("FlatState", FlatNames), ("State", StateNames)):
+        if cls is getattr(home, its_name, None):
+            for name, member in vars(names).items():
+                if not name.startswith("_"):
+                    setattr(cls, name, member)
+
+
+watch_classes(_name)
+for _class in ("FlatState", "State"):
+    _name(getattr(sys.modules.get("sortal._engine.state"), _class, sys))
