@@ -206,7 +206,7 @@ def test_split_lists_every_leaf_left_over_and_proposes_the_rest() -> None:
     with untouched(model), pytest.raises(FilterError) as e:
         sortal.split(model, Param)
     text = str(e.value)
-    assert "the filters Param leave 2 leaves over" in text
+    assert "Non-exhaustive filters: Param leave 2 leaves over" in text
     assert "calls (Count)" in text
     assert "norm.mean (BatchStat)" in text
     assert "or ... as the last one" in text

@@ -421,7 +421,7 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
     ),
     (
         adding_to_a_variable,
-        errors.VariableError,
+        errors.InPlaceError,
         ("in the place of a Param.", "Write variable[...] += x."),
     ),
     (
@@ -542,7 +542,7 @@ PRIVATE = re.compile(
 def message_of(mistake: Callable[[], None], error: type[Exception]) -> str:
     with pytest.raises(error) as found:
         mistake()
-    assert type(found.value) is error
+    assert type(found.value) is type(error("an example"))
     return str(found.value)
 
 

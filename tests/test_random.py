@@ -141,7 +141,7 @@ def test_a_missing_stream_without_default_names_those_there_are() -> None:
     rngs = sortal.Rngs(params=0, noise=1)
     with pytest.raises(RngAttributeError) as e:
         rngs.dropout()
-    assert "no stream 'dropout'" in str(e.value)
+    assert "No RngStream named 'dropout'" in str(e.value)
     assert "there is params, noise" in str(e.value)
     assert "Rngs(dropout=seed)" in str(e.value)
     with pytest.raises(RngError, match="there is none"):

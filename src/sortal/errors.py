@@ -20,16 +20,22 @@ class SortalError(Exception):
     """
 
 
-class ArgumentError(SortalError, ValueError):
-    """An argument has a value that the function cannot work with."""
+class ArgumentError(SortalError, ValueError, TypeError):
+    """An argument is missing, or of a kind or value the function cannot work with."""
 
 
-class VariableError(SortalError, TypeError):
+class VariableError(SortalError, TypeError, ValueError):
     """A Variable was built or used in a way that would lose its kind or value."""
 
 
-class VariableAttributeError(SortalError, AttributeError):
+class InPlaceError(VariableError, NotImplementedError):
+    """An operator such as ``+=`` would put an array in the place of a Variable."""
+
+
+class VariableAttributeError(SortalError, AttributeError, KeyError):
     """A name that neither a Variable, its metadata nor its value has."""
+
+    __str__ = SortalError.__str__
 
 
 class TraceError(SortalError, ValueError):
@@ -44,7 +50,7 @@ class RetraceError(SortalError, RuntimeError):
     """A function that was to be compiled once was traced again."""
 
 
-class StructureError(SortalError, ValueError):
+class StructureError(SortalError, ValueError, TypeError):
     """An object cannot be described as a graph of nodes, leaves and statics."""
 
 
@@ -64,7 +70,7 @@ class UpdateError(SortalError, ValueError):
     """The leaves given to ``update`` do not fit the model; nothing was changed."""
 
 
-class PathError(SortalError, KeyError):
+class PathError(SortalError, KeyError, ValueError):
     """A path or key that a State does not have."""
 
     def __str__(self) -> str:

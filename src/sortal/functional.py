@@ -380,6 +380,9 @@ def clone(
     Returns:
       The new model.
 
+    Raises:
+      ArgumentError: the Variables are shared, and their arrays are to be copied.
+
     Example:
       >>> import sortal as nnx
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -387,6 +390,11 @@ def clone(
       False
     """
     refuse_unknown("clone", _unknown)
+    if arrays and not variables:
+        raise ArgumentError(
+            "clone(variables=False, arrays=True): Variables that are shared have one "
+            "array. Leave out variables=False, or arrays=True."
+        )
     plan = bind(node)
     if not variables:
         return plan.graphdef.build(plan.view())[0]

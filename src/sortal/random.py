@@ -197,7 +197,7 @@ class Rngs(_Draws, Pytree):
         if name.startswith("__"):
             raise AttributeError(name)
         raise RngAttributeError(
-            f"no stream {name!r}, and no default to stand in for it; there is "
+            f"No RngStream named {name!r}, and no default to stand in for it; there is "
             f"{', '.join(self) or 'none'}. Write Rngs(seed, ...) for a default, or "
             f"Rngs({name}=seed)."
         )

@@ -381,12 +381,12 @@ def leftover(*literals: Any) -> str:
 
 def test_leaves_left_over_are_all_listed_with_kinds_and_the_remedy():
     assert leftover(Param) == (
-        "the filters Param leave 2 leaves over:\n"
+        "Non-exhaustive filters: Param leave 2 leaves over:\n"
         "  head.mean (BatchStat)\n"
         "  table (unlabelled array)\n"
         "Add a filter for them, or ... as the last one."
     )
-    assert "the filters Variable leave 1 leaf over:\n  table" in leftover(
+    assert "Non-exhaustive filters: Variable leave 1 leaf over:\n  table" in leftover(
         sortal.Variable
     )
     check_exhaustive(SCHEMA, (...,), ())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sortal.errors import ArgumentError
+
 _ABSENT: Any = object()
 
 
@@ -32,6 +34,9 @@ def data(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -> 
     Returns:
       What to assign to the attribute, or the dataclass field.
 
+    Raises:
+      ArgumentError: a value and options of a field, or metadata that says ``static``.
+
     Example:
       >>> import jax
       >>> from sortal import nnx
@@ -55,6 +60,9 @@ def static(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -
     Returns:
       What to assign to the attribute, or the dataclass field.
 
+    Raises:
+      ArgumentError: a value and options of a field, or metadata that says ``static``.
+
     Example:
       >>> from sortal import nnx
       >>> class Scale(nnx.Module):
@@ -67,9 +75,19 @@ def static(value: Any = _ABSENT, /, *, default: Any = _ABSENT, **options: Any) -
 
 
 def _mark(role: str, value: Any, default: Any, options: dict[str, Any]) -> Any:
-    if value is not _ABSENT:
-        return Marked(role, value)
     if default is not _ABSENT:
         options["default"] = default
+    if value is not _ABSENT:
+        if options:
+            raise ArgumentError(
+                f"{role} takes a value, or the options of a dataclass field, but not "
+                f"both; found a value and {', '.join(options)}."
+            )
+        return Marked(role, value)
     metadata = {**options.pop("metadata", {}), "role": role}
+    if "static" in metadata:
+        raise ArgumentError(
+            f"the metadata of {role} has 'static', which {role} itself says; leave it "
+            "out."
+        )
     return dataclasses.field(**options, metadata=metadata)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sortal._engine.stale import READING, is_gone, refuse_gone
-from sortal.errors import VariableError
+from sortal.errors import InPlaceError
 
 
 class ArrayOperators:
@@ -124,7 +124,7 @@ def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayOperators], Any]:
 
 def _in_place(symbol: str) -> Callable[..., Any]:
     def in_place(self: ArrayOperators, other: Any) -> Any:
-        raise VariableError(
+        raise InPlaceError(
             f"variable {symbol} x would put a plain array in the place of a "
             f"{type(self).__name__}. Write variable[...] {symbol} x."
         )

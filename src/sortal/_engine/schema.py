@@ -292,7 +292,7 @@ def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> No
         if any(text.startswith(f"{literal}.") for text in texts)
     ]
     raise FilterError(
-        f"the filters {', '.join(map(repr, filters))} leave {len(rest)} "
+        f"Non-exhaustive filters: {', '.join(map(repr, filters))} leave {len(rest)} "
         f"{'leaf' if len(rest) == 1 else 'leaves'} over:\n"
         + listing(schema.describe(i) for i in rest)
         + "\nAdd a filter for them, or ... as the last one."

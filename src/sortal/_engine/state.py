@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from sortal._engine.foreign import note_class
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
 from sortal._engine.nested import Layout, empty_node, equal, flatten, nest, ordered
@@ -438,7 +439,8 @@ class FlatState(tuple):
     """Pairs of path and leaf, in order; ``dict(flat)`` gives a mapping by path.
 
     Args:
-      iterable: pairs of path (tuple) and leaf.
+      pairs: pairs of path (tuple) and leaf.
+      sort: whether to put them into the order of a State.
 
     Example:
       >>> import sortal as nnx
@@ -447,6 +449,10 @@ class FlatState(tuple):
     """
 
     __slots__ = ()
+
+    def __new__(cls, pairs: Iterable[tuple[Path, Any]] = (), /, *, sort: bool = False):
+        pairs = State.from_flat_path(pairs).flat_state() if sort else pairs
+        return super().__new__(cls, pairs)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -584,3 +590,5 @@ jax.tree_util.register_pytree_node(
     lambda flat: (flat.leaves, flat.paths),
     lambda paths, leaves: FlatState(zip(paths, leaves, strict=True)),
 )
+for _class in (State, FlatState):
+    note_class(_class)

@@ -201,8 +201,14 @@ class Variable(ArrayOperators, Generic[A]):
 
         Raises:
           VariableAttributeError: no such entry, and no default.
+          VariableError: a default, but no name.
         """
         if name is None:
+            if default is not _MISSING:
+                raise VariableError(
+                    "get_metadata(default=...) without a name returns all entries, and "
+                    "never the default. Pass the name."
+                )
             return dict(self._metadata)
         if name in self._metadata:
             return self._metadata[name]

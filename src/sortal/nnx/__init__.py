@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 import sortal as _sortal
 from sortal import _late as _late
 from sortal import _nnx_names as _names
+from sortal.nnx import flax_errors as _flax_errors
 from sortal.nnx import old_names as _old_names
+from sortal.nnx import state_names as _state_names
 
 if _TYPE_CHECKING:
     from sortal import *  # noqa: F403

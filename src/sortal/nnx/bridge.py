@@ -1,6 +1,7 @@
 """Flax Linen modules in models and models in Linen, by NNX's module name."""
 
 import functools as _functools
+import sys
 from typing import Any
 
 from sortal._engine.annotations import with_partitioning as with_partitioning
@@ -56,6 +57,8 @@ def __getattr__(name: str) -> Any:
         return linen.linen_class()
     if name == "NNXMeta":
         return _collections.variable_box()
+    if name == "wrappers":  # in Flax the file that these names are in
+        return sys.modules[__name__]
     if name in ABSENT:
         raise AttributeError(f"nnx.bridge has no {name}: {ABSENT[name]}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

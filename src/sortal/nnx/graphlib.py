@@ -35,6 +35,7 @@ from sortal.nnx.partial import cached_partial as cached_partial
 from sortal.nnx.statelib import map_state as map_state
 from sortal.nnx.walks import as_pure as as_pure
 from sortal.nnx.walks import find_duplicates as find_duplicates
+from sortal.nnx.walks import iter_graph as iter_graph
 from sortal.nnx.walks import iter_module_children as iter_module_children
 from sortal.nnx.walks import map as map
 from sortal.nnx.walks import pure as pure
@@ -52,7 +53,6 @@ _verb = ignoring("graph")
 
 clone = _verb(functional.clone)
 graphdef = _verb(functional.graphdef)
-iter_graph = _verb(functional.iter_graph)
 state = _verb(functional.state)
 variables = _verb(functional.variables)
 

@@ -8,12 +8,18 @@ error, or an attribute of the value or the metadata.
 from __future__ import annotations
 
 import builtins
+import copy
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-from sortal._engine.variable import Variable
+from sortal._engine.foreign import watch_classes
+from sortal._engine.statics import EMPTY
+from sortal._engine.variable import Variable, make
 from sortal.errors import VariableError
 from sortal.nnx import annotated as annotated
 from sortal.nnx.keywords import ignoring
+from sortal.sharding.mesh_axes import placed
 
 
 class OldNames:
@@ -66,6 +72,45 @@ class OldNames:
         if other._metadata is not self._metadata:
             self.set_metadata(dict(other._metadata))
 
+    def update_from_state(self: Any, variable_state: Any) -> None:
+        """Takes over the value and the metadata of a Variable of any kind.
+
+        Args:
+          variable_state: the Variable; it is left alone.
+
+        Raises:
+          TraceError: this Variable belongs to another trace than the current one.
+        """
+        self.set_raw_value(variable_state.get_raw_value())
+        self.set_metadata(dict(variable_state._metadata))
+
+    @classmethod
+    def from_metadata(cls: Any, value: Any, attributes: Mapping[str, Any]) -> Any:
+        """A Variable of this kind, made without ``create_value``.
+
+        Args:
+          value: its value.
+          attributes: its metadata.
+
+        Returns:
+          The Variable.
+
+        Raises:
+          VariableError: the metadata has a hook, or cannot be hashed.
+        """
+        return make(cls, value, EMPTY).replace(value, **attributes)
+
+    def create_value(self, value: Any) -> Any:
+        """What a new Variable holds of a value; for kinds to define.
+
+        Args:
+          value: what the Variable is made with.
+
+        Returns:
+          The value to hold.
+        """
+        return value
+
     def to_state(self: Any) -> Any:
         """A new Variable of the same kind, value and metadata."""
         return self.replace()
@@ -76,12 +121,50 @@ class OldNames:
         return builtins.type(self)
 
     @property
+    def var_type(self) -> builtins.type:
+        """The kind."""
+        return builtins.type(self)
+
+    @property
+    def hijax(self) -> bool:
+        """False: no Variable is an object of JAX's own."""
+        return False
+
+    @property
+    def ref(self) -> bool:
+        """False: a Variable holds its value itself."""
+        return False
+
+    @property
     def sharding_names(self: Any) -> Any:
         """The names of the axes: the metadata ``out_sharding``, or None."""
         return self._metadata.get("out_sharding")
 
 
+def _delete_entry(self: Any, key: Any) -> None:
+    value = copy.copy(self.get_value())
+    del value[key]
+    self.set_value(value)
+
+
+def _creates(cls: Any) -> None:
+    """Has a kind that defines ``create_value`` be asked when one is made."""
+    if "create_value" not in vars(cls) or not issubclass(cls, Variable):
+        return
+    if any("create_value" in vars(k) for k in cls.__mro__[1:] if k is not Variable):
+        return  # its base asks
+    first = cls.__init__
+
+    @functools.wraps(first)
+    def init(self: Any, *args: Any, **metadata: Any) -> None:
+        first(self, *args, **metadata)
+        self._cell[0] = placed(self.create_value(self._value), self._metadata)
+
+    cls.__init__ = init
+
+
 def _attach(kind: Any) -> None:
+    kind.__delitem__ = _delete_entry
     for name, member in vars(OldNames).items():
         if not name.startswith("_"):
             setattr(kind, name, member)
@@ -89,3 +172,4 @@ def _attach(kind: Any) -> None:
 
 
 _attach(Variable)
+watch_classes(_creates)

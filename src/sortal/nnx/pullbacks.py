@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,27 +10,34 @@ import jax
 import jax.numpy as jnp
 
 from sortal._engine.state import State
+from sortal._engine.statics import EMPTY
+from sortal._engine.variable import Variable, make
 from sortal.filters import Any_
 from sortal.nnx.gradients import variables_for_states
 from sortal.nnx.modes import set_graph_mode, set_graph_updates
 from sortal.transforms import custom
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
+from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.autodiff import DiffState, FlatCall
+from sortal.transforms.derivatives import bare
 
 
 class CustomVJP(custom.CustomVJP):
     """A function whose pull-back is given gradients of inputs and of the output."""
 
-    def cotangent(self, call: Any, out: Any) -> Any:
-        """A pair: for each input the State of its gradient so far, and the output's.
+    def pull_back(self, call: Any, bwd: Any, before: Any, result: Any) -> Any:
+        """Calls ``bwd`` with a pair: the gradients so far of inputs, and the output's.
 
         Args:
           call: the call of the function.
-          out: the cotangent of the output.
+          bwd: the rule.
+          before: the arguments not differentiated by, and the residuals.
+          result: the cotangents of the output and of what the call wrote.
 
         Returns:
-          The pair.
+          What ``bwd`` returns, without what is not differentiated by.
         """
+        changed = _changed(call, result)
         # Also what a DiffState leaves out, which `bwd` deletes.
         filters, _ = self.roles(len(call.bound.args))
         whole = {i: Any_(custom.INEXACT, x) for i, x in filters.items()}
@@ -37,14 +45,82 @@ class CustomVJP(custom.CustomVJP):
         chosen = FlatCall(call.bound, by).chosen
         zeros = [jnp.zeros(x.shape, x.dtype) for x in chosen.types.values()]
         trees = chosen.trees(zeros)
+        args = [call.bound.args[i] for i in call.moving]
+        inputs = [
+            _each(arg, lambda n, x: _with(x, changed.get(n, {})), tree)
+            for arg, tree in zip(args, trees, strict=True)
+        ]
+        given = bwd(*before, (tuple(variables_for_states(inputs)), bare(result.out)))
+        if not isinstance(given, tuple | list) or len(given) != len(trees):
+            return given  # which is refused by whoever asked
+        return [
+            _each(arg, lambda n, x, own: _without(x, changed.get(n, {}), own), x, tree)
+            for arg, x, tree in zip(args, given, trees, strict=True)
+        ]
 
-        def only_states(x: Any) -> Any:
-            return x if isinstance(x, State) else None
 
-        inputs = jax.tree.map(
-            only_states, trees, is_leaf=lambda x: isinstance(x, State)
-        )
-        return tuple(variables_for_states(inputs)), out
+class TreeCustomVJP(custom.CustomVJP):
+    """A function whose pull-back may take what the function changed by keyword."""
+
+    def pull_back(self, call: Any, bwd: Any, before: Any, result: Any) -> Any:
+        """Calls ``bwd``, with ``updates_g`` where it takes that.
+
+        Args:
+          call: the call of the function.
+          bwd: the rule.
+          before: the arguments not differentiated by, and the residuals.
+          result: the cotangents of the output and of what the call wrote.
+
+        Returns:
+          What ``bwd`` returns.
+        """
+        if "updates_g" not in inspect.signature(bwd).parameters:
+            return super().pull_back(call, bwd, before, result)
+        changed = _changed(call, result)
+        states = {n: State.from_flat_path(found) for n, found in changed.items()}
+        updates = tuple(_each(x, states.get) for x in call.bound.args)
+        return bwd(*before, bare(result.out), updates_g=updates)
+
+
+def _changed(call: Any, result: Any) -> dict[int, dict[Any, Any]]:
+    """By root and path, cotangents of what the call wrote, as Variables."""
+    found: dict[int, dict[Any, Any]] = {}
+    for k, value in zip(result.effects.written, result.values, strict=True):
+        root, j = call.bound.alias_map.leaf_at[k]
+        schema = call.bound.plans[root].graphdef.schema
+        if jnp.issubdtype(getattr(value, "dtype", int), jnp.inexact):
+            leaf = make(schema.kinds[j] or Variable, value, EMPTY)
+            found.setdefault(root, {})[schema.paths[j]] = leaf
+    return found
+
+
+def _each(arg: Any, f: Callable[..., Any], *trees: Any) -> Any:
+    """Calls ``f`` with the number of each module in an argument, and what trees have.
+
+    In the place of arrays it has None, or what the first of several trees has.
+    """
+
+    def one(x: Any, *parts: Any) -> Any:
+        if is_flat_module(x):
+            return f(x.definition.number, *parts)
+        return parts[0] if len(parts) > 1 else None
+
+    try:
+        return jax.tree.map(one, arg, *trees, is_leaf=is_flat_module)
+    except (ValueError, TypeError):  # given in another form, which is refused later
+        return trees[0]
+
+
+def _with(tree: Any, changed: dict[Any, Any]) -> Any:
+    return State.from_flat_path({**dict(tree.flat_state()), **changed})
+
+
+def _without(given: Any, changed: dict[Any, Any], own: Any) -> Any:
+    extra = changed.keys() - set(own.paths())
+    if not extra or not isinstance(given, State):
+        return given
+    pairs = {p: x for p, x in given.flat_state() if p not in extra}
+    return State.from_flat_path(pairs)
 
 
 @as_decorator
@@ -57,10 +133,12 @@ def custom_vjp(
     """A function of modules whose pull-back is written by hand.
 
     As NNX has it, ``bwd(*fixed, residuals, (inputs_g, out_g))`` is given a pair: for
-    each argument differentiated by a State with zeros for its Params, or None for an
-    array, and the cotangent of the output. With ``graph=False`` or
-    ``graph_updates=False`` it is given that of the output alone, as by
-    ``sortal.custom_vjp``, which says everything else.
+    each argument differentiated by a State, or None for an array, and the cotangent of
+    the output. The State has the cotangent of what the function wrote to the argument,
+    and zeros for other Params. With ``graph=False`` or ``graph_updates=False`` it is
+    given that of the output alone, as by ``sortal.custom_vjp``, which says everything
+    else; and by the keyword ``updates_g``, if it has one, for each argument a State of
+    the cotangents of what was written to it, or None.
 
     Args:
       fun: the function; without it a decorator is returned.
@@ -95,5 +173,5 @@ def custom_vjp(
     graph = set_graph_mode.current_value() if graph is None else graph
     updates = graph_updates
     updates = set_graph_updates.current_value() if updates is None else updates
-    kind = CustomVJP if graph and updates else custom.CustomVJP
+    kind = CustomVJP if graph and updates else TreeCustomVJP
     return kind(fun, nondiff_argnums)

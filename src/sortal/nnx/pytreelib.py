@@ -9,6 +9,7 @@ import jax
 from sortal._engine.marks import data as data
 from sortal._engine.marks import static as static
 from sortal._engine.nodes import LEAF, handler_of, is_root, register_node
+from sortal.errors import ArgumentError
 from sortal.functional import graphdef
 from sortal.module import Pytree as Pytree
 from sortal.module import dataclass as dataclass
@@ -35,6 +36,11 @@ class Object(Pytree, pytree=False):
     """
 
     def __init_subclass__(cls, **options: Any):
+        if options.get("pytree"):
+            raise ArgumentError(
+                f"class {cls.__name__}: an Object is no JAX pytree, but pytree=True "
+                "asks for one. Derive the class from Pytree."
+            )
         super().__init_subclass__(**{"pytree": False, **options})
 
 
@@ -110,10 +116,15 @@ def check_pytree(pytree: Any) -> None:
       pytree: a Pytree.
 
     Raises:
+      ArgumentError: it is no Pytree.
       StructureError: a static value cannot be hashed, or hides Variables.
 
     Example:
       >>> from sortal import nnx
       >>> nnx.check_pytree(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     """
+    if not isinstance(pytree, Pytree):
+        raise ArgumentError(
+            f"check_pytree takes a Pytree; found a {type(pytree).__name__}."
+        )
     graphdef(pytree)

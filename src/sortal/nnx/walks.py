@@ -116,6 +116,42 @@ def _below(handler: Any, path: Path, key: Any) -> Path:
     return (*path, *key) if handler.flat else (*path, key)
 
 
+def iter_graph(
+    node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Path, Any]]:
+    """Every node, leaf and static value with its path, children before their holder.
+
+    What is shared is met once, by its first path.
+
+    Args:
+      node: a Module, or a container of Modules, Variables and arrays.
+      graph: ignored; for NNX compatibility.
+
+    Yields:
+      Pairs of path and object.
+
+    Example:
+      >>> from sortal import nnx
+      >>> [path for path, _ in nnx.iter_graph({"w": nnx.Param(1), "n": 2})]
+      [('n',), ('w',), ()]
+    """
+    entered: set[int] = set()
+
+    def visit(path: Path, x: Any) -> Iterator[tuple[Path, Any]]:
+        handler = handler_of(x)
+        if handler is not STATIC and is_root(x):
+            if id(x) in entered:
+                return
+            entered.add(id(x))
+        if handler is not LEAF and handler is not STATIC:
+            items = handler.items(x)
+            for key in sorted(items, key=repr):
+                yield from visit(_below(handler, path, key), items[key])
+        yield path, x
+
+    return visit((), node)
+
+
 def find_duplicates(node: Any, /, *, only: Any = ...) -> list[list[Path]]:
     """The paths of each object and Variable that is met more than once.
 

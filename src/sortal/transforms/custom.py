@@ -226,17 +226,21 @@ class CustomVJP(_Custom):
         """
         self._rule = (fwd, bwd)
 
-    def cotangent(self, call: _OneCall, out: Any) -> Any:
-        """What ``bwd`` is given of the cotangents; here that of the output.
+    def pull_back(
+        self, call: _OneCall, bwd: Callable[..., Any], before: Any, result: Result
+    ) -> Any:
+        """Calls ``bwd``, here with the cotangent of the output alone.
 
         Args:
           call: the call of the function.
-          out: the cotangent of the output.
+          bwd: the rule.
+          before: the arguments not differentiated by, and the residuals.
+          result: the cotangents of the output and of what the call wrote.
 
         Returns:
-          The last argument of ``bwd``.
+          What ``bwd`` returns.
         """
-        return out
+        return bwd(*before, bare(result.out))
 
     def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
         fwd_rule, bwd_rule = self.rule()
@@ -252,8 +256,7 @@ class CustomVJP(_Custom):
 
         def bwd(saved: _Saved, cotangent: Result) -> tuple[Any, Any]:
             fixed, residuals = saved.load()
-            cotangent = self.cotangent(call, bare(cotangent.out))
-            given = bwd_rule(*fixed, residuals, cotangent)
+            given = self.pull_back(call, bwd_rule, (*fixed, residuals), cotangent)
             if not isinstance(given, (tuple, list)):
                 raise ArgumentError(
                     "bwd must return a tuple with one cotangent for each argument "

@@ -10,9 +10,9 @@ import jax.tree_util as jtu
 
 from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
-from sortal._engine.variable import describe, make
+from sortal._engine.variable import describe, make, value_of
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing
-from sortal.filters import Filter, leaf_filter
+from sortal.filters import Filter, PathIn, leaf_filter
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import BoundArguments, identity
@@ -38,7 +38,7 @@ class ByKind:
     """An immutable table from filter to answer; the first filter that fits counts.
 
     Args:
-      table: a mapping, or pairs, of filter literal and answer.
+      table: a mapping, or pairs, of filter literal and answer; or a State of answers.
 
     Raises:
       FilterError: a filter is malformed.
@@ -49,6 +49,9 @@ class ByKind:
     column = ""
 
     def __init__(self, table: Mapping[Any, Any] | Iterable[tuple[Any, Any]]):
+        if isinstance(table, State):
+            leaves = sorted(table.flat_state(), key=lambda pair: repr(pair[0]))
+            table = [(PathIn(path), value_of(leaf)) for path, leaf in leaves]
         pairs = list(table.items() if isinstance(table, Mapping) else table)
         self.filters: tuple[Filter, ...] = tuple(leaf_filter(f) for f, _ in pairs)
         self.answers: tuple[Any, ...] = tuple(answer for _, answer in pairs)
@@ -78,8 +81,8 @@ class StateAxes(ByKind):
 
     Args:
       table: a mapping, or pairs, of filter literal and axis: an int, None for what all
-        replicas share, or in ``scan`` also ``Carry``. Leaves that no filter takes have
-        the axis that their Variable or their kind declares.
+        replicas share, or in ``scan`` also ``Carry``; or a State of axes. Leaves that
+        no filter takes have the axis that their Variable or their kind declares.
 
     Raises:
       FilterError: a filter is malformed.
@@ -103,8 +106,8 @@ class StateSharding(ByKind):
 
     Args:
       table: a mapping, or pairs, of filter literal and ``PartitionSpec`` or
-        ``Sharding``. Leaves that no filter takes have the spec that their Variable or
-        their kind declares.
+        ``Sharding``; or a State of them. Leaves that no filter takes have the spec that
+        their Variable or their kind declares.
 
     Raises:
       FilterError: a filter is malformed.
