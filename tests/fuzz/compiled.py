@@ -27,6 +27,8 @@ class Drawn(edits.Drawn):
         )
 
     def bad(self) -> str:
+        if self.random.random() < 0.8:
+            return self.variable()
         return self.random.choice(("Plain(P(arr(1)))", "Callable(P(arr(1)))"))
 
     # ----------------------------------------------------------- functions
@@ -57,7 +59,8 @@ class Drawn(edits.Drawn):
 
     def inner(self, m: str, *kinds: type) -> list[str]:
         """Expressions for what is in the model, from inside of a function."""
-        found = edits.places([(m, self.root_object())])
+        found = list(edits.places([(m, self.root_object())]))
+        self.found = {p.text: p.obj for p in found}
         return [
             p.text
             for p in found
@@ -93,7 +96,10 @@ class Drawn(edits.Drawn):
 
     def new_module(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
-        made = f"{self.random.choice('ABC')}(a=P({x}), b=[K({x} + 1)])"
+        items = f"[K({x} + 1), nnx.static(2), nnx.data(0.5)]"
+        inside = (f"[K({x} + 1)]", f"nnx.List({items})", f"nnx.Dict(c=K({x}), a={x})")
+        b = self.random.choice(inside)
+        made = f"{self.random.choice('ABC')}(a=P({x}), b={b})"
         return f"{owner}.{self.random.choice(edits.NAMES)} = {made}"
 
     def role_inside(self, m: str, x: str) -> str | None:
@@ -121,16 +127,38 @@ class Drawn(edits.Drawn):
         return f"{m}.{name} = {m}"
 
     def list_inside(self, m: str, x: str) -> str | None:
-        owner = self.some(m, list)
+        owner = self.some(m, list, ref.List)
         if owner is None:
             return None
-        change = (f"append(P({x}))", "reverse()", f"insert(0, {x})", "clear()")
-        return f"{owner}.{self.random.choice(change)}"
+        change = (
+            *(f"{owner}.append(P({x}))", f"{owner}.reverse()", f"{owner}.clear()"),
+            *(f"{owner}.insert(0, {x})", f"if len({owner}):\n    {owner}.pop(0)"),
+            f"if len({owner}):\n    {owner}[0] = {owner}[-1]",
+            f"{owner}.extend([{x}, K({x})])",
+        )
+        return self.random.choice(change)
+
+    def marked_inside(self, m: str, x: str) -> str | None:
+        owner = self.some(m, ref.List, ref.Dict)
+        if owner is None:
+            return None
+        mark = self.random.choice(("nnx.data(0.5)", "nnx.static(3)", f"nnx.data({x})"))
+        change = (f"{owner}.append({mark})", f"{owner}.insert(0, {mark})")
+        if isinstance(self.found[owner], ref.Dict):
+            change = (f"{owner}['a'] = {mark}", f"{owner}.x = {mark}")
+        return self.random.choice(change)
 
     def dict_inside(self, m: str, x: str) -> str | None:
-        owner = self.some(m, dict)
-        key = self.random.choice(edits.KEYS)
-        return owner and f"{owner}[{key}] = K({x})"
+        owner = self.some(m, dict, ref.Dict)
+        if owner is None:
+            return None
+        items = isinstance(self.found[owner], ref.Dict)
+        key = self.random.choice(edits.NAMED if items else edits.KEYS)
+        change = (
+            *(f"{owner}[{key}] = K({x})", f"{owner}[{key}] = K({x})"),
+            *(f"if {key} in {owner}:\n    del {owner}[{key}]", f"{owner}.clear()"),
+        )
+        return self.random.choice(change)
 
     def metadata_inside(self, m: str, x: str) -> str | None:
         v = self.some(m, ref.Variable)
@@ -138,7 +166,12 @@ class Drawn(edits.Drawn):
 
     def class_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
-        return f"{owner}.__class__ = {self.random.choice('ABC')}"
+        cls = ("A", "B", "C")
+        if isinstance(self.found[owner], ref.List):
+            cls = ("nnx.List", "L")
+        elif isinstance(self.found[owner], ref.Dict):
+            cls = ("nnx.Dict", "M")
+        return f"{owner}.__class__ = {self.random.choice(cls)}"
 
     def verb_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
@@ -420,6 +453,7 @@ _INSIDE: list[tuple[str, str]] = [
     ("link to the root", "link_to_root"),
     ("list", "list_inside"),
     ("dict", "dict_inside"),
+    ("marked item", "marked_inside"),
     ("metadata", "metadata_inside"),
     ("other class", "class_inside"),
     ("verb", "verb_inside"),

@@ -20,9 +20,12 @@ except ImportError:
 
 slots = False
 Module, Variable, State, GraphDef = nnx.Module, nnx.Variable, nnx.State, nnx.GraphDef
-Param, BatchStat = nnx.Param, nnx.BatchStat
+Param, BatchStat, List, Dict = nnx.Param, nnx.BatchStat, nnx.List, nnx.Dict
 FlaxModule = flax_nnx and flax_nnx.Module
 FlaxParam = flax_nnx and flax_nnx.Param
+FlaxList, FlaxDict = (
+    (flax_nnx.List, flax_nnx.Dict) if flax_nnx else (None, None)
+)
 kinds = (Variable, flax_nnx.Variable) if flax_nnx else (Variable,)
 modules = (Module, FlaxModule) if flax_nnx else (Module,)
 
@@ -33,8 +36,9 @@ def is_array(x: Any) -> bool:
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
     """A module's attributes, without those that Flax keeps for itself."""
-    found = [(k, v) for k, v in vars(x).items() if not k.startswith("_pytree__")]
-    return sorted(found)
+    found = vars(x).items()
+    hidden = ("_pytree__", "_length")
+    return sorted((k, v) for k, v in found if not k.startswith(hidden))
 
 
 def metadata(variable: Any) -> dict[str, Any]:
@@ -81,7 +85,7 @@ names = types.SimpleNamespace(
         name: getattr(nnx, name)
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "Not Under All jit cond switch fori_loop while_loop remat"
+            "List Dict Not Under All jit cond switch fori_loop while_loop remat"
         ).split()
     },
     # NNX's give an empty State where ours refuse.

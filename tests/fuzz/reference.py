@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import numbers
 import threading
 import types
@@ -264,8 +265,175 @@ class Module:
         self.set_attributes(deterministic=True, use_running_average=True)
 
 
+class List(Module):
+    """A list that is a module; its items are attributes named by digits."""
+
+    __slots__ = ()
+
+    def __init__(self, items: Any = (), /):
+        self.extend(items)
+
+    def __len__(self) -> int:
+        return next(i for i in itertools.count() if str(i) not in self.__dict__)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (x for _, x in self._rows())
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows()[index][1]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            rows = self._rows()
+            rows[index] = map(_row, value)
+            self._refill(rows)
+        else:  # as an attribute is set: a mark that was there stays
+            setattr(self, str(range(len(self))[index]), value)
+
+    def __delitem__(self, index: Any) -> None:
+        rows = self._rows()
+        del rows[index]
+        self._refill(rows)
+
+    def append(self, value: Any) -> None:
+        setattr(self, str(len(self)), value)
+
+    def extend(self, values: Any) -> None:
+        for x in values:
+            self.append(x)
+
+    def insert(self, index: int, value: Any) -> None:
+        rows = self._rows()
+        rows.insert(index, _row(value))
+        self._refill(rows)
+
+    def reverse(self) -> None:
+        self._refill(self._rows()[::-1])
+
+    def clear(self) -> None:
+        while len(self):
+            self.pop()
+
+    def pop(self, index: int = -1) -> Any:
+        found = self[index]
+        del self[index]
+        return found
+
+    def _rows(self) -> list[tuple[Any, Any]]:
+        """Marks and items."""
+        names = map(str, range(len(self)))
+        return [(self._roles.get(n), self.__dict__[n]) for n in names]
+
+    def _refill(self, rows: list[tuple[Any, Any]]) -> None:
+        """All of it or nothing; what is no item stays."""
+        if any(role == "static" and _holds_data(x) for role, x in rows):
+            raise StructureError
+        if len(self) or rows:
+            _check_owner(self)
+        for i in range(len(self)):
+            delattr(self, str(i))
+        for i, (role, x) in enumerate(rows):
+            setattr(self, str(i), Marked(role, x) if role else x)
+
+
+def _row(value: Any) -> tuple[Any, Any]:
+    return (value.role, value.value) if isinstance(value, Marked) else (None, value)
+
+
+class Dict(Module):
+    """A dict that is a module; its items are its attributes."""
+
+    __slots__ = ()
+
+    def __init__(self, items: Any = (), /, **more: Any):
+        self.update({**dict(items), **more})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.__dict__[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str):
+            raise ArgumentError
+        setattr(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self.__dict__:
+            raise KeyError
+        delattr(self, key)
+
+    def update(self, items: Mapping[str, Any]) -> None:
+        for key, value in items.items():
+            self[key] = value
+
+    def pop(self, key: str) -> Any:
+        found = self[key]
+        del self[key]
+        return found
+
+    def clear(self) -> None:
+        for key in list(self):
+            del self[key]
+
+
 class FlaxModule(Module):
     """Stands for a module of Flax."""
+
+
+class FlaxList(FlaxModule):
+    """Stands for Flax's List, which leaves the last item behind when it gets shorter."""
+
+    __slots__ = ()
+
+    def __init__(self, items: Any = (), /):
+        self._length = 0
+        for x in items:
+            self.append(x)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__dict__[str(range(len(self))[index])]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        setattr(self, str(range(len(self))[index]), value)
+
+    def __delitem__(self, index: int) -> None:
+        at, n = range(len(self))[index], len(self)
+        delattr(self, str(at))
+        for i in range(at + 1, n):
+            setattr(self, str(i - 1), self.__dict__[str(i)])
+        self._length = n - 1
+
+    def append(self, value: Any) -> None:
+        setattr(self, str(len(self)), value)
+        self._length = len(self) + 1
+
+    def insert(self, index: int, value: Any) -> None:
+        for i in range(len(self), index, -1):
+            setattr(self, str(i), self.__dict__[str(i - 1)])
+        setattr(self, str(index), value)
+        self._length = len(self) + 1
+
+
+class FlaxDict(FlaxModule):
+    """Stands for Flax's Dict."""
+
+    __slots__ = ()
+    __init__ = Dict.__init__
+    __getitem__ = Dict.__getitem__
+    __setitem__ = Dict.__setitem__
+    __delitem__ = Dict.__delitem__
+    update = Dict.update
+
+
+LISTS = (List, FlaxList)
 
 
 def _check_owner(obj: Any) -> None:
@@ -443,6 +611,9 @@ def path_order(path: Any) -> Any:
 
 def children(x: Any) -> list[tuple[Any, Any]]:
     """Keys and children, in the order in which leaves are numbered."""
+    if isinstance(x, LISTS):
+        items = [(int(k) if k.isdigit() else k, v) for k, v in x.__dict__.items()]
+        return sorted(items, key=lambda item: order(item[0]))
     if isinstance(x, Module):
         return sorted(x.__dict__.items(), key=lambda item: item[0])
     if isinstance(x, dict):
@@ -484,7 +655,7 @@ class Leaf:
             return holder.leaf(key)
         if isinstance(holder, (dict, list)) or _is_row(holder):
             return holder[key]
-        return holder if key is None else getattr(holder, key)
+        return holder if key is None else getattr(holder, str(key))
 
     def put(self, value: Any) -> None:
         """Writes past all checks; the holder must be writable."""
@@ -495,7 +666,7 @@ class Leaf:
         elif isinstance(self.holder, State):
             self.holder.put(self.key, value)
         else:
-            object.__setattr__(self.holder, self.key, value)
+            object.__setattr__(self.holder, str(self.key), value)
 
     @property
     def writable(self) -> bool:
@@ -566,11 +737,13 @@ class Walk:
         parts = []
         for key, child in children(x):
             below = (*path, *key) if isinstance(x, State) else (*path, key)
-            mine = roles.get(key, role)
+            mine = roles.get(str(key), role) if roles else role
             parts.append((key, self._visit(child, below, x, key, mine)))
         self.every.append((path, x))
-        if isinstance(x, Module):
-            spec: Any = dict(roles)
+        if isinstance(x, Dict):  # in which items are in order
+            spec: Any = (list(x), tuple(sorted(roles.items())))
+        elif isinstance(x, Module):
+            spec = dict(roles)
         elif isinstance(x, dict):
             spec = (list(x), getattr(x, "default_factory", None))
         else:
@@ -655,13 +828,16 @@ def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
         new: Any = State()
     elif issubclass(cls, Module):
         new = cls.__new__(cls)
-        object.__setattr__(new, "_roles", dict(spec))
+        roles = spec[1] if issubclass(cls, Dict) else spec
+        object.__setattr__(new, "_roles", dict(roles))
     else:
         new = cls.__new__(cls)
     nodes[number] = new
     items = {k: _build(child, leaves, nodes) for k, child in parts}
-    if isinstance(new, Module):
-        new.__dict__.update(items)
+    if isinstance(new, Dict):
+        new.__dict__.update((k, items[k]) for k in spec[0])
+    elif isinstance(new, Module):
+        new.__dict__.update((str(k), x) for k, x in items.items())
     elif isinstance(new, list):
         new.extend(items.values())
     elif isinstance(new, dict):
@@ -1065,7 +1241,8 @@ def pop(node: Any, *filters: Any) -> Any:
     for holder in walk.nodes:
         for key, child in children(holder):
             if _is_gone(walk, gone, holder, key, child):
-                if not isinstance(holder, (Module, dict, State)):
+                item = isinstance(holder, LISTS) and isinstance(key, int)
+                if item or not isinstance(holder, (Module, dict, State)):
                     raise StructureError
                 removals.append((holder, key))
     for i in gone:
@@ -1086,7 +1263,7 @@ def _is_gone(walk: Walk, gone: set[int], holder: Any, key: Any, child: Any) -> b
     for i in gone:
         leaf = walk.leaves[i]
         if leaf.var is not None:
-            if leaf.var is child and roles.get(key) != "static":
+            if leaf.var is child and roles.get(str(key)) != "static":
                 return True
         elif leaf.holder is holder and leaf.key == key:
             return True
@@ -1493,7 +1670,7 @@ kinds = (Variable,)
 
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
-    return sorted(x.__dict__.items())
+    return sorted((k, v) for k, v in x.__dict__.items() if k != "_length")
 
 
 def metadata(variable: Any) -> dict[str, Any]:
@@ -1528,7 +1705,7 @@ names = types.SimpleNamespace(
         name: globals()[name]
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "Not Under All jit grad value_and_grad cond switch fori_loop "
+            "List Dict Not Under All jit grad value_and_grad cond switch fori_loop "
             "while_loop remat mapped iter_graph scan vmap"
         ).split()
     }

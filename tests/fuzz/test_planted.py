@@ -11,6 +11,7 @@ import pytest
 from fuzz import live, runs
 from sortal import functional
 from sortal._engine import leaves, marks, nodes, plan, state, statics
+from sortal.nnx import Dict, List
 from sortal.transforms import eager
 from sortal.transforms._adapter import functions
 
@@ -162,6 +163,30 @@ def test_a_mark_that_is_ignored_is_found(monkeypatch):
     monkeypatch.setattr(live.names, "data", lambda x: x)
     assert marks.data is not live.names.data
     first_found("edits", 300)
+
+
+def test_edits_of_a_list_that_note_nothing_are_found(monkeypatch):
+    def refill(self, rows):
+        made = List(rows)
+        for i in range(len(self)):
+            del vars(self)[str(i)]
+        vars(self).update(vars(made))
+        kept = {k: r for k, r in (self._roles or {}).items() if not k.isdigit()}
+        nodes._set_roles(self, {**kept, **(made._roles or {})} or None)
+
+    monkeypatch.setattr(List, "_refill", refill)
+    assert not first_found("edits", 4000).afresh
+
+
+def test_edits_of_a_dict_that_note_nothing_are_found(monkeypatch):
+    def put(self, key, value):
+        if isinstance(value, marks.Marked) or not isinstance(key, str):
+            return kept(self, key, value)
+        vars(self)[key] = value
+
+    kept = Dict.__setitem__
+    monkeypatch.setattr(Dict, "__setitem__", put)
+    assert not first_found("edits", 4000).afresh
 
 
 @pytest.fixture(autouse=True)

@@ -168,6 +168,8 @@ class Portrait:
             self.is_data = roles.get(name) == "data"
             shown.append((name, self.of(value)))
         self.is_data = outside
+        if isinstance(x, self.lib.Dict):  # code loops over it, so order counts
+            shown.append(tuple(vars(x)))
         return tuple(shown)
 
     def _container(self, x: Any) -> Any:

@@ -145,7 +145,13 @@ def make(lib: Any) -> dict[str, Any]:
         __call__ = A.__call__
         method = A.method
 
-    made = [K, K2, A, B, C]
+    class L(lib.List):
+        W = 3
+
+    class M(lib.Dict):
+        W = 7
+
+    made = [K, K2, A, B, C, L, M]
     names = {cls.__name__: cls for cls in made}
     names |= {"P": lib.Param, "BS": lib.BatchStat, "V": lib.Variable}
     if lib.FlaxModule is not None:
@@ -172,7 +178,13 @@ def _flax(lib: Any) -> dict[str, Any]:
     class F2(F):
         W = 17
 
-    return {cls.__name__: cls for cls in (FP, FP2, F, F2)}
+    class FL(lib.FlaxList):
+        W = 21
+
+    class FM(lib.FlaxDict):
+        W = 25
+
+    return {cls.__name__: cls for cls in (FP, FP2, F, F2, FL, FM)}
 
 
 # ------------------------------------------------ what a model is, as one number
@@ -194,7 +206,7 @@ def digest(lib: Any) -> Any:
                 total = total + _sum(lib, x.get_value()) * step
             elif isinstance(x, lib.modules):
                 seen[id(x)] = len(seen) % 3
-                total = total + type(x).W * step
+                total = total + getattr(type(x), "W", 11) * step
                 stack += [v for _, v in lib.attributes(x)]
             elif isinstance(x, list):
                 seen[id(x)] = len(seen) % 3
