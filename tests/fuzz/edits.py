@@ -193,7 +193,7 @@ class Drawn:
             if found is not None and not isinstance(found.obj, ref.Marked):
                 self.counts["shared or cyclic"] += 1
                 return found.text
-        if r < 0.662:  # few, for all verbs refuse what holds it
+        if 0.66 <= r < 0.665:
             self.counts["bad value"] += 1
             return self.bad()
         if depth == 0:

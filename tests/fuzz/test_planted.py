@@ -180,9 +180,11 @@ def test_edits_of_a_list_that_note_nothing_are_found(monkeypatch):
 
 def test_edits_of_a_dict_that_note_nothing_are_found(monkeypatch):
     def put(self, key, value):
-        if isinstance(value, marks.Marked) or not isinstance(key, str):
-            return kept(self, key, value)
-        vars(self)[key] = value
+        marked = isinstance(value, marks.Marked) or key in (self._roles or ())
+        if marked or not isinstance(key, str):
+            kept(self, key, value)
+        else:
+            vars(self)[key] = value
 
     kept = Dict.__setitem__
     monkeypatch.setattr(Dict, "__setitem__", put)
