@@ -344,8 +344,7 @@ class Drawn:
             f"{p.text}{part(p.obj, k)}"
             for p in self.places(ref.Module)
             for k in attributes(p.obj)
-            if ref.is_array(p.obj.__dict__[k])
-            and not isinstance(p.obj, ref.FlaxModule)
+            if ref.is_array(p.obj.__dict__[k]) and not isinstance(p.obj, ref.FlaxModule)
         ]
         return f"{self.random.choice(found)} = {self.array()}" if found else None
 
@@ -425,7 +424,10 @@ class Drawn:
             if not theirs:
                 options += [f"{m}.reverse()", f"{m}[{i}:] = [{new()}, {new()}]"]
                 options += [f"{m}.append({m}.pop({i}))", f"{m}.clear()"]
-                options += [f"{m}.extend([{new()}, {new()}])", f"{m}[0], {m}[{i}] = {m}[{i}], {m}[0]"]
+                options += [
+                    f"{m}.extend([{new()}, {new()}])",
+                    f"{m}[0], {m}[{i}] = {m}[{i}], {m}[0]",
+                ]
         return self.random.choice(options)
 
     def edit_dict(self) -> str | None:
@@ -435,7 +437,7 @@ class Drawn:
         m = found.text
         plain, theirs = isinstance(found.obj, dict), isinstance(found.obj, ref.FlaxDict)
         new = self.flax_data if theirs else self.expression if plain else self.item
-        keys = KEYS if plain or self.random.random() < 0.05 and not theirs else NAMED
+        keys = KEYS if plain or (self.random.random() < 0.05 and not theirs) else NAMED
         options = [f"{m}[{self.random.choice(keys)}] = {new()}"]
         inside = list(found.obj) if plain else attributes(found.obj)
         if inside:
@@ -499,7 +501,8 @@ class Drawn:
             **dict.fromkeys(("FP", "FP2"), ("FP", "FP2")),
             **dict.fromkeys(("List", "L"), ("nnx.List", "L")),
             **dict.fromkeys(("Dict", "M"), ("nnx.Dict", "M", "A")),
-            **{"FL": ("FL",), "FM": ("FM",)},
+            "FL": ("FL",),
+            "FM": ("FM",),
         }
         other = self.random.choice(others[type(found.obj).__name__])
         if isinstance(found.obj, (ref.FlaxModule, ref.FlaxVariable)):

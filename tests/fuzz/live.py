@@ -23,9 +23,7 @@ Module, Variable, State, GraphDef = nnx.Module, nnx.Variable, nnx.State, nnx.Gra
 Param, BatchStat, List, Dict = nnx.Param, nnx.BatchStat, nnx.List, nnx.Dict
 FlaxModule = flax_nnx and flax_nnx.Module
 FlaxParam = flax_nnx and flax_nnx.Param
-FlaxList, FlaxDict = (
-    (flax_nnx.List, flax_nnx.Dict) if flax_nnx else (None, None)
-)
+FlaxList, FlaxDict = (flax_nnx.List, flax_nnx.Dict) if flax_nnx else (None, None)
 kinds = (Variable, flax_nnx.Variable) if flax_nnx else (Variable,)
 modules = (Module, FlaxModule) if flax_nnx else (Module,)
 

@@ -386,7 +386,7 @@ class FlaxModule(Module):
 
 
 class FlaxList(FlaxModule):
-    """Stands for Flax's List, which leaves the last item behind when it gets shorter."""
+    """Stands for Flax's List, which keeps its last attribute when it gets shorter."""
 
     __slots__ = ()
 

@@ -421,7 +421,7 @@ def _held(
         yield x, handler
         if isinstance(handler, into):
             stack += handler.items(x).values()
-        elif isinstance(x, frozenset):
+        elif isinstance(x, (set, frozenset)):
             stack += x
 
 
@@ -453,6 +453,8 @@ def register_node(node_type: type, handler: Handler) -> None:
       ((0,),)
     """
     _registry[node_type] = handler
+    if not handler.flat:
+        paths.readers[node_type] = handler.items
     _found.clear()
 
 
@@ -582,7 +584,7 @@ def class_state(cls: type) -> Mapping[str, str]:
 
 def hidden_state(obj: Any) -> str:
     """Names Variables and objects inside a static object, where JAX is blind."""
-    if isinstance(obj, frozenset):
+    if isinstance(obj, (set, frozenset)):
         return ", ".join(sorted(type(x).__name__ for x, _ in _held(obj) if is_root(x)))
     attributes = getattr(obj, "__dict__", None)
     if type(attributes) is not dict or isinstance(obj, types.FunctionType):

@@ -251,6 +251,10 @@ class PathKey:
         return hash(self.path)
 
 
+readers: dict[type, Callable[[Any], dict[Any, Any]]] = {}
+"""By class, what gives the children of an object by the keys that paths have."""
+
+
 def locate(*targets: Any) -> list[Path | None]:
     """For each object a path from the outermost object that holds it, or None.
 
@@ -346,8 +350,8 @@ def _items(holder: Any) -> Iterable[tuple[Any, Any]]:
         return enumerate(holder)
     if isinstance(holder, _NOT_OWNERS):
         return ()
+    read = next((readers[c] for c in type(holder).__mro__ if c in readers), None)
+    if read is not None:
+        return read(holder).items()
     attributes = getattr(holder, "__dict__", None)
-    if type(attributes) is not dict:
-        return ()
-    # Attributes in digits are the indices of a List.
-    return [(int(k) if k and _digits(k) else k, x) for k, x in attributes.items()]
+    return attributes.items() if type(attributes) is dict else ()

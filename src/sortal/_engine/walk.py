@@ -22,6 +22,10 @@ from sortal.errors import StructureError, UnsupportedError, listing
 
 _LIST = ListHandler()
 _NUMBERS = (numbers.Number, np.generic)
+_NO_HASH = (
+    "\nFor what has no hash use a tuple or frozenset, hold arrays in Variables, or "
+    "give the class __eq__ and __hash__."
+)
 
 
 class Walk:
@@ -36,6 +40,7 @@ class Walk:
         self._records: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
+        self._advice = ""
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
@@ -112,16 +117,17 @@ class Walk:
                 "no leaf; take the mark off, or mark it data"
             )
         elif hidden := _nodes.hidden_state(obj):
-            why = f"a {name} that is no Module but holds {hidden}; " + (
-                "write a tuple"
-                if isinstance(obj, frozenset)
-                else "derive it from sortal.Module"
+            why = (
+                f"a {name} that holds {hidden}, which have no path in it; write a tuple"
+                if isinstance(obj, (set, frozenset))
+                else f"a {name} that is no Module but holds {hidden}; derive it from "
+                "sortal.Module"
             )
         else:
             try:
                 return Static(obj)
             except TypeError:
-                why = f"a {name}, {_shown(obj)}"
+                why, self._advice = f"a {name}, {_shown(obj)}", _NO_HASH
             except RecursionError:
                 why = f"a {name}, nested too deeply"
         self._bad.append(f"{show(path)}: {why}")
@@ -183,8 +189,7 @@ class Walk:
                 "static values must be hashable, because compiled functions are kept "
                 "by them, and must hold no state; found:\n"
                 + listing(self._bad)
-                + "\nUse a tuple or frozenset, "
-                "hold arrays in Variables, or give the class __eq__ and __hash__."
+                + self._advice
             )
 
 
