@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,9 @@ NAMES = ("a", "b", "c", "d")
 NAMED = ("'b'", "'a'", "'x'", "'a b'", "'10'")
 KEYS = ("'x'", "'y'", "'a b'", "0", "7", "('t', 1)")
 _DEEPEST = 6
+
+
+_CALLED = (ref.Module, zoo.Plain, functools.partial)
 
 
 class Place:
@@ -35,7 +39,7 @@ def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
     while todo:
         place = todo.popleft()
         x = place.obj
-        if callable(x) and not isinstance(x, (ref.Module, zoo.Plain)):
+        if callable(x) and not isinstance(x, _CALLED):
             continue
         if isinstance(x, (ref.GraphDef, int, str, float)):
             continue
@@ -59,6 +63,9 @@ def _below(x: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", v) for i, v in enumerate(x)]
     if isinstance(x, ref.State):
         return [(f"[{k!r}]", x[k]) for k in x]
+    if isinstance(x, functools.partial):
+        named = [(f".keywords[{k!r}]", v) for k, v in x.keywords.items()]
+        return [(f".args[{i}]", v) for i, v in enumerate(x.args)] + named
     return []
 
 
@@ -175,6 +182,8 @@ class Drawn:
                 *("{1, 2}", "Plain(P(arr(1)))", "Callable(P(arr(1)))"),
                 *("Callable(A(w=P(arr(1))))", "[nnx.data(0.5)]", "bytearray(3)"),
                 *("nnx.List([nnx.static(P(arr(1)))])", "nnx.List([{1, 2}])"),
+                *("Plain([P(arr(1))])", "Plain({'a': A(w=P(arr(1)))})"),
+                *("Callable(functools.partial(relu, P(arr(1))))", "{P(arr(1))}"),
             )
         )
 
@@ -206,7 +215,7 @@ class Drawn:
                 *("module", "module", "module", "list", "list", "dict", "dict"),
                 *("tuple", "tuple", "D", "FD", "NT", "Ordered"),
                 *("List", "List", "Dict", "Dict"),
-                *("method", "defaultdict", "State"),
+                *("method", "partial", "defaultdict", "State"),
                 *(("flax", "flax") if self.flax else ()),
             )
         )
@@ -221,6 +230,11 @@ class Drawn:
             return f"[{', '.join(some)}]"
         if kind in ("List", "Dict"):
             return self.container(kind, depth)
+        if kind == "partial":
+            named = (
+                [f"k={self.expression(depth)}"] if self.random.random() < 0.5 else ()
+            )
+            return f"functools.partial({', '.join(('relu', *some, *named))})"
         if kind in ("dict", "Ordered"):
             keys = self.random.sample(KEYS, n)
             inside = ", ".join(f"{k}: {v}" for k, v in zip(keys, some, strict=True))

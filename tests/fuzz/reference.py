@@ -572,6 +572,8 @@ def is_node(x: Any) -> bool:
         return True
     if isinstance(x, types.MethodType):
         return is_node(x.__self__) or isinstance(x.__self__, Variable)
+    if isinstance(x, functools.partial):
+        return _holds_data(x) or _hides_state(x)
     if isinstance(x, tuple) or _is_frozen(x):
         inside = [child for _, child in children(x)]
         plain = not any(map(_has_state, inside))
@@ -583,7 +585,9 @@ def _holds_data(x: Any, above: tuple[Any, ...] = ()) -> bool:
     """Whether a value is an array, a Variable or a Module, or holds one."""
     if is_array(x) or isinstance(x, (Variable, Module)):
         return True
-    if not is_node(x) or any(x is held for held in above):
+    if any(x is held for held in above):
+        return False
+    if not isinstance(x, functools.partial) and not is_node(x):
         return False
     return any(_holds_data(child, (*above, x)) for _, child in children(x))
 
@@ -626,6 +630,10 @@ def children(x: Any) -> list[tuple[Any, Any]]:
         return [(path, x.leaf(path)) for path in x.paths()]
     if isinstance(x, types.MethodType):
         return [("__self__", x.__self__)]
+    if isinstance(x, functools.partial):
+        args = [(("args", i), a) for i, a in enumerate(x.args)]
+        named = [(("keywords", k), x.keywords[k]) for k in sorted(x.keywords)]
+        return [*args, (("func",), x.func), *named]
     names = {f.name for f in dataclasses.fields(x) if hasattr(x, f.name)}
     return [(n, getattr(x, n)) for n in sorted(names | set(x.__dict__))]
 
@@ -655,6 +663,8 @@ class Leaf:
             return holder.leaf(key)
         if isinstance(holder, (dict, list)) or _is_row(holder):
             return holder[key]
+        if isinstance(holder, functools.partial):
+            return dict(children(holder))[key]
         return holder if key is None else getattr(holder, str(key))
 
     def put(self, value: Any) -> None:
@@ -670,11 +680,15 @@ class Leaf:
 
     @property
     def writable(self) -> bool:
-        return self.var is not None or not isinstance(self.holder, tuple)
+        values = (tuple, functools.partial)
+        return self.var is not None or not isinstance(self.holder, values)
 
 
 def _is_row(x: Any) -> bool:
     return isinstance(x, tuple) and not hasattr(x, "_fields")
+
+
+_VALUES = (tuple, types.MethodType, functools.partial)
 
 
 class Walk:
@@ -723,7 +737,7 @@ class Walk:
         return (STATIC, x)
 
     def _node(self, x: Any, path: Any, role: Any) -> Any:
-        value = isinstance(x, (tuple, types.MethodType))
+        value = isinstance(x, _VALUES)
         number = self._numbers.get(id(x))
         if number is not None and not value:
             return (AGAIN, number)
@@ -736,7 +750,8 @@ class Walk:
         roles = x._roles if isinstance(x, Module) else {}
         parts = []
         for key, child in children(x):
-            below = (*path, *key) if isinstance(x, State) else (*path, key)
+            flat = isinstance(x, (State, functools.partial))
+            below = (*path, *key) if flat else (*path, key)
             mine = roles.get(str(key), role) if roles else role
             parts.append((key, self._visit(child, below, x, key, mine)))
         self.every.append((path, x))
@@ -763,10 +778,24 @@ def _hides_state(x: Any) -> bool:
         return True
     if isinstance(x, (type, types.FunctionType)):
         return False
+    if isinstance(x, functools.partial):
+        return any(map(_hides_state, (x.func, *x.args, *x.keywords.values())))
     inside = getattr(x, "__dict__", {}).values()
-    if any(isinstance(v, (Variable, Module)) for v in inside):
+    if any(map(_holds_object, inside)):
         return True
     return _is_frozen(x) and any(map(_hides_state, inside))
+
+
+def _holds_object(x: Any, above: tuple[Any, ...] = ()) -> bool:
+    """Whether a value is a Variable or Module, or a container with one in it."""
+    if isinstance(x, (Variable, Module)):
+        return True
+    if any(x is held for held in above):
+        return False
+    inside = list(x) if isinstance(x, (set, frozenset)) else []
+    if is_node(x) or isinstance(x, functools.partial):
+        inside = [child for _, child in children(x)]
+    return any(_holds_object(child, (*above, x)) for child in inside)
 
 
 def _meta(leaf: Leaf) -> dict[str, Any]:
@@ -819,10 +848,14 @@ def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
     if t[0] == AGAIN:
         return nodes[t[1]]
     _, cls, number, spec, parts = t
-    if issubclass(cls, (tuple, types.MethodType)):
+    if issubclass(cls, _VALUES):
         items = {k: _build(child, leaves, nodes) for k, child in parts}
         if issubclass(cls, types.MethodType):
             return types.MethodType(spec, items["__self__"])
+        if issubclass(cls, functools.partial):
+            args = [x for key, x in items.items() if key[0] == "args"]
+            named = {key[1]: x for key, x in items.items() if key[0] == "keywords"}
+            return cls(items["func",], *args, **named)
         return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
     if issubclass(cls, State):
         new: Any = State()

@@ -130,14 +130,17 @@ class Portrait:
         if isinstance(x, tuple):
             return (cls.__name__, *[self.of(v) for v in x])
         if cls is functools.partial:
-            return ("partial", self.of(x.args), self.of(x.keywords))
+            named = [(k, self.of(x.keywords[k])) for k in sorted(x.keywords)]
+            return ("partial", self.of(x.func), self.of(x.args), named)
         if isinstance(x, types.MethodType):
             return ("method", x.__func__.__name__, self.of(x.__self__))
         if hasattr(cls, "OWN"):
             return (cls.__name__, repr(x.said()))
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return self._dataclass(x)
-        if cls in (frozenset, set, complex) or cls.__module__ == "numpy":
+        if cls in (frozenset, set):
+            return (cls.__name__, sorted([repr(self.of(v)) for v in x]))
+        if cls is complex or cls.__module__ == "numpy":
             return (cls.__name__, repr(x))
         if callable(x) and not isinstance(x, zoo.Plain):
             return self._once(_Function(x), lambda _: None)

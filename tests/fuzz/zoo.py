@@ -217,6 +217,8 @@ def digest(lib: Any) -> Any:
                 stack += x.values()
             elif isinstance(x, tuple):
                 stack += x
+            elif isinstance(x, functools.partial):
+                stack += [*x.args, *[v for _, v in sorted(x.keywords.items())]]
             elif dataclasses.is_dataclass(x):
                 stack += [v for _, v in sorted(x.__dict__.items())]
             elif lib.is_array(x):

@@ -139,6 +139,10 @@ set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
+ATOMS = frozenset(
+    (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType)
+)
+"""Exact types of what holds nothing that the engine could find."""
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 """The types of raw arrays."""
 leaf_types: set[type] = {np.ndarray}
@@ -378,6 +382,24 @@ class MethodHandler(Handler):
         return types.MethodType(spec, items["__self__"])
 
 
+class PartialHandler(Handler):
+    """Partials that hold state, which is below them as what a method is bound to is."""
+
+    tracked = False
+    flat = True
+
+    def items(self, obj: Any) -> dict[Any, Any]:
+        args = {("args", i): x for i, x in enumerate(obj.args)}
+        named = {("keywords", k): obj.keywords[k] for k in sorted(obj.keywords)}
+        return {**args, ("func",): obj.func, **named}
+
+    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
+        func = items.pop(("func",))
+        args = [x for key, x in items.items() if key[0] == "args"]
+        named = {key[1]: x for key, x in items.items() if key[0] == "keywords"}
+        return cls(func, *args, **named)
+
+
 class PytreeHandler(Handler):
     """Types registered with JAX: taken apart by JAX, one level at a time."""
 
@@ -398,6 +420,7 @@ def _level(obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 _tuple, _dataclass, _pytree = TupleHandler(), DataclassHandler(), PytreeHandler()
+_partial = PartialHandler()
 _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
 
@@ -546,6 +569,11 @@ register_node(list, ListHandler())
 register_node(dict, DictHandler())
 register_node(collections.defaultdict, DefaultDictHandler())
 register_node(tuple, _tuple)
+register_node(functools.partial, _partial)
+register_node(jax.tree_util.Partial, _pytree)
+
+
+_VALUES = (TupleHandler, DataclassHandler, MethodHandler)
 
 
 def is_static_value(obj: Any) -> bool:
@@ -555,12 +583,14 @@ def is_static_value(obj: Any) -> bool:
       obj: no leaf.
 
     Returns:
-      True for statics, and for tuples, methods and frozen dataclasses with no leaf or
-      mutable inside.
+      True for statics, for tuples, methods and frozen dataclasses with no leaf or
+      mutable inside, and for partials with no leaf or object inside.
     """
-    for x, handler in _held(obj):
+    for x, handler in _held(obj, into=_VALUES):
         if handler is STATIC:
             fits = not hidden_state(x)
+        elif handler is _partial:  # the rest it holds is its own affair
+            fits = not (_holds_data(x) or any(hidden_state(y) for y, _ in _held(x)))
         elif isinstance(handler, MethodHandler):
             fits = handler_of(x.__self__) is STATIC
         else:
@@ -583,15 +613,28 @@ def class_state(cls: type) -> Mapping[str, str]:
 
 
 def hidden_state(obj: Any) -> str:
-    """Names Variables and objects inside a static object, where JAX is blind."""
+    """Names what holds Variables and objects in a static one, where JAX is blind.
+
+    That is looked for in its attributes and in containers there, of any depth, and not
+    in further static objects, which may lead anywhere.
+    """
+    if type(obj) in ATOMS or isinstance(obj, type):
+        return ""
     if isinstance(obj, (set, frozenset)):
         return ", ".join(sorted(type(x).__name__ for x, _ in _held(obj) if is_root(x)))
-    attributes = getattr(obj, "__dict__", None)
-    if type(attributes) is not dict or isinstance(obj, types.FunctionType):
-        return ""
-    found = [
-        f"{name} ({type(value).__name__})"
-        for name, value in attributes.items()
-        if is_root(value)
-    ]
+    attributes = {name: getattr(obj, name, None) for name in _slots(type(obj))}
+    own = getattr(obj, "__dict__", None)
+    found = []
+    for name, value in {**attributes, **(own if type(own) is dict else {})}.items():
+        state = next((x for x, _ in _held(value) if is_root(x)), value)
+        where = "" if state is value else f" in a {type(value).__name__}"
+        if is_root(state):
+            found.append(f"{name} ({type(state).__name__}{where})")
     return ", ".join(found)
+
+
+@functools.cache
+def _slots(cls: type) -> list[str]:
+    """The attributes that the classes of an object keep apart from its dict."""
+    inside = (item for base in cls.__mro__ for item in vars(base).items())
+    return [name for name, x in inside if isinstance(x, types.MemberDescriptorType)]

@@ -13,7 +13,15 @@ from sortal._engine.graphdef import Entry, GraphDef, Record
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.leaves import Foreign, Slot
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, ListHandler, handler_of
+from sortal._engine.nodes import (
+    LEAF,
+    NODE,
+    STATIC,
+    Handler,
+    ListHandler,
+    PartialHandler,
+    handler_of,
+)
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
@@ -139,11 +147,12 @@ class Walk:
             first = self._numbers.setdefault(id(obj), number)
             if first != number:
                 return first
-        if isinstance(obj, (list, dict)) and getattr(obj, "__dict__", None):
+        bare = isinstance(obj, (list, dict)) or isinstance(handler, PartialHandler)
+        if bare and getattr(obj, "__dict__", None):
             self._bad.append(
                 f"{show(path)}: a {type(obj).__name__} with the attributes "
-                f"{', '.join(obj.__dict__)}, which copies of a {type(obj).__base__} "
-                "do not keep; derive it from sortal.Module"
+                f"{', '.join(obj.__dict__)}, which its copies would not keep; derive it "
+                "from sortal.Module"
             )
         for name, kind in _nodes.class_state(type(obj)).items():
             if name not in handler.items(obj):
