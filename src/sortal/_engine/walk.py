@@ -151,8 +151,8 @@ class Walk:
         if bare and getattr(obj, "__dict__", None):
             self._bad.append(
                 f"{show(path)}: a {type(obj).__name__} with the attributes "
-                f"{', '.join(obj.__dict__)}, which its copies would not keep; derive it "
-                "from sortal.Module"
+                f"{', '.join(obj.__dict__)}, which its copies would not keep; derive "
+                "it from sortal.Module"
             )
         for name, kind in _nodes.class_state(type(obj)).items():
             if name not in handler.items(obj):
