@@ -5,6 +5,8 @@ from __future__ import annotations
 from . import edits
 from . import reference as ref
 
+_KEYS = (ref.RngKey, ref.RngCount)
+
 
 class Drawn(edits.Drawn):
     """One random program of functions, transforms and edits.
@@ -72,8 +74,13 @@ class Drawn(edits.Drawn):
         return self.random.choice(found) if found else None
 
     def write(self, m: str, x: str) -> str | None:
-        v = self.some(m, ref.Variable)
-        if v is None:
+        if self.random.random() < 0.2 and (rngs := self.some(m, ref.Rngs)):
+            return f"{rngs}.{self.random.choice(('default', 'dropout'))}()"
+        numbers = (ref.Param, ref.BatchStat, *map(self.world.names.get, ("K", "V")))
+        v = self.some(m, *numbers)
+        if v is None or self.found[v]._value is None:
+            return None
+        if isinstance(self.found[v], _KEYS):
             return None
         how = self.random.choice(
             (f"{x}", f"{v}.get_value() + {x}", f"{v}.get_value() * 2", f"{x} * 3 + 1")
@@ -171,6 +178,8 @@ class Drawn(edits.Drawn):
             cls = ("nnx.List", "L")
         elif isinstance(self.found[owner], ref.Dict):
             cls = ("nnx.Dict", "M")
+        elif isinstance(self.found[owner], (ref.Rngs, ref.RngStream)):
+            return None
         return f"{owner}.__class__ = {self.random.choice(cls)}"
 
     def verb_inside(self, m: str, x: str) -> str | None:
@@ -389,6 +398,22 @@ class Drawn(edits.Drawn):
             self.do(f"{self.name('r')} = {text}")
             self.do(change.format(self.number()))
 
+    def call_optimizer(self) -> None:
+        """Steps of training, compiled or not, with edits in between."""
+        o, f = self.name("_o"), self.name("f")
+        self.counts["verb Optimizer"] += 1
+        self.do(f"{o} = nnx.Optimizer({self.model}, (0.5, 0.5), wrt=P)")
+        inner = self.function(
+            "loss", self.body("m1", "x1", 0), "digest(m1) * x1", "m1, x1"
+        )
+        lines = [*inner, "y, g = nnx.value_and_grad(loss)(m, x)", "o.update(m, g)"]
+        self.do("\n".join(self.function(f, lines, "y", "m, o, x")))
+        if self.random.random() < 0.7:
+            self.do(f"{f} = nnx.jit({f})")
+        for _ in range(self.random.randrange(1, 4)):
+            self.do(f"{self.name('r')} = {f}({self.model}, {o}, arr({self.number()}))")
+            self.maybe_edit()
+
     def call_grad(self) -> None:
         f = self.name("f")
         lines = self.body("m", "x", depth=1)
@@ -421,7 +446,7 @@ class Drawn(edits.Drawn):
             self.random.choice(
                 (
                     *(self.call_jit, self.call_jit, self.call_eager),
-                    *(self.call_with_settings, self.call_grad),
+                    *(self.call_with_settings, self.call_grad, self.call_optimizer),
                 )
             )()
             if self.model not in self.world.names:

@@ -155,8 +155,10 @@ class Drawn:
         return f"np.array({self.number()}, np.float32)"
 
     def variable(self) -> str:
-        kind = self.random.choice(("P", "P", "BS", "K", "K2", "V"))
+        kind = self.random.choice(("P", "P", "P", "BS", "K", "K2", "V", "RK"))
         self.counts[f"node {kind}"] += 1
+        if kind == "RK":
+            return f"RK(key({self.number()}))"
         tag = (
             f", tag='t{self.random.randrange(2)}'" if self.random.random() < 0.2 else ""
         )
@@ -194,7 +196,9 @@ class Drawn:
             return self.variable()
         if r < 0.32:
             self.counts["node raw array"] += 1
-            return self.array()
+            return (
+                f"key({self.number()})" if self.random.random() < 0.1 else self.array()
+            )
         if r < 0.5:
             return self.static()
         if r < 0.66:
@@ -214,7 +218,7 @@ class Drawn:
             (
                 *("module", "module", "module", "list", "list", "dict", "dict"),
                 *("tuple", "tuple", "D", "FD", "NT", "Ordered"),
-                *("List", "List", "Dict", "Dict"),
+                *("List", "List", "Dict", "Dict", "Rngs", "DM"),
                 *("method", "partial", "defaultdict", "State"),
                 *(("flax", "flax") if self.flax else ()),
             )
@@ -230,6 +234,13 @@ class Drawn:
             return f"[{', '.join(some)}]"
         if kind in ("List", "Dict"):
             return self.container(kind, depth)
+        if kind == "Rngs":
+            more = f", dropout={self.number()}" if self.random.random() < 0.5 else ""
+            return f"nnx.Rngs({self.number()}{more})"
+        if kind == "DM":
+            names = self.random.sample(("a", "r", "s"), n)
+            fields = ", ".join(f"{k}={v}" for k, v in zip(names, some, strict=True))
+            return f"DM({fields})"
         if kind == "partial":
             named = (
                 [f"k={self.expression(depth)}"] if self.random.random() < 0.5 else ()
@@ -252,7 +263,7 @@ class Drawn:
                 return f"{found.text}.append"
             if isinstance(found and found.obj, ref.Dict):
                 return f"{found.text}.pop"
-            if found is not None and not isinstance(found.obj, ref.FlaxModule):
+            if found is not None and hasattr(type(found.obj), "method"):
                 return f"{found.text}.method"
         if kind == "State":
             return (
@@ -495,9 +506,17 @@ class Drawn:
 
     def mode(self) -> str | None:
         found = self.pick(ref.Module)
-        if found is None or isinstance(found.obj, ref.FlaxModule):
+        if found is None or isinstance(found.obj, (ref.FlaxModule, ref.Rngs)):
             return None
+        if isinstance(found.obj, ref.RngStream):
+            return f"{found.text}()"
         return f"{found.text}.{self.random.choice(('train', 'eval'))}()"
+
+    def next_key(self) -> str | None:
+        found = self.pick(ref.Rngs, ref.RngStream)
+        if found is None or isinstance(found.obj, ref.RngStream):
+            return found and f"{found.text}()"
+        return f"{found.text}.{self.random.choice(('default', 'dropout'))}()"
 
     def through_vars(self) -> str | None:
         found = self.pick(ref.Module)
@@ -517,8 +536,12 @@ class Drawn:
             **dict.fromkeys(("Dict", "M"), ("nnx.Dict", "M", "A")),
             "FL": ("FL",),
             "FM": ("FM",),
+            "DM": ("DM", "A"),
         }
-        other = self.random.choice(others[type(found.obj).__name__])
+        known = others.get(type(found.obj).__name__)
+        if known is None:
+            return None
+        other = self.random.choice(known)
         if isinstance(found.obj, (ref.FlaxModule, ref.FlaxVariable)):
             return f"object.__setattr__({found.text}, '__class__', {other})"
         return f"{found.text}.__class__ = {other}"
@@ -805,6 +828,7 @@ _EDITS: list[tuple[str, str]] = [
     ("role", "role"),
     ("role", "role"),
     ("train or eval", "mode"),
+    ("next key", "next_key"),
     ("through vars()", "through_vars"),
     ("other __class__", "other_class"),
     ("other __dict__", "other_dict"),

@@ -17,7 +17,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,6 +38,9 @@ class LoopError(TypeError): ...
 
 
 class MergeError(ValueError): ...
+
+
+class OptimizerError(ValueError): ...
 
 
 class PathError(KeyError): ...
@@ -154,6 +157,33 @@ class Arr:
         return self
 
 
+class Key(Arr):
+    """A typed key of random numbers, by the data that JAX keeps in it."""
+
+    __slots__ = ()
+    shape = property(lambda self: ())
+    dtype = property(lambda self: "key<fry>")
+    ndim = property(lambda self: 0)
+
+    def _refuse(self, *others: Any) -> Any:
+        raise TypeError
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __neg__ = __gt__ = __lt__ = __bool__ = __float__ = __int__ = _refuse
+
+
+def key(seed: int) -> Key:
+    return Key(np.array([0, seed], np.uint32))
+
+
+def is_key(x: Any) -> bool:
+    return isinstance(x, Key)
+
+
+def key_sum(x: Key) -> Arr:
+    return Arr(np.float32(x.val.sum()))
+
+
 def _spread(dot: Any, mine: Arr, other: Arr) -> Any:
     """Derivatives of ``mine`` in the shape that it has beside ``other``."""
     if dot is None or mine.val.shape == other.val.shape or other.val.ndim == 0:
@@ -207,22 +237,35 @@ class Marked:
         self.role, self.value = role, value
 
 
-def data(value: Any) -> Marked:
-    return Marked("data", value)
+def data(value: Any = None, **field: Any) -> Any:
+    return _declared("data", field) if field else Marked("data", value)
 
 
-def static(value: Any) -> Marked:
-    return Marked("static", value)
+def static(value: Any = None, **field: Any) -> Any:
+    return _declared("static", field) if field else Marked("static", value)
+
+
+def _declared(role: str, field: Any) -> Any:
+    return dataclasses.field(**field, metadata={"role": role})
+
+
+def dataclass(cls: Any) -> Any:
+    """A module of fields, some of which are declared data or static."""
+    made = dataclasses.dataclass(eq=False, repr=False)(cls)
+    fields = dataclasses.fields(made)
+    made.DECLARED = {f.name: f.metadata["role"] for f in fields if "role" in f.metadata}
+    return made
 
 
 class Module:
     """An object whose attributes are its children."""
 
     __slots__ = ("__dict__", "__weakref__", "_roles", "_trace")
+    DECLARED: ClassVar[dict[str, str]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         obj = object.__new__(cls)
-        object.__setattr__(obj, "_roles", {})
+        object.__setattr__(obj, "_roles", dict(cls.DECLARED))
         object.__setattr__(obj, "_trace", _traces.now)
         return obj
 
@@ -240,7 +283,10 @@ class Module:
         _check_owner(self)
         object.__delattr__(self, name)
         kept = {k: r for k, r in self._roles.items() if k != name}
-        object.__setattr__(self, "_roles", kept)
+        declared = self.DECLARED.get(name) if name in self._roles else None
+        object.__setattr__(
+            self, "_roles", kept | ({name: declared} if declared else {})
+        )
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         for found in _statics_below(self, {}):
@@ -252,7 +298,8 @@ class Module:
 
     def set_attributes(self, **attributes: Any) -> None:
         """What ``train`` and ``eval`` do."""
-        modules = [x for _, x in Walk(self).every if isinstance(x, Module)]
+        every = [x for _, x in Walk(self).every if isinstance(x, Module)]
+        modules = [x for x in every if not isinstance(x, (Rngs, RngStream))]
         for module in modules:
             for name, value in attributes.items():
                 if hasattr(module, name) and getattr(module, name) is not value:
@@ -527,10 +574,49 @@ class FlaxParam(FlaxVariable):
     __slots__ = ()
 
 
+class RngKey(Variable):
+    __slots__ = ()
+
+
+class RngCount(Variable):
+    __slots__ = ()
+
+
+class RngStream(Module):
+    """Counts the keys that it gives out; what they are no program asks."""
+
+    def __init__(self, seed: int, tag: str):
+        self.tag = tag
+        self.key = RngKey(key(seed), tag=tag)
+        self.count = RngCount(Arr(np.uint32(0)), tag=tag)
+
+    def __call__(self) -> None:
+        _check_owner(self.count)
+        if not isinstance(self.key._value, Key):
+            raise TypeError
+        count = lift(self.count._value)
+        if count.shape or count.dtype != np.uint32:
+            raise Left
+        self.count.set_value(Arr(count.val + np.uint32(1)))
+
+
+class Rngs(Module):
+    """Streams by name; where there is none of a name, the one named default."""
+
+    def __init__(self, default: int, **seeds: int):
+        for name, seed in {"default": default, **seeds}.items():
+            setattr(self, name, RngStream(seed, name))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "default" not in self.__dict__:
+            raise AttributeError
+        return self.__dict__["default"]
+
+
 # Either library's kind is taken for the other's.
 Variable.TWIN, FlaxVariable.TWIN = FlaxVariable, Variable
 Param.TWIN, FlaxParam.TWIN = FlaxParam, Param
-BatchStat.TWIN = None
+BatchStat.TWIN = RngKey.TWIN = RngCount.TWIN = None
 
 
 # ----------------------------------------------------------------- statics
@@ -1336,6 +1422,42 @@ def iter_graph(node: Any) -> list[Any]:
     return Walk(node).every
 
 
+class Optimizer(Module):
+    """Gradient descent with momentum."""
+
+    def __init__(self, model: Any, rates: tuple[float, float], *, wrt: Any):
+        leaves = self._chosen(model, wrt)
+        if not leaves:
+            raise OptimizerError
+        self.rates, self.wrt = rates, wrt
+        self.form = tuple((x.path, *_form(x.value)) for x in leaves)
+        self.step = Variable(Arr(np.uint32(0)))
+        self.moments = [Variable(Arr(np.zeros(x.value.shape))) for x in leaves]
+
+    def _chosen(self, model: Any, wrt: Any) -> list[Leaf]:
+        walk = Walk(model)
+        parts, _ = _divided(walk, (wrt,))
+        leaves = [walk.leaves[i] for i in parts[0]]
+        if any(not is_array(x.value) or is_key(x.value) for x in leaves):
+            raise OptimizerError
+        return leaves
+
+    def update(self, model: Any, grads: State) -> None:
+        leaves = self._chosen(model, self.wrt)
+        given = dict(grads.flat())
+        form = tuple((x.path, *_form(x.value)) for x in leaves)
+        if form != self.form or list(given) != [x.path for x in leaves]:
+            raise OptimizerError
+        for owner in (self.step, *(x.var for x in leaves)):
+            _check_owner(owner)
+        rate, decay = self.rates
+        for leaf, moment in zip(leaves, self.moments, strict=True):
+            gradient = lift(given[leaf.path]) + lift(moment._value) * decay
+            moment.set_value(gradient)
+            leaf.put(lift(leaf.value) - gradient * rate)
+        self.step.set_value(Arr(lift(self.step._value).val + np.uint32(1)))
+
+
 # -------------------------------------------------------------- transforms
 def _roots(tree: Any) -> list[Any]:
     """The objects among arguments or outputs, as transforms carry them."""
@@ -1417,7 +1539,7 @@ def _inside(
                 raise refusal
             continue  # a gradient only closes over it
         inner = lift(value)
-        inner = Arr(inner.val, inner.dot)
+        inner = type(inner)(inner.val, inner.dot)
         leaf.put(inner)
         entered.append((leaf, value, inner))
     for x in owners:
@@ -1738,8 +1860,8 @@ names = types.SimpleNamespace(
         name: globals()[name]
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "List Dict Not Under All jit grad value_and_grad cond switch fori_loop "
-            "while_loop remat mapped iter_graph scan vmap"
+            "List Dict Rngs Optimizer Not Under All jit grad value_and_grad cond switch "
+            "fori_loop while_loop remat mapped iter_graph scan vmap"
         ).split()
     }
 )

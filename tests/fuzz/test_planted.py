@@ -175,7 +175,7 @@ def test_edits_of_a_list_that_note_nothing_are_found(monkeypatch):
         nodes._set_roles(self, {**kept, **(made._roles or {})} or None)
 
     monkeypatch.setattr(List, "_refill", refill)
-    assert not first_found("edits", 4000).afresh
+    assert not first_found("edits", 400, matching=".reverse()").afresh
 
 
 def test_edits_of_a_dict_that_note_nothing_are_found(monkeypatch):
@@ -188,7 +188,7 @@ def test_edits_of_a_dict_that_note_nothing_are_found(monkeypatch):
 
     kept = Dict.__setitem__
     monkeypatch.setattr(Dict, "__setitem__", put)
-    assert not first_found("edits", 4000).afresh
+    assert not first_found("edits", 1000, matching="nnx.Dict").afresh
 
 
 @pytest.fixture(autouse=True)

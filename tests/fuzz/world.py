@@ -26,7 +26,11 @@ class World:
         self.tracked: list[Any] = []  # weak references to the arrays that were made
         self.fixed = {**zoo.statics(), **_classes(lib)}
         self.fixed |= {"nnx": lib.names, "arr": lib.array(self.tracked)}
-        self.fixed |= {"digest": zoo.digest(lib), "first": zoo.first(lib)}
+        self.fixed |= {
+            "key": lib.key,
+            "digest": zoo.digest(lib),
+            "first": zoo.first(lib),
+        }
         self.names: dict[str, Any] = dict(self.fixed)
 
     def run(self, code: Any) -> str:
@@ -119,6 +123,8 @@ class Portrait:
             return tuple([self.of(v) for v in x])
         if isinstance(x, lib.kinds):
             return self._once(x, self._variable)
+        if isinstance(x, lib.Optimizer):
+            return self._once(x, lambda x: self._leaf(x.step.get_value()))
         if isinstance(x, lib.modules):
             return self._once(x, self._module)
         if isinstance(x, (list, dict)):

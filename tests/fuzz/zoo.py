@@ -151,7 +151,18 @@ def make(lib: Any) -> dict[str, Any]:
     class M(lib.Dict):
         W = 7
 
-    made = [K, K2, A, B, C, L, M]
+    class RK(lib.Variable):
+        locals().update(setup)
+
+    @lib.dataclass
+    class DM(lib.Module):
+        W = 14
+        a: Any = None
+        r: Any = lib.data(default=0.5)
+        s: Any = lib.static(default=2)
+        method = A.method
+
+    made = [K, K2, A, B, C, L, M, RK, DM]
     names = {cls.__name__: cls for cls in made}
     names |= {"P": lib.Param, "BS": lib.BatchStat, "V": lib.Variable}
     if lib.FlaxModule is not None:
@@ -242,6 +253,8 @@ def first(lib: Any) -> Any:
 
 
 def _sum(lib: Any, x: Any) -> Any:
+    if lib.is_key(x):
+        return lib.key_sum(x)
     return x.sum() if getattr(x, "ndim", 0) else x
 
 
