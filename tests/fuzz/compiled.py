@@ -76,8 +76,8 @@ class Drawn(edits.Drawn):
     def write(self, m: str, x: str) -> str | None:
         if self.random.random() < 0.2 and (rngs := self.some(m, ref.Rngs)):
             return f"{rngs}.{self.random.choice(('default', 'dropout'))}()"
-        numbers = (ref.Param, ref.BatchStat, *map(self.world.names.get, ("K", "V")))
-        v = self.some(m, *numbers)
+        own = self.world.names["K"], self.world.names["V"]
+        v = self.some(m, ref.Param, ref.FlaxParam, ref.BatchStat, *own)
         if v is None or self.found[v]._value is None:
             return None
         if isinstance(self.found[v], _KEYS):
@@ -169,7 +169,9 @@ class Drawn(edits.Drawn):
 
     def metadata_inside(self, m: str, x: str) -> str | None:
         v = self.some(m, ref.Variable)
-        return v and f"{v}.set_metadata('m', {self.number()})"
+        if v is None or isinstance(self.found[v], ref.FlaxVariable):
+            return None
+        return f"{v}.set_metadata('m', {self.number()})"
 
     def class_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)

@@ -220,7 +220,7 @@ class Drawn:
                 *("tuple", "tuple", "D", "FD", "NT", "Ordered"),
                 *("List", "List", "Dict", "Dict", "Rngs", "DM"),
                 *("method", "partial", "defaultdict", "State"),
-                *(("flax", "flax") if self.flax else ()),
+                *(("flax",) * 8 if self.flax else ()),
             )
         )
         self.counts[f"node {kind}"] += 1
