@@ -1860,8 +1860,8 @@ names = types.SimpleNamespace(
         name: globals()[name]
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "List Dict Rngs Optimizer Not Under All jit grad value_and_grad cond switch "
-            "fori_loop while_loop remat mapped iter_graph scan vmap"
+            "List Dict Rngs Optimizer Not Under All jit grad value_and_grad cond "
+            "switch fori_loop while_loop remat mapped iter_graph scan vmap"
         ).split()
     }
 )
