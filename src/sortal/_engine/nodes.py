@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 import enum
@@ -299,41 +298,31 @@ class DictHandler(Handler):
     """Dicts: children sorted by key; the order of insertion is kept in the spec.
 
     Code that loops over a dict of layers must meet them in the same order inside a
-    transform, so two dicts that differ in order differ in structure.
+    transform, so two dicts that differ in order differ in structure. What a defaultdict
+    calls for a key that is missing is in the spec as well.
     """
 
     def items(self, obj: Any) -> dict[Any, Any]:
         return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
     def spec(self, obj: Any) -> Hashable:
-        return tuple(obj)
+        return tuple(obj), getattr(obj, "default_factory", None)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         values = [x.values() for x in nodes]
-        return [*map(len, nodes)], itertools.chain(*nodes, *values)
+        made_by = [getattr(x, "default_factory", None) for x in nodes]
+        return [*map(len, nodes)], itertools.chain(*nodes, *values, made_by)
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        keys, made_by = spec
         obj.clear()
-        for key in spec:
+        for key in keys:
             obj[key] = items[key]
-
-
-class DefaultDictHandler(DictHandler):
-    """Dicts that make what is missing: the factory is static."""
-
-    def spec(self, obj: Any) -> Hashable:
-        return (tuple(obj), obj.default_factory)
-
-    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        lengths, same = super().contents(nodes)
-        return lengths, itertools.chain(same, [x.default_factory for x in nodes])
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        super().fill(obj, spec[0], items)
-        obj.default_factory = spec[1]
+        if made_by is not None:
+            obj.default_factory = made_by
 
 
 class TupleHandler(Handler):
@@ -567,7 +556,6 @@ register_node(Node, ObjectHandler())
 register_node(types.MethodType, MethodHandler())
 register_node(list, ListHandler())
 register_node(dict, DictHandler())
-register_node(collections.defaultdict, DefaultDictHandler())
 register_node(tuple, _tuple)
 register_node(functools.partial, _partial)
 register_node(jax.tree_util.Partial, _pytree)
@@ -635,6 +623,7 @@ def hidden_state(obj: Any) -> str:
 
 @functools.cache
 def _slots(cls: type) -> list[str]:
-    """The attributes that the classes of an object keep apart from its dict."""
-    inside = (item for base in cls.__mro__ for item in vars(base).items())
-    return [name for name, x in inside if isinstance(x, types.MemberDescriptorType)]
+    """The attributes that classes with ``__slots__`` keep outside of the dict."""
+    bases = (vars(base) for base in cls.__mro__ if "__slots__" in vars(base))
+    kind = types.MemberDescriptorType
+    return [name for base in bases for name, x in base.items() if isinstance(x, kind)]
