@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import Any
 
@@ -13,15 +14,7 @@ from sortal._engine.graphdef import Entry, GraphDef, Record
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.leaves import Foreign, Slot
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import (
-    LEAF,
-    NODE,
-    STATIC,
-    Handler,
-    ListHandler,
-    PartialHandler,
-    handler_of,
-)
+from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, ListHandler, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
@@ -147,8 +140,8 @@ class Walk:
             first = self._numbers.setdefault(id(obj), number)
             if first != number:
                 return first
-        bare = isinstance(obj, (list, dict)) or isinstance(handler, PartialHandler)
-        if bare and getattr(obj, "__dict__", None):
+        bare = (list, dict, functools.partial)
+        if isinstance(obj, bare) and getattr(obj, "__dict__", None):
             self._bad.append(
                 f"{show(path)}: a {type(obj).__name__} with the attributes "
                 f"{', '.join(obj.__dict__)}, which its copies would not keep; derive "
