@@ -82,6 +82,24 @@ def test_callable_objects_with_state_taken_for_statics_are_found(monkeypatch):
     first_found("edits", 300)
 
 
+def test_state_in_a_list_of_a_plain_object_taken_for_static_is_found(monkeypatch):
+    hidden = nodes.hidden_state
+    monkeypatch.setattr(
+        nodes, "hidden_state", lambda x: "" if " in a list" in hidden(x) else hidden(x)
+    )
+    first_found("edits", 40, matching="Plain([P(")
+
+
+def test_partials_with_state_taken_for_statics_are_found(monkeypatch):
+    static = nodes.is_static_value
+    monkeypatch.setattr(
+        nodes,
+        "is_static_value",
+        lambda x: isinstance(x, functools.partial) or static(x),
+    )
+    first_found("edits", 40, matching="functools.partial(")
+
+
 def test_statics_compared_by_inherited_fields_alone_are_found(monkeypatch):
     monkeypatch.setattr(statics, "_compares_fields", lambda kind: hasattr(kind, "a"))
     first_found("edits", 4000)
