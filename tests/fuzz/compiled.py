@@ -56,6 +56,12 @@ class Drawn(edits.Drawn):
                 lines.append(text)
         return lines or ["pass"]
 
+    def step(self, m: str, x: str) -> list[str]:
+        """The same, or rarely an edit, which all branches and loops refuse."""
+        if self.random.random() < 0.8:
+            return self.steady(m, x)
+        return self.body(m, x, depth=0) or ["pass"]
+
     def root_object(self) -> ref.Module:
         return self.world.names[self.model]
 
@@ -218,15 +224,15 @@ class Drawn(edits.Drawn):
 
     def n_cond(self, m: str, x: str) -> list[str]:
         return [
-            *self.function("f1", self.steady("m1", "x1"), "digest(m1) + x1", "m1, x1"),
-            *self.function("f2", self.steady("m1", "x1"), "x1 * 2.0", "m1, x1"),
+            *self.function("f1", self.step("m1", "x1"), "digest(m1) + x1", "m1, x1"),
+            *self.function("f2", self.step("m1", "x1"), "x1 * 2.0", "m1, x1"),
             f"y = nnx.cond({x} > {self.number()}, f1, f2, {m}, {x})",
         ]
 
     def n_switch(self, m: str, x: str) -> list[str]:
         return [
-            *self.function("f1", self.steady("m1", "x1"), "digest(m1) + x1", "m1, x1"),
-            *self.function("f2", self.steady("m1", "x1"), "x1 * 2.0", "m1, x1"),
+            *self.function("f1", self.step("m1", "x1"), "digest(m1) + x1", "m1, x1"),
+            *self.function("f2", self.step("m1", "x1"), "x1 * 2.0", "m1, x1"),
             f"y = nnx.switch({self.random.randrange(2)}, [f1, f2], {m}, {x})",
         ]
 
@@ -234,7 +240,7 @@ class Drawn(edits.Drawn):
         steps = self.random.randrange(1, 3)
         return [
             *self.function(
-                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 1.0)", "i, c"
+                "f1", ["m1, x1 = c", *self.step("m1", "x1")], "(m1, x1 + 1.0)", "i, c"
             ),
             f"_, y = nnx.fori_loop(0, {steps}, f1, ({m}, {x}))",
         ]
@@ -242,7 +248,7 @@ class Drawn(edits.Drawn):
     def n_while(self, m: str, x: str) -> list[str]:
         return [
             *self.function(
-                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 4.0)", "c"
+                "f1", ["m1, x1 = c", *self.step("m1", "x1")], "(m1, x1 + 4.0)", "c"
             ),
             f"_, y = nnx.while_loop(lambda c: 9.0 > c[1], f1, ({m}, {x}))",
         ]

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import numbers
+import operator
 import threading
 import types
 import weakref
@@ -1661,8 +1662,35 @@ def _trace(f: Any, args: Any) -> None:
     """Runs what JAX would trace only, for its errors; what it writes is taken back."""
     f, first = _unbound(f)
     with contextlib.suppress(_Undone), _inside((first, args)):
-        f(*first, *args)
+        with _steady((first, args)):
+            f(*first, *args)
         raise _Undone
+
+
+@contextlib.contextmanager
+def _steady(tree: Any) -> Iterator[None]:
+    """A branch or step, which may write values and nothing else."""
+    roots = tuple(_roots(tree))
+    before = _outline(roots)
+    yield
+    after = _outline(roots)
+    same = len(before[1]) == len(after[1])
+    if not same or not all(map(operator.is_, before[1], after[1])):
+        raise LoopError
+    if before[0] != after[0] or before[2] != after[2]:
+        raise LoopError
+
+
+def _outline(roots: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The structure, the objects in it, and the forms of the values."""
+    walk = Walk(roots)
+    kinds = (Variable, Module, list, dict, State)
+    every = [x for _, x in walk.every]
+    objects = [x for x in every if isinstance(x, kinds) or dataclasses.is_dataclass(x)]
+    values = [x.value for x in walk.leaves]
+    numbers_ = (Arr, np.ndarray, np.generic, numbers.Number)
+    forms = [_form(x) if isinstance(x, numbers_) else None for x in values]
+    return walk.graphdef(), objects, forms
 
 
 def cond(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
@@ -1684,7 +1712,8 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
     with _inside(init):
         value = init
         for i in range(lower, upper):
-            value = body(Arr(np.int32(i)), value)
+            with _steady(init):
+                value = body(Arr(np.int32(i)), value)
     return _released(value, _traces.now)
 
 
