@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
@@ -298,31 +299,41 @@ class DictHandler(Handler):
     """Dicts: children sorted by key; the order of insertion is kept in the spec.
 
     Code that loops over a dict of layers must meet them in the same order inside a
-    transform, so two dicts that differ in order differ in structure. What a defaultdict
-    calls for a key that is missing is in the spec as well.
+    transform, so two dicts that differ in order differ in structure.
     """
 
     def items(self, obj: Any) -> dict[Any, Any]:
         return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
     def spec(self, obj: Any) -> Hashable:
-        return tuple(obj), getattr(obj, "default_factory", None)
+        return tuple(obj)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         values = [x.values() for x in nodes]
-        made_by = [getattr(x, "default_factory", None) for x in nodes]
-        return [*map(len, nodes)], itertools.chain(*nodes, *values, made_by)
+        return [*map(len, nodes)], itertools.chain(*nodes, *values)
 
     def remove(self, obj: Any, key: Any) -> None:
         del obj[key]
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        keys, made_by = spec
         obj.clear()
-        for key in keys:
+        for key in spec:
             obj[key] = items[key]
-        if made_by is not None:
-            obj.default_factory = made_by
+
+
+class DefaultDictHandler(DictHandler):
+    """Dicts that make what is missing: the factory is static."""
+
+    def spec(self, obj: Any) -> Hashable:
+        return (tuple(obj), obj.default_factory)
+
+    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
+        lengths, same = super().contents(nodes)
+        return lengths, itertools.chain(same, [x.default_factory for x in nodes])
+
+    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
+        super().fill(obj, spec[0], items)
+        obj.default_factory = spec[1]
 
 
 class TupleHandler(Handler):
@@ -556,6 +567,7 @@ register_node(Node, ObjectHandler())
 register_node(types.MethodType, MethodHandler())
 register_node(list, ListHandler())
 register_node(dict, DictHandler())
+register_node(collections.defaultdict, DefaultDictHandler())
 register_node(tuple, _tuple)
 register_node(functools.partial, _partial)
 register_node(jax.tree_util.Partial, _pytree)
@@ -614,9 +626,9 @@ def hidden_state(obj: Any) -> str:
     own = getattr(obj, "__dict__", None)
     found = []
     for name, value in {**attributes, **(own if type(own) is dict else {})}.items():
-        state = next((x for x, _ in _held(value) if is_root(x)), value)
-        where = "" if state is value else f" in a {type(value).__name__}"
-        if is_root(state):
+        state = next((x for x, _ in _held(value) if is_root(x)), None)
+        if state is not None:
+            where = "" if state is value else f" in a {type(value).__name__}"
             found.append(f"{name} ({type(state).__name__}{where})")
     return ", ".join(found)
 
