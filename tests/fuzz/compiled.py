@@ -422,6 +422,31 @@ class Drawn(edits.Drawn):
             self.do(f"{self.name('r')} = {f}({self.model}, {o}, arr({self.number()}))")
             self.maybe_edit()
 
+    def call_lanes(self) -> None:
+        """A function of a model whose every leaf has an axis, mapped over."""
+        outside = self.model
+        self.model = self.name("m")
+        a, b, c, d = (f"arr([{self.number()}, {self.number()}])" for _ in range(4))
+        items = f"[K({b}), nnx.static(2), nnx.data({c})]"
+        inside = self.random.choice(
+            (f"nnx.List({items})", f"[K({b}), {c}]", f"nnx.Dict(c=K({b}), a={c})")
+        )
+        self.do(f"{self.model} = A(w=P({a}), c={inside}, d=B(a={d}), n=None)")
+        f = self.name("f")
+        lines = []
+        for _ in range(self.random.randrange(1, 4)):
+            kind, draw = self.random.choice(_MAPPED)
+            text = getattr(self, draw)("m", "x")
+            if text:
+                self.counts[f"inside {kind}"] += 1
+                lines += text.split("\n")
+        self.do("\n".join(self.function(f, lines, "digest(m) * x", "m, x")))
+        call = f"nnx.vmap({f}, in_axes=(0, 0))({self.model}, arr([1, 2]))"
+        for _ in range(self.random.randrange(1, 3)):
+            self.counts["eager vmap of models"] += 1
+            self.do(f"{self.name('r')} = {call}")
+        self.model = outside
+
     def call_grad(self) -> None:
         f = self.name("f")
         lines = self.body("m", "x", depth=1)
@@ -455,6 +480,7 @@ class Drawn(edits.Drawn):
                 (
                     *(self.call_jit, self.call_jit, self.call_eager),
                     *(self.call_with_settings, self.call_grad, self.call_optimizer),
+                    self.call_lanes,
                 )
             )()
             if self.model not in self.world.names:
@@ -493,6 +519,8 @@ _INSIDE: list[tuple[str, str]] = [
     ("error", "fail"),
     ("write to another model", "foreign"),
 ]
+# Those that mean the same for each element of a batch.
+_MAPPED = [x for x in _INSIDE if x[1] not in ("verb_inside", "foreign")]
 _NESTED: list[tuple[str, str]] = [
     ("cond", "n_cond"),
     ("switch", "n_switch"),

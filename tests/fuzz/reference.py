@@ -1764,21 +1764,19 @@ def _lanes(f: Any, m: Any, xs: Any) -> Any:
         walk = Walk(m)
         whole = [lift(x.value) for x in walk.leaves]
         copies = [m, *(mapped(m) for _ in range(n - 1))]
-        ys, ends = [], []
+        ys, ends, begun = [], [], [[w[i] for w in whole] for i in range(n)]
         for i, c in enumerate(copies):
             inner = Walk(c)
-            begun = [w[i] for w in whole]
-            for leaf, value in zip(inner.leaves, begun, strict=True):
+            for leaf, value in zip(inner.leaves, begun[i], strict=True):
                 leaf.put(value)
             ys.append(f(c, xs[i]))
             ends.append(Walk(c))
+        # What no lane wrote is as it was, to the object.
+        kept = {id(x): w for x, w in zip(begun[0], whole, strict=True)}
         for k, leaf in enumerate(ends[0].leaves):
             values = [end.leaves[k].value for end in ends]
-            leaf.put(stack(values))
-        # What no lane wrote is as it was, to the object.
-        for k, leaf in enumerate(walk.leaves):
-            if leaf.writable and np.array_equal(lift(leaf.value).val, whole[k].val):
-                leaf.put(whole[k])
+            own = id(values[0])
+            leaf.put(kept[own] if own in kept else stack(values))
     return stack(ys)
 
 
