@@ -43,6 +43,7 @@ SUBJECTS = (
             "sortal.functional",
             "sortal._engine.state",
             "sortal._engine.graphdef",
+            "sortal._engine.handlers",
             "sortal._engine.nodes",
         ),
     ),

@@ -18,7 +18,7 @@ from hypothesis import given
 
 import sortal
 from sortal import nnx
-from sortal._engine import nodes
+from sortal._engine import handlers, nodes
 from sortal._engine.nodes import (
     LEAF,
     STATIC,
@@ -383,9 +383,9 @@ def test_a_handler_says_what_it_lacks():
 
 
 def test_handlers_are_equal_by_what_they_do():
-    assert nodes.ListHandler() == nodes.ListHandler()
-    assert hash(nodes.ListHandler()) == hash(nodes.ListHandler())
-    assert nodes.ListHandler() != nodes.DictHandler()
+    assert handlers.ListHandler() == handlers.ListHandler()
+    assert hash(handlers.ListHandler()) == hash(handlers.ListHandler())
+    assert handlers.ListHandler() != handlers.DictHandler()
 
 
 # --------------------------------------------------------------------- Node

@@ -11,10 +11,11 @@ import numpy as np
 from sortal._engine import nodes as _nodes
 from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import Entry, GraphDef, Record
+from sortal._engine.handlers import Handler, ListHandler
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.leaves import Foreign, Slot
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, ListHandler, handler_of
+from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
