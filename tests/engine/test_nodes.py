@@ -291,11 +291,17 @@ def test_a_partial_of_a_method_calls_the_copy():
 
 
 def test_a_partial_that_holds_no_state_is_one_static():
-    items = [1, {2}]
-    for f in (functools.partial(max, 1), functools.partial(sorted, items, key=id)):
+    for f in (functools.partial(max, 1), functools.partial(sorted, {2}, key=id)):
         assert is_static_value(f)
         assert is_static_value((f, 1))
         assert rebuilt(Box(f=f)).f is f
+
+
+def test_what_is_put_into_a_list_of_a_partial_is_noticed():
+    model = Box(f=functools.partial(max, []))
+    assert sortal.state(model).paths() == ()
+    model.f.args[0].append(jnp.ones(2))
+    assert sortal.state(model).paths() == (("f", "args", 0, 0),)
 
 
 def test_a_partial_is_edited_by_its_keywords():

@@ -660,7 +660,8 @@ def is_node(x: Any) -> bool:
     if isinstance(x, types.MethodType):
         return is_node(x.__self__) or isinstance(x.__self__, Variable)
     if isinstance(x, functools.partial):
-        return _holds_data(x) or _hides_state(x)
+        inside = [child for _, child in children(x)]
+        return any(map(_has_state, inside)) or _hides_state(x)
     if isinstance(x, tuple) or _is_frozen(x):
         inside = [child for _, child in children(x)]
         plain = not any(map(_has_state, inside))

@@ -358,9 +358,6 @@ register_node(functools.partial, _partial)
 register_node(jax.tree_util.Partial, _pytree)
 
 
-_VALUES = (TupleHandler, DataclassHandler, MethodHandler)
-
-
 def is_static_value(obj: Any) -> bool:
     """Whether a value is static with all that it holds, and so one static itself.
 
@@ -368,19 +365,17 @@ def is_static_value(obj: Any) -> bool:
       obj: no leaf.
 
     Returns:
-      True for statics, for tuples, methods and frozen dataclasses with no leaf or
-      mutable inside, and for partials with no leaf or object inside.
+      True for statics, and for tuples, methods, partials and frozen dataclasses with no
+      leaf or mutable inside.
     """
-    for x, handler in _held(obj, into=_VALUES):
+    for x, handler in _held(obj):
         if handler is STATIC:
             fits = not hidden_state(x)
-        elif handler is _partial:  # the rest it holds is its own affair
-            fits = not (_holds_data(x) or any(hidden_state(y) for y, _ in _held(x)))
         elif isinstance(handler, MethodHandler):
             fits = handler_of(x.__self__) is STATIC
         else:
             frozen = handler is _dataclass and type(x).__dataclass_params__.frozen
-            fits = frozen or handler is _tuple
+            fits = frozen or handler is _tuple or handler is _partial
         if not fits:
             return False
     # What is refused makes it a node, so that the culprit in it has its own path.
