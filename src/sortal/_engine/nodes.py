@@ -16,19 +16,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from sortal._engine import paths
+from sortal._engine import handlers, paths
 from sortal._engine.foreign import note_class, register_library_of
-from sortal._engine.handlers import (
-    DataclassHandler,
-    DefaultDictHandler,
-    DictHandler,
-    Handler,
-    ListHandler,
-    MethodHandler,
-    PartialHandler,
-    PytreeHandler,
-    TupleHandler,
-)
+from sortal._engine.handlers import Handler, MethodHandler, TupleHandler
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
 from sortal._engine.statics import edits, is_hashable
@@ -204,8 +194,8 @@ class ObjectHandler(Handler):
             _note_edit(obj)
 
 
-_tuple, _dataclass, _pytree = TupleHandler(), DataclassHandler(), PytreeHandler()
-_partial = PartialHandler()
+_tuple, _partial = TupleHandler(), handlers.PartialHandler()
+_dataclass, _pytree = handlers.DataclassHandler(), handlers.PytreeHandler()
 _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
 
@@ -350,9 +340,9 @@ def _classify(cls: type, obj: Any) -> Any:
 
 register_node(Node, ObjectHandler())
 register_node(types.MethodType, MethodHandler())
-register_node(list, ListHandler())
-register_node(dict, DictHandler())
-register_node(collections.defaultdict, DefaultDictHandler())
+register_node(list, handlers.ListHandler())
+register_node(dict, handlers.DictHandler())
+register_node(collections.defaultdict, handlers.DefaultDictHandler())
 register_node(tuple, _tuple)
 register_node(functools.partial, _partial)
 register_node(jax.tree_util.Partial, _pytree)
