@@ -434,3 +434,9 @@ def test_a_pattern_that_is_none_is_refused(tmp_path, pattern):
         RestoreError, match="is no pattern of a path: entries are joined"
     ):
         nnx.restore(tmp_path, {"a": jnp.ones(1)}, rename={pattern: "a"})
+
+
+def test_a_message_ends_where_there_is_no_advice(tmp_path):
+    nnx.save(tmp_path, (jnp.ones(2),), step=0)
+    with pytest.raises(RestoreError, match=r"is in a tuple or other value\Z"):
+        nnx.restore(tmp_path, (jnp.zeros(2),))

@@ -20,7 +20,13 @@ from models import untouched
 from sortal.checkpoint.files import on
 from sortal.checkpoint.loading import Want, host_value, load, wanted
 from sortal.checkpoint.manifest import Manifest, Stored
-from sortal.checkpoint.store import CHUNK, Reader, zarr_json
+from sortal.checkpoint.store import (
+    CHUNK,
+    Reader,
+    descriptions,
+    fingerprints,
+    zarr_json,
+)
 from sortal.checkpoint.values import Array, Key, Place, describe
 from sortal.errors import RestoreError
 
@@ -40,7 +46,11 @@ def disk(root: Path, **arrays: np.ndarray) -> Reader:
             "store_data_equal_to_fill_value": True,
         }
         ts.open(spec, create=True).result().write(value).result()
-    return Reader(root, Manifest(0, "x", (), (), (), found, {}, ""))
+    described = descriptions(found, ())
+    for name, data in described.items():
+        (root / name).write_bytes(data)
+    files = fingerprints(root, found, described)
+    return Reader(root, Manifest(0, "x", (), (), (), found, files, ""))
 
 
 def alone(name: str, value: np.ndarray, **more: Any) -> Array:

@@ -358,3 +358,14 @@ def test_metrics_that_are_no_numbers_are_refused_all_at_once(tmp_path):
     with pytest.raises(SaveError, match=r"metrics are numbers by name.*\n  0\.5"):
         kept.save(model(), step=0, metrics=0.5)
     assert kept.steps() == ()
+
+
+def test_a_best_step_needs_the_name_of_a_metric(tmp_path):
+    """Else no step would ever be kept for being best."""
+    for wrong in (3, ("loss",), True):
+        with pytest.raises(ArgumentError, match="the name of a metric; found best="):
+            nnx.Checkpoints(tmp_path, best=wrong)
+    nnx.save(tmp_path, nnx.Rngs(0), step=1)
+    kept = nnx.Checkpoints(tmp_path)
+    with pytest.raises(NoCheckpointError, match="no metric to tell by: give it the"):
+        kept.restore(nnx.Rngs(0), step="best")

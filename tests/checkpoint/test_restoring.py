@@ -23,7 +23,8 @@ from benchmarks import faults
 from models import Holder, Net, models, portrait, untouched
 from sortal._engine.plan import bind
 from sortal.checkpoint import files, restoring
-from sortal.checkpoint.store import Reader
+from sortal.checkpoint.manifest import is_chunk
+from sortal.checkpoint.store import SMALL, Reader
 from sortal.errors import (
     ArgumentError,
     CheckpointError,
@@ -422,7 +423,6 @@ def test_each_process_reads_only_the_shards_that_it_is_to_have(tmp_path):
     whole = jax.device_put(value, NamedSharding(mesh(8), P("x")))
     nnx.save(tmp_path, {"w": nnx.Param(whole)}, step=0)
     from sortal._engine.host import host_memory
-    from sortal.checkpoint.store import Reader
 
     manifest = files.read_manifest(tmp_path, 0)
     reader = Reader(tmp_path / "0" / manifest.folder, manifest)
@@ -433,6 +433,29 @@ def test_each_process_reads_only_the_shards_that_it_is_to_have(tmp_path):
     reader.wait(reader.read("Param/w", at, memory))
     assert 800_000 <= _bytes_read() - before < 900_000
     assert np.array_equal(memory[0], value[3])
+
+
+def test_only_the_files_that_are_read_are_looked_at(tmp_path, monkeypatch):
+    """So that many processes do not each look at the files of all."""
+    value = np.arange(8 * 200_000, dtype=np.float32).reshape(8, -1)
+    whole = jax.device_put(value, NamedSharding(mesh(8), P("x")))
+    apart = {f"s{i}": nnx.Cache(np.zeros(SMALL // 4 - 1, "f4")) for i in range(4)}
+    nnx.save(tmp_path, {"w": nnx.Param(whole), **apart}, step=0)
+    looked, real = [], files.on(tmp_path).fingerprints
+    monkeypatch.setattr(
+        files.on(tmp_path), "fingerprints",
+        lambda root, sizes: (looked.extend(sizes), real(root, sizes))[1],
+    )  # fmt: skip
+    manifest = files.read_manifest(tmp_path, 0)
+    reader = Reader(tmp_path / "0" / manifest.folder, manifest)
+    assert reader.check([("Param/w", (slice(3, 4), slice(0, 200_000)))]) == []
+    meta = ["zarr.json", "Param/zarr.json", "Param/w/zarr.json"]
+    assert looked == [*meta, "Param/w/c.3.0"]
+    looked.clear()
+    one = {"s2": nnx.Cache(np.ones(SMALL // 4 - 1, "f4"))}
+    nnx.restore(tmp_path, one, partial=True)
+    assert [x for x in looked if is_chunk(x)] == ["Cache/packed/c.2"]
+    assert not one["s2"].value.any()
 
 
 def test_shardings_by_kind_or_policy_say_where_arrays_go(tmp_path):
@@ -541,10 +564,10 @@ def test_a_step_replaced_or_deleted_while_it_is_read_is_read_again(
                 files.forget(tmp_path, number - 1)
 
     class Changing(Reader):
-        def check(self, names):
+        def check(self, parts):
             if when == "opened":
                 change()
-            found = super().check(names)
+            found = super().check(parts)
             if when == "checked":
                 change()
             return found
@@ -561,9 +584,9 @@ def test_a_step_that_is_always_replaced_is_an_error_in_the_end(tmp_path, monkeyp
     nnx.save(tmp_path, nnx.Rngs(0), step=0)
 
     class Changing(Reader):
-        def check(self, names):
+        def check(self, parts):
             nnx.save(tmp_path, nnx.Rngs(0), step=0)
-            return super().check(names)
+            return super().check(parts)
 
     monkeypatch.setattr(restoring, "Reader", Changing)
     with pytest.raises(nnx.errors.DamagedError, match="damaged"):

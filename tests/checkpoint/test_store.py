@@ -296,14 +296,15 @@ def test_every_sort_of_damage_shows_with_its_file_and_what_is_wrong(tmp_path):
     manifest = read_manifest(tmp_path, 0)
     folder = tmp_path / "0" / manifest.folder
     reader = Reader(folder, manifest)
-    names = ["Param/packed", "Cache/b"]
-    assert reader.check(names) == []
+    parts = [(n, [slice(0, *a.shape)]) for n, a in manifest.arrays.items()]
+    assert {n for n, _ in parts} == {"Param/packed", "Cache/b"}
+    assert reader.check(parts) == []
 
     def damaged(name: str, change: Any) -> list[str]:
         file = folder / name
         data = file.read_bytes()
         change(file, data)
-        found = reader.check(names)
+        found = reader.check(parts)
         if file.is_dir():
             file.rmdir()
         file.write_bytes(data)
@@ -328,9 +329,9 @@ def test_every_sort_of_damage_shows_with_its_file_and_what_is_wrong(tmp_path):
             f"{meta}: not what was written: another checksum"
         ]
         assert damaged(meta, lambda f, d: f.write_bytes(d + b" "))[0].startswith(meta)
-    # Of arrays that nobody asks for, nothing is looked at.
+    # Of parts that nobody asks for, nothing is looked at.
     (folder / chunk).unlink()
-    assert reader.check(["Param/packed"]) == []
+    assert reader.check([("Param/packed", [slice(0, 24)])]) == []
 
 
 # ------------------------------------------------------------------------------ parts

@@ -10,13 +10,15 @@ import pytest
 import sortal
 from sortal._engine import host
 from sortal._engine.host import host_memory, to_host
+from sortal.checkpoint import taking
 from sortal.inspect.html.numbers import host as shown
 
 
 @pytest.fixture
 def far(monkeypatch):
     """As on an accelerator: all is far from the host but what is pinned there."""
-    monkeypatch.setattr(host, "is_near", lambda s: s.memory_kind == "pinned_host")
+    for module in (host, taking):
+        monkeypatch.setattr(module, "is_near", lambda s: s.memory_kind == "pinned_host")
 
 
 def test_arrays_of_a_cpu_stay_as_they_are():

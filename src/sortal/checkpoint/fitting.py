@@ -98,8 +98,8 @@ def fit(
     if matching.faults:
         raise RestoreError(
             f"{where} does not fit the model, which was left as it was; "
-            f"it differs in:\n{listing(matching.faults)}\n"
-            + "\n".join(matching.advice())
+            "it differs in:\n"
+            + "\n".join([listing(matching.faults), *matching.advice()])
         )
     return found
 

@@ -15,6 +15,7 @@ from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import show
 from sortal._engine.schema import kind_name
+from sortal._engine.statics import EMPTY
 from sortal._engine.variable import Variable
 from sortal.checkpoint.manifest import (
     METADATA,
@@ -26,7 +27,7 @@ from sortal.checkpoint.manifest import (
     encoded_paths,
 )
 from sortal.checkpoint.store import ALIGN, SMALL, Piece, packed, stored_array
-from sortal.checkpoint.taking import ON_ONE, Split, Taken
+from sortal.checkpoint.taking import COPIED, ON_ONE, Split, Taken
 from sortal.checkpoint.values import (
     DEPTH,
     RECORDS,
@@ -49,7 +50,7 @@ class Layout(NamedTuple):
     aliases: tuple[tuple[Path, Path], ...]
     arrays: dict[str, Stored]
     packs: dict[str, list[tuple[int, Any]]]
-    """The arrays of each pack, with their offsets."""
+    """The arrays of each pack, with their offsets; some are the bytes of many."""
     own: dict[str, list[Piece]]
     """This process's pieces of the arrays that are stored by themselves."""
     shared: frozenset[str]
@@ -67,20 +68,18 @@ def lay_out(taken: Taken) -> Layout:
     for i, passing, value in zip(
         taken.chosen, taken.passing, taken.values, strict=True
     ):
-        kind, path = number[schema.kinds[i]], paths[i]
+        kind, path, metadata = number[schema.kinds[i]], paths[i], {}
         tree = value if type(value) in RECORDS else _described(value)
         new = place.all(tree, data, kinds[kind].group, path, passing)
-        metadata = {}
-        if schema.metadata[i]:
-            items = schema.metadata[i].items()
-            metadata = {k: v for k, v in items if type(v) in METADATA}
+        if (given := schema.metadata[i]) is not EMPTY:
+            metadata = {k: v for k, v in given.items() if type(v) in METADATA}
         leaves.append(Leaf(path, kind, new, metadata, passing))
     return Layout(
         kinds,
         tuple(leaves),
         aliases_of(graphdef),
         place.stored(),
-        place.packs,
+        place.packs(taken.copied),
         place.own,
         frozenset(place.shared),
         fingerprint(graphdef),
@@ -193,58 +192,109 @@ def fingerprint(graphdef: GraphDef) -> str:
 
 
 # ---------------------------------------------------------------------------- places
+class _Pack:
+    """Small arrays one after the other, each at a multiple of ALIGN."""
+
+    def __init__(self, name: str):
+        self.name, self.end = name, 0
+        self._parts: list[tuple[int, Any]] = []
+        self._next = -1
+
+    def add(self, size: int, data: Any) -> Place:
+        """Where an array goes."""
+        at = self.end + -self.end % ALIGN
+        self.end, self._next = at + size, -1
+        self._parts.append((at, data))
+        return Place(self.name, at)
+
+    def add_copied(self, size: int, begin: int) -> Place:
+        """Where an array goes whose bytes begin at an index of the copied ones.
+
+        Nearly always they go on there where those of the array before end.
+        """
+        at = self.end + -self.end % ALIGN
+        self.end = at + size
+        if begin == self._next:
+            self._parts[-1][1][1] = begin + size
+        else:
+            self._parts.append((at, [begin, begin + size]))
+        self._next = begin + size + -size % ALIGN
+        return Place(self.name, at)
+
+    def parts(self, copied: np.ndarray) -> list[tuple[int, Any]]:
+        """The arrays, and the bytes of several in a row, each with its offset."""
+        return [
+            (at, copied[slice(*x)] if type(x) is list else x) for at, x in self._parts
+        ]
+
+
 class _Places:
     """Assigns storage: small arrays go into packs, others are stored by themselves."""
 
     def __init__(self) -> None:
-        self.packs: dict[str, list[tuple[int, Any]]] = {}
         self.own: dict[str, list[Piece]] = {}
         self.shared: set[str] = set()
-        self._ends: dict[str, int] = {}
+        self._packs: dict[tuple[str, bool], _Pack] = {}
         self._stored: dict[str, Stored] = {}
         self._names: set[str] = set()
+        self._copied = 0
 
     def all(
         self, tree: Tree, data: Iterator[Any], group: str, path: Path, passing: bool
     ) -> Tree:
         """The value, with a place for each of its arrays."""
         if type(tree) is Array:
-            return self._place(tree, next(data), group, path, passing)
+            return self._placed(tree, next(data), group, path, passing)
         new = [
-            self._place(array, next(data), group, path, passing)
+            self._placed(array, next(data), group, path, passing)
             for array in arrays(tree)
         ]
         return with_arrays(tree, iter(new))
 
-    def _place(
+    def _placed(
         self, array: Array, data: Any, group: str, path: Path, passing: bool
     ) -> Array:
         size = array.nbytes
         if size == 0:
             return array
-        if type(data) is Split or size >= SMALL:
-            last = "~last" if passing else ""
-            taken = (f"{group}/{x}" for x in ("packed", "packed~last", "zarr.json"))
-            taken = self._names.union(map(str.casefold, taken))
-            wanted = f"{group}/{file_name(show(path))}{last}"
-            name = free(wanted, taken)
-            self._names.add(name.casefold())
-            if not isinstance(data, Split):
-                data = Split(None, False, [Piece((0,) * data.ndim, data)])
-            self._stored[name] = stored_array(array, data.shard)
-            self.own[name] = data.pieces
-            if data.shared:
-                self.shared.add(name)
-            return array._replace(place=Place(name, None))
-        name = f"{group}/packed~last" if passing else f"{group}/packed"
-        at = -(-self._ends.get(name, 0) // ALIGN) * ALIGN
-        self._ends[name] = at + size
-        self.packs.setdefault(name, []).append((at, data))
-        return Array(*array[:-1], Place(name, at))
+        if data is not COPIED and (type(data) is Split or size >= SMALL):
+            place = self._by_itself(array, data, group, path, passing)
+        else:
+            pack = self._packs.get((group, passing))
+            if pack is None:
+                name = f"{group}/packed~last" if passing else f"{group}/packed"
+                pack = self._packs[group, passing] = _Pack(name)
+            if data is COPIED:
+                place = pack.add_copied(size, self._copied)
+                self._copied += size + -size % ALIGN
+            else:
+                place = pack.add(size, data)
+        return Array(*array[:-1], place)
+
+    def _by_itself(
+        self, array: Array, data: Any, group: str, path: Path, passing: bool
+    ) -> Place:
+        last = "~last" if passing else ""
+        taken = (f"{group}/{x}" for x in ("packed", "packed~last", "zarr.json"))
+        taken = self._names.union(map(str.casefold, taken))
+        wanted = f"{group}/{file_name(show(path))}{last}"
+        name = free(wanted, taken)
+        self._names.add(name.casefold())
+        if not isinstance(data, Split):
+            data = Split(None, False, [Piece((0,) * data.ndim, data)])
+        self._stored[name] = stored_array(array, data.shard)
+        self.own[name] = data.pieces
+        if data.shared:
+            self.shared.add(name)
+        return Place(name, None)
+
+    def packs(self, copied: np.ndarray) -> dict[str, list[tuple[int, Any]]]:
+        """The arrays of each pack, with their offsets."""
+        return {pack.name: pack.parts(copied) for pack in self._packs.values()}
 
     def stored(self) -> dict[str, Stored]:
         """All arrays to write, by name."""
-        packs = {name: packed(end) for name, end in self._ends.items()}
+        packs = {pack.name: packed(pack.end) for pack in self._packs.values()}
         return {**packs, **self._stored}
 
 

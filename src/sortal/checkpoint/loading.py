@@ -17,7 +17,7 @@ from sortal._engine.paths import show
 from sortal.checkpoint.manifest import storage_dtype
 from sortal.checkpoint.store import Reader
 from sortal.checkpoint.values import Array, numpy_dtype
-from sortal.errors import RestoreError, listing
+from sortal.errors import DamagedError, RestoreError, listing
 
 _WINDOW = 16 << 20
 _AHEAD = 64 << 20
@@ -125,9 +125,17 @@ class _Job(NamedTuple):
 
 
 def load(reader: Reader, wants: Sequence[Want]) -> list[Any]:
-    """Reads arrays, in order, with a bounded number of bytes in flight."""
+    """Reads arrays, in order, with a bounded number of bytes in flight.
+
+    First it checks all files that this process is to read.
+    """
     put = _Putter()
     found: list[Any] = [None] * len(wants)
+    jobs = list(_jobs(wants, put, found))
+    if faults := reader.check((job.name, job.at) for job in jobs):
+        raise DamagedError(
+            f"the checkpoint is damaged; nothing was restored:\n{listing(faults)}"
+        )
     in_flight: deque[tuple[_Job, Any, np.ndarray]] = deque()
     ahead = 0
 
@@ -138,7 +146,7 @@ def load(reader: Reader, wants: Sequence[Want]) -> list[Any]:
         ahead -= job.nbytes
         job.then(memory)
 
-    for job in _jobs(wants, put, found):
+    for job in jobs:
         while in_flight and ahead + job.nbytes > _AHEAD:
             finish_oldest()
         memory = host_memory(job.shape, numpy_dtype(job.dtype))

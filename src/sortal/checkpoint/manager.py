@@ -41,8 +41,8 @@ class Checkpoints:
       policy: a Policy, whose column ``checkpoint`` says what is saved.
 
     Raises:
-      ArgumentError: ``keep``, ``keep_every`` or ``mode`` has another value, or the
-        directory is neither a path nor an address of an object store.
+      ArgumentError: ``keep``, ``keep_every``, ``best`` or ``mode`` has another value,
+        or the directory is neither a path nor an address of an object store.
 
     Example:
       >>> import tempfile
@@ -71,10 +71,15 @@ class Checkpoints:
             for name, n in counts.items()
             if n is not None and (type(n) is not int or n < 1)
         ]
-        if bad or mode not in ("max", "min"):
+        if mode not in ("max", "min"):
+            bad.append(f"mode={mode!r}")
+        bad += (
+            [f"best={best!r:.60}"] if best is not None and type(best) is not str else []
+        )
+        if bad:
             raise ArgumentError(
-                "keep and keep_every are numbers from 1 on, or None, and mode is "
-                f"'max' or 'min'; found {', '.join(bad) or f'mode={mode!r}'}."
+                "keep and keep_every are numbers from 1 on, or None, mode is 'max' or "
+                f"'min', and best the name of a metric; found {', '.join(bad)}."
             )
         self.directory = files.located(directory)
         self._keep, self._keep_every = keep, keep_every
@@ -243,6 +248,11 @@ class Checkpoints:
         if step != "best":
             return find_step(self.directory, step)
         found = self.best()
+        if found is None and self._best is None:
+            raise NoCheckpointError(
+                "no step is best, for this Checkpoints has no metric to tell by: give "
+                "it the name of one, as in Checkpoints(directory, best='accuracy')."
+            )
         if found is None:
             raise NoCheckpointError(
                 f"no step in {self.directory} has the metric {self._best!r}."

@@ -343,7 +343,7 @@ def read_fit(
 
 
 def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
-    """Reads arrays, after a check of the files that they are in."""
+    """Reads arrays; refuses what the devices or JAX cannot hold."""
     check_shardings(wants)
     lost = [
         f"{show(w.path)}: {w.array.dtype}"
@@ -356,12 +356,6 @@ def read(reader: Reader, wants: Sequence[Want]) -> list[Any]:
             "short:\n"
             f"{listing(lost)}\nSet jax_enable_x64, or restore into a model of other "
             "dtypes with cast=True."
-        )
-    places = (w.array.place for w in wants)
-    faults = reader.check(dict.fromkeys(p.array for p in places if p))
-    if faults:
-        raise DamagedError(
-            f"the checkpoint is damaged; nothing was restored:\n{listing(faults)}"
         )
     return load(reader, wants)
 

@@ -312,16 +312,23 @@ class Reader:
         self._context = on(root).context()
         self._opened: dict[str, Any] = {}
 
-    def check(self, names: Iterable[str]) -> list[str]:
-        """Checks files of arrays without reading their chunks; one line for each fault.
+    def check(self, parts: Iterable[tuple[str, Sequence[slice]]]) -> list[str]:
+        """Checks the files of parts of arrays, without reading chunks; lists faults.
 
         Finds missing files, other sizes, damaged metadata, and chunks of another save.
+        Chunks of other parts, which other processes may read, are not looked at.
         """
-        names = list(names)
+        parts = list(parts)
+        names = dict.fromkeys(name for name, _ in parts)
         groups = dict.fromkeys(name.partition("/")[0] for name in names)
         files = ["zarr.json", *(f"{name}/zarr.json" for name in (*groups, *names))]
-        for name in names:
-            files += chunk_files(name, self._manifest.arrays[name])
+        for name, at in parts:
+            chunks = self._manifest.arrays[name].chunks
+            ranges = (
+                range(s.start // c, -(-s.stop // c))
+                for s, c in zip(at, chunks, strict=True)
+            )
+            files += [chunk_file(name, index) for index in itertools.product(*ranges)]
         return [f"{file}: {fault}" for file, fault in self.faults(files).items()]
 
     def faults(self, files: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sortal._engine.jax_compat import one_level
 from sortal._engine.paths import order
@@ -164,6 +165,18 @@ def with_arrays(tree: Tree, new: Iterator[Array]) -> Tree:
 
 
 # --------------------------------------------------------------------- live values
+GONE = "its buffer was donated to a call and is gone"
+
+
+def without_values(array: Any) -> str:
+    """Why an array has no values to be saved; empty where it has."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return "a shape without values"
+    if isinstance(array, Tracer):
+        return "a tracer, which was kept when a transform ended"
+    return GONE if isinstance(array, jax.Array) and array.is_deleted() else ""
+
+
 def describe(value: Any, live: list[Any]) -> Tree:
     """The record of a live value; its arrays are appended to ``live``, keys as words.
 

@@ -17,6 +17,7 @@ import pytest
 
 from sortal import nnx
 from sortal.errors import (
+    ArgumentError,
     DamagedError,
     NoCheckpointError,
     RestoreError,
@@ -129,6 +130,63 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
     with pytest.raises(RestoreError, match=r"\(2, 2\), of which \(0, 0\) are not the"):
         restore_from(tmp_path / "x.npz", model, names={"q.**": ("layers.**", (0, 0))})
     assert nnx.state(model) == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a"],
+        "a",
+        {"a": 3},
+        {3: "a"},
+        {"a": ("a", "b")},
+        {"a": ("a", (0,), 1)},
+        {"a": ()},
+    ],
+)
+def test_names_of_another_form_are_refused(tmp_path, names):
+    root, file = {"a": nnx.Param(jnp.ones(2))}, tmp_path / "x.safetensors"
+    export(file, root)
+    for use in (
+        lambda: restore_from(file, root, names=names),
+        lambda: load_arrays(file, names=names),
+        lambda: export(tmp_path / "y.npz", root, names=names),
+    ):
+        with pytest.raises(ArgumentError, match=r"names= is a mapping .*; found:\n  "):
+            use()
+
+
+def test_names_that_fit_no_leaf_are_refused_by_export(tmp_path):
+    """As by ``restore_from``: else a leaf goes out by its own name, not turned."""
+    root = {"kernel": nnx.Param(jnp.ones((2, 3))), "bias": nnx.Cache(jnp.ones(3))}
+    names = {"kernal": ("fc.weight", (1, 0)), "bias": "fc.bias"}
+    with pytest.raises(SaveError, match=r"fit no leaf:\n  'kernal': \('fc.weight'"):
+        export(tmp_path / "x.safetensors", root, names=names)
+    with pytest.raises(SaveError, match=r"of which \(0, 0\) are not the axes"):
+        export(tmp_path / "x.npz", root, names={"kernel": ("w", (0, 0))})
+    assert not list(tmp_path.iterdir())
+    # A leaf that the filter leaves out is one all the same.
+    export(tmp_path / "x.npz", root, names={"bias": "b"}, only=nnx.Param)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npz", ""])
+def test_leaves_without_values_are_not_exported(tmp_path, ending):
+    kept, gone = [], jnp.ones(2)
+    jax.jit(lambda x: kept.append(x))(jnp.ones(2))
+    gone.delete()
+    shape = jax.ShapeDtypeStruct((2,), "f4")
+    root = {"a": nnx.Param(kept[0]), "b": nnx.Param(gone), "c": nnx.Param(shape)}
+    with pytest.raises(SaveError) as caught:
+        export(tmp_path / f"x{ending}", root, only=lambda path, _: path != ("c",))
+    assert "a (Param): a tracer, which was kept when a transform ended" in str(
+        caught.value
+    )
+    assert "b (Param): its buffer was donated to a call and is gone" in str(
+        caught.value
+    )
+    with pytest.raises(SaveError, match=r"c \(Param\)"):
+        export(tmp_path / f"x{ending}", root, only=nnx.At("c"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_no_format_holds_is_refused(tmp_path):

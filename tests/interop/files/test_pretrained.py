@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from models import untouched
 from sortal import nnx
 from sortal.errors import ArgumentError, DamagedError, RestoreError, SaveError
 from sortal.interop.files import pretrained, safetensors
@@ -282,3 +285,110 @@ def test_dtypes_that_jax_does_not_hold_are_refused(tmp_path):
     host = {"w": nnx.Param(np.zeros(3))}
     load_pretrained(folder, host, {"w": "w"})
     assert host["w"].value.tolist() == [1, 1, 1]
+
+
+# --------------------------------------------------------------- what is refused
+ONE = {"w": Fused(("a", "b"))}
+
+
+@pytest.mark.parametrize(
+    ("leaves", "names", "said"),
+    [
+        # Written with the dtype of the first, the others' numbers would be others.
+        (("f4 2 4", "f2 2 4"), ONE, "w: a float32[2,4], b float16[2,4]"),
+        (("i4 2 4", "f4 2 4"), ONE, "w: a int32[2,4], b float32[2,4]"),
+        (("f4 2 4", "f4 2 5"), ONE, "w: a float32[2,4], b float32[2,5]"),
+        (("f4 2 4", "f4 2"), ONE, "w: a float32[2,4], b float32[2]"),
+        (("f4 2", "f4 3"), {"w": Fused(("a", "b"), axis=1)}, "a float32[2], b float32"),
+        (("f4 2 4 1",), {"w": ("a", "o i -> i o")}, "a has 3 axes, and names= says 2"),
+        (("f4",), {("u", "v"): "a"}, "u, v: a float32[]"),
+        (("f4 3",), {("u", "v"): "a"}, "a has 3 rows, which are not 2 equal tensors"),
+    ],
+)  # fmt: skip
+def test_leaves_that_are_no_parts_of_one_tensor_are_not_written(
+    tmp_path, leaves, names, said
+):
+    root = {}
+    for name, text in zip("ab", leaves, strict=False):
+        dtype, *shape = text.split()
+        root[name] = nnx.Param(jnp.full(tuple(map(int, shape)), 1.5).astype(dtype))
+    with pytest.raises(SaveError, match=re.escape(said)):
+        save_pretrained(tmp_path / "new", root, names)
+    assert not (tmp_path / "new").exists()
+
+
+def leaked():
+    kept: list[Any] = []
+    jax.jit(lambda x: kept.append(x))(jnp.ones(2))
+    return kept[0]
+
+
+def gone():
+    value = jnp.ones(2)
+    value.delete()
+    return value
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: jax.random.key(0), r"a is PRNG keys, .*jax\.random\.key_data"),
+        (gone, "a: its buffer was donated to a call and is gone"),
+        (leaked, "a: a tracer, which was kept when a transform ended"),
+        (lambda: "text", "a is no array, but a str"),
+        (lambda: np.array(["text"]), "a: an array of dtype <U4"),
+    ],
+)
+def test_leaves_that_have_no_numbers_are_not_written(tmp_path, made, said):
+    root = {"a": nnx.Param(made())}
+    with pytest.raises(SaveError, match=said):
+        save_pretrained(tmp_path / "new", root, {"a": "a"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_leaves_of_one_name_are_not_taken_for_one_another(tmp_path):
+    """Of the key "a.b" and the key "b" in "a" one was silently not written."""
+    root = {"a.b": nnx.Param(jnp.ones(2)), "a": {"b": nnx.Param(jnp.zeros(2))}}
+    with pytest.raises(SaveError, match=r"one name in names=.*\n  a\.b"):
+        save_pretrained(tmp_path / "new", root, {"w": "a.b"})
+    save_pretrained(tmp_path, {"w": nnx.Param(jnp.ones(2))}, {"w": "w"})
+    with (
+        untouched(root),
+        pytest.raises(RestoreError, match=r"one name in names=.*\n  a\.b"),
+    ):
+        load_pretrained(tmp_path, root, {"w": "a.b"}, partial=True)
+
+
+WRONG = [
+    ["w"], None, {"w": 3}, {3: "w"}, {"w": ("w", 3)}, {("u", 3): "w"}, {(): "w"},
+    {"w": ("w", "a -> a", "b")}, {"w": Fused(())}, {"w": Fused(("w",), axis=-1)},
+    {"w": Fused("w")}, {"w": Fused((("w", "a -> a", 3),))},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", WRONG)
+def test_names_of_another_form_are_refused(tmp_path, names):
+    root = {"w": nnx.Param(jnp.ones(2))}
+    save_pretrained(tmp_path, root, {"w": "w"})
+    with pytest.raises(ArgumentError, match=r"names= is a mapping .*; found:\n  "):
+        load_pretrained(tmp_path, root, names)
+    with pytest.raises(ArgumentError, match=r"names= is a mapping .*; found:\n  "):
+        save_pretrained(tmp_path / "new", root, names)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shard_bytes": "5GB"},
+        {"shard_bytes": 0},
+        {"config": [1]},
+        {"config": {"a": {1}}},
+    ],
+)
+def test_options_of_another_form_are_refused_before_anything_is_written(
+    tmp_path, options
+):
+    root = {"w": nnx.Param(jnp.ones(2))}
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        save_pretrained(tmp_path / "new", root, {"w": "w"}, **options)
+    assert not (tmp_path / "new").exists()

@@ -21,7 +21,14 @@ from sortal._engine.statics import EMPTY
 from sortal.checkpoint import files
 from sortal.checkpoint import manifest as _manifest
 from sortal.checkpoint.bucket import Address
-from sortal.checkpoint.fitting import ANY_KIND, Candidate, Options, fit, translate
+from sortal.checkpoint.fitting import (
+    ANY_KIND,
+    Candidate,
+    Options,
+    fit,
+    listing_of,
+    translate,
+)
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
 from sortal.checkpoint.manifest import encode_path, encoded_paths
 from sortal.checkpoint.restoring import shardings
@@ -31,9 +38,11 @@ from sortal.checkpoint.values import (
     UnsavableError,
     arrays,
     describe,
+    without_values,
 )
 from sortal.checkpoint.verifying import open_step
 from sortal.errors import (
+    ArgumentError,
     NoCheckpointError,
     RestoreError,
     SaveError,
@@ -111,7 +120,7 @@ def load_arrays(
 
     Raises:
       ArgumentError: it is no path; or the address of something else than steps of
-        Sortal.
+        Sortal; or ``names`` has another form.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: ``only`` takes nothing, or looks at values.
@@ -124,10 +133,11 @@ def load_arrays(
       >>> load_arrays(file, only=nnx.At("layers.**")).paths()
       (('layers', 0, 'kernel'),)
     """
+    names = _checked(names)
     opened = open_arrays(path)
-    renamed = list(_renamed(opened.entries, names or {}, str(path)))
+    renamed = list(_renamed(opened.entries, names, str(path)))
     chosen = _taken(only, renamed, str(path))
-    values = _values(opened, chosen, names or {})
+    values = _values(opened, chosen, names)
     return State.from_flat_path(
         (renamed[i].name, x) for i, x in zip(chosen, values, strict=True)
     )
@@ -190,7 +200,7 @@ def restore_from(
 
     Raises:
       ArgumentError: it is no path; or the address of something else than steps of
-        Sortal.
+        Sortal; or ``names`` has another form.
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: it does not fit the model; every difference is listed.
@@ -204,6 +214,7 @@ def restore_from(
       >>> restore_from(file, nnx.Linear(2, 3, rngs=nnx.Rngs(1)), names=layout)
       (('bias',), ('kernel',))
     """
+    names = _checked(names)
     opened = open_arrays(path)
     plan = bind(root)
     schema = plan.graphdef.schema
@@ -212,7 +223,7 @@ def restore_from(
     values = dict(zip(encoded_paths(schema), plan.values(), strict=True))
     sources: dict[Any, int] = {}
     given = []
-    for n, e in enumerate(_renamed(opened.entries, names or {}, str(path))):
+    for n, e in enumerate(_renamed(opened.entries, names, str(path))):
         at = by_text.get(dotted(e.name), encode_path(e.name))
         if opened.format == "orbax" and at not in values:
             # A leaf named ``value`` looks like Flax NNX's last level of that name.
@@ -233,7 +244,7 @@ def restore_from(
     check_shardings(w for w in wants if w is not None)
     encoded = encoded_paths(schema)
     numbers = [sources[encoded[pair.at]] for pair in found.pairs]
-    values = _values(opened, numbers, names or {})
+    values = _values(opened, numbers, names)
     new = [
         x if want is None else host_value(want, x)
         for want, x in zip(wants, values, strict=True)
@@ -272,6 +283,30 @@ def _record(e: Entry, live: Any) -> Array | Plain:
     return Array(e.shape, e.dtype, "numpy")
 
 
+def _checked(names: Any) -> Names:
+    """``names`` as given, none if it is absent; refuses another form."""
+    given = {} if names is None else names
+    items = given.items() if isinstance(given, Mapping) else [given]
+    if odd := [x for x in items if not _is_naming(x)]:
+        raise ArgumentError(
+            "names= is a mapping from globs of paths to globs of names, or to such a "
+            "glob and the order of axes, as in names={'kernel': ('fc.weight', (1, "
+            f"0))}}; found:\n{listing_of(odd)}"
+        )
+    return given
+
+
+def _is_naming(item: Any) -> bool:
+    if type(item) is not tuple or type(item[0]) is not str:
+        return False
+    theirs = item[1]
+    if type(theirs) is tuple and len(theirs) == 2:
+        theirs, axes = theirs
+        if type(axes) is not tuple or any(type(n) is not int for n in axes):
+            return False
+    return type(theirs) is str
+
+
 def _renamed(entries: list[Entry], names: Names, where: str) -> Iterator[Entry]:
     """Entries under the names that they have in the model."""
     used = set()
@@ -300,17 +335,19 @@ def _patterns(names: Names) -> Iterator[tuple[str, str, tuple[int, ...] | None]]
         yield (ours, *theirs) if isinstance(theirs, tuple) else (ours, theirs, None)
 
 
-def _transposed(e: Entry, axes: tuple[int, ...] | None) -> Entry:
+def _transposed(e: Entry, axes: tuple[int, ...] | None, back: bool = False) -> Entry:
+    """An entry with its axes in another order; ``back`` in the order before."""
     if axes is None:
         return e
     if sorted(axes) != list(range(len(e.shape))):
-        raise RestoreError(
+        raise (SaveError if back else RestoreError)(
             f"{dotted(e.name)} has the shape {e.shape}, of which {axes} are not the "
             "axes."
         )
+    order = tuple(map(axes.index, range(len(axes)))) if back else axes
     return e._replace(
-        shape=tuple(e.shape[i] for i in axes),
-        read=lambda: np.transpose(e.read(), axes),
+        shape=tuple(e.shape[i] for i in order),
+        read=lambda: np.transpose(e.read(), order),
     )
 
 
@@ -335,8 +372,9 @@ def export(
 
     Raises:
       ArgumentError: it is no path; or the address of something else than steps of
-        Sortal.
-      SaveError: a leaf is not an array, or the format cannot hold it.
+        Sortal; or ``names`` has another form.
+      SaveError: a leaf is not an array, or the format cannot hold it; or a pattern fits
+        no leaf.
       FilterError: ``only`` is not a filter.
 
     Example:
@@ -347,11 +385,21 @@ def export(
       >>> load_arrays(file)["kernel"].shape
       (2, 3)
     """
+    names = _checked(names)
     plan = bind(root)
     schema = plan.graphdef.schema
     at = range(len(schema))
     if only is not None:
         at = select(schema, (only,), plan.view).parts[0][1]
+    if idle := [
+        f"{ours!r}: {names[ours]!r}"
+        for ours, theirs, _ in _patterns(names)
+        if all(translate(ours, theirs, path) is None for path in schema.paths)
+    ]:
+        raise SaveError(
+            f"names= has patterns that fit no leaf:\n{listing(idle)}\n"
+            f"The leaves are:\n{listing(map(show, schema.paths))}"
+        )
     values = plan.values()
     types = (jax.Array, np.ndarray, np.generic)
     odd = [schema.describe(i) for i in at if not isinstance(values[i], types)]
@@ -360,11 +408,15 @@ def export(
             "only arrays can be exported; leave other leaves out with only=. Found:\n"
             + (listing(odd) or "  no leaf at all")
         )
+    if empty := [
+        f"{schema.describe(i)}: {why}" for i in at if (why := without_values(values[i]))
+    ]:
+        raise SaveError(f"these leaves have nothing to export:\n{listing(empty)}")
     path = files.local(path)
     entries = [_live(schema, i, values[i]) for i in at]
     if is_file(path):
         entries = [as_array(e) or e for e in entries]
-    write_arrays(path, [_exported(e, names or {}) for e in entries])
+    write_arrays(path, [_exported(e, names) for e in entries])
 
 
 def _live(schema: Schema, i: int, x: Any) -> Entry:
@@ -384,8 +436,7 @@ def _exported(e: Entry, names: Names) -> Entry:
     for ours, theirs, axes in _patterns(names):
         new = translate(ours, theirs, e.name)
         if new is not None:
-            back = None if axes is None else tuple(map(int, np.argsort(axes)))
-            return _transposed(e._replace(name=new), back)
+            return _transposed(e._replace(name=new), axes, back=True)
     return e
 
 

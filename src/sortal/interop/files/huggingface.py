@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sortal.checkpoint.disk import replacing
-from sortal.errors import DamagedError, SaveError, listing
+from sortal.errors import ArgumentError, DamagedError, SaveError, listing
 from sortal.interop.files import safetensors
 from sortal.interop.files.entries import Entry, Opened, dotted
 
@@ -74,6 +74,7 @@ def write(
 
     ``config`` becomes its ``config.json``.
     """
+    _check_options(config, most)
     if is_folder(path) or any(path.glob("model-*.safetensors")):
         raise SaveError(f"{path} has a model already, which is not replaced.")
     shards: list[list[Entry]] = []
@@ -102,6 +103,19 @@ def write(
     size = sum(e.nbytes for shard in shards for e in shard)
     index = {"metadata": {"total_size": size}, "weight_map": places}
     _write_json(path / INDEX, index)
+
+
+def _check_options(config: Any, shard_bytes: Any) -> None:
+    if type(shard_bytes) is not int or shard_bytes < 1:
+        raise ArgumentError(
+            f"shard_bytes= is a number of bytes, 1 or more; found {shard_bytes!r:.60}."
+        )
+    if config is not None and not isinstance(config, Mapping):
+        raise ArgumentError(f"config= is a mapping; found a {type(config).__name__}.")
+    try:
+        json.dumps(None if config is None else dict(config))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ArgumentError(f"config= is not JSON: {e}") from None
 
 
 def _write_json(path: Path, x: Any) -> None:

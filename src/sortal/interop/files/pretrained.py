@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +19,18 @@ from jax import dtypes
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
-from sortal._engine.schema import select
+from sortal._engine.schema import Schema, select
 from sortal.checkpoint import files
+from sortal.checkpoint.fitting import listing_of
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
 from sortal.checkpoint.restoring import shardings
-from sortal.checkpoint.values import Array, describe, dtype_name
+from sortal.checkpoint.values import (
+    Array,
+    UnsavableError,
+    describe,
+    dtype_name,
+    without_values,
+)
 from sortal.errors import (
     ArgumentError,
     NoCheckpointError,
@@ -34,6 +43,7 @@ from sortal.interop.files.entries import Entry, dotted, parts
 from sortal.interop.files.landing import land
 
 Names = Mapping[Any, Any]
+_TWICE = "several leaves have one name in names=; choose with only=. Found:"
 
 
 class Fused(NamedTuple):
@@ -116,6 +126,7 @@ def load_pretrained(
       >>> load_pretrained(folder, nnx.Linear(2, 3, rngs=nnx.Rngs(1)), names).leaves
       (('bias',), ('kernel',))
     """
+    _check(names)
     path = files.local(folder)
     if not huggingface.is_folder(path):
         raise NoCheckpointError(f"{path} has no model.safetensors and no index of one.")
@@ -123,8 +134,11 @@ def load_pretrained(
     plan = bind(root)
     schema, values = plan.graphdef.schema, plan.values()
     chosen = _chosen(plan, only)
+    if twice := _namesakes(schema, chosen):
+        raise RestoreError(f"{_TWICE}\n{twice}")
     # Leaves that the filter leaves out are known, so that their tensors are not unused.
-    known = {dotted(p): i for i, p in enumerate(schema.paths)}
+    at_all = (*range(len(schema)), *chosen)
+    known = {dotted(schema.paths[i]): i for i in at_all}
     used: set[str] = set()
     faults: list[str] = []
     sources: dict[int, _Source] = {}
@@ -183,7 +197,9 @@ def save_pretrained(
       shard_bytes: the most bytes of one file.
 
     Raises:
-      SaveError: a leaf has no name, is no array, or the folder has a model.
+      SaveError: a leaf has no name, is no array, or no part of one tensor with others;
+        or the folder has a model.
+      ArgumentError: ``names`` or another argument is malformed.
 
     Example:
       >>> import tempfile
@@ -191,9 +207,13 @@ def save_pretrained(
       >>> folder = tempfile.mkdtemp()
       >>> save_pretrained(folder, {"w": nnx.Param(jnp.ones(2))}, {"weight": "w"})
     """
+    _check(names)
     plan = bind(root)
     schema, values = plan.graphdef.schema, plan.values()
-    at = {dotted(schema.paths[i]): i for i in _chosen(plan, only)}
+    chosen = _chosen(plan, only)
+    if twice := _namesakes(schema, chosen):
+        raise SaveError(f"{_TWICE}\n{twice}")
+    at = {dotted(schema.paths[i]): i for i in chosen}
     entries: list[Entry] = []
     done: set[str] = set()
     for group in _groups(names, at, by_tensor=False):
@@ -216,7 +236,37 @@ def _chosen(plan: Any, only: Any) -> Sequence[int]:
     return select(schema, (only,), plan.view).parts[0][1]
 
 
+def _namesakes(schema: Schema, at: Iterable[int]) -> str:
+    """The names in ``names=`` that several leaves have."""
+    found = Counter(dotted(schema.paths[i]) for i in at)
+    return listing(name for name, n in found.items() if n > 1)
+
+
 # ----------------------------------------------------------------------------- names
+def _check(names: Any) -> None:
+    items = names.items() if isinstance(names, Mapping) else [names]
+    if odd := [x for x in items if not _is_rule(x)]:
+        raise ArgumentError(
+            "names= is a mapping from names of tensors to paths of leaves, as in "
+            "names={'fc.weight': ('kernel', 'o i -> i o')}, with a Fused for several "
+            f"leaves, whose axis counts from 0; found:\n{listing_of(odd)}"
+        )
+
+
+def _is_rule(item: Any) -> bool:
+    if type(item) is not tuple:
+        return False
+    keys, value = item
+    keys = keys if type(keys) is tuple else (keys,)
+    fused = value if isinstance(value, Fused) else Fused((value,))
+    if type(fused.leaves) is not tuple or type(fused.axis) is not int or fused.axis < 0:
+        return False
+    leaves = [x if type(x) is tuple else (x, "") for x in fused.leaves]
+    texts = itertools.chain(keys, *leaves)
+    pairs = all(len(x) == 2 for x in leaves)
+    return bool(keys and leaves and pairs) and all(type(x) is str for x in texts)
+
+
 class _Leaf(NamedTuple):
     path: str
     axes: _Axes | None
@@ -483,6 +533,17 @@ def _tensors(group: _Group, values: Sequence[Any]) -> Iterator[Entry]:
     for leaf, x in zip(group.leaves, values, strict=True):
         if not isinstance(x, (jax.Array, np.ndarray)):
             raise SaveError(f"{leaf.path} is no array, but a {type(x).__name__}.")
+        if why := without_values(x):
+            raise SaveError(f"{leaf.path}: {why}.")
+        try:
+            record: Any = describe(x, [])
+        except UnsavableError as e:
+            raise SaveError(f"{leaf.path}: {e}.") from None
+        if record.key is not None:
+            raise SaveError(
+                f"{leaf.path} is PRNG keys, which no tensor holds; store their words, "
+                "jax.random.key_data(keys), or leave it out with only=."
+            )
 
     def whole() -> np.ndarray:
         each = [
@@ -491,14 +552,8 @@ def _tensors(group: _Group, values: Sequence[Any]) -> Iterator[Entry]:
         ]
         return each[0] if len(each) == 1 else np.concatenate(each, group.axis)
 
-    shapes = [
-        (leaf.axes or _plain(np.ndim(x))).tensor_shape(np.shape(x))
-        for leaf, x in zip(group.leaves, values, strict=True)
-    ]
     axis, count = group.axis, len(group.tensors)
-    shape = list(shapes[0])
-    if len(shapes) > 1:
-        shape[axis] = sum(s[axis] for s in shapes)
+    shape = list(_joined_shape(group, values))
     if count > 1:
         if shape[axis] % count:
             raise SaveError(
@@ -516,3 +571,28 @@ def _tensors(group: _Group, values: Sequence[Any]) -> Iterator[Entry]:
             nbytes,
             whole if count == 1 else lambda n=n: np.split(whole(), count, axis)[n],
         )
+
+
+def _joined_shape(group: _Group, values: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of the leaves as one; refuses those that are no parts of one array."""
+    shapes = []
+    for leaf, x in zip(group.leaves, values, strict=True):
+        try:
+            shapes.append((leaf.axes or _plain(x.ndim)).tensor_shape(x.shape))
+        except _UnfitError as e:
+            raise SaveError(f"shape: {leaf.path} {e}.") from None
+    if len(group.tensors) == len(shapes) == 1:
+        return shapes[0]
+    axis = group.axis
+    others = {(*x[:axis], None, *x[axis + 1 :]) for x in shapes}
+    if len({x.dtype for x in values}) > 1 or len(others) > 1 or axis >= len(shapes[0]):
+        found = ", ".join(
+            f"{leaf.path} {dtype_name(x.dtype)}[{','.join(map(str, x.shape))}]"
+            for leaf, x in zip(group.leaves, values, strict=True)
+        )
+        raise SaveError(
+            f"leaves of other dtypes or shapes than one tensor has along axis {axis}, "
+            f"{', '.join(group.tensors)}: {found}"
+        )
+    size = sum(x[axis] for x in shapes)
+    return (*shapes[0][:axis], size, *shapes[0][axis + 1 :])
