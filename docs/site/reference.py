@@ -43,7 +43,6 @@ SUBJECTS = (
             "sortal.functional",
             "sortal._engine.state",
             "sortal._engine.graphdef",
-            "sortal._engine.handlers",
             "sortal._engine.nodes",
         ),
     ),
