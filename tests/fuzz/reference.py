@@ -809,7 +809,8 @@ class Walk:
         plain = isinstance(x, (tuple, list, dict))
         if not is_node(x) and not (role and plain):
             # In what is marked data, numbers are leaves.
-            data = role == "data" and not _is_frozen(x)
+            called = isinstance(x, (types.MethodType, functools.partial))
+            data = role == "data" and not called and not _is_frozen(x)
             if data or (role and isinstance(x, (numbers.Number, np.generic))):
                 return self._leaf(Leaf(path, None, holder, key), x)
             return self._static(x)
