@@ -675,6 +675,8 @@ def _holds_data(x: Any, above: tuple[Any, ...] = ()) -> bool:
         return True
     if any(x is held for held in above):
         return False
+    if isinstance(x, (set, frozenset)):
+        return any(_holds_data(child, (*above, x)) for child in x)
     if not isinstance(x, functools.partial) and not is_node(x):
         return False
     return any(_holds_data(child, (*above, x)) for _, child in children(x))
