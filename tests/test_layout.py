@@ -39,6 +39,7 @@ ORDER = (
     "sortal._engine.stale",
     "sortal._engine.printing",
     "sortal._engine.statics",
+    "sortal._engine.handlers",
     "sortal._engine.foreign",
     "sortal.sharding.mesh_axes",
     "sortal.sharding",

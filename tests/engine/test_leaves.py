@@ -11,8 +11,8 @@ import pytest
 
 import sortal
 from models import Linear, portrait
+from sortal._engine.handlers import Handler
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, identity, own, store_all
-from sortal._engine.nodes import Handler
 from sortal._engine.walk import Walk
 from sortal.errors import TraceError
 

@@ -18,7 +18,7 @@ from hypothesis import given
 
 import sortal
 from sortal import nnx
-from sortal._engine import nodes
+from sortal._engine import handlers, nodes
 from sortal._engine.nodes import (
     LEAF,
     STATIC,
@@ -250,6 +250,70 @@ def test_a_bound_method_binds_to_the_copy():
     assert copied.call.__func__ is Box.train
 
 
+def scaled(w, x, *, by):
+    return w * x * by.w
+
+
+def test_what_a_partial_holds_is_part_of_the_model():
+    """As a constant, it would stay at its first value in compiled functions."""
+    w, inner = Param(jnp.array(2.0)), Box(w=Param(jnp.array(3.0)))
+    model = Box(w=w, f=functools.partial(scaled, w, by=inner))
+    assert sortal.state(model).paths() == (
+        ("f", "args", 0),
+        ("f", "keywords", "by", "w"),
+    )
+    call = sortal.jit(lambda m, x: m.f(x))
+    assert call(model, 1.0) == 6
+    w.value = jnp.array(5.0)
+    assert call(model, 1.0) == 15
+    copied = rebuilt(model)
+    assert copied.f.func is scaled
+    assert copied.f.args[0] is copied.w
+    assert copied.f.keywords["by"] is not inner
+    assert call(copied, 2.0) == 30
+
+    @sortal.jit
+    def write(m):
+        m.f.args[0].value += 1
+        m.f.keywords["by"].w.value += 1
+
+    write(model)
+    assert call(model, 1.0) == 24
+    assert model.f.args[0] is w
+
+
+def test_a_partial_of_a_method_calls_the_copy():
+    model = Box(w=Param(jnp.ones(2)))
+    model.call = functools.partial(model.train, extra=1)
+    copied = rebuilt(model)
+    assert copied.call.func.__self__ is copied
+    assert copied.call.keywords == {"extra": 1}
+
+
+def test_a_partial_that_holds_no_state_is_one_static():
+    for f in (functools.partial(max, 1), functools.partial(sorted, {2}, key=id)):
+        assert is_static_value(f)
+        assert is_static_value((f, 1))
+        assert rebuilt(Box(f=f)).f is f
+
+
+def test_what_is_put_into_a_list_of_a_partial_is_noticed():
+    model = Box(f=functools.partial(max, []))
+    assert sortal.state(model).paths() == ()
+    model.f.args[0].append(jnp.ones(2))
+    assert sortal.state(model).paths() == (("f", "args", 0, 0),)
+
+
+def test_a_partial_is_edited_by_its_keywords():
+    f = functools.partial(scaled, by=Box(w=Param(jnp.ones(()))))
+    model = Box(f=f)
+    call = sortal.jit(lambda m: m.f(1.0, 1.0))
+    assert call(model) == 1
+    f.keywords["by"] = Box(w=Param(jnp.array(7.0)))
+    assert call(model) == 7
+    assert sortal.clone(model).f.keywords["by"].w.value == 7
+
+
 @given(arrays)
 def test_pytrees_registered_with_jax_are_seen_through(x):
     state = optax.adam(0.1).init({"w": jnp.asarray(x, jnp.float32)})
@@ -325,9 +389,9 @@ def test_a_handler_says_what_it_lacks():
 
 
 def test_handlers_are_equal_by_what_they_do():
-    assert nodes.ListHandler() == nodes.ListHandler()
-    assert hash(nodes.ListHandler()) == hash(nodes.ListHandler())
-    assert nodes.ListHandler() != nodes.DictHandler()
+    assert handlers.ListHandler() == handlers.ListHandler()
+    assert hash(handlers.ListHandler()) == hash(handlers.ListHandler())
+    assert handlers.ListHandler() != handlers.DictHandler()
 
 
 # --------------------------------------------------------------------- Node
@@ -543,6 +607,54 @@ def test_state_hidden_in_a_callable_object_is_refused_too():
         sortal.jit(lambda m, x: m.layer(x))(Box(layer=Plain()), 1.0)
     with pytest.raises(StructureError, match=r"layers.0: a Plain .* inner \(Param\)"):
         sortal.state(Box(layers=(Plain(), 1)))
+
+
+@pytest.mark.parametrize(
+    ("held", "shown"),
+    [
+        (lambda p: [1, p], "Param in a list"),
+        (lambda p: {"a": (p,)}, "Param in a dict"),
+        (lambda p: {Box(w=p)}, "Box in a set"),
+        (lambda p: Box(w=p).train, "Box in a method"),
+        (lambda p: functools.partial(max, p), "Param in a partial"),
+    ],
+)
+def test_state_hidden_in_the_containers_of_an_object_is_refused_too(held, shown):
+    """Layers in a list, in a class that should have been a Module."""
+
+    class Plain:
+        def __init__(self, inner):
+            self.size, self.inner = 3, inner
+
+    class Slotted(Plain):
+        __slots__ = ("inner",)
+
+    class OnlySlots:
+        __slots__ = ("__inner", "unset")
+
+        def __init__(self, inner):
+            self.__inner = inner
+
+    inner = held(Param(jnp.ones(2)))
+    for hider in (Plain(inner), Slotted(inner), OnlySlots(inner)):
+        with pytest.raises(StructureError, match=rf"helper.0: a .*inner \({shown}\)"):
+            sortal.state(Box(helper=(hider,)))
+    statics = {"sizes": [1, 2], "names": {"a", "b"}, "call": functools.partial(max, 1)}
+    sortal.state(Box(helper=OnlySlots(statics)))
+
+
+def test_state_hidden_in_a_partial_is_refused_too():
+    class Plain:
+        def __init__(self):
+            self.inner = Param(jnp.ones(2))
+
+    where = r"act.args.0: a Plain .* inner \(Param\)"
+    with pytest.raises(StructureError, match=where):
+        sortal.state(Box(act=functools.partial(max, Plain())))
+    named = functools.partial(max, Param(jnp.ones(2)))
+    named.note = "x"
+    with pytest.raises(StructureError, match="act: a partial with the attributes note"):
+        sortal.state(Box(act=named))
 
 
 def test_state_hidden_behind_a_bound_method_is_refused_too():

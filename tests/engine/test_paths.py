@@ -143,7 +143,9 @@ def test_a_live_object_is_found_in_a_tuple_and_in_a_cycle():
 
 def test_an_object_that_nothing_names_has_no_path():
     variables = [sortal.Param(jnp.ones(2))]
+    bound = variables[0].set_value
     assert paths.locate(variables[0]) == [None]
+    assert bound.__self__ is variables[0]
 
 
 def test_very_deep_objects_end_the_search():

@@ -298,7 +298,7 @@ def test_unhashable_statics_are_refused_by_path_at_first_use_all_listed() -> Non
     assert "  inner.b: a bytearray" in text
     assert "  inner.items.0: a set" in text
     assert "ok" not in text
-    assert "Use a tuple or frozenset" in text
+    assert "For what has no hash use a tuple or frozenset" in text
     for verb in (sortal.split, sortal.graphdef, jax.tree.leaves, sortal.jit(id)):
         with pytest.raises(StructureError, match=r"inner\.b"):
             verb(model)
@@ -335,17 +335,20 @@ def test_tuples_of_any_depth_may_hold_leaves() -> None:
     assert found.paths == (("a", *[0] * 1200),)
 
 
-def test_state_in_a_frozenset_is_refused_where_it_would_be_a_constant() -> None:
-    held = frozenset([sortal.Param(jnp.ones(1)), (Holder(x=1), 2)])
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_state_in_a_set_is_refused_where_it_would_have_no_path(kind: Any) -> None:
+    held = kind([sortal.Param(jnp.ones(1)), (Holder(x=1), 2)])
     model = Holder(inner=Holder(a=held, b=(1, held)), c=frozenset([1]))
     with pytest.raises(StructureError) as e:
         sortal.state(model)
     for where in ("inner.a", "inner.b.1"):
         assert (
-            f"  {where}: a frozenset that is no Module but holds Holder, Param; write "
-            "a tuple" in str(e.value)
+            f"  {where}: a {kind.__name__} that holds Holder, Param, which have no "
+            "path in it; write a tuple" in str(e.value)
         )
     assert "c: " not in str(e.value)
+    # Advice for what has no hash would contradict it.
+    assert "frozenset," not in str(e.value)
 
 
 def test_attributes_of_a_list_or_dict_that_copies_would_lose_are_refused() -> None:

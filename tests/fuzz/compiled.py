@@ -5,6 +5,8 @@ from __future__ import annotations
 from . import edits
 from . import reference as ref
 
+_KEYS = (ref.RngKey, ref.RngCount)
+
 
 class Drawn(edits.Drawn):
     """One random program of functions, transforms and edits.
@@ -27,6 +29,8 @@ class Drawn(edits.Drawn):
         )
 
     def bad(self) -> str:
+        if self.random.random() < 0.8:
+            return self.variable()
         return self.random.choice(("Plain(P(arr(1)))", "Callable(P(arr(1)))"))
 
     # ----------------------------------------------------------- functions
@@ -52,12 +56,19 @@ class Drawn(edits.Drawn):
                 lines.append(text)
         return lines or ["pass"]
 
+    def step(self, m: str, x: str) -> list[str]:
+        """The same, or rarely an edit, which all branches and loops refuse."""
+        if self.random.random() < 0.8:
+            return self.steady(m, x)
+        return self.body(m, x, depth=0) or ["pass"]
+
     def root_object(self) -> ref.Module:
         return self.world.names[self.model]
 
     def inner(self, m: str, *kinds: type) -> list[str]:
         """Expressions for what is in the model, from inside of a function."""
-        found = edits.places([(m, self.root_object())])
+        found = list(edits.places([(m, self.root_object())]))
+        self.found = {p.text: p.obj for p in found}
         return [
             p.text
             for p in found
@@ -69,8 +80,13 @@ class Drawn(edits.Drawn):
         return self.random.choice(found) if found else None
 
     def write(self, m: str, x: str) -> str | None:
-        v = self.some(m, ref.Variable)
-        if v is None:
+        if self.random.random() < 0.2 and (rngs := self.some(m, ref.Rngs)):
+            return f"{rngs}.{self.random.choice(('default', 'dropout'))}()"
+        own = self.world.names["K"], self.world.names["V"]
+        v = self.some(m, ref.Param, ref.FlaxParam, ref.BatchStat, *own)
+        if v is None or self.found[v]._value is None:
+            return None
+        if isinstance(self.found[v], _KEYS):
             return None
         how = self.random.choice(
             (f"{x}", f"{v}.get_value() + {x}", f"{v}.get_value() * 2", f"{x} * 3 + 1")
@@ -93,7 +109,10 @@ class Drawn(edits.Drawn):
 
     def new_module(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
-        made = f"{self.random.choice('ABC')}(a=P({x}), b=[K({x} + 1)])"
+        items = f"[K({x} + 1), nnx.static(2), nnx.data(0.5)]"
+        inside = (f"[K({x} + 1)]", f"nnx.List({items})", f"nnx.Dict(c=K({x}), a={x})")
+        b = self.random.choice(inside)
+        made = f"{self.random.choice('ABC')}(a=P({x}), b={b})"
         return f"{owner}.{self.random.choice(edits.NAMES)} = {made}"
 
     def role_inside(self, m: str, x: str) -> str | None:
@@ -121,24 +140,55 @@ class Drawn(edits.Drawn):
         return f"{m}.{name} = {m}"
 
     def list_inside(self, m: str, x: str) -> str | None:
-        owner = self.some(m, list)
+        owner = self.some(m, list, ref.List)
         if owner is None:
             return None
-        change = (f"append(P({x}))", "reverse()", f"insert(0, {x})", "clear()")
-        return f"{owner}.{self.random.choice(change)}"
+        change = (
+            *(f"{owner}.append(P({x}))", f"{owner}.reverse()", f"{owner}.clear()"),
+            *(f"{owner}.insert(0, {x})", f"if len({owner}):\n    {owner}.pop(0)"),
+            f"if len({owner}):\n    {owner}[0] = {owner}[-1]",
+            f"{owner}.extend([{x}, K({x})])",
+        )
+        return self.random.choice(change)
+
+    def marked_inside(self, m: str, x: str) -> str | None:
+        owner = self.some(m, ref.List, ref.Dict)
+        if owner is None:
+            return None
+        mark = self.random.choice(("nnx.data(0.5)", "nnx.static(3)", f"nnx.data({x})"))
+        change = (f"{owner}.append({mark})", f"{owner}.insert(0, {mark})")
+        if isinstance(self.found[owner], ref.Dict):
+            change = (f"{owner}['a'] = {mark}", f"{owner}.x = {mark}")
+        return self.random.choice(change)
 
     def dict_inside(self, m: str, x: str) -> str | None:
-        owner = self.some(m, dict)
-        key = self.random.choice(edits.KEYS)
-        return owner and f"{owner}[{key}] = K({x})"
+        owner = self.some(m, dict, ref.Dict)
+        if owner is None:
+            return None
+        items = isinstance(self.found[owner], ref.Dict)
+        key = self.random.choice(edits.NAMED if items else edits.KEYS)
+        change = (
+            *(f"{owner}[{key}] = K({x})", f"{owner}[{key}] = K({x})"),
+            *(f"if {key} in {owner}:\n    del {owner}[{key}]", f"{owner}.clear()"),
+        )
+        return self.random.choice(change)
 
     def metadata_inside(self, m: str, x: str) -> str | None:
         v = self.some(m, ref.Variable)
-        return v and f"{v}.set_metadata('m', {self.number()})"
+        if v is None or isinstance(self.found[v], ref.FlaxVariable):
+            return None
+        return f"{v}.set_metadata('m', {self.number()})"
 
     def class_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
-        return f"{owner}.__class__ = {self.random.choice('ABC')}"
+        cls = ("A", "B", "C")
+        if isinstance(self.found[owner], ref.List):
+            cls = ("nnx.List", "L")
+        elif isinstance(self.found[owner], ref.Dict):
+            cls = ("nnx.Dict", "M")
+        elif isinstance(self.found[owner], (ref.Rngs, ref.RngStream)):
+            return None
+        return f"{owner}.__class__ = {self.random.choice(cls)}"
 
     def verb_inside(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
@@ -174,15 +224,15 @@ class Drawn(edits.Drawn):
 
     def n_cond(self, m: str, x: str) -> list[str]:
         return [
-            *self.function("f1", self.steady("m1", "x1"), "digest(m1) + x1", "m1, x1"),
-            *self.function("f2", self.steady("m1", "x1"), "x1 * 2.0", "m1, x1"),
+            *self.function("f1", self.step("m1", "x1"), "digest(m1) + x1", "m1, x1"),
+            *self.function("f2", self.step("m1", "x1"), "x1 * 2.0", "m1, x1"),
             f"y = nnx.cond({x} > {self.number()}, f1, f2, {m}, {x})",
         ]
 
     def n_switch(self, m: str, x: str) -> list[str]:
         return [
-            *self.function("f1", self.steady("m1", "x1"), "digest(m1) + x1", "m1, x1"),
-            *self.function("f2", self.steady("m1", "x1"), "x1 * 2.0", "m1, x1"),
+            *self.function("f1", self.step("m1", "x1"), "digest(m1) + x1", "m1, x1"),
+            *self.function("f2", self.step("m1", "x1"), "x1 * 2.0", "m1, x1"),
             f"y = nnx.switch({self.random.randrange(2)}, [f1, f2], {m}, {x})",
         ]
 
@@ -190,7 +240,7 @@ class Drawn(edits.Drawn):
         steps = self.random.randrange(1, 3)
         return [
             *self.function(
-                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 1.0)", "i, c"
+                "f1", ["m1, x1 = c", *self.step("m1", "x1")], "(m1, x1 + 1.0)", "i, c"
             ),
             f"_, y = nnx.fori_loop(0, {steps}, f1, ({m}, {x}))",
         ]
@@ -198,7 +248,7 @@ class Drawn(edits.Drawn):
     def n_while(self, m: str, x: str) -> list[str]:
         return [
             *self.function(
-                "f1", ["m1, x1 = c", *self.steady("m1", "x1")], "(m1, x1 + 4.0)", "c"
+                "f1", ["m1, x1 = c", *self.step("m1", "x1")], "(m1, x1 + 4.0)", "c"
             ),
             f"_, y = nnx.while_loop(lambda c: 9.0 > c[1], f1, ({m}, {x}))",
         ]
@@ -356,6 +406,47 @@ class Drawn(edits.Drawn):
             self.do(f"{self.name('r')} = {text}")
             self.do(change.format(self.number()))
 
+    def call_optimizer(self) -> None:
+        """Steps of training, compiled or not, with edits in between."""
+        o, f = self.name("_o"), self.name("f")
+        self.counts["verb Optimizer"] += 1
+        self.do(f"{o} = nnx.Optimizer({self.model}, (0.5, 0.5), wrt=P)")
+        inner = self.function(
+            "loss", self.body("m1", "x1", 0), "digest(m1) * x1", "m1, x1"
+        )
+        lines = [*inner, "y, g = nnx.value_and_grad(loss)(m, x)", "o.update(m, g)"]
+        self.do("\n".join(self.function(f, lines, "y", "m, o, x")))
+        if self.random.random() < 0.7:
+            self.do(f"{f} = nnx.jit({f})")
+        for _ in range(self.random.randrange(1, 4)):
+            self.do(f"{self.name('r')} = {f}({self.model}, {o}, arr({self.number()}))")
+            self.maybe_edit()
+
+    def call_lanes(self) -> None:
+        """A function of a model whose every leaf has an axis, mapped over."""
+        outside = self.model
+        self.model = self.name("m")
+        a, b, c, d = (f"arr([{self.number()}, {self.number()}])" for _ in range(4))
+        items = f"[K({b}), nnx.static(2), nnx.data({c})]"
+        inside = self.random.choice(
+            (f"nnx.List({items})", f"[K({b}), {c}]", f"nnx.Dict(c=K({b}), a={c})")
+        )
+        self.do(f"{self.model} = A(w=P({a}), c={inside}, d=B(a={d}), n=None)")
+        f = self.name("f")
+        lines = []
+        for _ in range(self.random.randrange(1, 4)):
+            kind, draw = self.random.choice(_MAPPED)
+            text = getattr(self, draw)("m", "x")
+            if text:
+                self.counts[f"inside {kind}"] += 1
+                lines += text.split("\n")
+        self.do("\n".join(self.function(f, lines, "digest(m) * x", "m, x")))
+        call = f"nnx.vmap({f}, in_axes=(0, 0))({self.model}, arr([1, 2]))"
+        for _ in range(self.random.randrange(1, 3)):
+            self.counts["eager vmap of models"] += 1
+            self.do(f"{self.name('r')} = {call}")
+        self.model = outside
+
     def call_grad(self) -> None:
         f = self.name("f")
         lines = self.body("m", "x", depth=1)
@@ -388,7 +479,8 @@ class Drawn(edits.Drawn):
             self.random.choice(
                 (
                     *(self.call_jit, self.call_jit, self.call_eager),
-                    *(self.call_with_settings, self.call_grad),
+                    *(self.call_with_settings, self.call_grad, self.call_optimizer),
+                    self.call_lanes,
                 )
             )()
             if self.model not in self.world.names:
@@ -420,12 +512,15 @@ _INSIDE: list[tuple[str, str]] = [
     ("link to the root", "link_to_root"),
     ("list", "list_inside"),
     ("dict", "dict_inside"),
+    ("marked item", "marked_inside"),
     ("metadata", "metadata_inside"),
     ("other class", "class_inside"),
     ("verb", "verb_inside"),
     ("error", "fail"),
     ("write to another model", "foreign"),
 ]
+# Those that mean the same for each element of a batch.
+_MAPPED = [x for x in _INSIDE if x[1] not in ("verb_inside", "foreign")]
 _NESTED: list[tuple[str, str]] = [
     ("cond", "n_cond"),
     ("switch", "n_switch"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,12 @@ from . import zoo
 from .world import World
 
 NAMES = ("a", "b", "c", "d")
+NAMED = ("'b'", "'a'", "'x'", "'a b'", "'10'")
 KEYS = ("'x'", "'y'", "'a b'", "0", "7", "('t', 1)")
 _DEEPEST = 6
+
+
+_CALLED = (ref.Module, zoo.Plain, functools.partial)
 
 
 class Place:
@@ -34,7 +39,7 @@ def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
     while todo:
         place = todo.popleft()
         x = place.obj
-        if callable(x) and not isinstance(x, (ref.Module, zoo.Plain)):
+        if callable(x) and not isinstance(x, _CALLED):
             continue
         if isinstance(x, (ref.GraphDef, int, str, float)):
             continue
@@ -51,14 +56,34 @@ def places(bound: list[tuple[str, Any]]) -> Iterator[Place]:
 
 def _below(x: Any) -> list[tuple[str, Any]]:
     if isinstance(x, (ref.Module, zoo.D, zoo.FD)):
-        return [(f".{k}", v) for k, v in x.__dict__.items()]
+        return [(part(x, k), x.__dict__[k]) for k in attributes(x)]
     if isinstance(x, dict):
         return [(f"[{k!r}]", v) for k, v in x.items()]
     if isinstance(x, (list, tuple)):
         return [(f"[{i}]", v) for i, v in enumerate(x)]
     if isinstance(x, ref.State):
         return [(f"[{k!r}]", x[k]) for k in x]
+    if isinstance(x, functools.partial):
+        named = [(f".keywords[{k!r}]", v) for k, v in x.keywords.items()]
+        return [(f".args[{i}]", v) for i, v in enumerate(x.args)] + named
     return []
+
+
+def attributes(x: Any) -> list[str]:
+    """The names of what an object holds that a program can write."""
+    names = [k for k in x.__dict__ if k[0] != "_"]
+    if isinstance(x, ref.LISTS):
+        return [k for k in names if not k.isdigit() or int(k) < len(x)]
+    free = isinstance(x, (ref.Dict, ref.FlaxDict))
+    return [k for k in names if free or k.isidentifier()]
+
+
+def part(x: Any, name: str) -> str:
+    """How a program writes an attribute after the object that it is of."""
+    if name.isdigit() and isinstance(x, ref.LISTS):
+        return f"[{name}]"
+    items = isinstance(x, (ref.Dict, ref.FlaxDict))
+    return f"[{name!r}]" if items else f".{name}"
 
 
 class Drawn:
@@ -130,8 +155,10 @@ class Drawn:
         return f"np.array({self.number()}, np.float32)"
 
     def variable(self) -> str:
-        kind = self.random.choice(("P", "P", "BS", "K", "K2", "V"))
+        kind = self.random.choice(("P", "P", "P", "BS", "K", "K2", "V", "RK"))
         self.counts[f"node {kind}"] += 1
+        if kind == "RK":
+            return f"RK(key({self.number()}))"
         tag = (
             f", tag='t{self.random.randrange(2)}'" if self.random.random() < 0.2 else ""
         )
@@ -156,6 +183,9 @@ class Drawn:
             (
                 *("{1, 2}", "Plain(P(arr(1)))", "Callable(P(arr(1)))"),
                 *("Callable(A(w=P(arr(1))))", "[nnx.data(0.5)]", "bytearray(3)"),
+                *("nnx.List([nnx.static(P(arr(1)))])", "nnx.List([{1, 2}])"),
+                *("Plain([P(arr(1))])", "Plain({'a': A(w=P(arr(1)))})"),
+                *("Callable(functools.partial(relu, P(arr(1))))", "{P(arr(1))}"),
             )
         )
 
@@ -166,7 +196,9 @@ class Drawn:
             return self.variable()
         if r < 0.32:
             self.counts["node raw array"] += 1
-            return self.array()
+            return (
+                f"key({self.number()})" if self.random.random() < 0.1 else self.array()
+            )
         if r < 0.5:
             return self.static()
         if r < 0.66:
@@ -174,7 +206,7 @@ class Drawn:
             if found is not None and not isinstance(found.obj, ref.Marked):
                 self.counts["shared or cyclic"] += 1
                 return found.text
-        if r < 0.665:
+        if 0.66 <= r < 0.665:
             self.counts["bad value"] += 1
             return self.bad()
         if depth == 0:
@@ -186,8 +218,9 @@ class Drawn:
             (
                 *("module", "module", "module", "list", "list", "dict", "dict"),
                 *("tuple", "tuple", "D", "FD", "NT", "Ordered"),
-                *("method", "defaultdict", "State"),
-                *(("flax", "flax") if self.flax else ()),
+                *("List", "List", "Dict", "Dict", "Rngs", "DM"),
+                *("method", "partial", "defaultdict", "State"),
+                *(("flax",) * 8 if self.flax else ()),
             )
         )
         self.counts[f"node {kind}"] += 1
@@ -199,6 +232,20 @@ class Drawn:
             return self.flax_module()
         if kind == "list":
             return f"[{', '.join(some)}]"
+        if kind in ("List", "Dict"):
+            return self.container(kind, depth)
+        if kind == "Rngs":
+            more = f", dropout={self.number()}" if self.random.random() < 0.5 else ""
+            return f"nnx.Rngs({self.number()}{more})"
+        if kind == "DM":
+            names = self.random.sample(("a", "r", "s"), n)
+            fields = ", ".join(f"{k}={v}" for k, v in zip(names, some, strict=True))
+            return f"DM({fields})"
+        if kind == "partial":
+            named = (
+                [f"k={self.expression(depth)}"] if self.random.random() < 0.5 else ()
+            )
+            return f"functools.partial({', '.join(('relu', *some, *named))})"
         if kind in ("dict", "Ordered"):
             keys = self.random.sample(KEYS, n)
             inside = ", ".join(f"{k}: {v}" for k, v in zip(keys, some, strict=True))
@@ -212,13 +259,41 @@ class Drawn:
             return f"NT({self.expression(depth)}, {self.expression(depth)})"
         if kind == "method":
             found = self.pick(ref.Module)
-            if found is not None and not isinstance(found.obj, ref.FlaxModule):
+            if isinstance(found and found.obj, ref.List):
+                return f"{found.text}.append"
+            if isinstance(found and found.obj, ref.Dict):
+                return f"{found.text}.pop"
+            if found is not None and hasattr(type(found.obj), "method"):
                 return f"{found.text}.method"
         if kind == "State":
             return (
                 f"nnx.State({{'p': {self.variable()}, 'q': {{'r': {self.array()}}}}})"
             )
         return self.variable()
+
+    def item(self, depth: int = 1) -> str:
+        """Something to put into a List or Dict of NNX: there it may be marked."""
+        if self.random.random() < 0.75:
+            return self.expression(depth)
+        self.counts["node marked item"] += 1
+        n = self.number()
+        return self.random.choice(
+            (
+                *(f"nnx.data({n})", f"nnx.data({n}.5)", f"nnx.data({self.array()})"),
+                *(f"nnx.static({n})", f"nnx.static(({n}, 's'))", "nnx.static(relu)"),
+                *(f"nnx.data([{n}.5, 2.0])", f"nnx.data({self.variable()})"),
+            )
+        )
+
+    def container(self, kind: str, depth: int) -> str:
+        """A List or Dict of NNX, or of a class derived from it."""
+        items = [self.item(depth) for _ in range(self.random.randrange(4))]
+        own = self.random.random() < 0.3
+        if kind == "List":
+            return f"{'L' if own else 'nnx.List'}([{', '.join(items)}])"
+        pairs = zip(self.random.sample(NAMED, len(items)), items, strict=True)
+        inside = ", ".join(f"{k}: {x}" for k, x in pairs)
+        return f"{'M' if own else 'nnx.Dict'}({{{inside}}})"
 
     def module(self, depth: int) -> str:
         names = self.random.sample(NAMES, self.random.randrange(1, 4))
@@ -232,10 +307,21 @@ class Drawn:
         inside = [f"{n}={self.flax_value()}" for n in names]
         return f"{self.random.choice(('F', 'F2'))}({', '.join(inside)})"
 
+    def flax_data(self) -> str:
+        """What Flax takes for data, in whose place only such may stand."""
+        n = self.number()
+        some = (f"FP(arr({n}))", f"FP2(arr({n}), tag='t0')", f"F(a=FP(arr({n})))")
+        found = self.pick(ref.FlaxModule, ref.FlaxVariable)
+        return self.random.choice((*some, found.text) if found else some)
+
     def flax_value(self) -> str:
         found = self.pick(ref.FlaxModule, ref.FlaxVariable)
+        inside = [self.flax_data() for _ in range(self.random.randrange(3))]
+        keys = self.random.sample(NAMED, len(inside))
+        items = ", ".join(f"{k}: {x}" for k, x in zip(keys, inside, strict=True))
         return self.random.choice(
             (
+                *(f"FL([{', '.join(inside)}])", f"FM({{{items}}})"),
                 *(f"FP(arr({self.number()}))", f"FP2(arr({self.number()}))"),
                 *(f"FP(arr({self.number()}), tag='t0')", "'s'", f"{self.number()}"),
                 *(f"F(a=FP(arr({self.number()})))", "None"),
@@ -255,15 +341,16 @@ class Drawn:
     def attribute(self) -> tuple[Place, str] | None:
         """A module and one of its attributes."""
         found = self.pick(ref.Module)
-        if found is None or not found.obj.__dict__:
-            return None
-        return found, self.random.choice(list(found.obj.__dict__))
+        names = attributes(found.obj) if found else []
+        return (found, self.random.choice(names)) if found and names else None
 
     def set_attribute(self) -> str | None:
         found = self.pick(ref.Module, zoo.D)
         if found is None:
             return None
         name = self.random.choice(NAMES)
+        if isinstance(found.obj, (ref.FlaxList, ref.FlaxDict)):
+            return None
         if isinstance(found.obj, ref.FlaxModule):
             # Flax refuses data in the place of a static.
             old = found.obj.__dict__.get(name)
@@ -279,32 +366,30 @@ class Drawn:
     def replace_array(self) -> str | None:
         """A raw array in the place of another."""
         found = [
-            (p, k)
+            f"{p.text}{part(p.obj, k)}"
             for p in self.places(ref.Module)
-            for k, v in p.obj.__dict__.items()
-            if ref.is_array(v) and not isinstance(p.obj, ref.FlaxModule)
+            for k in attributes(p.obj)
+            if ref.is_array(p.obj.__dict__[k]) and not isinstance(p.obj, ref.FlaxModule)
         ]
-        if not found:
-            return None
-        place, name = self.random.choice(found)
-        return f"{place.text}.{name} = {self.array()}"
+        return f"{self.random.choice(found)} = {self.array()}" if found else None
 
     def similar_static(self) -> str | None:
         """A static in the place of one that is all but equal."""
         found = [
-            (p, k, similar)
+            (f"{p.text}{part(p.obj, k)}", similar)
             for p in self.places(ref.Module)
-            for k, v in p.obj.__dict__.items()
-            if (similar := _similar(v)) and not isinstance(p.obj, ref.FlaxModule)
+            for k in attributes(p.obj)
+            if (similar := _similar(p.obj.__dict__[k]))
+            and not isinstance(p.obj, ref.FlaxModule)
         ]
         if not found:
             return None
-        place, name, similar = self.random.choice(found)
-        return f"{place.text}.{name} = {self.random.choice(similar)}"
+        place, similar = self.random.choice(found)
+        return f"{place} = {self.random.choice(similar)}"
 
     def delete_attribute(self) -> str | None:
         found = self.attribute()
-        return found and f"del {found[0].text}.{found[1]}"
+        return found and f"del {found[0].text}{part(found[0].obj, found[1])}"
 
     def back_reference(self) -> str | None:
         roots = self.roots(ref.Module)
@@ -317,10 +402,13 @@ class Drawn:
         if near and self.random.random() < 0.4:
             found = Place(root, self.world.names[root], 0)
         theirs = isinstance(self.world.names[root], ref.FlaxModule)
-        if isinstance(found.obj, list):
+        if isinstance(found.obj, (ref.FlaxList, ref.FlaxDict)) and not theirs:
+            return None
+        if isinstance(found.obj, (list, *ref.LISTS)):
             return f"{found.text}.append({root})"
-        if isinstance(found.obj, dict):
-            return f"{found.text}[{self.random.choice(KEYS)}] = {root}"
+        if isinstance(found.obj, (dict, ref.Dict, ref.FlaxDict)):
+            keys = KEYS if isinstance(found.obj, dict) else NAMED
+            return f"{found.text}[{self.random.choice(keys)}] = {root}"
         name = self.random.choice(NAMES)
         if isinstance(found.obj, ref.FlaxModule):
             old = found.obj.__dict__.get(name, root)
@@ -336,36 +424,53 @@ class Drawn:
 
     def swap(self) -> str | None:
         found = self.pick(ref.Module)
-        if found is None or len(found.obj.__dict__) < 2:
+        if found is None or isinstance(found.obj, ref.FlaxModule):
             return None
-        if isinstance(found.obj, ref.FlaxModule):
+        names = attributes(found.obj)
+        if len(names) < 2:
             return None
-        a, b = self.random.sample(list(found.obj.__dict__), 2)
-        m = found.text
-        return f"{m}.{a}, {m}.{b} = {m}.{b}, {m}.{a}"
+        both = [f"{found.text}{part(found.obj, k)}" for k in names]
+        a, b = self.random.sample(both, 2)
+        return f"{a}, {b} = {b}, {a}"
 
     def edit_list(self) -> str | None:
-        found = self.pick(list)
+        found = self.pick(list, *ref.LISTS)
         if found is None:
             return None
         m, n = found.text, len(found.obj)
-        options = [f"{m}.append({self.expression()})"]
+        theirs = isinstance(found.obj, ref.FlaxList)
+        new = self.item if isinstance(found.obj, ref.List) else self.expression
+        new = self.flax_data if theirs else new
+        options = [f"{m}.append({new()})"]
         if n:
             i = self.random.randrange(n)
-            options += [f"{m}[{i}] = {self.expression()}", f"del {m}[{i}]"]
-            options += [f"{m}.reverse()", f"{m}.insert({i}, {self.expression(1)})"]
+            options += [f"{m}[{i}] = {new()}", f"del {m}[{i}]"]
+            options += [f"{m}.insert({i}, {new()})", f"{m}.append({m}[{i}])"]
+            if not theirs:
+                options += [f"{m}.reverse()", f"{m}[{i}:] = [{new()}, {new()}]"]
+                options += [f"{m}.append({m}.pop({i}))", f"{m}.clear()"]
+                options += [
+                    f"{m}.extend([{new()}, {new()}])",
+                    f"{m}[0], {m}[{i}] = {m}[{i}], {m}[0]",
+                ]
         return self.random.choice(options)
 
     def edit_dict(self) -> str | None:
-        found = self.pick(dict)
+        found = self.pick(dict, ref.Dict, ref.FlaxDict)
         if found is None:
             return None
         m = found.text
-        options = [f"{m}[{self.random.choice(KEYS)}] = {self.expression()}"]
-        if found.obj:
-            key = self.random.choice(list(found.obj))
-            options += [f"del {m}[{key!r}]", f"{m}[{key!r}] = {self.expression()}"]
-            options += [f"{m}[{key!r}] = {m}.pop({key!r})"]
+        plain, theirs = isinstance(found.obj, dict), isinstance(found.obj, ref.FlaxDict)
+        new = self.flax_data if theirs else self.expression if plain else self.item
+        keys = KEYS if plain or (self.random.random() < 0.05 and not theirs) else NAMED
+        options = [f"{m}[{self.random.choice(keys)}] = {new()}"]
+        inside = list(found.obj) if plain else attributes(found.obj)
+        if inside:
+            key = self.random.choice(inside)
+            options += [f"del {m}[{key!r}]", f"{m}[{key!r}] = {new()}"]
+            if not theirs:
+                options += [f"{m}[{key!r}] = {m}.pop({key!r})", f"{m}.clear()"]
+                options += [f"{m}.update({{'a': {new()}, 'x': {new()}}})"]
         return self.random.choice(options)
 
     def set_value(self) -> str | None:
@@ -401,9 +506,17 @@ class Drawn:
 
     def mode(self) -> str | None:
         found = self.pick(ref.Module)
-        if found is None or isinstance(found.obj, ref.FlaxModule):
+        if found is None or isinstance(found.obj, (ref.FlaxModule, ref.Rngs)):
             return None
+        if isinstance(found.obj, ref.RngStream):
+            return f"{found.text}()"
         return f"{found.text}.{self.random.choice(('train', 'eval'))}()"
+
+    def next_key(self) -> str | None:
+        found = self.pick(ref.Rngs, ref.RngStream)
+        if found is None or isinstance(found.obj, ref.RngStream):
+            return found and f"{found.text}()"
+        return f"{found.text}.{self.random.choice(('default', 'dropout'))}()"
 
     def through_vars(self) -> str | None:
         found = self.pick(ref.Module)
@@ -419,8 +532,16 @@ class Drawn:
             **dict.fromkeys("ABC", "ABC"),
             **dict.fromkeys(("F", "F2"), ("F", "F2")),
             **dict.fromkeys(("FP", "FP2"), ("FP", "FP2")),
+            **dict.fromkeys(("List", "L"), ("nnx.List", "L")),
+            **dict.fromkeys(("Dict", "M"), ("nnx.Dict", "M", "A")),
+            "FL": ("FL",),
+            "FM": ("FM",),
+            "DM": ("DM", "A"),
         }
-        other = self.random.choice(others[type(found.obj).__name__])
+        known = others.get(type(found.obj).__name__)
+        if known is None:
+            return None
+        other = self.random.choice(known)
         if isinstance(found.obj, (ref.FlaxModule, ref.FlaxVariable)):
             return f"object.__setattr__({found.text}, '__class__', {other})"
         return f"{found.text}.__class__ = {other}"
@@ -545,7 +666,9 @@ class Drawn:
         value = self.random.choice(
             ("arr(5)", "1.0", "2", "arr([1, 2])", self.variable(), "np.float32(3)")
         )
-        name = self.random.choice((found[1], found[1], "zz"))
+        items = isinstance(found[0].obj, ref.LISTS) and found[1].isdigit()
+        own = int(found[1]) if items else found[1]
+        name = self.random.choice((own, own, "zz"))
         return f"nnx.update({found[0].text}, {{{name!r}: {value}}})"
 
     def pop(self) -> str | None:
@@ -705,6 +828,7 @@ _EDITS: list[tuple[str, str]] = [
     ("role", "role"),
     ("role", "role"),
     ("train or eval", "mode"),
+    ("next key", "next_key"),
     ("through vars()", "through_vars"),
     ("other __class__", "other_class"),
     ("other __dict__", "other_dict"),

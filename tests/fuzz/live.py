@@ -8,7 +8,9 @@ import weakref
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import sortal
 from sortal import nnx
@@ -19,12 +21,16 @@ except ImportError:
     flax_nnx = None
 
 slots = False
-Module, Variable, State, GraphDef = nnx.Module, nnx.Variable, nnx.State, nnx.GraphDef
-Param, BatchStat = nnx.Param, nnx.BatchStat
+Module, Pytree = nnx.Module, nnx.Pytree
+Variable, State, GraphDef = nnx.Variable, nnx.State, nnx.GraphDef
+Param, BatchStat, List, Dict = nnx.Param, nnx.BatchStat, nnx.List, nnx.Dict
 FlaxModule = flax_nnx and flax_nnx.Module
 FlaxParam = flax_nnx and flax_nnx.Param
+FlaxList, FlaxDict = (flax_nnx.List, flax_nnx.Dict) if flax_nnx else (None, None)
 kinds = (Variable, flax_nnx.Variable) if flax_nnx else (Variable,)
-modules = (Module, FlaxModule) if flax_nnx else (Module,)
+modules = (Pytree, FlaxModule) if flax_nnx else (Pytree,)
+Optimizer, data, static, dataclass = nnx.Optimizer, nnx.data, nnx.static, nnx.dataclass
+key = jax.random.key
 
 
 def is_array(x: Any) -> bool:
@@ -33,16 +39,25 @@ def is_array(x: Any) -> bool:
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
     """A module's attributes, without those that Flax keeps for itself."""
-    found = [(k, v) for k, v in vars(x).items() if not k.startswith("_pytree__")]
-    return sorted(found)
+    found = vars(x).items()
+    hidden = ("_pytree__", "_length")
+    return sorted((k, v) for k, v in found if not k.startswith(hidden))
 
 
 def metadata(variable: Any) -> dict[str, Any]:
     return variable.get_metadata()
 
 
+def is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def key_sum(x: Any) -> Any:
+    return jax.random.key_data(x).sum().astype(np.float32)
+
+
 def to_numpy(x: Any) -> np.ndarray:
-    return np.asarray(x)
+    return np.asarray(jax.random.key_data(x) if is_key(x) else x)
 
 
 def state_items(s: Any) -> list[tuple[Any, Any]]:
@@ -58,6 +73,11 @@ def array(tracked: Any) -> Any:
         return made
 
     return arr
+
+
+def optimizer(model: Any, rates: tuple[float, float], *, wrt: Any) -> Any:
+    rate, momentum = rates
+    return Optimizer(model, optax.sgd(rate, momentum=momentum), wrt=wrt)
 
 
 def scan(f: Any, *, length: int) -> Any:
@@ -81,12 +101,13 @@ names = types.SimpleNamespace(
         name: getattr(nnx, name)
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "Not Under All jit cond switch fori_loop while_loop remat"
+            "List Dict Rngs Not Under All jit cond switch fori_loop while_loop remat"
         ).split()
     },
     # NNX's give an empty State where ours refuse.
     grad=sortal.grad,
     value_and_grad=sortal.value_and_grad,
+    Optimizer=optimizer,
     mapped=mapped,
     iter_graph=iter_graph,
     scan=scan,

@@ -11,12 +11,14 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import numbers
+import operator
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,6 +39,9 @@ class LoopError(TypeError): ...
 
 
 class MergeError(ValueError): ...
+
+
+class OptimizerError(ValueError): ...
 
 
 class PathError(KeyError): ...
@@ -153,6 +158,33 @@ class Arr:
         return self
 
 
+class Key(Arr):
+    """A typed key of random numbers, by the data that JAX keeps in it."""
+
+    __slots__ = ()
+    shape = property(lambda self: ())
+    dtype = property(lambda self: "key<fry>")
+    ndim = property(lambda self: 0)
+
+    def _refuse(self, *others: Any) -> Any:
+        raise TypeError
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __neg__ = __gt__ = __lt__ = __bool__ = __float__ = __int__ = _refuse
+
+
+def key(seed: int) -> Key:
+    return Key(np.array([0, seed], np.uint32))
+
+
+def is_key(x: Any) -> bool:
+    return isinstance(x, Key)
+
+
+def key_sum(x: Key) -> Arr:
+    return Arr(np.float32(x.val.sum()))
+
+
 def _spread(dot: Any, mine: Arr, other: Arr) -> Any:
     """Derivatives of ``mine`` in the shape that it has beside ``other``."""
     if dot is None or mine.val.shape == other.val.shape or other.val.ndim == 0:
@@ -206,22 +238,35 @@ class Marked:
         self.role, self.value = role, value
 
 
-def data(value: Any) -> Marked:
-    return Marked("data", value)
+def data(value: Any = None, **field: Any) -> Any:
+    return _declared("data", field) if field else Marked("data", value)
 
 
-def static(value: Any) -> Marked:
-    return Marked("static", value)
+def static(value: Any = None, **field: Any) -> Any:
+    return _declared("static", field) if field else Marked("static", value)
+
+
+def _declared(role: str, field: Any) -> Any:
+    return dataclasses.field(**field, metadata={"role": role})
+
+
+def dataclass(cls: Any) -> Any:
+    """A module of fields, some of which are declared data or static."""
+    made = dataclasses.dataclass(eq=False, repr=False)(cls)
+    fields = dataclasses.fields(made)
+    made.DECLARED = {f.name: f.metadata["role"] for f in fields if "role" in f.metadata}
+    return made
 
 
 class Module:
     """An object whose attributes are its children."""
 
     __slots__ = ("__dict__", "__weakref__", "_roles", "_trace")
+    DECLARED: ClassVar[dict[str, str]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         obj = object.__new__(cls)
-        object.__setattr__(obj, "_roles", {})
+        object.__setattr__(obj, "_roles", dict(cls.DECLARED))
         object.__setattr__(obj, "_trace", _traces.now)
         return obj
 
@@ -239,7 +284,10 @@ class Module:
         _check_owner(self)
         object.__delattr__(self, name)
         kept = {k: r for k, r in self._roles.items() if k != name}
-        object.__setattr__(self, "_roles", kept)
+        declared = self.DECLARED.get(name) if name in self._roles else None
+        object.__setattr__(
+            self, "_roles", kept | ({name: declared} if declared else {})
+        )
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         for found in _statics_below(self, {}):
@@ -251,7 +299,8 @@ class Module:
 
     def set_attributes(self, **attributes: Any) -> None:
         """What ``train`` and ``eval`` do."""
-        modules = [x for _, x in Walk(self).every if isinstance(x, Module)]
+        every = [x for _, x in Walk(self).every if isinstance(x, Module)]
+        modules = [x for x in every if not isinstance(x, (Rngs, RngStream))]
         for module in modules:
             for name, value in attributes.items():
                 if hasattr(module, name) and getattr(module, name) is not value:
@@ -264,8 +313,175 @@ class Module:
         self.set_attributes(deterministic=True, use_running_average=True)
 
 
+class List(Module):
+    """A list that is a module; its items are attributes named by digits."""
+
+    __slots__ = ()
+
+    def __init__(self, items: Any = (), /):
+        self.extend(items)
+
+    def __len__(self) -> int:
+        return next(i for i in itertools.count() if str(i) not in self.__dict__)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (x for _, x in self._rows())
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows()[index][1]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            rows = self._rows()
+            rows[index] = map(_row, value)
+            self._refill(rows)
+        else:  # as an attribute is set: a mark that was there stays
+            setattr(self, str(range(len(self))[index]), value)
+
+    def __delitem__(self, index: Any) -> None:
+        rows = self._rows()
+        del rows[index]
+        self._refill(rows)
+
+    def append(self, value: Any) -> None:
+        setattr(self, str(len(self)), value)
+
+    def extend(self, values: Any) -> None:
+        for x in values:
+            self.append(x)
+
+    def insert(self, index: int, value: Any) -> None:
+        rows = self._rows()
+        rows.insert(index, _row(value))
+        self._refill(rows)
+
+    def reverse(self) -> None:
+        self._refill(self._rows()[::-1])
+
+    def clear(self) -> None:
+        while len(self):
+            self.pop()
+
+    def pop(self, index: int = -1) -> Any:
+        found = self[index]
+        del self[index]
+        return found
+
+    def _rows(self) -> list[tuple[Any, Any]]:
+        """Marks and items."""
+        names = map(str, range(len(self)))
+        return [(self._roles.get(n), self.__dict__[n]) for n in names]
+
+    def _refill(self, rows: list[tuple[Any, Any]]) -> None:
+        """All of it or nothing; what is no item stays."""
+        if any(role == "static" and _holds_data(x) for role, x in rows):
+            raise StructureError
+        if len(self) or rows:
+            _check_owner(self)
+        for i in range(len(self)):
+            delattr(self, str(i))
+        for i, (role, x) in enumerate(rows):
+            setattr(self, str(i), Marked(role, x) if role else x)
+
+
+def _row(value: Any) -> tuple[Any, Any]:
+    return (value.role, value.value) if isinstance(value, Marked) else (None, value)
+
+
+class Dict(Module):
+    """A dict that is a module; its items are its attributes."""
+
+    __slots__ = ()
+
+    def __init__(self, items: Any = (), /, **more: Any):
+        self.update({**dict(items), **more})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.__dict__[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str):
+            raise ArgumentError
+        setattr(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self.__dict__:
+            raise KeyError
+        delattr(self, key)
+
+    def update(self, items: Mapping[str, Any]) -> None:
+        for key, value in items.items():
+            self[key] = value
+
+    def pop(self, key: str) -> Any:
+        found = self[key]
+        del self[key]
+        return found
+
+    def clear(self) -> None:
+        for key in list(self):
+            del self[key]
+
+
 class FlaxModule(Module):
     """Stands for a module of Flax."""
+
+
+class FlaxList(FlaxModule):
+    """Stands for Flax's List, which keeps its last attribute when it gets shorter."""
+
+    __slots__ = ()
+
+    def __init__(self, items: Any = (), /):
+        self._length = 0
+        for x in items:
+            self.append(x)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__dict__[str(range(len(self))[index])]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        setattr(self, str(range(len(self))[index]), value)
+
+    def __delitem__(self, index: int) -> None:
+        at, n = range(len(self))[index], len(self)
+        delattr(self, str(at))
+        for i in range(at + 1, n):
+            setattr(self, str(i - 1), self.__dict__[str(i)])
+        self._length = n - 1
+
+    def append(self, value: Any) -> None:
+        setattr(self, str(len(self)), value)
+        self._length = len(self) + 1
+
+    def insert(self, index: int, value: Any) -> None:
+        for i in range(len(self), index, -1):
+            setattr(self, str(i), self.__dict__[str(i - 1)])
+        setattr(self, str(index), value)
+        self._length = len(self) + 1
+
+
+class FlaxDict(FlaxModule):
+    """Stands for Flax's Dict."""
+
+    __slots__ = ()
+    __init__ = Dict.__init__
+    __getitem__ = Dict.__getitem__
+    __setitem__ = Dict.__setitem__
+    __delitem__ = Dict.__delitem__
+    update = Dict.update
+
+
+LISTS = (List, FlaxList)
 
 
 def _check_owner(obj: Any) -> None:
@@ -359,10 +575,49 @@ class FlaxParam(FlaxVariable):
     __slots__ = ()
 
 
+class RngKey(Variable):
+    __slots__ = ()
+
+
+class RngCount(Variable):
+    __slots__ = ()
+
+
+class RngStream(Module):
+    """Counts the keys that it gives out; what they are no program asks."""
+
+    def __init__(self, seed: int, tag: str):
+        self.tag = tag
+        self.key = RngKey(key(seed), tag=tag)
+        self.count = RngCount(Arr(np.uint32(0)), tag=tag)
+
+    def __call__(self) -> None:
+        _check_owner(self.count)
+        if not isinstance(self.key._value, Key):
+            raise TypeError
+        count = lift(self.count._value)
+        if count.shape or count.dtype != np.uint32:
+            raise Left
+        self.count.set_value(Arr(count.val + np.uint32(1)))
+
+
+class Rngs(Module):
+    """Streams by name; where there is none of a name, the one named default."""
+
+    def __init__(self, default: int, **seeds: int):
+        for name, seed in {"default": default, **seeds}.items():
+            setattr(self, name, RngStream(seed, name))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "default" not in self.__dict__:
+            raise AttributeError
+        return self.__dict__["default"]
+
+
 # Either library's kind is taken for the other's.
 Variable.TWIN, FlaxVariable.TWIN = FlaxVariable, Variable
 Param.TWIN, FlaxParam.TWIN = FlaxParam, Param
-BatchStat.TWIN = None
+BatchStat.TWIN = RngKey.TWIN = RngCount.TWIN = None
 
 
 # ----------------------------------------------------------------- statics
@@ -404,6 +659,9 @@ def is_node(x: Any) -> bool:
         return True
     if isinstance(x, types.MethodType):
         return is_node(x.__self__) or isinstance(x.__self__, Variable)
+    if isinstance(x, functools.partial):
+        inside = [child for _, child in children(x)]
+        return any(map(_has_state, inside)) or _hides_state(x)
     if isinstance(x, tuple) or _is_frozen(x):
         inside = [child for _, child in children(x)]
         plain = not any(map(_has_state, inside))
@@ -415,7 +673,11 @@ def _holds_data(x: Any, above: tuple[Any, ...] = ()) -> bool:
     """Whether a value is an array, a Variable or a Module, or holds one."""
     if is_array(x) or isinstance(x, (Variable, Module)):
         return True
-    if not is_node(x) or any(x is held for held in above):
+    if any(x is held for held in above):
+        return False
+    if isinstance(x, (set, frozenset)):
+        return any(_holds_data(child, (*above, x)) for child in x)
+    if not isinstance(x, functools.partial) and not is_node(x):
         return False
     return any(_holds_data(child, (*above, x)) for _, child in children(x))
 
@@ -443,6 +705,9 @@ def path_order(path: Any) -> Any:
 
 def children(x: Any) -> list[tuple[Any, Any]]:
     """Keys and children, in the order in which leaves are numbered."""
+    if isinstance(x, LISTS):
+        items = [(int(k) if k.isdigit() else k, v) for k, v in x.__dict__.items()]
+        return sorted(items, key=lambda item: order(item[0]))
     if isinstance(x, Module):
         return sorted(x.__dict__.items(), key=lambda item: item[0])
     if isinstance(x, dict):
@@ -455,6 +720,10 @@ def children(x: Any) -> list[tuple[Any, Any]]:
         return [(path, x.leaf(path)) for path in x.paths()]
     if isinstance(x, types.MethodType):
         return [("__self__", x.__self__)]
+    if isinstance(x, functools.partial):
+        args = [(("args", i), a) for i, a in enumerate(x.args)]
+        named = [(("keywords", k), x.keywords[k]) for k in sorted(x.keywords)]
+        return [*args, (("func",), x.func), *named]
     names = {f.name for f in dataclasses.fields(x) if hasattr(x, f.name)}
     return [(n, getattr(x, n)) for n in sorted(names | set(x.__dict__))]
 
@@ -484,7 +753,9 @@ class Leaf:
             return holder.leaf(key)
         if isinstance(holder, (dict, list)) or _is_row(holder):
             return holder[key]
-        return holder if key is None else getattr(holder, key)
+        if isinstance(holder, functools.partial):
+            return dict(children(holder))[key]
+        return holder if key is None else getattr(holder, str(key))
 
     def put(self, value: Any) -> None:
         """Writes past all checks; the holder must be writable."""
@@ -495,15 +766,19 @@ class Leaf:
         elif isinstance(self.holder, State):
             self.holder.put(self.key, value)
         else:
-            object.__setattr__(self.holder, self.key, value)
+            object.__setattr__(self.holder, str(self.key), value)
 
     @property
     def writable(self) -> bool:
-        return self.var is not None or not isinstance(self.holder, tuple)
+        values = (tuple, functools.partial)
+        return self.var is not None or not isinstance(self.holder, values)
 
 
 def _is_row(x: Any) -> bool:
     return isinstance(x, tuple) and not hasattr(x, "_fields")
+
+
+_VALUES = (tuple, types.MethodType, functools.partial)
 
 
 class Walk:
@@ -536,7 +811,8 @@ class Walk:
         plain = isinstance(x, (tuple, list, dict))
         if not is_node(x) and not (role and plain):
             # In what is marked data, numbers are leaves.
-            data = role == "data" and not _is_frozen(x)
+            called = isinstance(x, (types.MethodType, functools.partial))
+            data = role == "data" and not called and not _is_frozen(x)
             if data or (role and isinstance(x, (numbers.Number, np.generic))):
                 return self._leaf(Leaf(path, None, holder, key), x)
             return self._static(x)
@@ -552,7 +828,7 @@ class Walk:
         return (STATIC, x)
 
     def _node(self, x: Any, path: Any, role: Any) -> Any:
-        value = isinstance(x, (tuple, types.MethodType))
+        value = isinstance(x, _VALUES)
         number = self._numbers.get(id(x))
         if number is not None and not value:
             return (AGAIN, number)
@@ -565,12 +841,15 @@ class Walk:
         roles = x._roles if isinstance(x, Module) else {}
         parts = []
         for key, child in children(x):
-            below = (*path, *key) if isinstance(x, State) else (*path, key)
-            mine = roles.get(key, role)
+            flat = isinstance(x, (State, functools.partial))
+            below = (*path, *key) if flat else (*path, key)
+            mine = roles.get(str(key), role) if roles else role
             parts.append((key, self._visit(child, below, x, key, mine)))
         self.every.append((path, x))
-        if isinstance(x, Module):
-            spec: Any = dict(roles)
+        if isinstance(x, Dict):  # in which items are in order
+            spec: Any = (list(x), tuple(sorted(roles.items())))
+        elif isinstance(x, Module):
+            spec = dict(roles)
         elif isinstance(x, dict):
             spec = (list(x), getattr(x, "default_factory", None))
         else:
@@ -590,10 +869,24 @@ def _hides_state(x: Any) -> bool:
         return True
     if isinstance(x, (type, types.FunctionType)):
         return False
+    if isinstance(x, functools.partial):
+        return any(map(_hides_state, (x.func, *x.args, *x.keywords.values())))
     inside = getattr(x, "__dict__", {}).values()
-    if any(isinstance(v, (Variable, Module)) for v in inside):
+    if any(map(_holds_object, inside)):
         return True
     return _is_frozen(x) and any(map(_hides_state, inside))
+
+
+def _holds_object(x: Any, above: tuple[Any, ...] = ()) -> bool:
+    """Whether a value is a Variable or Module, or a container with one in it."""
+    if isinstance(x, (Variable, Module)):
+        return True
+    if any(x is held for held in above):
+        return False
+    inside = list(x) if isinstance(x, (set, frozenset)) else []
+    if is_node(x) or isinstance(x, functools.partial):
+        inside = [child for _, child in children(x)]
+    return any(_holds_object(child, (*above, x)) for child in inside)
 
 
 def _meta(leaf: Leaf) -> dict[str, Any]:
@@ -646,22 +939,29 @@ def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
     if t[0] == AGAIN:
         return nodes[t[1]]
     _, cls, number, spec, parts = t
-    if issubclass(cls, (tuple, types.MethodType)):
+    if issubclass(cls, _VALUES):
         items = {k: _build(child, leaves, nodes) for k, child in parts}
         if issubclass(cls, types.MethodType):
             return types.MethodType(spec, items["__self__"])
+        if issubclass(cls, functools.partial):
+            args = [x for key, x in items.items() if key[0] == "args"]
+            named = {key[1]: x for key, x in items.items() if key[0] == "keywords"}
+            return cls(items["func",], *args, **named)
         return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
     if issubclass(cls, State):
         new: Any = State()
     elif issubclass(cls, Module):
         new = cls.__new__(cls)
-        object.__setattr__(new, "_roles", dict(spec))
+        roles = spec[1] if issubclass(cls, Dict) else spec
+        object.__setattr__(new, "_roles", dict(roles))
     else:
         new = cls.__new__(cls)
     nodes[number] = new
     items = {k: _build(child, leaves, nodes) for k, child in parts}
-    if isinstance(new, Module):
-        new.__dict__.update(items)
+    if isinstance(new, Dict):
+        new.__dict__.update((k, items[k]) for k in spec[0])
+    elif isinstance(new, Module):
+        new.__dict__.update((str(k), x) for k, x in items.items())
     elif isinstance(new, list):
         new.extend(items.values())
     elif isinstance(new, dict):
@@ -1065,7 +1365,8 @@ def pop(node: Any, *filters: Any) -> Any:
     for holder in walk.nodes:
         for key, child in children(holder):
             if _is_gone(walk, gone, holder, key, child):
-                if not isinstance(holder, (Module, dict, State)):
+                item = isinstance(holder, LISTS) and isinstance(key, int)
+                if item or not isinstance(holder, (Module, dict, State)):
                     raise StructureError
                 removals.append((holder, key))
     for i in gone:
@@ -1086,7 +1387,7 @@ def _is_gone(walk: Walk, gone: set[int], holder: Any, key: Any, child: Any) -> b
     for i in gone:
         leaf = walk.leaves[i]
         if leaf.var is not None:
-            if leaf.var is child and roles.get(key) != "static":
+            if leaf.var is child and roles.get(str(key)) != "static":
                 return True
         elif leaf.holder is holder and leaf.key == key:
             return True
@@ -1124,6 +1425,42 @@ def variables(node: Any, *filters: Any) -> Any:
 
 def iter_graph(node: Any) -> list[Any]:
     return Walk(node).every
+
+
+class Optimizer(Module):
+    """Gradient descent with momentum."""
+
+    def __init__(self, model: Any, rates: tuple[float, float], *, wrt: Any):
+        leaves = self._chosen(model, wrt)
+        if not leaves:
+            raise OptimizerError
+        self.rates, self.wrt = rates, wrt
+        self.form = tuple((x.path, *_form(x.value)) for x in leaves)
+        self.step = Variable(Arr(np.uint32(0)))
+        self.moments = [Variable(Arr(np.zeros(x.value.shape))) for x in leaves]
+
+    def _chosen(self, model: Any, wrt: Any) -> list[Leaf]:
+        walk = Walk(model)
+        parts, _ = _divided(walk, (wrt,))
+        leaves = [walk.leaves[i] for i in parts[0]]
+        if any(not is_array(x.value) or is_key(x.value) for x in leaves):
+            raise OptimizerError
+        return leaves
+
+    def update(self, model: Any, grads: State) -> None:
+        leaves = self._chosen(model, self.wrt)
+        given = dict(grads.flat())
+        form = tuple((x.path, *_form(x.value)) for x in leaves)
+        if form != self.form or list(given) != [x.path for x in leaves]:
+            raise OptimizerError
+        for owner in (self.step, *(x.var for x in leaves)):
+            _check_owner(owner)
+        rate, decay = self.rates
+        for leaf, moment in zip(leaves, self.moments, strict=True):
+            gradient = lift(given[leaf.path]) + lift(moment._value) * decay
+            moment.set_value(gradient)
+            leaf.put(lift(leaf.value) - gradient * rate)
+        self.step.set_value(Arr(lift(self.step._value).val + np.uint32(1)))
 
 
 # -------------------------------------------------------------- transforms
@@ -1207,7 +1544,7 @@ def _inside(
                 raise refusal
             continue  # a gradient only closes over it
         inner = lift(value)
-        inner = Arr(inner.val, inner.dot)
+        inner = type(inner)(inner.val, inner.dot)
         leaf.put(inner)
         entered.append((leaf, value, inner))
     for x in owners:
@@ -1329,8 +1666,35 @@ def _trace(f: Any, args: Any) -> None:
     """Runs what JAX would trace only, for its errors; what it writes is taken back."""
     f, first = _unbound(f)
     with contextlib.suppress(_Undone), _inside((first, args)):
-        f(*first, *args)
+        with _steady((first, args)):
+            f(*first, *args)
         raise _Undone
+
+
+@contextlib.contextmanager
+def _steady(tree: Any) -> Iterator[None]:
+    """A branch or step, which may write values and nothing else."""
+    roots = tuple(_roots(tree))
+    before = _outline(roots)
+    yield
+    after = _outline(roots)
+    same = len(before[1]) == len(after[1])
+    if not same or not all(map(operator.is_, before[1], after[1])):
+        raise LoopError
+    if before[0] != after[0] or before[2] != after[2]:
+        raise LoopError
+
+
+def _outline(roots: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The structure, the objects in it, and the forms of the values."""
+    walk = Walk(roots)
+    kinds = (Variable, Module, list, dict, State)
+    every = [x for _, x in walk.every]
+    objects = [x for x in every if isinstance(x, kinds) or dataclasses.is_dataclass(x)]
+    values = [x.value for x in walk.leaves]
+    numbers_ = (Arr, np.ndarray, np.generic, numbers.Number)
+    forms = [_form(x) if isinstance(x, numbers_) else None for x in values]
+    return walk.graphdef(), objects, forms
 
 
 def cond(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
@@ -1352,7 +1716,8 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
     with _inside(init):
         value = init
         for i in range(lower, upper):
-            value = body(Arr(np.int32(i)), value)
+            with _steady(init):
+                value = body(Arr(np.int32(i)), value)
     return _released(value, _traces.now)
 
 
@@ -1403,21 +1768,19 @@ def _lanes(f: Any, m: Any, xs: Any) -> Any:
         walk = Walk(m)
         whole = [lift(x.value) for x in walk.leaves]
         copies = [m, *(mapped(m) for _ in range(n - 1))]
-        ys, ends = [], []
+        ys, ends, begun = [], [], [[w[i] for w in whole] for i in range(n)]
         for i, c in enumerate(copies):
             inner = Walk(c)
-            begun = [w[i] for w in whole]
-            for leaf, value in zip(inner.leaves, begun, strict=True):
+            for leaf, value in zip(inner.leaves, begun[i], strict=True):
                 leaf.put(value)
             ys.append(f(c, xs[i]))
             ends.append(Walk(c))
+        # What no lane wrote is as it was, to the object.
+        kept = {id(x): w for x, w in zip(begun[0], whole, strict=True)}
         for k, leaf in enumerate(ends[0].leaves):
             values = [end.leaves[k].value for end in ends]
-            leaf.put(stack(values))
-        # What no lane wrote is as it was, to the object.
-        for k, leaf in enumerate(walk.leaves):
-            if leaf.writable and np.array_equal(lift(leaf.value).val, whole[k].val):
-                leaf.put(whole[k])
+            own = id(values[0])
+            leaf.put(kept[own] if own in kept else stack(values))
     return stack(ys)
 
 
@@ -1493,7 +1856,7 @@ kinds = (Variable,)
 
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
-    return sorted(x.__dict__.items())
+    return sorted((k, v) for k, v in x.__dict__.items() if k != "_length")
 
 
 def metadata(variable: Any) -> dict[str, Any]:
@@ -1528,8 +1891,8 @@ names = types.SimpleNamespace(
         name: globals()[name]
         for name in (
             "state split merge update pop clone variables graphdef data static State "
-            "Not Under All jit grad value_and_grad cond switch fori_loop "
-            "while_loop remat mapped iter_graph scan vmap"
+            "List Dict Rngs Optimizer Not Under All jit grad value_and_grad cond "
+            "switch fori_loop while_loop remat mapped iter_graph scan vmap"
         ).split()
     }
 )

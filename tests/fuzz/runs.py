@@ -41,7 +41,7 @@ def draw(label: str, counts: Counter) -> tuple[Program, Said] | None:
     kind = label.partition(":")[0]
     chance = random.Random(f"flax {label}").random()  # noqa: S311 - as in edits
     flax = live.flax_nnx is not None and chance < 0.25
-    drawn = KINDS[kind](label, flax=flax and kind == "edits", counts=counts)
+    drawn = KINDS[kind](label, flax=flax, counts=counts)
     try:
         drawn.program()
         said = Said(drawn)
@@ -49,7 +49,7 @@ def draw(label: str, counts: Counter) -> tuple[Program, Said] | None:
         counts["left out, numbers too large"] += 1
         return None
     counts[f"programs: {kind}"] += 1
-    if flax and kind == "edits":
+    if flax:
         counts["programs with objects of Flax"] += 1
     return Program(label, drawn.lines, drawn.codes, kind == "compiled"), said
 

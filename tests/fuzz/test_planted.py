@@ -11,6 +11,7 @@ import pytest
 from fuzz import live, runs
 from sortal import functional
 from sortal._engine import leaves, marks, nodes, plan, state, statics
+from sortal.nnx import Dict, List
 from sortal.transforms import eager
 from sortal.transforms._adapter import functions
 
@@ -79,6 +80,24 @@ def test_callable_objects_with_state_taken_for_statics_are_found(monkeypatch):
         nodes, "hidden_state", lambda x: "" if callable(x) else hidden(x)
     )
     first_found("edits", 300)
+
+
+def test_state_in_a_list_of_a_plain_object_taken_for_static_is_found(monkeypatch):
+    hidden = nodes.hidden_state
+    monkeypatch.setattr(
+        nodes, "hidden_state", lambda x: "" if " in a list" in hidden(x) else hidden(x)
+    )
+    first_found("edits", 40, matching="Plain([P(")
+
+
+def test_partials_with_state_taken_for_statics_are_found(monkeypatch):
+    static = nodes.is_static_value
+    monkeypatch.setattr(
+        nodes,
+        "is_static_value",
+        lambda x: isinstance(x, functools.partial) or static(x),
+    )
+    first_found("edits", 40, matching="functools.partial(")
 
 
 def test_statics_compared_by_inherited_fields_alone_are_found(monkeypatch):
@@ -162,6 +181,32 @@ def test_a_mark_that_is_ignored_is_found(monkeypatch):
     monkeypatch.setattr(live.names, "data", lambda x: x)
     assert marks.data is not live.names.data
     first_found("edits", 300)
+
+
+def test_edits_of_a_list_that_note_nothing_are_found(monkeypatch):
+    def refill(self, rows):
+        made = List(rows)
+        for i in range(len(self)):
+            del vars(self)[str(i)]
+        vars(self).update(vars(made))
+        kept = {k: r for k, r in (self._roles or {}).items() if not k.isdigit()}
+        nodes._set_roles(self, {**kept, **(made._roles or {})} or None)
+
+    monkeypatch.setattr(List, "_refill", refill)
+    assert not first_found("edits", 400, matching=".reverse()").afresh
+
+
+def test_edits_of_a_dict_that_note_nothing_are_found(monkeypatch):
+    def put(self, key, value):
+        marked = isinstance(value, marks.Marked) or key in (self._roles or ())
+        if marked or not isinstance(key, str):
+            kept(self, key, value)
+        else:
+            vars(self)[key] = value
+
+    kept = Dict.__setitem__
+    monkeypatch.setattr(Dict, "__setitem__", put)
+    assert not first_found("edits", 1000, matching="nnx.Dict").afresh
 
 
 @pytest.fixture(autouse=True)

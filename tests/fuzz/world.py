@@ -26,7 +26,11 @@ class World:
         self.tracked: list[Any] = []  # weak references to the arrays that were made
         self.fixed = {**zoo.statics(), **_classes(lib)}
         self.fixed |= {"nnx": lib.names, "arr": lib.array(self.tracked)}
-        self.fixed |= {"digest": zoo.digest(lib), "first": zoo.first(lib)}
+        self.fixed |= {
+            "key": lib.key,
+            "digest": zoo.digest(lib),
+            "first": zoo.first(lib),
+        }
         self.names: dict[str, Any] = dict(self.fixed)
 
     def run(self, code: Any) -> str:
@@ -119,6 +123,8 @@ class Portrait:
             return tuple([self.of(v) for v in x])
         if isinstance(x, lib.kinds):
             return self._once(x, self._variable)
+        if isinstance(x, lib.Optimizer):
+            return self._once(x, lambda x: self._leaf(x.step.get_value()))
         if isinstance(x, lib.modules):
             return self._once(x, self._module)
         if isinstance(x, (list, dict)):
@@ -130,14 +136,17 @@ class Portrait:
         if isinstance(x, tuple):
             return (cls.__name__, *[self.of(v) for v in x])
         if cls is functools.partial:
-            return ("partial", self.of(x.args), self.of(x.keywords))
+            named = [(k, self.of(x.keywords[k])) for k in sorted(x.keywords)]
+            return ("partial", self.of(x.func), self.of(x.args), named)
         if isinstance(x, types.MethodType):
             return ("method", x.__func__.__name__, self.of(x.__self__))
         if hasattr(cls, "OWN"):
             return (cls.__name__, repr(x.said()))
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return self._dataclass(x)
-        if cls in (frozenset, set, complex) or cls.__module__ == "numpy":
+        if cls in (frozenset, set):
+            return (cls.__name__, sorted([repr(self.of(v)) for v in x]))
+        if cls is complex or cls.__module__ == "numpy":
             return (cls.__name__, repr(x))
         if callable(x) and not isinstance(x, zoo.Plain):
             return self._once(_Function(x), lambda _: None)
@@ -168,6 +177,8 @@ class Portrait:
             self.is_data = roles.get(name) == "data"
             shown.append((name, self.of(value)))
         self.is_data = outside
+        if isinstance(x, self.lib.Dict):  # code loops over it, so order counts
+            shown.append(tuple(vars(x)))
         return tuple(shown)
 
     def _container(self, x: Any) -> Any:

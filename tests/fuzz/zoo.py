@@ -145,7 +145,24 @@ def make(lib: Any) -> dict[str, Any]:
         __call__ = A.__call__
         method = A.method
 
-    made = [K, K2, A, B, C]
+    class L(lib.List):
+        W = 3
+
+    class M(lib.Dict):
+        W = 7
+
+    class RK(lib.Variable):
+        locals().update(setup)
+
+    @lib.dataclass
+    class DM(lib.Module):
+        W = 14
+        a: Any = None
+        r: Any = lib.data(default=0.5)
+        s: Any = lib.static(default=2)
+        method = A.method
+
+    made = [K, K2, A, B, C, L, M, RK, DM]
     names = {cls.__name__: cls for cls in made}
     names |= {"P": lib.Param, "BS": lib.BatchStat, "V": lib.Variable}
     if lib.FlaxModule is not None:
@@ -172,7 +189,13 @@ def _flax(lib: Any) -> dict[str, Any]:
     class F2(F):
         W = 17
 
-    return {cls.__name__: cls for cls in (FP, FP2, F, F2)}
+    class FL(lib.FlaxList):
+        W = 21
+
+    class FM(lib.FlaxDict):
+        W = 25
+
+    return {cls.__name__: cls for cls in (FP, FP2, F, F2, FL, FM)}
 
 
 # ------------------------------------------------ what a model is, as one number
@@ -194,7 +217,7 @@ def digest(lib: Any) -> Any:
                 total = total + _sum(lib, x.get_value()) * step
             elif isinstance(x, lib.modules):
                 seen[id(x)] = len(seen) % 3
-                total = total + type(x).W * step
+                total = total + getattr(type(x), "W", 11) * step
                 stack += [v for _, v in lib.attributes(x)]
             elif isinstance(x, list):
                 seen[id(x)] = len(seen) % 3
@@ -205,6 +228,8 @@ def digest(lib: Any) -> Any:
                 stack += x.values()
             elif isinstance(x, tuple):
                 stack += x
+            elif isinstance(x, functools.partial):
+                stack += [*x.args, *[v for _, v in sorted(x.keywords.items())]]
             elif dataclasses.is_dataclass(x):
                 stack += [v for _, v in sorted(x.__dict__.items())]
             elif lib.is_array(x):
@@ -228,6 +253,8 @@ def first(lib: Any) -> Any:
 
 
 def _sum(lib: Any, x: Any) -> Any:
+    if lib.is_key(x):
+        return lib.key_sum(x)
     return x.sum() if getattr(x, "ndim", 0) else x
 
 

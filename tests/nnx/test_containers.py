@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -373,6 +374,20 @@ def test_a_change_in_a_trace_that_the_container_was_not_passed_to_is_refused(
     assert len(model.items) == 1
     assert model.items[0] is before[0][0]
     assert list(model.named) == ["a"]
+
+
+def test_a_write_that_is_refused_tells_digits_of_a_dict_from_indices_of_a_list():
+    sortal.state(theirs := flax_nnx.List([]))  # Flax is told of our classes
+    model = Box(a=nnx.Dict({"10": [Param(jnp.ones(2))]}), b=theirs)
+    model.b.append(Param(jnp.ones(2)))
+    for variable, path in ((model.a["10"][0], r"a['10'].0"), (model.b[0], "b.0")):
+
+        def f(x, variable=variable):
+            variable[...] = x
+            return x
+
+        with pytest.raises(TraceError, match=re.escape(f"{path} (Param)")):
+            jax.jit(f)(jnp.ones(2))
 
 
 def test_a_write_that_is_refused_names_the_place_in_a_list():

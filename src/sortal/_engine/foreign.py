@@ -34,7 +34,7 @@ class VariableHandler:
         raise NotImplementedError
 
     def contents(self, variables: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
-        """What must stay equal, and what identical, as in ``nodes.Handler``."""
+        """What must stay equal, and what identical, as in ``handlers.Handler``."""
         return self.entries(variables), ()
 
     def set_metadata(self, variable: Any, metadata: dict[str, Any]) -> None:

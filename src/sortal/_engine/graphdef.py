@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from sortal._engine.difference import ABSENT, Difference, facts_of
-from sortal._engine.nodes import LEAF, NODE, STATIC, Child, Handler
+from sortal._engine.handlers import Handler
+from sortal._engine.nodes import LEAF, NODE, STATIC, Child
 from sortal._engine.paths import Path
 from sortal._engine.schema import Schema
 from sortal._engine.statics import Interned, Static

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sortal._engine.foreign import VariableHandler
+from sortal._engine.handlers import Handler
 from sortal._engine.jax_compat import current_trace
-from sortal._engine.nodes import Handler
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, check_writable, write
 

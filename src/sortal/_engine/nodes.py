@@ -1,4 +1,4 @@
-"""How each type of node is taken apart and put together; Node, the base of objects."""
+"""What is a node, a leaf or a static; Node, the base of objects with attributes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from sortal._engine import paths
+from sortal._engine import handlers, paths
 from sortal._engine.foreign import note_class, register_library_of
+from sortal._engine.handlers import Handler, MethodHandler, TupleHandler
 from sortal._engine.jax_compat import current_trace, one_level
 from sortal._engine.marks import Marked
-from sortal._engine.statics import edits, is_hashable, static_key
+from sortal._engine.statics import edits, is_hashable
 from sortal._engine.variable import foreign_write, is_variable
 from sortal.errors import StructureError
 
@@ -131,7 +132,6 @@ def _note_edit(node: Node) -> None:
 
 
 _ABSENT: Any = object()
-_joined = itertools.chain.from_iterable
 _set_trace: Callable[[Node, Any], None] = Node.__dict__["_trace"].__set__
 _set_version: Callable[[Node, int], None] = Node.__dict__["_version"].__set__
 _set_roles: Callable[[Node, Any], None] = Node.__dict__["_roles"].__set__
@@ -139,98 +139,14 @@ set_plans: Callable[[Node, Any], None] = Node.__dict__["_plans"].__set__
 _get_roles: Callable[[Any], Any] = operator.attrgetter("_roles")
 get_dict: Callable[[Any], dict[str, Any]] = Node.__dict__["__dict__"].__get__
 
+ATOMS = frozenset(
+    (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType)
+)
+"""Exact types of what holds nothing that the engine could find."""
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 """The types of raw arrays."""
 leaf_types: set[type] = {np.ndarray}
 """Exact types of raw arrays met so far: replacing one by another keeps structure."""
-
-
-class Handler:
-    """How nodes of one type are taken apart and put together.
-
-    ``tracked`` nodes have an identity: met twice they are one object, they may be
-    part of a cycle, and they can be refilled in place. Others are values, rebuilt
-    from their children; ``fixed`` ones never change while they live. ``flat`` nodes
-    have keys that are paths. Nodes of a handler that ``notes_edits`` call
-    ``statics.edits.note`` when their structure changes; those that ``counts_edits``
-    also have a number of their own, ``_version``. Those that are ``exact`` are built
-    with the very children that they are given, whatever their class. ``root`` nodes are
-    carried into transforms whole, from wherever in an argument they are.
-    """
-
-    tracked = True
-    fixed = False
-    flat = False
-    notes_edits = False
-    counts_edits = False
-    exact = False
-    root = False
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        """The children by key, in the order in which leaves are numbered."""
-        raise NotImplementedError
-
-    def spec(self, obj: Any) -> Hashable:
-        """What is needed besides the children to build it again; hashable."""
-        return None
-
-    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        """What says that nodes of this handler have the structure they had.
-
-        Args:
-          nodes: some nodes.
-
-        Returns:
-          A list that must stay equal, and what must stay identical one by one, where
-          raw arrays may be exchanged for raw arrays. Of the latter there are as many
-          while the former is equal.
-        """
-        items = list(map(self.items, nodes))
-        specs = [(tuple(i), self.spec(x)) for x, i in zip(nodes, items, strict=True)]
-        return list(map(static_key, specs)), _joined(map(dict.values, items))
-
-    def shell(self, cls: type, spec: Any) -> Any:
-        """An empty object of the type; for tracked nodes."""
-        create: Any = cls.__new__
-        return create(cls)
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        """Makes ``items``, children by key, the whole content of ``obj``."""
-        raise NotImplementedError
-
-    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
-        """Puts a value together from its children; for untracked nodes."""
-        raise NotImplementedError
-
-    def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
-        """The live object, and key in it, that hold the child at ``key``.
-
-        Where it is a dict or list, that is read and written without the handler.
-        """
-        return obj, key
-
-    def roles(self, obj: Any) -> Mapping[Any, str] | None:
-        """Which children are marked ``data`` or ``static``."""
-        return None
-
-    def owner(self, obj: Any) -> Any:
-        """What says by ``_trace`` and ``_place`` who may edit it; None: its holder."""
-        return None
-
-    def remove(self, obj: Any, key: Any) -> None:
-        """Takes the child at ``key`` out; only where ``can_remove`` says so."""
-        raise NotImplementedError
-
-    def can_remove(self, key: Any) -> bool:
-        """Whether the child at ``key`` can go without moving others."""
-        return type(self).remove is not Handler.remove
-
-    # By what they do, so that a pickled GraphDef finds the one that is equal.
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
 
 
 class ObjectHandler(Handler):
@@ -278,126 +194,8 @@ class ObjectHandler(Handler):
             _note_edit(obj)
 
 
-class ListHandler(Handler):
-    """Lists: children at their indices."""
-
-    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        return list(map(len, nodes)), itertools.chain(*nodes)
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        return dict(enumerate(obj))
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        obj[:] = items.values()
-
-
-class DictHandler(Handler):
-    """Dicts: children sorted by key; the order of insertion is kept in the spec.
-
-    Code that loops over a dict of layers must meet them in the same order inside a
-    transform, so two dicts that differ in order differ in structure.
-    """
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        return {key: obj[key] for key in sorted(obj, key=paths.order)}
-
-    def spec(self, obj: Any) -> Hashable:
-        return tuple(obj)
-
-    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        values = [x.values() for x in nodes]
-        return [*map(len, nodes)], itertools.chain(*nodes, *values)
-
-    def remove(self, obj: Any, key: Any) -> None:
-        del obj[key]
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        obj.clear()
-        for key in spec:
-            obj[key] = items[key]
-
-
-class DefaultDictHandler(DictHandler):
-    """Dicts that make what is missing: the factory is static."""
-
-    def spec(self, obj: Any) -> Hashable:
-        return (tuple(obj), obj.default_factory)
-
-    def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
-        lengths, same = super().contents(nodes)
-        return lengths, itertools.chain(same, [x.default_factory for x in nodes])
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        super().fill(obj, spec[0], items)
-        obj.default_factory = spec[1]
-
-
-class TupleHandler(Handler):
-    """Tuples and named tuples: values, rebuilt from their children."""
-
-    tracked = False
-    fixed = True
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        if hasattr(obj, "_fields"):
-            return {name: getattr(obj, name) for name in sorted(obj._fields)}
-        return dict(enumerate(obj))
-
-    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
-        return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
-
-
-class DataclassHandler(Handler):
-    """Instances of plain dataclasses: children are all attributes set on them."""
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        names = {f.name for f in dataclasses.fields(obj) if hasattr(obj, f.name)}
-        names.update(getattr(obj, "__dict__", ()))
-        return {name: getattr(obj, name) for name in sorted(names)}
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        for name in self.items(obj).keys() - items.keys():
-            object.__delattr__(obj, name)
-        for name, child in items.items():
-            object.__setattr__(obj, name, child)
-
-
-class MethodHandler(Handler):
-    """Bound methods: the object is the child, so that copies bind to copies."""
-
-    tracked = False
-    fixed = True
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        return {"__self__": obj.__self__}
-
-    def spec(self, obj: Any) -> Hashable:
-        return obj.__func__
-
-    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
-        return types.MethodType(spec, items["__self__"])
-
-
-class PytreeHandler(Handler):
-    """Types registered with JAX: taken apart by JAX, one level at a time."""
-
-    tracked = False
-
-    def items(self, obj: Any) -> dict[Any, Any]:
-        return dict(_level(obj)[0])
-
-    def spec(self, obj: Any) -> Hashable:
-        return _level(obj)[1]
-
-    def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
-        return jax.tree_util.tree_unflatten(spec, items.values())
-
-
-def _level(obj: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    return one_level(obj) or ([], None)
-
-
-_tuple, _dataclass, _pytree = TupleHandler(), DataclassHandler(), PytreeHandler()
+_tuple, _partial = TupleHandler(), handlers.PartialHandler()
+_dataclass, _pytree = handlers.DataclassHandler(), handlers.PytreeHandler()
 _registry: dict[type, Handler] = {}
 _found: dict[type, Any] = {}
 
@@ -421,7 +219,7 @@ def _held(
         yield x, handler
         if isinstance(handler, into):
             stack += handler.items(x).values()
-        elif isinstance(x, frozenset):
+        elif isinstance(x, (set, frozenset)):
             stack += x
 
 
@@ -442,7 +240,7 @@ def register_node(node_type: type, handler: Handler) -> None:
 
     Example:
       >>> import sortal as nnx
-      >>> from sortal._engine.nodes import Handler
+      >>> from sortal._engine.handlers import Handler
       >>> class Bag:
       ...     def __init__(self, *items): self.items = items
       >>> class BagHandler(Handler):
@@ -453,6 +251,8 @@ def register_node(node_type: type, handler: Handler) -> None:
       ((0,),)
     """
     _registry[node_type] = handler
+    if handler.tracked and not handler.flat:
+        paths.readers[node_type] = handler.items
     _found.clear()
 
 
@@ -540,10 +340,12 @@ def _classify(cls: type, obj: Any) -> Any:
 
 register_node(Node, ObjectHandler())
 register_node(types.MethodType, MethodHandler())
-register_node(list, ListHandler())
-register_node(dict, DictHandler())
-register_node(collections.defaultdict, DefaultDictHandler())
+register_node(list, handlers.ListHandler())
+register_node(dict, handlers.DictHandler())
+register_node(collections.defaultdict, handlers.DefaultDictHandler())
 register_node(tuple, _tuple)
+register_node(functools.partial, _partial)
+register_node(jax.tree_util.Partial, _pytree)
 
 
 def is_static_value(obj: Any) -> bool:
@@ -553,8 +355,8 @@ def is_static_value(obj: Any) -> bool:
       obj: no leaf.
 
     Returns:
-      True for statics, and for tuples, methods and frozen dataclasses with no leaf or
-      mutable inside.
+      True for statics, and for tuples, methods, partials and frozen dataclasses with no
+      leaf or mutable inside.
     """
     for x, handler in _held(obj):
         if handler is STATIC:
@@ -563,7 +365,7 @@ def is_static_value(obj: Any) -> bool:
             fits = handler_of(x.__self__) is STATIC
         else:
             frozen = handler is _dataclass and type(x).__dataclass_params__.frozen
-            fits = frozen or handler is _tuple
+            fits = frozen or handler is _tuple or handler is _partial
         if not fits:
             return False
     # What is refused makes it a node, so that the culprit in it has its own path.
@@ -581,15 +383,29 @@ def class_state(cls: type) -> Mapping[str, str]:
 
 
 def hidden_state(obj: Any) -> str:
-    """Names Variables and objects inside a static object, where JAX is blind."""
-    if isinstance(obj, frozenset):
-        return ", ".join(sorted(type(x).__name__ for x, _ in _held(obj) if is_root(x)))
-    attributes = getattr(obj, "__dict__", None)
-    if type(attributes) is not dict or isinstance(obj, types.FunctionType):
+    """Names what holds Variables and objects in a static one, where JAX is blind.
+
+    That is looked for in its attributes and in containers there, of any depth, and not
+    in further static objects, which may lead anywhere.
+    """
+    if type(obj) in ATOMS or isinstance(obj, type):
         return ""
-    found = [
-        f"{name} ({type(value).__name__})"
-        for name, value in attributes.items()
-        if is_root(value)
-    ]
+    if isinstance(obj, (set, frozenset)):
+        return ", ".join(sorted(type(x).__name__ for x, _ in _held(obj) if is_root(x)))
+    attributes = {name: getattr(obj, name, None) for name in _slots(type(obj))}
+    own = getattr(obj, "__dict__", None)
+    found = []
+    for name, value in {**attributes, **(own if type(own) is dict else {})}.items():
+        state = next((x for x, _ in _held(value) if is_root(x)), None)
+        if state is not None:
+            where = "" if state is value else f" in a {type(value).__name__}"
+            found.append(f"{name} ({type(state).__name__}{where})")
     return ", ".join(found)
+
+
+@functools.cache
+def _slots(cls: type) -> list[str]:
+    """The attributes that classes with ``__slots__`` keep outside of the dict."""
+    bases = (vars(base) for base in cls.__mro__ if "__slots__" in vars(base))
+    kind = types.MemberDescriptorType
+    return [name for base in bases for name, x in base.items() if isinstance(x, kind)]

@@ -85,9 +85,7 @@ def _same_type(a: jax.Array, b: jax.Array) -> bool:
     return a.sharding == b.sharding
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
+def _binary(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def forward(self: ArrayOperators, other: Any) -> Any:
         try:
             return function(self.value, plain(other))
@@ -98,17 +96,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return forward
 
 
-def _reflected(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def reflected(self: ArrayOperators, other: Any) -> Any:
-        try:
-            return function(plain(other), self.value)
-        except READING as e:
-            refuse_gone([self, other], e)
-            raise
-
-    return reflected
+def _reflected(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return _binary(lambda a, b: function(b, a))
 
 
 def _unary(function: Callable[[Any], Any]) -> Callable[[ArrayOperators], Any]:
@@ -138,11 +127,12 @@ _BINARY = {
     "rshift": ">>=", "and": "&=", "xor": "^=", "or": "|=",
 }  # fmt: skip
 for _name, _symbol in _BINARY.items():
-    setattr(ArrayOperators, f"__{_name}__", _operator(f"__{_name}__"))
-    setattr(ArrayOperators, f"__r{_name}__", _reflected(f"__{_name}__"))
+    _function = getattr(operator, f"__{_name}__")
+    setattr(ArrayOperators, f"__{_name}__", _binary(_function))
+    setattr(ArrayOperators, f"__r{_name}__", _reflected(_function))
     setattr(ArrayOperators, f"__i{_name}__", _in_place(_symbol))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(ArrayOperators, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(ArrayOperators, f"__{_name}__", _binary(getattr(operator, f"__{_name}__")))
 for _name in ("neg", "pos", "abs", "invert", "index"):
     setattr(ArrayOperators, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
 for _cast in (int, float, complex):

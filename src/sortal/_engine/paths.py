@@ -157,20 +157,17 @@ def glob(pattern: str, below: bool = False) -> Callable[[str], bool]:
         regex += "".join(f"(?>{skip}?{run})" for run in inner if run) + skip + last
     fits = re.compile(regex, re.DOTALL).fullmatch
     # Most paths fail by what is plain at either end, which is compared faster.
-    start, end = _plain_start(entries), _plain_end(entries)
+    start = joined(_plain_run(entries))
+    end = joined(_plain_run(reversed(entries))[::-1])
     return lambda text: (
         text.startswith(start) and text.endswith(end) and fits(text) is not None
     )
 
 
-def _plain_start(entries: list[list[str]]) -> str:
+def _plain_run(entries: Iterable[list[str]]) -> Path:
+    """The entries before the first one with a star."""
     plain = itertools.takewhile(lambda entry: len(entry) == 1, entries)
-    return joined(tuple(text for (text,) in plain))
-
-
-def _plain_end(entries: list[list[str]]) -> str:
-    plain = itertools.takewhile(lambda entry: len(entry) == 1, reversed(entries))
-    return joined(tuple(text for (text,) in plain)[::-1])
+    return tuple(text for (text,) in plain)
 
 
 def _entries(pattern: str) -> list[list[str]]:
@@ -249,6 +246,10 @@ class PathKey:
 
     def __hash__(self) -> int:
         return hash(self.path)
+
+
+readers: dict[type, Callable[[Any], dict[Any, Any]]] = {}
+"""By class, what gives the children of an object by the keys that paths have."""
 
 
 def locate(*targets: Any) -> list[Path | None]:
@@ -346,8 +347,8 @@ def _items(holder: Any) -> Iterable[tuple[Any, Any]]:
         return enumerate(holder)
     if isinstance(holder, _NOT_OWNERS):
         return ()
+    read = next((readers[c] for c in type(holder).__mro__ if c in readers), None)
+    if read is not None:
+        return read(holder).items()
     attributes = getattr(holder, "__dict__", None)
-    if type(attributes) is not dict:
-        return ()
-    # Attributes in digits are the indices of a List.
-    return [(int(k) if k and _digits(k) else k, x) for k, x in attributes.items()]
+    return attributes.items() if type(attributes) is dict else ()

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from sortal._engine.foreign import note_class
+from sortal._engine.handlers import Handler
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
 from sortal._engine.nested import Layout, empty_node, equal, flatten, nest, ordered
-from sortal._engine.nodes import Handler, register_node
+from sortal._engine.nodes import register_node
 from sortal._engine.paths import Path, show
 from sortal._engine.printing import STATISTICS, text
 from sortal._engine.schema import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 from sortal._engine import nodes as _nodes
 from sortal._engine.foreign import handler_of_kind
 from sortal._engine.graphdef import Entry, GraphDef, Record
+from sortal._engine.handlers import Handler, ListHandler
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.leaves import Foreign, Slot
 from sortal._engine.marks import Marked
-from sortal._engine.nodes import LEAF, NODE, STATIC, Handler, ListHandler, handler_of
+from sortal._engine.nodes import LEAF, NODE, STATIC, handler_of
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.statics import EMPTY, Metadata, Static, is_hashable
@@ -22,6 +24,10 @@ from sortal.errors import StructureError, UnsupportedError, listing
 
 _LIST = ListHandler()
 _NUMBERS = (numbers.Number, np.generic)
+_NO_HASH = (
+    "\nFor what has no hash use a tuple or frozenset, hold arrays in Variables, or "
+    "give the class __eq__ and __hash__."
+)
 
 
 class Walk:
@@ -36,6 +42,7 @@ class Walk:
         self._records: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._bad: list[str] = []
+        self._advice = ""
         self._refused: list[str] = []
         # Taken apart with a stack of its own, so that no depth is too deep.
         self._open: list[tuple[Any, ...]] = []
@@ -112,16 +119,17 @@ class Walk:
                 "no leaf; take the mark off, or mark it data"
             )
         elif hidden := _nodes.hidden_state(obj):
-            why = f"a {name} that is no Module but holds {hidden}; " + (
-                "write a tuple"
-                if isinstance(obj, frozenset)
-                else "derive it from sortal.Module"
+            why = (
+                f"a {name} that holds {hidden}, which have no path in it; write a tuple"
+                if isinstance(obj, (set, frozenset))
+                else f"a {name} that is no Module but holds {hidden}; derive it from "
+                "sortal.Module"
             )
         else:
             try:
                 return Static(obj)
             except TypeError:
-                why = f"a {name}, {_shown(obj)}"
+                why, self._advice = f"a {name}, {_shown(obj)}", _NO_HASH
             except RecursionError:
                 why = f"a {name}, nested too deeply"
         self._bad.append(f"{show(path)}: {why}")
@@ -133,11 +141,12 @@ class Walk:
             first = self._numbers.setdefault(id(obj), number)
             if first != number:
                 return first
-        if isinstance(obj, (list, dict)) and getattr(obj, "__dict__", None):
+        bare = (list, dict, functools.partial)
+        if isinstance(obj, bare) and getattr(obj, "__dict__", None):
             self._bad.append(
                 f"{show(path)}: a {type(obj).__name__} with the attributes "
-                f"{', '.join(obj.__dict__)}, which copies of a {type(obj).__base__} "
-                "do not keep; derive it from sortal.Module"
+                f"{', '.join(obj.__dict__)}, which its copies would not keep; derive "
+                "it from sortal.Module"
             )
         for name, kind in _nodes.class_state(type(obj)).items():
             if name not in handler.items(obj):
@@ -183,8 +192,7 @@ class Walk:
                 "static values must be hashable, because compiled functions are kept "
                 "by them, and must hold no state; found:\n"
                 + listing(self._bad)
-                + "\nUse a tuple or frozenset, "
-                "hold arrays in Variables, or give the class __eq__ and __hash__."
+                + self._advice
             )
 
 

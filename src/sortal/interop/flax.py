@@ -25,8 +25,9 @@ from sortal._engine.foreign import (
     to_native,
     watch_classes,
 )
+from sortal._engine.handlers import Handler
 from sortal._engine.jax_compat import current_trace
-from sortal._engine.nodes import Handler, Node, register_node
+from sortal._engine.nodes import Node, register_node
 from sortal._engine.state import State
 from sortal._engine.statics import Metadata, is_hashable
 from sortal.errors import UnsupportedError, listing

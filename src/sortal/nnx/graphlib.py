@@ -6,7 +6,8 @@ from typing import Any
 
 from sortal import functional
 from sortal._engine.graphdef import GraphDef as GraphDef
-from sortal._engine.nodes import Handler, handler_of, is_root
+from sortal._engine.handlers import Handler
+from sortal._engine.nodes import handler_of, is_root
 from sortal._engine.state import FlatState as FlatState
 from sortal._engine.state import State as State
 from sortal._engine.variable import Variable as Variable

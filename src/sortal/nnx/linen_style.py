@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from sortal import module as modules
+from sortal._engine.handlers import Handler
 from sortal._engine.kind_names import variable_type_from_name
 from sortal._engine.nested import flatten, nest
-from sortal._engine.nodes import Handler, get_dict, handler_of
+from sortal._engine.nodes import get_dict, handler_of
 from sortal._engine.variable import Param, RngState, Variable, is_variable
 from sortal.errors import ArgumentError
 from sortal.filters import Not
