@@ -93,7 +93,7 @@ def mapped(model: Any) -> Any:
 
 
 def iter_graph(model: Any) -> list[Any]:
-    return list(nnx.iter_graph(model))
+    return list(sortal.iter_graph(model))  # NNX's has static values, too
 
 
 names = types.SimpleNamespace(

@@ -251,7 +251,7 @@ def register_node(node_type: type, handler: Handler) -> None:
       ((0,),)
     """
     _registry[node_type] = handler
-    if handler.tracked and not handler.flat:
+    if handler is not LEAF and handler.tracked and not handler.flat:
         paths.readers[node_type] = handler.items
     _found.clear()
 

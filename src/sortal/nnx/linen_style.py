@@ -32,15 +32,6 @@ from sortal.transforms.compile import eval_shape
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class _Given:
-    """The values that a module was given: Variables in nested dicts, by name."""
-
-    __slots__ = ("tree",)
-
-    def __init__(self, tree: Any):
-        self.tree = tree if isinstance(tree, Mapping) else {}
-
-
 class Scope(modules.Pytree):
     """What a module has while ``init`` or ``apply`` runs.
 
@@ -51,7 +42,9 @@ class Scope(modules.Pytree):
 
     def __init__(self, rngs: Rngs, mutable: Any, given: Any = None, new: bool = False):
         self.rngs, self.mutable, self.new = rngs, mutable, new
-        self.given = _Given(given)
+        tree = given if isinstance(given, Mapping) else {}
+        # A function, for what was given is no part of what the module holds.
+        self.given: Callable[[], Mapping[str, Any]] = lambda: tree
 
 
 @dataclasses.dataclass
@@ -168,7 +161,7 @@ class Module(modules.Module, metaclass=_Named):
         super().__setattr__(name, value)
         scope: Any = self.scope
         if scope is not None and name != "scope":
-            _bind(value, scope, scope.given.tree.get(name))
+            _bind(value, scope, scope.given().get(name))
 
     def make_rng(self, name: str = "default") -> jax.Array:
         """A key of a random stream.
@@ -244,7 +237,7 @@ class Module(modules.Module, metaclass=_Named):
         scope = self._bound_scope("param" if kind is Param else "variable")
         found = get_dict(self).get(name)
         if found is None:
-            found = scope.given.tree.get(name)
+            found = scope.given().get(name)
             found = found.replace() if is_variable(found) else None
             if found is not None and make is not None:
                 key = jax.random.key(0)

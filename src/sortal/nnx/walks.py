@@ -12,7 +12,7 @@ from sortal._engine.paths import Path, show
 from sortal._engine.variable import Variable, is_variable, value_of
 from sortal.errors import StructureError, UnsupportedError, listing
 from sortal.filters import to_filter
-from sortal.functional import clone, merge, split, variables
+from sortal.functional import clone, graphdef, merge, split, variables
 from sortal.module import Module, is_module
 
 
@@ -130,11 +130,15 @@ def iter_graph(
     Yields:
       Pairs of path and object.
 
+    Raises:
+      StructureError: a static value cannot be hashed, or hides Variables.
+
     Example:
       >>> from sortal import nnx
       >>> [path for path, _ in nnx.iter_graph({"w": nnx.Param(1), "n": 2})]
       [('n',), ('w',), ()]
     """
+    graphdef(node)  # refuses what is no graph
     entered: set[int] = set()
 
     def visit(path: Path, x: Any) -> Iterator[tuple[Path, Any]]:
