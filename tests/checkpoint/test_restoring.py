@@ -580,6 +580,30 @@ def test_a_step_replaced_or_deleted_while_it_is_read_is_read_again(
     assert nnx.load_state(tmp_path, step=step)["w"].value[0] == 5
 
 
+@pytest.mark.parametrize("load", [False, True])
+def test_a_newest_step_that_is_overtaken_gives_no_leaves_of_before(
+    tmp_path, monkeypatch, load
+):
+    def model(x):
+        return {"t": nnx.Cache(jnp.full(3, float(x)), checkpoint="keep-last")}
+
+    nnx.save(tmp_path, model(0), step=0)
+    read, newer = files.read_manifest, iter([1])
+
+    def overtaken(directory, number):
+        if (new := next(newer, None)) is not None:
+            nnx.save(tmp_path, model(new), step=new)
+        return read(directory, number)
+
+    monkeypatch.setattr(files, "read_manifest", overtaken)
+    into = model(9)
+    if load:
+        into = nnx.load_state(tmp_path)
+    else:
+        assert nnx.restore(tmp_path, into).step == 1
+    assert into["t"].value[0] == 1
+
+
 def test_a_step_that_is_always_replaced_is_an_error_in_the_end(tmp_path, monkeypatch):
     nnx.save(tmp_path, nnx.Rngs(0), step=0)
 

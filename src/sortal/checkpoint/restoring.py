@@ -159,7 +159,7 @@ def restore(
         manifest, read_from, damage, fault = None, "", "", ""
         try:
             with uncollected():
-                manifest = files.read_manifest(directory, number)
+                manifest = _manifest(directory, step, number, passed)
                 found, leaves, values = _read_into(
                     plan, directory, manifest, options, kinds or {}, sharding
                 )
@@ -264,6 +264,24 @@ def _changed(
         return now != number or files.read_manifest(directory, now) != manifest
     except CheckpointError:
         return manifest is not None
+
+
+def _manifest(
+    directory: files.Location,
+    step: int | str,
+    number: int,
+    passed: Mapping[int, str] = _NONE,
+) -> Manifest:
+    """The manifest of a step; of the newest only if none is newer once it was read.
+
+    A newer step takes the keep-last leaves out of the manifest before it.
+    """
+    manifest = files.read_manifest(directory, number)
+    if step == "latest" and find_step(directory, step, passed) != number:
+        raise DamagedError(
+            f"a newer step than {number} was saved while it was read, each time anew"
+        )
+    return manifest
 
 
 def _read_into(
@@ -441,7 +459,7 @@ def load_state(
         number, manifest = find_step(directory, step), None
         try:
             with uncollected():
-                manifest = files.read_manifest(directory, number)
+                manifest = _manifest(directory, step, number)
                 return _read_state(directory, manifest, only, kinds or {}, sharding)
         except SortalError as e:
             if not left or not _changed(e, directory, step, number, manifest):
