@@ -604,6 +604,15 @@ def test_a_newest_step_that_is_overtaken_gives_no_leaves_of_before(
     assert into["t"].value[0] == 1
 
 
+def test_a_listing_that_sees_only_what_goes_meanwhile_is_made_again(
+    tmp_path, monkeypatch
+):
+    nnx.save(tmp_path, {"w": nnx.Param(jnp.ones(3))}, step=1)
+    by_age, empty = files.by_age, iter([[]])
+    monkeypatch.setattr(files, "by_age", lambda where: next(empty, by_age(where)))
+    assert nnx.load_state(tmp_path)["w"].value[0] == 1
+
+
 def test_a_step_that_is_always_replaced_is_an_error_in_the_end(tmp_path, monkeypatch):
     nnx.save(tmp_path, nnx.Rngs(0), step=0)
 

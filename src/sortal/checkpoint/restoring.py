@@ -267,10 +267,7 @@ def _changed(
 
 
 def _manifest(
-    directory: files.Location,
-    step: int | str,
-    number: int,
-    passed: Mapping[int, str] = _NONE,
+    directory: files.Location, step: int | str, number: int, passed: Any = _NONE
 ) -> Manifest:
     """The manifest of a step; of the newest only if none is newer once it was read.
 
@@ -311,7 +308,8 @@ def find_step(
     """
     if step != "latest":
         return files.step_number(step)
-    found = files.by_age(directory)
+    # A listing may see a step that goes meanwhile, and not yet the newer one.
+    found = files.by_age(directory) or files.by_age(directory)
     if not found:
         there = ""
         if isinstance(directory, Path) and not directory.is_dir():
