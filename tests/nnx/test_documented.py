@@ -8,10 +8,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx as flax_nnx
 from jax.sharding import PartitionSpec
+from tests.nnx.test_guides import plain
 
 from sortal import nnx
 from sortal.errors import TraceError
@@ -34,14 +34,6 @@ def refused(error: type[Exception], text: str | None = None) -> Any:
         return program
 
     return mark
-
-
-def plain(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items()}
-    if isinstance(x, tuple | list):
-        return [plain(v) for v in x]
-    return np.asarray(x).tolist() if isinstance(x, jax.Array | np.ndarray) else x
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)

@@ -24,6 +24,7 @@ from sortal.errors import StructureError, UnsupportedError, listing
 
 _LIST = ListHandler()
 _NUMBERS = (numbers.Number, np.generic)
+_BARE = (list, dict, functools.partial)
 _NO_HASH = (
     "\nFor what has no hash use a tuple or frozenset, hold arrays in Variables, or "
     "give the class __eq__ and __hash__."
@@ -141,8 +142,7 @@ class Walk:
             first = self._numbers.setdefault(id(obj), number)
             if first != number:
                 return first
-        bare = (list, dict, functools.partial)
-        if isinstance(obj, bare) and getattr(obj, "__dict__", None):
+        if isinstance(obj, _BARE) and getattr(obj, "__dict__", None):
             self._bad.append(
                 f"{show(path)}: a {type(obj).__name__} with the attributes "
                 f"{', '.join(obj.__dict__)}, which its copies would not keep; derive "

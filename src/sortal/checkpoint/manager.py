@@ -73,9 +73,8 @@ class Checkpoints:
         ]
         if mode not in ("max", "min"):
             bad.append(f"mode={mode!r}")
-        bad += (
-            [f"best={best!r:.60}"] if best is not None and type(best) is not str else []
-        )
+        if best is not None and type(best) is not str:
+            bad.append(f"best={best!r:.60}")
         if bad:
             raise ArgumentError(
                 "keep and keep_every are numbers from 1 on, or None, mode is 'max' or "

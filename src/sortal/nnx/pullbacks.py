@@ -28,14 +28,7 @@ class CustomVJP(custom.CustomVJP):
     def pull_back(self, call: Any, bwd: Any, before: Any, result: Any) -> Any:
         """Calls ``bwd`` with a pair: the gradients so far of inputs, and the output's.
 
-        Args:
-          call: the call of the function.
-          bwd: the rule.
-          before: the arguments not differentiated by, and the residuals.
-          result: the cotangents of the output and of what the call wrote.
-
-        Returns:
-          What ``bwd`` returns, without what is not differentiated by.
+        Of what ``bwd`` returns, it gives back all that is differentiated by.
         """
         changed = _changed(call, result)
         # Also what a DiffState leaves out, which `bwd` deletes.
@@ -63,17 +56,7 @@ class TreeCustomVJP(custom.CustomVJP):
     """A function whose pull-back may take what the function changed by keyword."""
 
     def pull_back(self, call: Any, bwd: Any, before: Any, result: Any) -> Any:
-        """Calls ``bwd``, with ``updates_g`` where it takes that.
-
-        Args:
-          call: the call of the function.
-          bwd: the rule.
-          before: the arguments not differentiated by, and the residuals.
-          result: the cotangents of the output and of what the call wrote.
-
-        Returns:
-          What ``bwd`` returns.
-        """
+        """Calls ``bwd``, with ``updates_g`` where it takes that."""
         if "updates_g" not in inspect.signature(bwd).parameters:
             return super().pull_back(call, bwd, before, result)
         changed = _changed(call, result)

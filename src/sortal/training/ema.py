@@ -135,15 +135,15 @@ class EMA(Pytree):
           UpdateError: ``model`` lacks tracked leaves, or has them in other shapes; all
             are listed.
         """
-        plan = bind(model)
+        plan, kept = bind(model), bind(self.params)
         graphdef, schema = plan.graphdef, self.params.schema
         _check_paths(schema, graphdef.schema, wider=False)
+        where = [graphdef.schema.index[path] for path in schema.paths]
         values = plan.leaves.snapshot()
-        there = [values[graphdef.schema.index[path]] for path in schema.paths]
-        _check_shapes(schema, bind(self.params).leaves.values(), there)
+        _check_shapes(schema, kept.values(), [values[i] for i in where])
         leaves = graphdef.build_leaves(values)
-        for path, variable in zip(schema.paths, bind(self.params).view(), strict=True):
-            leaves[graphdef.schema.index[path]] = variable
+        for i, variable in zip(where, kept.view(), strict=True):
+            leaves[i] = variable
         return graphdef.build(leaves)[0]
 
 

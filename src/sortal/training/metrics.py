@@ -274,14 +274,13 @@ class Welford(Metric):
                 "values[mask], or in a MultiMetric mask={name: mask} for the others."
             )
         values = _keyword(self, self.argname, kwargs)
-        # A Python number has a weak type, so that it does not widen the mean.
-        number = isinstance(values, (int, float))
-        count = 1 if number else values.size
-        if count == 0:
-            return
-        mean, variance = float(values) if number else None, 0.0
-        if mean is None:
-            array = _floating(values)
+        if isinstance(values, (int, float)):
+            # Its weak type does not widen the mean.
+            count, mean, variance = 1, float(values), 0.0
+        else:
+            count, array = values.size, _floating(values)
+            if count == 0:
+                return
             mean, variance = (
                 x.astype(jnp.float32) for x in (array.mean(), array.var())
             )
@@ -289,8 +288,8 @@ class Welford(Metric):
         self.count[...] += count
         delta = mean - self.mean.value
         self.mean[...] += delta * count / self.count.value
-        inner = variance * count
-        self.m2[...] += inner + delta * delta * count * before / self.count.value
+        between = delta * delta * count * before / self.count.value
+        self.m2[...] += variance * count + between
 
     def compute(self) -> Statistics:
         """The statistics of all values.
