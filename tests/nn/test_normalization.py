@@ -252,3 +252,66 @@ def test_a_mask_of_weights_is_refused(name, dtype) -> None:
     mask = jnp.ones((4, 2, 3), dtype)
     with pytest.raises(ArgumentError, match=rf"{name}: the mask .* booleans; found"):
         layer(jnp.ones((4, 2, 3)), mask=mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_fast_variance": False}])
+@pytest.mark.parametrize(
+    ("x", "mask"),
+    [(normal(4, 3), jnp.zeros((4, 3), bool)), (jnp.zeros((0, 3)), None)],
+    ids=["hidden", "empty"],
+)
+def test_a_batch_that_shows_nothing_leaves_the_running_statistics(
+    x: Any, mask: Any, options: dict[str, Any]
+) -> None:
+    """It is normalised by them, as in evaluation, and no gradient is NaN."""
+    layer = batch_norm(**options, dtype=jnp.bfloat16)
+    layer(normal(8, 3))
+    mean, var = layer.mean[...], layer.var[...]
+    expected = layer(x, use_running_average=True)
+    loss = nnx.value_and_grad(lambda m, x: (m(x, mask=mask) ** 2).sum(), argnums=1)
+    y, grad = loss(layer, x)
+    close(layer.mean[...], mean)
+    close(layer.var[...], var)
+    close(y, (expected**2).sum())
+    assert jnp.isfinite(grad).all()
+
+
+def test_of_several_features_only_those_in_sight_are_learned() -> None:
+    layer, x = batch_norm(momentum=0.5), normal(8, 3)
+    layer(x, mask=jnp.array([True, False, True]))
+    close(layer.mean[...], 0.5 * x.mean(0) * jnp.array([1, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nnx.LayerNorm(6, rngs=nnx.Rngs(0)),
+        nnx.RMSNorm(6, rngs=nnx.Rngs(0)),
+        nnx.GroupNorm(6, 2, reduction_axes=-1, rngs=nnx.Rngs(0)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_is_hidden_as_a_whole_stays_as_it_is(layer: Any) -> None:
+    x = normal(4, 6)
+    mask = jnp.arange(4)[:, None] < 3
+    y = layer(x, mask=mask)
+    close(y[:3], layer(x[:3]))
+    close(y[3], x[3])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_fast_variance": False}])
+def test_members_of_an_axis_count_by_how_much_of_them_is_in_sight(
+    options: dict[str, Any],
+) -> None:
+    """Of four members, one shows half of its rows and one shows nothing."""
+    x = normal(8, 3)
+    mask = jnp.array([1, 1, 1, 0, 1, 1, 0, 0], bool)[:, None]
+    whole, parts = batch_norm(**options), batch_norm(**options, axis_name="i")
+    y = nnx.vmap(
+        lambda layer, x, mask: layer(x, mask=mask),
+        in_axes=(nnx.StateAxes({...: None}), 0, 0),
+        axis_name="i",
+    )(parts, x.reshape(4, 2, 3), mask.reshape(4, 2, 1))
+    close(y.reshape(8, 3), whole(x, mask=mask))
+    close(parts.mean[...], whole.mean[...])
+    close(parts.var[...], whole.var[...])

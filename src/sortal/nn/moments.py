@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,26 +77,44 @@ class Norm(Module):
         return tuple(sorted({a % x.ndim for a in given}))
 
     def _statistics(
-        self, x: Any, axes: tuple[int, ...], mask: Any, *, centred: bool = True
+        self,
+        x: Any,
+        axes: tuple[int, ...],
+        mask: Any,
+        *,
+        centred: bool = True,
+        unseen: tuple[Any, Any] = (0.0, 1.0),
     ) -> tuple[Any, Any]:
-        """Mean (None if not centred) and variance; reduced ``axes`` are kept as 1."""
-        if mask is not None:
-            mask = self._broadcast_mask(mask, x)
+        """Mean (None if not centred) and variance; reduced ``axes`` are kept as 1.
+
+        Where the mask hides all elements, or there are none, they are ``unseen``: the
+        mean of nothing would be NaN.
+        """
+        if mask is None and not math.prod(x.shape[a] for a in axes):
+            mask = True
+        if mask is None:
+            return self._moments(x, functools.partial(self._means, axes), centred)
+        mask = self._broadcast_mask(mask, x)
+        seen = self._total(jnp.sum(mask, axes, keepdims=True))
+        means = functools.partial(self._masked_means, axes, mask, seen)
+        mean, variance = self._moments(x, means, centred)
+        variance = jnp.where(seen > 0, variance, unseen[1])
+        return mean if mean is None else jnp.where(seen > 0, mean, unseen[0]), variance
+
+    def _moments(self, x: Any, means: Any, centred: bool) -> tuple[Any, Any]:
         dtype = jnp.result_type(x) if self.dtype is None else self.dtype
         x = dtypes.cast(x, jnp.promote_types(dtype, jnp.float32))
         if not centred:
-            return None, *self._means(axes, mask, _squared(x))
+            return None, *means(_squared(x))
         if not self.use_fast_variance:
-            (mean,) = self._means(axes, mask, x)
-            return mean, *self._means(axes, mask, _squared(x - mean))
-        mean, square = self._means(axes, mask, x, _squared(x))
+            (mean,) = means(x)
+            return mean, *means(_squared(x - mean))
+        mean, square = means(x, _squared(x))
         # Rounding can make a variance of zero negative.
         return mean, jnp.maximum(0.0, square - _squared(mean))
 
-    def _means(self, axes: tuple[int, ...], mask: Any, *arrays: Any) -> tuple[Any, ...]:
-        means = tuple(
-            jnp.expand_dims(jnp.mean(a, axes, where=mask), axes) for a in arrays
-        )
+    def _means(self, axes: tuple[int, ...], *arrays: Any) -> tuple[Any, ...]:
+        means = tuple(jnp.mean(a, axes, keepdims=True) for a in arrays)
         if self.axis_name is None:
             return means
         # One collective for all means.
@@ -103,6 +122,19 @@ class Norm(Module):
             jnp.stack(means), self.axis_name, axis_index_groups=self.axis_index_groups
         )
         return tuple(stacked[i] for i in range(len(means)))
+
+    def _masked_means(
+        self, axes: tuple[int, ...], mask: Any, seen: Any, *arrays: Any
+    ) -> tuple[Any, ...]:
+        """Means of the ``seen`` elements, of all members of a mapped axis together."""
+        sums = [jnp.sum(a, axes, where=mask, keepdims=True) for a in arrays]
+        return tuple(x / jnp.maximum(seen, 1) for x in self._total(sums))
+
+    def _total(self, x: Any) -> Any:
+        """A sum over the members of the mapped axis, if there is one."""
+        if self.axis_name is None:
+            return x
+        return lax.psum(x, self.axis_name, axis_index_groups=self.axis_index_groups)
 
     def _broadcast_mask(self, mask: Any, x: Any) -> Any:
         mask = dtypes.as_array(self, mask)

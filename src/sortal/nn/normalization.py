@@ -38,14 +38,15 @@ class BatchNorm(Norm):
       axis: the feature axis.
       momentum: how much of the running statistics an update keeps.
       epsilon: added to the variance.
-      dtype: dtype of the result; by default, the one that input and parameters promote
-        to.
+      dtype: dtype of the result; by default, the one that input, parameters and
+        statistics promote to, which is float32 at least.
       param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initialiser of ``bias``, of shape (num_features,).
       scale_init: initialiser of ``scale``, of shape (num_features,).
-      axis_name: name of a mapped axis over whose members statistics are averaged.
+      axis_name: name of a mapped axis over whose members statistics are averaged, with
+        a mask by how much of each is seen.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
       promote_dtype: casts (inputs, mean, var, scale, bias) to one dtype.
@@ -115,7 +116,9 @@ class BatchNorm(Norm):
           x: array with num_features elements along ``axis``.
           use_running_average: True uses the running statistics; the layer's own if
             absent.
-          mask: booleans that broadcast to ``x``; statistics leave False elements out.
+          mask: booleans that broadcast to ``x``; statistics leave False elements out. A
+            feature of which it hides all is normalised by its running statistics,
+            which stay.
 
         Returns:
           Array of the shape of ``x``.
@@ -129,11 +132,12 @@ class BatchNorm(Norm):
             x, self.axis, self.mean, self.var
         )
         axes = tuple(i for i in range(x.ndim) if i not in features)
+        shape = tuple(n if i in features else 1 for i, n in enumerate(x.shape))
         if running:
-            shape = tuple(n if i in features else 1 for i, n in enumerate(x.shape))
             mean, var = dtypes.reshape(mean, shape), dtypes.reshape(var, shape)
         else:
-            mean, var = self._statistics(x, axes, mask)
+            before = (self.mean[...].reshape(shape), self.var[...].reshape(shape))
+            mean, var = self._statistics(x, axes, mask, unseen=before)
             keep = self.momentum
             for kept, new in ((self.mean, mean), (self.var, var)):
                 moved = keep * kept[...] + (1 - keep) * dtypes.reshape(new, kept.shape)
@@ -165,7 +169,8 @@ class LayerNorm(Norm):
       scale_init: initialiser of ``scale``, of shape (num_features,).
       reduction_axes: axes over which statistics are taken.
       feature_axes: axes along which scale and bias vary.
-      axis_name: name of a mapped axis over whose members statistics are averaged.
+      axis_name: name of a mapped axis over whose members statistics are averaged, with
+        a mask by how much of each is seen.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
       promote_dtype: casts (inputs, scale, bias) to one dtype.
@@ -220,6 +225,7 @@ class LayerNorm(Norm):
         Args:
           x: array with num_features elements along ``feature_axes``.
           mask: booleans that broadcast to ``x``; statistics leave False elements out.
+            What is hidden as a whole is not normalised.
 
         Returns:
           Array of the shape of ``x``.
@@ -243,7 +249,8 @@ class RMSNorm(Norm):
       scale_init: initialiser of ``scale``, of shape (num_features,).
       reduction_axes: axes over which the mean is taken.
       feature_axes: axes along which the scale varies.
-      axis_name: name of a mapped axis over whose members statistics are averaged.
+      axis_name: name of a mapped axis over whose members statistics are averaged, with
+        a mask by how much of each is seen.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: ignored; for NNX compatibility.
       promote_dtype: casts (inputs, scale) to one dtype.
@@ -298,6 +305,7 @@ class RMSNorm(Norm):
         Args:
           x: array with num_features elements along ``feature_axes``.
           mask: booleans that broadcast to ``x``; the mean leaves False elements out.
+            What is hidden as a whole is not normalised.
 
         Returns:
           Array of the shape of ``x``.
@@ -324,7 +332,8 @@ class InstanceNorm(Norm):
       scale_init: initialiser of ``scale``, of shape (num_features,).
       feature_axes: axes along which scale and bias vary; not the first, that of the
         batch.
-      axis_name: name of a mapped axis over whose members statistics are averaged.
+      axis_name: name of a mapped axis over whose members statistics are averaged, with
+        a mask by how much of each is seen.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
       promote_dtype: casts (inputs, scale, bias) to one dtype.
@@ -378,6 +387,7 @@ class InstanceNorm(Norm):
         Args:
           x: array (batch, ...) with num_features elements along ``feature_axes``.
           mask: booleans that broadcast to ``x``; statistics leave False elements out.
+            What is hidden as a whole is not normalised.
 
         Returns:
           Array of the shape of ``x``.
@@ -413,7 +423,8 @@ class GroupNorm(Norm):
       scale_init: initialiser of ``scale``, of shape (num_features,).
       reduction_axes: axes over which statistics are taken, the last included; all but
         the first if absent.
-      axis_name: name of a mapped axis over whose members statistics are averaged.
+      axis_name: name of a mapped axis over whose members statistics are averaged, with
+        a mask by how much of each is seen.
       axis_index_groups: groups of indices of that axis to average among.
       use_fast_variance: variance as E[x^2] - E[x]^2: one pass, less precise.
       promote_dtype: casts (inputs, scale, bias) to one dtype.
@@ -472,6 +483,7 @@ class GroupNorm(Norm):
         Args:
           x: array (..., num_features).
           mask: booleans that broadcast to ``x``; statistics leave False elements out.
+            What is hidden as a whole is not normalised.
 
         Returns:
           Array of the shape of ``x``.
