@@ -31,6 +31,25 @@ def test_padding_counts_in_a_mean_unless_told_not_to() -> None:
     assert there.ravel().tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "mean"),
+    [
+        (1, "bfloat16", "bfloat16"),  # 256 + 1 is 256 in bfloat16
+        (3000, "float16", "float16"),  # the sum is beyond float16
+        (200, "uint8", "float32"),
+        (True, "bool", "float32"),
+    ],
+)
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_a_mean_is_not_that_of_a_sum_that_its_dtype_cannot_hold(
+    value: Any, dtype: str, mean: str, count_include_pad: bool
+) -> None:
+    x = jnp.full((1, 32, 32, 1), value, dtype)
+    y = nnx.avg_pool(x, (32, 32), count_include_pad=count_include_pad)
+    assert y.item() == value
+    assert y.dtype == (mean if count_include_pad else "float32")
+
+
 def test_padding_never_wins_a_maximum() -> None:
     assert nnx.max_pool(-X - 1, (3,), (6,), ((2, 0),)).ravel().tolist() == [-1.0]
 
@@ -49,10 +68,13 @@ def test_any_number_of_batch_axes_is_kept(batch: tuple[int, ...], padding: Any) 
     [
         ({"window_shape": 2}, r"window_shape has one entry .* found 2"),
         ({"window_shape": (2, 2, 2)}, r"needs an input of at least 4 axes"),
+        ({"strides": 0}, r"strides has one entry for each spatial axis"),
+        ({"strides": ()}, r"strides must have 1 entries"),
         ({"strides": 2}, r"strides has one entry for each spatial axis"),
         ({"strides": (1, 1)}, r"strides must have 1 entries"),
         ({"padding": 1}, r"padding must be 'SAME', 'VALID' or 1 pairs .* found 1"),
         ({"padding": (1,)}, r"padding must be"),
+        ({"padding": ((0.5, 1),)}, r"padding must be"),
         ({"padding": ((1, 2, 3),)}, r"padding must be"),
         ({"padding": ((1, 1), (1, 1))}, r"padding must be"),
         ({"inputs": None}, r"pooling was called with None"),

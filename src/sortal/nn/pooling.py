@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import lax
 
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
-from sortal.nn.dtypes import as_array
+from sortal.nn import dtypes
 
 Padding = str | Sequence[Any]
 
@@ -51,9 +52,10 @@ def pool(
       >>> nnx.pool(x, 1.0, jax.lax.mul, (2,), (2,), "VALID").ravel()
       Array([ 0.,  6., 20.], dtype=float32)
     """
-    x = as_array("pooling", inputs)
+    x = dtypes.as_array("pooling", inputs)
     window = _per_axis("window_shape", window_shape)
-    steps = _per_axis("strides", strides or (1,) * len(window), len(window))
+    steps = (1,) * len(window) if strides is None else strides
+    steps = _per_axis("strides", steps, len(window))
     n_batch = x.ndim - len(window) - 1
     if n_batch < 0:
         raise ArgumentError(
@@ -94,7 +96,7 @@ def _per_axis(name: str, sizes: Any, n: int | None = None) -> tuple[int, ...]:
 
 def _pairs(padding: Any, n: int) -> list[tuple[int, int]]:
     try:
-        pairs = [(low, high) for low, high in padding]
+        pairs = [(operator.index(low), operator.index(high)) for low, high in padding]
     except (TypeError, ValueError):
         pairs = []
     if len(pairs) != n:
@@ -112,7 +114,7 @@ def avg_pool(
     padding: Padding = "VALID",
     count_include_pad: bool = True,
 ) -> jax.Array:
-    """The mean of each window.
+    """The mean of each window, summed in float32 at least.
 
     Args:
       inputs: array (*batch, *spatial, features).
@@ -123,7 +125,7 @@ def avg_pool(
         other elements, and is at least float32.
 
     Returns:
-      Array (*batch, *fewer spatial, features).
+      Array (*batch, *fewer spatial, features), floating-point.
 
     Raises:
       ArgumentError: the arguments do not fit the input's axes or one another.
@@ -134,10 +136,13 @@ def avg_pool(
       >>> nnx.avg_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).ravel()
       Array([0.5, 2.5], dtype=float32)
     """
-    x = as_array("pooling", inputs)
-    total = pool(x, 0.0, lax.add, window_shape, strides, padding)
+    x = dtypes.as_array("pooling", inputs)
+    # Half precision and small integers cannot hold the sum of a large window.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    total = pool(wide, 0.0, lax.add, window_shape, strides, padding)
     if count_include_pad:
-        return total / math.prod(window_shape)
+        mean = total / math.prod(window_shape)
+        return mean.astype(dtypes.canonicalize_dtype(x))
     spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
     ones = jnp.ones((1, *spatial, 1))
     return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)[0]
