@@ -202,7 +202,9 @@ def test_lengths_that_the_new_tokens_do_not_have_are_refused(
 ) -> None:
     cache = nnx.KVCache(2, 9, 1, 1, ring=ring)
     keys = jnp.ones((2, 1, 3, 1))
-    with pytest.raises(ArgumentError, match=rf"2 integers from 0 to 3.*{found}"):
+    with pytest.raises(
+        ArgumentError, match=rf"lengths are integers from 0 to 3.*{found}"
+    ):
         cache.append(keys, keys, np.asarray(lengths))
     assert cache.position.value.tolist() == [0, 0]
 

@@ -272,3 +272,9 @@ def test_a_cache_of_integers_is_refused() -> None:
     layer = nnx.DecoderAttention(8, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ArgumentError, match=r"floating.*int32"):
         nnx.init_cache(layer, batch=1, length=4, dtype=jnp.int32)
+
+
+def test_lengths_are_checked_without_a_cache_too() -> None:
+    layer, x = nnx.DecoderAttention(8, 2, rngs=nnx.Rngs(0)), jnp.ones((2, 3, 8))
+    with pytest.raises(ArgumentError, match=r"from 0 to 3 .* found sequence 1 has 4"):
+        layer(x, np.array([3, 4]))

@@ -89,6 +89,23 @@ def test_a_place_too_many_inside_a_trace_is_nan_and_overwrites_nothing() -> None
     assert jnp.isfinite(step(layer, X[:, :1])).all()
 
 
+def test_a_step_that_is_refused_leaves_the_cache() -> None:
+    layer = attention(dropout_rate=0.5, keep_rngs=False)
+    layer.init_cache(X.shape)
+    one = X[:, :1]
+    for inputs, options, message in (
+        ((one,), {"mask": jnp.ones(3, bool)}, r"masks of one rank"),
+        ((one,), {"mask": jnp.ones((2, 1, 1, 2), bool)}, r"masks .* that broadcast"),
+        ((one[:1], one), {"deterministic": True}, r"of one batch shape"),
+        ((one, one, X), {"deterministic": True}, r"and values float32\[2,3,2,2\]"),
+        ((one,), {"deterministic": False}, r"nothing to draw from"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            layer(*inputs, decode=True, **options)
+    assert int(layer.cache_index[...]) == 0
+    assert not layer.cached_key[...].any()
+
+
 def test_a_cache_that_does_not_fit_is_named() -> None:
     layer = attention()
     with pytest.raises(ArgumentError, match=r"has no cache to decode with. Call layer"):

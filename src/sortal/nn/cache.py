@@ -14,6 +14,7 @@ from sortal._engine import paths
 from sortal._engine.variable import Cache, describe
 from sortal.errors import ArgumentError, CacheError, listing
 from sortal.module import Module, iter_modules
+from sortal.nn import dtypes
 from sortal.nn.initializers import check_sizes
 
 
@@ -133,8 +134,8 @@ class KVCache(Module):
         start = self.position[...]
         counts = jnp.full_like(start, new)
         if lengths is not None:
-            lengths = _checked_lengths(lengths, len(start), new)
-            counts = jnp.clip(lengths, 0, new).astype(jnp.int32)
+            lengths = dtypes.checked_lengths("lengths", lengths, start.shape, new)
+            counts = lengths.astype(jnp.int32)
         check_room(self, new if lengths is None else lengths)
         end = start + counts
         slots = self._slots(start, counts, new)
@@ -206,22 +207,6 @@ class KVCache(Module):
                 f"{describe(keys)} and values {describe(values)}. Make caches for "
                 "another batch with init_cache(model, batch, length)."
             )
-
-
-def _checked_lengths(lengths: Any, batch: int, new: int) -> Any:
-    lengths = jnp.asarray(lengths)
-    found = describe(lengths)
-    fits = lengths.shape == (batch,) and jnp.issubdtype(lengths.dtype, jnp.integer)
-    if fits and not isinstance(lengths, Tracer):
-        given = enumerate(np.asarray(lengths).tolist())
-        bad = [f"sequence {i} has {n}" for i, n in given if not 0 <= n <= new]
-        fits, found = not bad, ", ".join(bad)
-    if not fits:
-        raise ArgumentError(
-            f"lengths are {batch} integers from 0 to {new}, for each sequence how many "
-            f"of its new tokens are not padding; found {found}."
-        )
-    return lengths
 
 
 def _write(held: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

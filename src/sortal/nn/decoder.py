@@ -149,6 +149,9 @@ class DecoderAttention(Module):
                 f"sequences; found {describe(inputs)}. Make caches for another batch "
                 "with init_cache(model, batch, length)."
             )
+        if self.cache is None and lengths is not None:
+            batch, tokens, _ = inputs.shape
+            dtypes.checked_lengths("lengths", lengths, (batch,), tokens)
         query = self._heads(self.query(inputs), self.num_heads)
         key = self._heads(self.key(inputs), self.num_key_value_heads)
         value = self._heads(self.value(inputs), self.num_key_value_heads)

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from sortal._engine.variable import describe, is_variable
@@ -158,6 +160,28 @@ def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
             f"its input; found an input {describe(inputs)}. Build the layer for the "
             "size of that axis, or bring the features there."
         )
+
+
+def checked_lengths(name: str, lengths: Any, batch: tuple[int, ...], most: int) -> Any:
+    """How much of each sequence is not padding: integers of the batch's shape.
+
+    From 0 to ``most``: others are refused, or in a trace, where they are not known,
+    moved to the nearest of these.
+    """
+    lengths = jnp.asarray(lengths)
+    found = describe(lengths)
+    fits = lengths.shape == batch and jnp.issubdtype(lengths.dtype, jnp.integer)
+    if fits and not isinstance(lengths, Tracer):
+        held = np.asarray(lengths)
+        bad = [(i, n) for i, n in np.ndenumerate(held) if not 0 <= n <= most]
+        found = ", ".join(f"sequence {', '.join(map(str, i))} has {n}" for i, n in bad)
+        fits = not bad
+    if not fits:
+        raise ArgumentError(
+            f"{name} are integers from 0 to {most} of the batch's shape {batch}, for "
+            f"each sequence how much of it is not padding; found {found}."
+        )
+    return jnp.clip(lengths, 0, most)
 
 
 _SET_BY_TRAIN = ("deterministic", "use_running_average")

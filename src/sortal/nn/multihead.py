@@ -322,7 +322,7 @@ class MultiHeadAttention(Module):
         options: dict[str, Any] = dtypes.given(input_positions=input_positions)
         full: Any = False
         if decode:
-            key, value, place, full = self._append(key, value)
+            key, value, place, full = self._appended(key, value)
             there = jnp.arange(key.shape[-3]) <= place
             shape = (*key.shape[:-3], 1, 1, key.shape[-3])
             mask = combine_masks(mask, jnp.broadcast_to(there, shape))
@@ -343,6 +343,10 @@ class MultiHeadAttention(Module):
             **options,
         )
         out = self.out(out, out_sharding=out_sharding)
+        if decode:  # last, so that what is refused before has changed nothing
+            self.cached_key[...] = key  # type: ignore[index]
+            self.cached_value[...] = value  # type: ignore[index]
+            self.cache_index[...] = place + 1  # type: ignore[index]
         return out if full is False else jnp.where(full, jnp.nan, out)
 
     def _dropout(self, deterministic: bool | None, rngs: Any) -> dict[str, Any]:
@@ -361,8 +365,8 @@ class MultiHeadAttention(Module):
         stream = rngs.dropout if is_rngs(rngs) else rngs
         return {"deterministic": False, "dropout_rng": stream()}
 
-    def _append(self, key: Any, value: Any) -> tuple[Any, Any, Any, Any]:
-        """Appends keys and values (*batch, 1, kv_heads, depth) to the cache.
+    def _appended(self, key: Any, value: Any) -> tuple[Any, Any, Any, Any]:
+        """The cache with keys and values (*batch, 1, kv_heads, depth) appended.
 
         Returns all keys and values, the index of the new one, and whether the cache was
         full: False where that is known.
@@ -374,12 +378,14 @@ class MultiHeadAttention(Module):
                 "layer.init_cache((*batch, length, in_features)) before."
             )
         *batch, length, heads, depth = keys.shape
-        if key.shape != (*batch, 1, heads, depth) or key.dtype != keys.dtype:
+        one = (*batch, 1, heads, depth)
+        if not key.shape == value.shape == one or key.dtype != keys.dtype:
             raise ArgumentError(
                 f"MultiHeadAttention decodes one place at a call, with a cache "
                 f"{describe(keys.value)} of keys (*batch, length, kv_heads, depth); "
-                f"found keys {describe(key)}. Call init_cache for this batch and with "
-                f"dtype=jnp.{jnp.dtype(key.dtype).name}, and pass inputs of length 1."
+                f"found keys {describe(key)} and values {describe(value)}. Call "
+                "init_cache for this batch and with dtype=jnp."
+                f"{jnp.dtype(key.dtype).name}, and pass inputs of length 1."
             )
         place = index[...]
         if isinstance(place, Tracer):
@@ -392,14 +398,14 @@ class MultiHeadAttention(Module):
             )
         zero = jnp.zeros_like(place)  # of its dtype, whatever numbers are by default
         start = (*(zero for _ in batch), place, zero, zero)
-        for cache, new in ((keys, key), (values, value)):
+        appended = []
+        for cache, new in ((keys[...], key), (values[...], value)):
             if full is not False:
                 # JAX moves slices beyond the end back onto the last entries.
-                old = lax.dynamic_slice(cache[...], start, new.shape)
+                old = lax.dynamic_slice(cache, start, new.shape)
                 new = jnp.where(full, old, new)  # noqa: PLW2901 - the same value
-            cache[...] = lax.dynamic_update_slice(cache[...], new, start)
-        index[...] = place + 1
-        return keys[...], values[...], place, full
+            appended.append(lax.dynamic_update_slice(cache, new, start))
+        return *appended, place, full
 
     def init_cache(
         self, input_shape: Sequence[int], dtype: DTypeLike = jnp.float32

@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from sortal._engine.variable import RngState, describe
 from sortal.errors import ArgumentError
@@ -127,7 +125,8 @@ class RNN(Module):
         step_shape = (*x.shape[:axis], *x.shape[axis + 1 :])
         if seq_lengths is not None:
             batch, steps = step_shape[:n_batch], x.shape[axis]
-            seq_lengths = _checked_lengths(seq_lengths, batch, steps)
+            name = "RNN: seq_lengths"
+            seq_lengths = dtypes.checked_lengths(name, seq_lengths, batch, steps)
         flip = functools.partial(
             flip_sequences,
             seq_lengths=seq_lengths,
@@ -193,23 +192,6 @@ def _carry_stream(owner: str, rngs: Any) -> RngStream | None:
         f"{owner}: rngs must be an Rngs, a stream, True or False; found "
         f"{describe(rngs)}. Write rngs=nnx.Rngs(0)."
     )
-
-
-def _checked_lengths(lengths: Any, batch: tuple[int, ...], steps: int) -> Any:
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != batch or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ArgumentError(
-            f"RNN: seq_lengths must be integers of the batch's shape {batch}; found "
-            f"{describe(lengths)}."
-        )
-    if not isinstance(lengths, Tracer):
-        held = np.asarray(lengths)
-        if ((held < 0) | (held > steps)).any():
-            raise ArgumentError(
-                f"RNN: seq_lengths must be integers from 0 to {steps} for inputs of "
-                f"{steps} steps; found {held.tolist()}."
-            )
-    return jnp.clip(lengths, 0, steps)
 
 
 def _last_carry(carries: Any, initial: Any, lengths: Any) -> Any:
