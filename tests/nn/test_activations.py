@@ -28,6 +28,12 @@ def test_a_slope_is_learned_and_kept_in_its_own_dtype() -> None:
     assert layer.negative_slope.get_metadata() == {"of": "x"}
 
 
+def test_integers_are_multiplied_by_the_slope_itself() -> None:
+    """In their own dtype a slope of a half would be zero."""
+    y = nnx.PReLU(0.5)(jnp.array([-4, 2]))
+    assert (y.tolist(), y.dtype) == ([-2.0, 2.0], jnp.float32)
+
+
 def test_a_slope_takes_part_in_the_dtype_asked_for() -> None:
     assert nnx.PReLU(dtype=jnp.float16)([-1.0, 1.0]).dtype == jnp.float16
     with pytest.raises(ArgumentError, match=r"PReLU was called with None"):

@@ -121,9 +121,17 @@ def test_dropping_without_a_key_is_refused() -> None:
         nnx.dot_product_attention(Q, K, V, dropout_rate=0.5)
 
 
+def test_one_mask_combines_to_booleans_as_several_do() -> None:
+    mask = jnp.array([2.0, 0.0, 0.5])
+    assert nnx.combine_masks(mask, dtype=jnp.int32).tolist() == [1, 0, 1]
+    assert nnx.combine_masks(mask, mask, dtype=jnp.int32).tolist() == [1, 0, 1]
+
+
 def test_masks_of_different_ranks_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"one rank.*float32\[3\], float32\[1,3\]"):
         nnx.combine_masks(jnp.ones(3), None, jnp.ones((1, 3)))
+    with pytest.raises(ArgumentError, match=r"broadcast, .*t32\[3\], float32\[2\]"):
+        nnx.combine_masks(jnp.ones(3), jnp.ones(2))
     assert nnx.combine_masks(None) is None
 
 
@@ -168,6 +176,21 @@ def test_each_sequence_may_have_its_own_positions() -> None:
         (
             lambda: nnx.RoPE()(jnp.ones((2, 4)), jnp.arange(3)),
             r"one position for each of 2 places; found input_positions int32\[3\]",
+        ),
+        (
+            lambda: nnx.RoPE()(jnp.ones((2, 3, 4)), jnp.zeros((5, 3))),
+            r"input_positions float32\[5,3\] for an input float32\[2,3,4\]",
+        ),
+        (
+            # They would make five sequences of one.
+            lambda: nnx.RoPE()(jnp.ones((1, 3, 4)), jnp.zeros((5, 3))),
+            r"input_positions float32\[5,3\] for an input float32\[1,3,4\]",
+        ),
+        (
+            lambda: nnx.RoPE(embedding_size=4, max_seq_len=2)(
+                jnp.ones((2, 6)), jnp.arange(2)
+            ),
+            r"tables for 2 places of 4 features",
         ),
         (
             lambda: nnx.RoPE(embedding_size=4, max_seq_len=2)(jnp.ones((3, 4))),

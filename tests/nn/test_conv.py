@@ -109,7 +109,9 @@ def test_padding_is_written_in_many_ways(padding: Any, expected: Any) -> None:
     assert canonicalize_padding(padding, 2) == expected
 
 
-@pytest.mark.parametrize("padding", [(1,), (1, (2, 3, 4)), 1.0, None, (1, "SAME")])
+@pytest.mark.parametrize(
+    "padding", [(1,), (1, (2, 3, 4)), 1.0, None, (1, "SAME"), (1, (0.5, 1)), ("1", 2)]
+)
 def test_malformed_padding_is_refused(padding: Any) -> None:
     message = r"padding must be a name, a number, or a sequence of 2 numbers or pairs"
     with pytest.raises(ArgumentError, match=message):
@@ -120,6 +122,7 @@ def test_malformed_padding_is_refused(padding: Any) -> None:
     ("arguments", "message"),
     [
         ({"kernel_size": (3, -1)}, r"kernel_size must be made of whole numbers"),
+        ({"kernel_size": (3, 0)}, r"kernel_size=\(3, 0\) must be 1 or more"),
         ({"in_features": 2.5}, r"in_features must be made of whole numbers"),
         ({"strides": (1, 1)}, r"strides must be one number or one for each of 1"),
         ({"strides": "2"}, r"strides must be made of whole numbers"),
@@ -179,3 +182,10 @@ def test_an_empty_batch_goes_through_a_circular_transpose(strides) -> None:
 def test_steps_of_zero_are_refused(layer, name) -> None:
     with pytest.raises(ArgumentError, match=rf"{name}=0 .*1 or more"):
         layer(4, 3, 3, **{name: 0}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
+def test_an_empty_axis_has_nothing_to_wrap(padding: str) -> None:
+    layer = nnx.Conv(3, 4, 3, padding=padding, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=rf"'{padding}' .* float32\[2,0,3\]"):
+        layer(jnp.ones((2, 0, 3)))

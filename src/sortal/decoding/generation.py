@@ -27,6 +27,7 @@ from sortal.transforms.compile import eval_shape, jit
 from sortal.transforms.control import while_loop
 
 _LEAST = 16
+_PROMPTS = "prompts are lists of one or more integers, one list for each sequence; "
 
 
 class Decoder(Protocol):
@@ -272,11 +273,14 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
       >>> tokens.shape, lengths
       ((2, 16), array([3, 1], dtype=int32))
     """
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], str)):
+    try:
+        rows = [np.asarray(row) for row in prompts]
+    except (TypeError, ValueError):  # it is no list, or one in it is ragged
+        raise ArgumentError(f"{_PROMPTS}found {describe(prompts)}.") from None
+    if isinstance(prompts, str) or (rows and rows[0].dtype.kind == "U"):
         raise ArgumentError(
             "prompts are token ids, not text. Write [tokenizer.encode(text).ids]."
         )
-    rows = [np.asarray(row) for row in prompts]
     bad = [i for i, row in enumerate(rows) if row.ndim != 1 or not row.size]
     # Integers too large for NumPy's are objects.
     bad += [
@@ -289,10 +293,7 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
         found = (
             f"prompt {bad[0]} is {describe(rows[bad[0]])}" if rows else "there is none"
         )
-        raise ArgumentError(
-            "prompts are lists of one or more integers, one list for each sequence; "
-            f"{found}. A batch of one is [[1, 2, 3]]."
-        )
+        raise ArgumentError(f"{_PROMPTS}{found}. A batch of one is [[1, 2, 3]].")
     _check_ids(((f"prompt {i}", row) for i, row in enumerate(rows)), 1 << 31)
     lengths = np.array([row.size for row in rows], np.int32)
     padded = max(_LEAST, 1 << int(lengths.max() - 1).bit_length())

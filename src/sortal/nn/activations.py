@@ -44,7 +44,8 @@ class PReLU(Module):
 
     Args:
       negative_slope_init: the initial multiple.
-      dtype: dtype of the computation; that of the input if absent.
+      dtype: dtype of the computation; that of the input if absent, or if that is an
+        integer dtype, the one that input and slope promote to.
       param_dtype: dtype of the slope.
       promote_dtype: casts (inputs, negative_slope) to ``dtype``.
       negative_slope_metadata: metadata of the slope.
@@ -89,7 +90,7 @@ class PReLU(Module):
           ArgumentError: the input is not an array.
         """
         x = dtypes.as_array(self, inputs)
-        if self.dtype is None:
+        if self.dtype is None and jnp.issubdtype(x.dtype, jnp.inexact):
             slope = jnp.asarray(self.negative_slope[...], x.dtype)
         else:
             x, slope = dtypes.promote(self, x, self.negative_slope)

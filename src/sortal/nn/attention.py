@@ -181,13 +181,17 @@ def _check_weights(x: Any, query: Any, key: Any) -> Any:
     x = dtypes.as_array("attention", x)
     heads, length = query.shape[-2], query.shape[-3]
     shape = (*query.shape[:-3], heads, length, key.shape[-3])
-    pairs = zip(reversed(x.shape), reversed(shape), strict=False)
-    if x.ndim > len(shape) or any(n not in (1, m) for n, m in pairs):
+    if not _broadcasts(x.shape, shape):
         raise ArgumentError(
             "attention: masks and biases must broadcast to (*batch, heads, queries, "
             f"keys), here {shape}; found {describe(x)}."
         )
     return x
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
 
 
 def dot_product_attention(
@@ -372,7 +376,7 @@ def combine_masks(*masks: Any, dtype: DTypeLike = jnp.float32) -> jax.Array | No
       The mask; None if there is none.
 
     Raises:
-      ArgumentError: the masks differ in rank.
+      ArgumentError: the masks differ in rank, or do not broadcast.
 
     Example:
       >>> import jax.numpy as jnp
@@ -383,16 +387,17 @@ def combine_masks(*masks: Any, dtype: DTypeLike = jnp.float32) -> jax.Array | No
     given = [m for m in masks if m is not None]
     if not given:
         return None
-    if len({jnp.ndim(m) for m in given}) > 1:
+    sizes = [set(n) - {1} for n in zip(*map(jnp.shape, given), strict=False)]
+    if len({jnp.ndim(m) for m in given}) > 1 or any(len(n) > 1 for n in sizes):
         raise ArgumentError(
-            "combine_masks needs masks of one rank, such as (*batch, heads, queries, "
-            f"keys) with ones for axes that are shared; found "
+            "combine_masks needs masks of one rank that broadcast, such as (*batch, "
+            "heads, queries, keys) with ones for axes that are shared; found "
             f"{', '.join(map(describe, given))}."
         )
-    mask = given[0]
+    mask = jnp.asarray(given[0]).astype(bool)
     for other in given[1:]:
         mask = jnp.logical_and(mask, other)
-    return jnp.asarray(mask).astype(dtype)
+    return mask.astype(dtype)
 
 
 class RoPE(Module):
@@ -463,11 +468,12 @@ class RoPE(Module):
             of ``x``; 0, 1, ... if absent.
 
         Returns:
-          Array of the shape of ``x``.
+          Array of the shape of ``x``, in float32 at least.
 
         Raises:
           ArgumentError: the depth is odd or not that of the tables; there are more
-            tokens than the tables are for; or not one position for each token.
+            tokens than the tables are for, and no ``input_positions``; or not one
+            position for each token.
         """
         x = dtypes.as_array(self, x)
         if x.ndim < 2:
@@ -485,21 +491,25 @@ class RoPE(Module):
         length, depth = x.shape[-2:]
         if positions is not None:
             positions = dtypes.as_array(self, positions)
-            if positions.ndim == 0 or positions.shape[-1] != length:
+            of_each = positions.ndim and positions.shape[-1] == length
+            if not of_each or not _broadcasts(positions.shape, x.shape[:-1]):
                 raise ArgumentError(
                     f"RoPE needs one position for each of {length} places; found "
                     f"input_positions {describe(positions)} for an input {describe(x)}."
                 )
-            return self._angles(depth, positions)
         if self.cached_sin is None or self.cached_cos is None:
-            return self._angles(depth, jnp.arange(float(length)))
+            given = jnp.arange(float(length)) if positions is None else positions
+            return self._angles(depth, given)
         sin, cos = self.cached_sin[...], self.cached_cos[...]
-        if length > sin.shape[0] or depth != 2 * sin.shape[1]:
+        beyond = positions is None and length > sin.shape[0]
+        if beyond or depth != 2 * sin.shape[1]:
             raise ArgumentError(
                 f"RoPE has tables for {sin.shape[0]} places of {2 * sin.shape[1]} "
                 f"features; found an input {describe(x)}. Build it for that, or "
                 "without embedding_size and max_seq_len."
             )
+        if positions is not None:
+            return self._angles(depth, positions)  # they may be beyond the tables
         return sin[:length], cos[:length]
 
 

@@ -46,7 +46,7 @@ def canonicalize_padding(padding: Padding, rank: int) -> str | Pairs:
     entries = [padding] * rank if isinstance(padding, int) else padding
     if isinstance(entries, Sequence) and len(entries) == rank:
         pairs = [(p, p) if isinstance(p, int) else p for p in entries]
-        if all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        if all(isinstance(p, tuple) and list(map(type, p)) == [int] * 2 for p in pairs):
             return pairs
     raise ArgumentError(
         f"padding must be a name, a number, or a sequence of {rank} numbers or pairs "
@@ -71,8 +71,7 @@ class _Conv(Module):
         """Sets and checks kernel and mask sizes; ``features`` are the last two."""
         sizes = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,)
         self.kernel_size = tuple(sizes)
-        check_sizes(self, kernel_size=self.kernel_size)
-        for name in self._per_axis:
+        for name in ("kernel_size", *self._per_axis):
             self._sizes(name)
         self._check_padding()
         self.kernel_shape = (*self.kernel_size, *features)
@@ -319,6 +318,11 @@ class Conv(_Conv):
         if padding == "CAUSAL":
             return jnp.pad(x, [(0, 0), (reach[0], 0), (0, 0)]), "VALID"
         if isinstance(padding, str) and padding in _WRAPPED:
+            if 0 in x.shape[1:-1]:
+                raise ArgumentError(
+                    f"Conv: padding {padding!r} repeats elements, of which there are "
+                    f"none in an input {describe(x)}."
+                )
             sides = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
             return jnp.pad(x, sides, mode=_WRAPPED[padding]), "VALID"
         return x, padding

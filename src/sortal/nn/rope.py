@@ -28,8 +28,8 @@ def rotary(x: Any, positions: Any, *, base: float = 10_000.0) -> jax.Array:
       Array of the shape and dtype of ``x``.
 
     Raises:
-      ArgumentError: ``x`` has another rank or an odd number of features, or the
-        positions do not fit it.
+      ArgumentError: ``x`` has another rank or dtype or an odd number of features, or
+        the positions do not fit it.
 
     References:
       Su et al., "RoFormer: enhanced transformer with rotary position embedding",
@@ -44,10 +44,11 @@ def rotary(x: Any, positions: Any, *, base: float = 10_000.0) -> jax.Array:
        [-0.3  1.4]]
     """
     x, positions = jnp.asarray(x), jnp.asarray(positions)
-    if x.ndim != 4 or x.shape[-1] % 2:
+    real = jnp.issubdtype(x.dtype, jnp.floating)
+    if x.ndim != 4 or x.shape[-1] % 2 or not real:
         raise ArgumentError(
             "rotary takes (batch, length, heads, features) with an even number of "
-            f"features; found {describe(x)}."
+            f"features, in floating point; found {describe(x)}."
         )
     if positions.shape not in {x.shape[1:2], x.shape[:2]}:
         raise ArgumentError(
