@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,3 +66,15 @@ def test_indices_of_any_integer_dtype_give_the_same_vectors(dtype) -> None:
     np.testing.assert_array_equal(table(indices.astype(dtype)), expected)
     small = nnx.Embed(100, 2, rngs=nnx.Rngs(0))
     assert bool(jnp.isnan(small(np.array([100, 127], dtype))).all())
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_an_index_beyond_32_bits_is_nan_too(dtype: str) -> None:
+    """JAX takes its last 32 bits, which may be those of a vector that is there."""
+    layer = nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+    indices = np.array([2**40 + 1, 1], dtype)
+    for wide in (True, False):
+        with jax.enable_x64(wide):
+            y = layer(jnp.asarray(indices) if wide else indices)
+        assert jnp.isnan(y[0]).all()
+        assert (y[1] == layer.embedding[1]).all()

@@ -134,4 +134,8 @@ def _take(table: jax.Array, indices: jax.Array) -> jax.Array:
     if indices.dtype.itemsize < 4:
         # JAX adds the table's size to negative ones in their own dtype.
         indices = indices.astype(jnp.int32)
+    elif indices.dtype.itemsize > 4:
+        # JAX takes their last 32 bits.
+        unsigned = jnp.issubdtype(indices.dtype, jnp.unsignedinteger)
+        indices = indices.clip(0 if unsigned else -len(table) - 1, len(table))
     return jnp.take(table, indices, axis=0)

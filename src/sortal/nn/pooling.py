@@ -144,7 +144,7 @@ def avg_pool(
         mean = total / math.prod(window_shape)
         return mean.astype(dtypes.canonicalize_dtype(x))
     spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
-    ones = jnp.ones((1, *spatial, 1))
+    ones = jnp.ones((1, *spatial, 1), total.dtype)
     return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)[0]
 
 
