@@ -187,3 +187,11 @@ def test_lengths_known_only_in_a_trace_end_where_the_sequences_end() -> None:
     same, others = layer(x, seq_lengths=jnp.array([3, 0]))
     np.testing.assert_array_equal(carry, same)
     np.testing.assert_array_equal(outputs, others)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_sequences_longer_than_they_are_cannot_be_flipped(time_major: bool) -> None:
+    x = jnp.arange(6).reshape(2, 3)
+    x = x.T if time_major else x
+    with pytest.raises(ArgumentError, match=r"from 0 to 3 .* found sequence 0 has 9"):
+        nnx.flip_sequences(x, jnp.array([9, 1]), 1, time_major)

@@ -216,13 +216,16 @@ def flip_sequences(
 
     Args:
       inputs: array (*batch, time, ...), or (time, *batch, ...) where ``time_major``.
-      seq_lengths: integers (*batch,), the lengths without padding; None where there is
-        none.
+      seq_lengths: integers (*batch,), the lengths without padding, at most that of
+        time; None where there is none.
       num_batch_dims: how many axes are the batch.
       time_major: whether time is in front.
 
     Returns:
       Array of the shape of ``inputs``.
+
+    Raises:
+      ArgumentError: lengths are not one for each sequence, or too large.
 
     Example:
       >>> import jax.numpy as jnp
@@ -235,13 +238,16 @@ def flip_sequences(
     if seq_lengths is None:
         return jnp.flip(inputs, axis=axis)
     steps = inputs.shape[axis]
+    batch = (*inputs.shape[:axis], *inputs.shape[axis + 1 : num_batch_dims + 1])
+    name = "flip_sequences: seq_lengths"
+    seq_lengths = dtypes.checked_lengths(name, seq_lengths, batch, steps)
     if not steps:
         return jnp.asarray(inputs)
     backwards = jnp.arange(steps - 1, -1, -1)
     places = backwards.reshape(
         [-1 if i == axis else 1 for i in range(num_batch_dims + 1)]
     )
-    places = (places + jnp.expand_dims(jnp.asarray(seq_lengths), axis)) % steps
+    places = (places + jnp.expand_dims(seq_lengths, axis)) % steps
     places = places.reshape(places.shape + (1,) * (inputs.ndim - places.ndim))
     return jnp.take_along_axis(inputs, places, axis=axis)
 

@@ -113,7 +113,8 @@ class Rule:
         replicas share, or in ``scan`` also ``Carry``.
       reduce: how the different values that replicas write to a leaf of axis None are
         combined: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a function from the
-        values, stacked along axis 0, to one. None refuses such a write.
+        values, stacked along axis 0, to one. These are whole values: ``"sum"`` counts
+        what the leaf held before once for each replica. None refuses such a write.
       spec: a ``PartitionSpec`` or ``Sharding``, or a function of an array's shape and
         a mesh that returns a ``PartitionSpec``; None leaves it to JAX.
       checkpoint: ``"keep"``, ``"drop"``, or ``"keep-last"`` for the newest one only.
