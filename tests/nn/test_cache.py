@@ -226,3 +226,10 @@ def test_a_reset_of_other_sequences_than_there_are_is_refused(where) -> None:
     with pytest.raises(ArgumentError, match=r"bool\[2\], one for each sequence"):
         cache.reset(np.asarray(where))
     assert cache.position.value.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("tokens", ["4", 2.5, [1, 2, 3], [[1, 2]]])
+def test_room_is_asked_for_whole_numbers_of_tokens(tokens) -> None:
+    cache = nnx.KVCache(2, 4, 1, 1)
+    with pytest.raises(ArgumentError, match=r"an integer, or an integer for each of 2"):
+        nnx.check_room(cache, tokens)

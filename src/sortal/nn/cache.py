@@ -224,6 +224,7 @@ def check_room(model: Any, tokens: Any) -> None:
       tokens: how many more there will be: an integer, or integers (batch,).
 
     Raises:
+      ArgumentError: ``tokens`` is no such integer.
       CacheError: some do not fit; every such cache is named. Inside a transform, where
         positions are not known, only tokens that no cache could take are refused.
 
@@ -266,7 +267,12 @@ def _beyond(cache: KVCache, tokens: Any) -> list[tuple[int, int, int]]:
     if isinstance(position, Tracer) or not isinstance(position, jax.Array | np.ndarray):
         # Not known. Tokens that do not fit an empty cache fit none.
         position = np.zeros(position.shape, np.int32)
-    held = np.asarray(position)
-    more = np.broadcast_to(np.asarray(tokens), held.shape)
+    held, more = np.asarray(position), np.asarray(tokens)
+    if more.dtype.kind not in "iu" or more.shape not in {(), held.shape}:
+        raise ArgumentError(
+            f"check_room takes an integer, or an integer for each of {len(held)} "
+            f"sequences; found {describe(tokens)}."
+        )
+    more = np.broadcast_to(more, held.shape)
     over = np.flatnonzero((held + more > length) & (more > 0))
     return [(int(i), int(held[i]), int(more[i])) for i in over]
