@@ -203,6 +203,8 @@ def replace_flat_modules(tree: Any, replace: Callable[[FlatModule], Any]) -> Any
     Returns:
       The tree.
     """
+    if type(tree) is FlatModule:
+        return replace(tree)
     if not find_flat_modules(tree):
         return tree
     return jax.tree.map(
