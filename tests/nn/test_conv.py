@@ -103,6 +103,8 @@ def test_a_replaced_convolution_is_passed_only_what_was_asked_for() -> None:
         (2, [(2, 2), (2, 2)]),
         ([1, (0, 3)], [(1, 1), (0, 3)]),
         (((1, 2), (3, 4)), [(1, 2), (3, 4)]),
+        (np.int64(2), [(2, 2), (2, 2)]),
+        ((np.int64(1), (np.int32(0), 3)), [(1, 1), (0, 3)]),
     ],
 )
 def test_padding_is_written_in_many_ways(padding: Any, expected: Any) -> None:

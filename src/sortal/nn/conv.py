@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import jax
@@ -43,15 +44,20 @@ def canonicalize_padding(padding: Padding, rank: int) -> str | Pairs:
     """
     if isinstance(padding, str):
         return padding
-    entries = [padding] * rank if isinstance(padding, int) else padding
+    entries = [padding] * rank if isinstance(padding, Integral) else padding
     if isinstance(entries, Sequence) and len(entries) == rank:
-        pairs = [(p, p) if isinstance(p, int) else p for p in entries]
-        if all(isinstance(p, tuple) and list(map(type, p)) == [int] * 2 for p in pairs):
-            return pairs
+        pairs: list[Any] = [(p, p) if isinstance(p, Integral) else p for p in entries]
+        if all(map(_is_pair, pairs)):
+            return [(int(low), int(high)) for low, high in pairs]
     raise ArgumentError(
         f"padding must be a name, a number, or a sequence of {rank} numbers or pairs "
         f"(low, high), one for each spatial axis; found {padding!r}."
     )
+
+
+def _is_pair(p: Any) -> bool:
+    whole = isinstance(p, tuple) and all(isinstance(n, Integral) for n in p)
+    return whole and len(p) == 2
 
 
 class _Conv(Module):
