@@ -347,7 +347,8 @@ class ConvTranspose(_Conv):
       kernel_size: size of the kernel along each spatial axis; a number for one axis.
       strides: by how much each spatial axis grows; a number for all, or one for each.
       padding: ``"SAME"`` (the output is as large as the input times the strides),
-        ``"VALID"`` (as large as to contain every product), ``"CIRCULAR"`` (periodic);
+        ``"VALID"`` (as large as to contain every product), ``"CIRCULAR"`` (periodic;
+        of an even kernel, as in NNX, up to one place beside the transpose of ``Conv``);
         a number; or numbers or pairs (low, high) for each spatial axis.
       kernel_dilation: spacing of the kernel's elements.
       use_bias: whether there is a bias.
