@@ -21,7 +21,9 @@ from sortal.transforms._adapter.tracing import FlatModule
 
 
 def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
-    """Says which leaves hold buffers that are gone.
+    """Says which leaves hold buffers that are gone, where that is why JAX refused.
+
+    After any other error in a call that donates, its own buffers are gone too.
 
     Args:
       fn: the user's function.
@@ -31,6 +33,9 @@ def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
     Raises:
       StaleBufferError: some do; all are listed.
     """
+    said = str(cause).partition("\n")[0]  # tracebacks of callbacks may follow
+    if "deleted" not in said and "donated" not in said:
+        return
     rows = [
         f"{where}: {describe(value)}"
         for _, name, x in named_arguments(fn, bound)
