@@ -12,7 +12,7 @@ import jax
 from sortal._engine.foreign import to_native
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, listing
 from sortal.functional import merge, split
 from sortal.sharding.mesh_axes import unseen_rules
 from sortal.transforms._adapter.binding import BoundArguments, write_back
@@ -139,10 +139,11 @@ class Jitted:
             refuse_stale(self._fn, bound, e)
             if isinstance(e, RuntimeError) or "transformations" in str(e):
                 raise
+            said, *rows = map(str.strip, str(e).strip().splitlines())
             raise ArgumentError(
-                "this program was compiled for other arguments: "
-                f"{str(e).strip().splitlines()[0]}\nCall the function that jit "
-                "returned, which compiles for each form, or lower it for this one."
+                "this program was compiled for other arguments:\n"
+                f"{listing(rows or [said])}\nCall the function that jit returned, "
+                "which compiles for each form, or lower it for this one."
             ) from e
         if isinstance(self._jit, Sharded):
             result = unsorted(*result)
