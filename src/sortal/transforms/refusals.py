@@ -72,7 +72,7 @@ def refuse_arguments(
     static: Collection[Any],
     cause: Exception,
     *,
-    option: str = "static_argnames",
+    option: str | None = "static_argnames",
     first: int = 0,
 ) -> None:
     """Says which arguments JAX cannot take, and what to write.
@@ -82,7 +82,7 @@ def refuse_arguments(
       bound: its arguments.
       static: the positions and names of those that are static.
       cause: what JAX raised.
-      option: the option that makes arguments static.
+      option: the option that makes arguments static, None where there is none.
       first: how many arguments stand before those of the call.
 
     Raises:
@@ -108,10 +108,11 @@ def refuse_arguments(
         ) from cause
     if bad:
         names = ", ".join(map(repr, settings)) or "..."
+        remedy = f"Settings go into arguments of their own, which {option}=[{names}]"
         raise ArgumentError(
             "arguments of a compiled function are models, arrays and numbers; "
-            f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
-            f"which {option}=[{names}] names."
+            f"found:\n{listing(bad)}\n"
+            f"{f'{remedy} names' if option else 'Let the function close over settings'}."
         ) from cause
 
 
