@@ -308,6 +308,28 @@ def test_what_is_closed_over_has_its_value_of_now(way: Any, what: str) -> None:
 
 
 @every
+def test_a_number_in_a_variable_that_is_closed_over_is_as_old_as_a_global(
+    way: Any,
+) -> None:
+    number, array = sortal.Variable(2.0), sortal.Variable(jnp.array(2.0))
+
+    def numbers(m: Any, x: Any) -> Any:
+        return x * number.value
+
+    def arrays(m: Any, x: Any) -> Any:
+        return x * array.value
+
+    def read(m: Any, x: Any) -> Any:
+        return x * m.value
+
+    for new, old in ((2.0, 2.0), (5.0, 2.0)):
+        number.value, array.value = new, jnp.array(new)
+        same(way(numbers, Scale(), X), X * old)
+        same(way(arrays, Scale(), X), X * new)
+        same(way(read, number, X), X * new)
+
+
+@every
 @pytest.mark.parametrize("what", ["global", "class", "object", "dataclass", "import"])
 def test_what_methods_of_an_argument_read_has_its_value_of_now(
     way: Any, what: str, monkeypatch: Any

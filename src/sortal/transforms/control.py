@@ -34,7 +34,8 @@ def while_loop(
 
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    Variable that holds a Python or NumPy number is read as a global number is.
 
     Args:
       cond_fun: takes the value, returns a boolean scalar; writes nothing.
@@ -95,7 +96,8 @@ def fori_loop(
 
     Called eagerly, it stays compiled for the same function object, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    Variable that holds a Python or NumPy number is read as a global number is.
 
     Args:
       lower: the first index.
@@ -252,7 +254,8 @@ def cond(
 
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    Variable that holds a Python or NumPy number is read as a global number is.
 
     Args:
       pred: a boolean scalar.
@@ -293,7 +296,8 @@ def switch(
 
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    Variable that holds a Python or NumPy number is read as a global number is.
 
     Args:
       index: an integer scalar, clamped to the branches there are.

@@ -108,11 +108,15 @@ def refuse_arguments(
         ) from cause
     if bad:
         names = ", ".join(map(repr, settings)) or "..."
-        remedy = f"Settings go into arguments of their own, which {option}=[{names}]"
+        remedy = "Let the function close over settings."
+        if option:
+            remedy = (
+                "Settings go into arguments of their own, which "
+                f"{option}=[{names}] names."
+            )
         raise ArgumentError(
             "arguments of a compiled function are models, arrays and numbers; "
-            f"found:\n{listing(bad)}\n"
-            f"{f'{remedy} names' if option else 'Let the function close over settings'}."
+            f"found:\n{listing(bad)}\n{remedy}"
         ) from cause
 
 

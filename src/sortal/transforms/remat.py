@@ -30,7 +30,8 @@ def remat(
 
     Called eagerly, it stays compiled for the same function object, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    Variable that holds a Python or NumPy number is read as a global number is.
 
     Args:
       f: the function; without it a decorator is returned.
