@@ -536,4 +536,11 @@ def test_a_program_refuses_another_structure_or_shape() -> None:
     assert "x64" not in str(e.value)
     with pytest.raises(ArgumentError, match="compiled for other arguments"):
         program({"model": model}, jnp.ones(3))
+    other = Ahead()
+    other.more = nnx.Param(jnp.ones(1))
+    with pytest.raises(ArgumentError) as e:
+        program(other, jnp.ones(3))
+    assert "other arguments:\n  at args[0]: a model of another structure\n" in str(
+        e.value
+    )
     assert int(model.n[...]) == 0
