@@ -35,7 +35,8 @@ def while_loop(
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
     What closes over arrays, also those of live Variables, is traced at each call. A
-    Variable that holds a Python or NumPy number is read as a global number is.
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       cond_fun: takes the value, returns a boolean scalar; writes nothing.
@@ -97,7 +98,8 @@ def fori_loop(
     Called eagerly, it stays compiled for the same function object, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
     What closes over arrays, also those of live Variables, is traced at each call. A
-    Variable that holds a Python or NumPy number is read as a global number is.
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       lower: the first index.
@@ -255,7 +257,8 @@ def cond(
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
     What closes over arrays, also those of live Variables, is traced at each call. A
-    Variable that holds a Python or NumPy number is read as a global number is.
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       pred: a boolean scalar.
@@ -297,7 +300,8 @@ def switch(
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
     What closes over arrays, also those of live Variables, is traced at each call. A
-    Variable that holds a Python or NumPy number is read as a global number is.
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       index: an integer scalar, clamped to the branches there are.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.jax_compat import register_pytree
+from sortal._engine.leaves import Slot, held
 from sortal._engine.nodes import LEAF, NODE, handler_of, is_root
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.plan import plan_of_built
@@ -243,6 +244,23 @@ def run(
     return _leave_trace(out, copies, keep)
 
 
+def _changed(
+    copies: Copies, now: Iterable[Any], kept: Collection[int]
+) -> dict[int, Any]:
+    """New values by the number of their leaf, of those kept and those that differ."""
+    pairs = enumerate(zip(copies.values, now, strict=True))
+    return {k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)}
+
+
+def _are_displaced(copies: Copies, changed: dict[int, Any], new: list[Any]) -> bool:
+    """Whether a new object holds a raw array whose place on entry has another now."""
+    if not new:
+        return False
+    before = copies.leaves
+    gone = {id(before[k]) for k, x in changed.items() if x is not before[k]}
+    return any(id(held(x)) in gone for x in Walk(tuple(new)).leaves if type(x) is Slot)
+
+
 def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
     outputs: list[Any] = []
 
@@ -251,20 +269,24 @@ def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
         return Ref(len(outputs) - 1)
 
     out = replace_roots(out, refer)
+    entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
+    added = [x for x, entry in zip(outputs, entries, strict=True) if entry is None]
     walk = None if copies.are_unchanged() else Walk(copies.root)
     unedited = walk is None or is_unedited(walk, copies)
-    # Where the structure was edited, what became of raw arrays is among the edits.
-    live: Any = (walk or copies.plan).leaves if unedited else ()
-    now = [x._value for x in live] if unedited else map(value_of, copies.leaves)
-    pairs = enumerate(zip(copies.values, now, strict=True))
-    changed = {
-        k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)
-    }
-    rigid = changed.keys() & rigid_leaves(copies.graphdef)
+    fixed, changed = rigid_leaves(copies.graphdef), {}
+    if unedited:
+        live: Any = (walk or copies.plan).leaves
+        changed = _changed(copies, [x._value for x in live], kept)
+        unedited = fixed.isdisjoint(changed) and not _are_displaced(
+            copies, changed, added
+        )
+    if not unedited:
+        # What became of raw arrays is among the edits, which say where each has gone.
+        changed = _changed(copies, map(value_of, copies.leaves), kept)
+    rigid = changed.keys() & fixed
     written = {k: new for k, new in changed.items() if k not in rigid}
-    entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
-    edits, fresh, unedited = None, [], unedited and not rigid
-    if not unedited or None in entries:
+    edits, fresh = None, []
+    if not unedited or added:
         edits, fresh, entries = edits_of(
             copies, outputs, unedited, rigid, walk or Walk(copies.root)
         )
