@@ -411,6 +411,12 @@ def test_what_jax_cannot_take_is_refused_by_its_place(way: Any) -> None:
         way(apply, m, X)
 
 
+@pytest.mark.parametrize("way", [by_cond, by_switch])
+def test_branches_in_a_trace_name_what_jax_cannot_take(way: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"found:\n  x\[1\]: 'train'\nLet the func"):
+        sortal.jit(lambda m: way(apply, m, [X, "train"]))(Scale())
+
+
 @every
 def test_nothing_is_kept_inside_of_other_traces(way: Any, programs: Any) -> None:
     m = Scale()

@@ -19,6 +19,7 @@ from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.operands import Operands, check_types, steady
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.eager import kept
+from sortal.transforms.refusals import refuse_arguments
 
 
 def while_loop(
@@ -390,7 +391,11 @@ class _Branches:
         # JAX keeps what it traced, so that the user's function is run once.
         runs = [functools.partial(self._run, b) for b in range(len(branches))]
         self.runs = [jax.jit(run, inline=True) for run in runs]
-        self.seen = [run.eval_shape(*self.start) for run in self.runs]
+        try:
+            self.seen = [run.eval_shape(*self.start) for run in self.runs]
+        except TypeError as e:
+            refuse_arguments(branches[0], self.operands.bound, (), e, option=None)
+            raise
         self._check()
         all_effects = [result.effects for result in self.seen]
         written = tuple(sorted({k for effects in all_effects for k in effects.written}))
