@@ -202,6 +202,22 @@ def test_specs_that_follow_from_shapes_are_asked_again_for_other_shapes():
                     )
 
 
+def test_a_state_is_divided_by_specs_that_follow_from_shapes():
+    policy = nnx.Policy({...: nnx.Rule(spec=presets.LargestAxis("d", min_size=1))})
+    double = nnx.jit(lambda s: jax.tree.map(lambda x: 2 * x, s), in_shardings=policy)
+    for shape, spec in {(N, 2 * N): P(None, "d"), (2 * N, 1): P("d")}.items():
+        state = nnx.state({"w": nnx.Param(np.ones(shape, "float32"))})
+        with jax.set_mesh(MESH):
+            found = double(state)["w"].value
+        np.testing.assert_array_equal(found, np.full(shape, 2.0))
+        assert found.sharding.is_equivalent_to(NamedSharding(MESH, spec), 2)
+    rows = nnx.StateSharding({...: ROWS})
+    with pytest.raises(ShardingError, match=r"w \(Param\) \[1\]: P\('d'\), but dim"):
+        nnx.jit(lambda s: None, in_shardings=rows)(
+            nnx.state({"w": nnx.Param(jnp.ones(1))})
+        )
+
+
 def test_fixed_specs_that_do_not_fit_later_shapes_are_refused_by_path():
     f = nnx.jit(lambda m: m["w"][...] * 2, in_shardings=ROWS)
     f({"w": nnx.Param(np.ones(2 * N))})

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
-from sortal._engine.state import State
+from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
 from sortal.errors import AxisError, PolicyError, listing
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
@@ -269,6 +269,9 @@ class _Answers:
         def leaf(x: Any) -> Any:
             if is_flat_module(x):
                 return self._root(given, x)
+            if isinstance(x, State) and by_kind(given):
+                found = leaf_answers(given, "spec", x.schema, x.leaves)
+                return snapshot(x.schema, self._fit(x.schema, x.values_list(), found))
             return for_plain(given, "spec", x)
 
         return jtu.tree_map(
@@ -287,12 +290,19 @@ class _Answers:
         )
         values = flat_module.values
         found = leaf_answers(given, "spec", schema, lambda: values)
-        self.by_shape |= not all(x is None or isinstance(x, _FIXED) for x in found)
-        found = [_for_jit(*x) for x in zip(found, values, schema.paths, strict=True)]
-        _check(schema, values, found)
+        found = self._fit(schema, values, found)
         self.given[definition.number] = given
         self.of_leaf.update(zip(definition.leaves, found, strict=True))
         return FlatModule(list(found), definition)
+
+    def _fit(
+        self, schema: Schema, values: Sequence[Any], found: Sequence[Any]
+    ) -> list[Any]:
+        """Answers as ``jax.jit`` takes them, which fit their leaves."""
+        self.by_shape |= not all(x is None or isinstance(x, _FIXED) for x in found)
+        found = [_for_jit(*x) for x in zip(found, values, schema.paths, strict=True)]
+        _check(schema, values, found)
+        return found
 
 
 _FIXED = (jax.sharding.PartitionSpec, jax.sharding.Sharding)
