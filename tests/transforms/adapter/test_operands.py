@@ -126,9 +126,8 @@ def test_arrays_of_a_tuple_are_no_values_to_write_and_others_are() -> None:
         m.pair = (m.pair[0] + 1,)
 
     effects = ran(operands, write).effects
-    assert moved(operands, effects) == [
-        "pair.0 (unlabelled array) is another array now, in another tuple; hold it in a list"
-    ]
+    row = "pair.0 (unlabelled array) is another array now, in another tuple; "
+    assert moved(operands, effects) == [row + "hold it in a list"]
     assert moved(operands, effects, new=False) == []
 
 
