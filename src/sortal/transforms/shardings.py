@@ -139,9 +139,8 @@ class Sharded:
         self._in = self._options.pop("in_shardings", None)
         self._out = self._options.pop("out_shardings", None)
         self._made: dict[Any, _Packed] = {}
-        self._by_shape: set[Any] = (
-            set()
-        )  # short keys, of which the shapes are asked too
+        # Structures of which some answer depends on shapes too.
+        self._by_shape: set[Any] = set()
         tables = jtu.tree_leaves((self._in, self._out), is_leaf=is_answer)
         self._by_value = not all(map(is_structural, tables))
 
