@@ -327,6 +327,19 @@ def test_a_stream_closed_over_by_a_jitted_function_is_refused() -> None:
         sortal.jit(lambda x: x + jax.random.normal(model.rngs()))(1.0)
 
 
+def test_a_key_of_a_split_stream_outside_of_vmap_is_refused() -> None:
+    rngs = sortal.Rngs(0, dropout=1)
+    with sortal.split_rngs(rngs, splits=4, only="dropout"):
+        for draw in (rngs.dropout, rngs.dropout.normal, rngs.fork):
+            with pytest.raises(RngError) as e:
+                draw()
+            assert str(e.value).startswith(
+                "stream 'dropout' holds several keys, key<fry>[4], and draws by one. "
+            )
+        assert rngs.dropout.count.value.tolist() == [0, 0, 0, 0]
+    rngs.dropout()
+
+
 def test_rngs_inside_vmap_by_split_streams_give_one_draw_for_each_key() -> None:
     rngs = sortal.Rngs(0)
     forked = rngs.fork(split=4)

@@ -84,7 +84,7 @@ class RngStream(_Draws, Pytree):
       tag: the stream's name, kept as the Variables' ``tag``.
 
     Raises:
-      RngError: ``key`` is none of these.
+      RngError: ``key`` is none of these; at a call: the stream holds several keys.
 
     Example:
       >>> import sortal as nnx
@@ -101,7 +101,16 @@ class RngStream(_Draws, Pytree):
 
     def __call__(self) -> jax.Array:
         self.count._check_writable()
-        key = jax.random.fold_in(self.key.value, self.count.value)
+        try:
+            key = jax.random.fold_in(self.key.value, self.count.value)
+        except ValueError as e:
+            if self.key.shape:
+                raise RngError(
+                    f"stream {self.tag!r} holds several keys, "
+                    f"{describe(self.key.value)}, and draws by one. Draw inside vmap, "
+                    "with axis 0 for RngState, or after restore_rngs."
+                ) from e
+            raise
         self.count[...] += 1
         return key
 

@@ -717,7 +717,7 @@ def test_a_model_with_other_parameters_than_at_the_start_is_refused(trained):
     with pytest.raises(OptimizerError) as caught:
         optimizer.update(other, grads)
     text = str(caught.value)
-    assert "missing: head.kernel" in text
+    assert "missing: head.kernel (Param)" in text
     assert "unknown: tail (Param)" in text
     assert "Make a new Optimizer" in text
 

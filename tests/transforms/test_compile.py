@@ -530,8 +530,17 @@ def test_programs_of_methods_and_partials_take_the_other_arguments() -> None:
 def test_a_program_refuses_another_structure_or_shape() -> None:
     model = Ahead()
     program = nnx.jit(scaled).lower(model, jnp.ones(3)).compile()
-    with pytest.raises(ArgumentError, match="compiled for other arguments"):
+    with pytest.raises(ArgumentError, match="compiled for other arguments") as e:
         program(model, jnp.ones((2, 3)))
+    assert "compiled with float32[3] and called with float32[2,3]" in str(e.value)
+    assert "x64" not in str(e.value)
     with pytest.raises(ArgumentError, match="compiled for other arguments"):
         program({"model": model}, jnp.ones(3))
+    other = Ahead()
+    other.more = nnx.Param(jnp.ones(1))
+    with pytest.raises(ArgumentError) as e:
+        program(other, jnp.ones(3))
+    assert "other arguments:\n  at args[0]: a model of another structure\n" in str(
+        e.value
+    )
     assert int(model.n[...]) == 0

@@ -345,7 +345,11 @@ def test_jvp_arguments_not_differentiated_by_go_first() -> None:
 
 
 def test_objects_returned_are_none_in_the_tangent() -> None:
-    f = sortal.custom_jvp(lambda m: (m, m.w * 2))
+    @sortal.custom_jvp
+    def f(m: Any) -> Any:
+        m.n[...] += 1
+        return m, m.w * 2
+
     given: list[Any] = [lambda m, dy: (None, dy), lambda m, dy: (m, dy)]
     for form in given:
 
@@ -406,7 +410,16 @@ def test_a_jvp_rule_that_returns_something_else_is_refused() -> None:
     assert "tangent_out of <lambda>'s jvp rule must have the structure of" in str(e)
 
 
-def test_a_rule_that_changes_other_leaves_is_refused() -> None:
+@pytest.mark.parametrize(
+    "nesting",
+    [
+        sortal.grad,
+        lambda f: sortal.grad(sortal.jit(f)),
+        lambda f: sortal.jit(sortal.grad(f)),
+    ],
+    ids=["grad", "grad of jit", "jit of grad"],
+)
+def test_a_rule_that_changes_other_leaves_is_refused(nesting: Any) -> None:
     def count(m: Any) -> Any:
         m.calls[...] += 1
         return m.w * 2
@@ -426,14 +439,26 @@ def test_a_rule_that_changes_other_leaves_is_refused() -> None:
     for rule, row in ((silent, rows), (adds, "objects that are returned, added or")):
         f.defvjp(rule, lambda _, ct: (None,))
         with untouched(m), pytest.raises(GradientError) as e:
-            sortal.grad(sortal.jit(f))(m)
+            nesting(f)(m)
         assert "count and its fwd must change the same leaves and return the" in str(e)
         assert row in str(e.value)
         assert "Call count itself inside fwd" in str(e.value)
     with untouched(m), pytest.raises(GradientError) as e:
-        sortal.grad(sortal.jit(g))(m)
+        nesting(g)(m)
     assert "count and its jvp rule must change" in str(e.value)
     assert rows in str(e.value)
+
+
+def test_a_function_that_needs_values_is_differentiated_where_it_has_them() -> None:
+    @sortal.custom_vjp
+    def f(m: Any) -> Any:
+        m.calls[...] += 1
+        return m.w * 2 if m.w > 0 else m.w
+
+    f.defvjp(lambda m: (f(m), None), lambda _, ct: ({"w": 7 * ct},))
+    m = Holder(w=Param(jnp.array(1.0)), calls=Count(jnp.array(0)))
+    assert float(sortal.grad(f)(m)["w"].value) == 7.0
+    assert int(m.calls.value) == 1
 
 
 def test_calls_without_rules_and_wrong_arguments_are_refused() -> None:

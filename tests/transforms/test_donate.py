@@ -472,3 +472,18 @@ def test_a_call_that_is_differentiated_gives_no_buffer_away(options: Any) -> Non
     slope = jax.grad(by_hand)(model.scale.value)
     for grads in (first, again):
         assert jnp.allclose(grads["scale"].value, slope, atol=1e-5)
+
+
+def test_an_error_of_the_donated_call_itself_is_not_told_as_a_stale_buffer() -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("the disk is full")
+
+    def f(m: Any) -> Any:
+        found = jax.pure_callback(fail, jax.ShapeDtypeStruct((), "float32"), m.bias)
+        m.bias[...] = m.bias + found
+
+    m = Linear(1, 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the disk is full"):
+        sortal.jit(f, donate=True)(m)
+    with pytest.raises(StaleBufferError, match=r"m: bias \(Param\)"):
+        sortal.jit(f, donate=True)(m)

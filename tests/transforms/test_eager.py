@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import re
 import sys
 import types
 import weakref
@@ -23,7 +24,7 @@ import sortal
 from models import Count
 from sortal import Carry, Param, StateAxes
 from sortal._engine.bounded import Bounded
-from sortal.errors import LoopError
+from sortal.errors import ArgumentError, LoopError, ShardingError, StaleBufferError
 from sortal.transforms import eager
 
 RATE = 1.0
@@ -307,6 +308,28 @@ def test_what_is_closed_over_has_its_value_of_now(way: Any, what: str) -> None:
 
 
 @every
+def test_a_number_in_a_variable_that_is_closed_over_is_as_old_as_a_global(
+    way: Any,
+) -> None:
+    number, array = sortal.Variable(2.0), sortal.Variable(jnp.array(2.0))
+
+    def numbers(m: Any, x: Any) -> Any:
+        return x * number.value
+
+    def arrays(m: Any, x: Any) -> Any:
+        return x * array.value
+
+    def read(m: Any, x: Any) -> Any:
+        return x * m.value
+
+    for new, old in ((2.0, 2.0), (5.0, 2.0)):
+        number.value, array.value = new, jnp.array(new)
+        same(way(numbers, Scale(), X), X * old)
+        same(way(arrays, Scale(), X), X * new)
+        same(way(read, number, X), X * new)
+
+
+@every
 @pytest.mark.parametrize("what", ["global", "class", "object", "dataclass", "import"])
 def test_what_methods_of_an_argument_read_has_its_value_of_now(
     way: Any, what: str, monkeypatch: Any
@@ -369,6 +392,29 @@ def test_an_error_is_raised_at_every_call_and_leaves_nothing(
         same(m.w.value, jnp.full(2, 2.0))
     same(way(broken, m, jnp.ones(3)), jnp.ones(3))
     same(m.w.value, jnp.full(2, 4.0))
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w is not by_remat])
+def test_what_jax_cannot_take_is_refused_by_its_place(way: Any) -> None:
+    m = Scale()
+    with pytest.raises(ArgumentError) as e:
+        way(apply, m, [X, "train"])
+    text = str(e.value)
+    assert re.search(r"found:\n  \w+( \d)?(\[\d\])+: 'train'\n", text)
+    assert text.endswith("Let the function close over settings.")
+    elsewhere = jax.device_put(X, jax.devices()[1])
+    m.w.value = jax.device_put(m.w.value, jax.devices()[0])
+    with pytest.raises(ShardingError, match=r"on others:\n  .*: device \d"):
+        way(apply, m, elsewhere)
+    m.w.value.delete()
+    with pytest.raises(StaleBufferError, match=r"w \(Param\): float32\[2\]"):
+        way(apply, m, X)
+
+
+@pytest.mark.parametrize("way", [by_cond, by_switch])
+def test_branches_in_a_trace_name_what_jax_cannot_take(way: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"found:\n  x\[1\]: 'train'\nLet the func"):
+        sortal.jit(lambda m: way(apply, m, [X, "train"]))(Scale())
 
 
 @every

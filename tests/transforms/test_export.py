@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal
-from models import Net
+from models import Holder, Net, untouched
 from sortal.errors import ArgumentError
 
 X = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
@@ -132,6 +132,44 @@ def test_another_model_or_layout_is_refused_before_anything_is_written():
         exported.call(Net(), X, X)
     with pytest.raises(ArgumentError, match="no function that"):
         sortal.Exported.deserialize(b"something else")
+
+
+def test_models_that_share_a_variable_cannot_be_called_with():
+    def module():
+        return Holder(n=sortal.Variable(np.float32(0)))
+
+    def add_to(a, b):
+        a.n[...] += 1
+        b.n[...] += 2
+
+    exported, one, two = sortal.export(add_to)(module(), module()), module(), module()
+    two.n = one.n
+    state = sortal.state(module())
+    for pair in ((one, one), (one, two), (state, state)):
+        with pytest.raises(ArgumentError, match="cannot share Variables"):
+            exported.call(*pair)
+    assert float(one.n.value) == 0
+    exported.call(one, module())
+    assert float(one.n.value) == 1
+
+
+def test_other_shapes_and_dtypes_are_refused_by_path():
+    exported = sortal.export(lambda m, x: m(x))(Net(), X)
+    other = Net()
+    bias = other.layers[0].bias
+    bias.value = bias.value.astype("bfloat16")
+    with untouched(other), pytest.raises(ArgumentError) as e:
+        exported.call(other, X[:, :2])
+    assert "model 0: layers.0.bias: bfloat16[4] for float32[4]" in str(e.value)
+    assert "array 0: float32[2,2] for float32[2,3]" in str(e.value)
+    assert "kernel" not in str(e.value)
+
+
+def test_bytes_that_were_cut_off_are_refused():
+    data = sortal.export(lambda x: x * 2)(X).serialize()
+    for n in (len(data) // 2, len(data) - 50):
+        with pytest.raises(ArgumentError, match=r"cut off or damaged"):
+            sortal.Exported.deserialize(data[:n])
 
 
 @pytest.mark.parametrize("args", [(Net(), X), (X,)])

@@ -1062,6 +1062,12 @@ def test_unknown_keywords_are_refused() -> None:
         sortal.scan(lambda c, x: (c, x), lenght=3)
 
 
+def test_arguments_by_keyword_are_refused_as_scans_own() -> None:
+    f = sortal.scan(lambda c, x: (c, x))
+    with pytest.raises(ArgumentError, match=r"^scan takes arguments by position; .* x"):
+        f(0.0, x=XS)
+
+
 def test_a_write_to_a_model_that_is_closed_over_is_refused() -> None:
     m = victim()
 

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal as nnx
-from sortal.errors import AxisError, PolicyError
+from sortal.errors import AxisError, PolicyError, ShardingError
+from sortal.sharding import presets
 
 N = jax.device_count()
 MESH = jax.make_mesh((N,), ("d",), axis_types=(AxisType.Auto,))
@@ -172,6 +173,56 @@ def test_another_structure_compiles_anew_and_an_equal_one_does_not():
     model.extra = nnx.Param(jnp.ones(2))
     call(model, inputs())
     assert len(traces) == before + 1
+
+
+def test_specs_that_follow_from_shapes_are_asked_again_for_other_shapes():
+    largest = presets.LargestAxis("d", min_size=1)
+
+    class Kind(nnx.Variable, spec=largest):
+        """A kind whose spec depends on the shape."""
+
+    tables = (
+        nnx.Policy({...: nnx.Rule(spec=largest)}),
+        nnx.StateSharding({...: largest}),
+        nnx.StateSharding({}),
+    )
+    wanted = {(N, 2 * N): P(None, "d"), (2 * N, 1): P("d"), (3, 5): P()}
+    for table in tables:
+        double = nnx.jit(lambda m: m.set_value(m[...] * 2), in_shardings=table)
+        read = nnx.jit(lambda m: m[...].sum(), in_shardings=table)
+        for shape, spec in wanted.items():
+            for f, times in ((double, 2.0), (read, 1.0)):
+                m = Kind(np.ones(shape, "float32"))
+                with jax.set_mesh(MESH):
+                    f(m)
+                np.testing.assert_array_equal(m.value, np.full(shape, times))
+                if f is double:
+                    assert m.value.sharding.is_equivalent_to(
+                        NamedSharding(MESH, spec), 2
+                    )
+
+
+def test_a_state_is_divided_by_specs_that_follow_from_shapes():
+    policy = nnx.Policy({...: nnx.Rule(spec=presets.LargestAxis("d", min_size=1))})
+    double = nnx.jit(lambda s: jax.tree.map(lambda x: 2 * x, s), in_shardings=policy)
+    for shape, spec in {(N, 2 * N): P(None, "d"), (2 * N, 1): P("d")}.items():
+        state = nnx.state({"w": nnx.Param(np.ones(shape, "float32"))})
+        with jax.set_mesh(MESH):
+            found = double(state)["w"].value
+        np.testing.assert_array_equal(found, np.full(shape, 2.0))
+        assert found.sharding.is_equivalent_to(NamedSharding(MESH, spec), 2)
+    rows = nnx.StateSharding({...: ROWS})
+    with pytest.raises(ShardingError, match=r"w \(Param\) \[1\]: P\('d'\), but dim"):
+        nnx.jit(lambda s: None, in_shardings=rows)(
+            nnx.state({"w": nnx.Param(jnp.ones(1))})
+        )
+
+
+def test_fixed_specs_that_do_not_fit_later_shapes_are_refused_by_path():
+    f = nnx.jit(lambda m: m["w"][...] * 2, in_shardings=ROWS)
+    f({"w": nnx.Param(np.ones(2 * N))})
+    with pytest.raises(ShardingError, match=f"but dimension 0, {N + 1}, cannot be"):
+        f({"w": nnx.Param(np.ones(N + 1))})
 
 
 def test_a_leaf_without_an_answer_is_named():

@@ -138,8 +138,8 @@ class Optimizer(Pytree):
         self.step = OptState(jnp.array(0, dtype=jnp.uint32))
         self.tx = static(tx if groups is None else groups)
         self.wrt = static(wrt)
-        paths, n = params.schema.paths, len(params.schema)
-        self._trained = static(Schema.of(paths, [None] * n, [EMPTY] * n))
+        paths, kinds = params.schema.paths, params.schema.kinds
+        self._trained = static(Schema.of(paths, kinds, [EMPTY] * len(paths)))
         self.dtypes = static(tuple(map(dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
         divided = _divide(self.tx, groups, params)

@@ -12,7 +12,7 @@ import jax
 from sortal._engine.foreign import to_native
 from sortal._engine.variable import describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, listing
 from sortal.functional import merge, split
 from sortal.sharding.mesh_axes import unseen_rules
 from sortal.transforms._adapter.binding import BoundArguments, write_back
@@ -20,7 +20,12 @@ from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.functions import by_position, named_positions, unbind
 from sortal.transforms._adapter.lanes import unsorted
-from sortal.transforms._adapter.tracing import find_flat_modules, replace_roots, run
+from sortal.transforms._adapter.tracing import (
+    FlatModule,
+    find_flat_modules,
+    replace_roots,
+    run,
+)
 from sortal.transforms.ahead import Lowered
 from sortal.transforms.donate import Donation, rejoin, with_first
 from sortal.transforms.refusals import (
@@ -139,10 +144,17 @@ class Jitted:
             refuse_stale(self._fn, bound, e)
             if isinstance(e, RuntimeError) or "transformations" in str(e):
                 raise
+            said, *rows = (x.strip(" *") for x in str(e).strip().splitlines())
+            rows = [
+                f"{row.partition(', seen ')[0]}: a model of another structure"
+                if row.count(FlatModule.__name__) > 1
+                else row
+                for row in rows
+            ]
             raise ArgumentError(
-                "this program was compiled for other arguments: "
-                f"{str(e).strip().splitlines()[0]}\nCall the function that jit "
-                "returned, which compiles for each form, or lower it for this one."
+                "this program was compiled for other arguments:\n"
+                f"{listing(rows or [said])}\nCall the function that jit returned, "
+                "which compiles for each form, or lower it for this one."
             ) from e
         if isinstance(self._jit, Sharded):
             result = unsorted(*result)

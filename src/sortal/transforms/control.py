@@ -19,6 +19,7 @@ from sortal.transforms._adapter.functions import unbind
 from sortal.transforms._adapter.operands import Operands, check_types, steady
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.eager import kept
+from sortal.transforms.refusals import refuse_arguments
 
 
 def while_loop(
@@ -34,7 +35,9 @@ def while_loop(
 
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       cond_fun: takes the value, returns a boolean scalar; writes nothing.
@@ -95,7 +98,9 @@ def fori_loop(
 
     Called eagerly, it stays compiled for the same function object, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       lower: the first index.
@@ -252,7 +257,9 @@ def cond(
 
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       pred: a boolean scalar.
@@ -293,7 +300,9 @@ def switch(
 
     Called eagerly, it stays compiled for the same function objects, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       index: an integer scalar, clamped to the branches there are.
@@ -382,7 +391,11 @@ class _Branches:
         # JAX keeps what it traced, so that the user's function is run once.
         runs = [functools.partial(self._run, b) for b in range(len(branches))]
         self.runs = [jax.jit(run, inline=True) for run in runs]
-        self.seen = [run.eval_shape(*self.start) for run in self.runs]
+        try:
+            self.seen = [run.eval_shape(*self.start) for run in self.runs]
+        except TypeError as e:
+            refuse_arguments(branches[0], self.operands.bound, (), e, option=None)
+            raise
         self._check()
         all_effects = [result.effects for result in self.seen]
         written = tuple(sorted({k for effects in all_effects for k in effects.written}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -99,6 +100,11 @@ class _OneCall:
 
     def ruled(self, rule: Any, name: str, inputs: Any, rest: Any) -> tuple[Any, Any]:
         """Runs a rule that returns a pair: the outcome, and the pair's other half."""
+        if self.did is None and self.bound.roots:
+            # JAX runs the rule alone; what the function would do is found out here. One
+            # that asks for values cannot be told.
+            with contextlib.suppress(jax.errors.ConcretizationTypeError):
+                jax.eval_shape(self.primal, inputs, rest)
         result = self.call.run(rule, inputs, rest)
         result.out, other = result.out
         if self.did not in (None, result.effects):

@@ -24,6 +24,11 @@ from sortal.sharding.mesh_axes import in_force
 from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import run
+from sortal.transforms.refusals import (
+    refuse_arguments,
+    refuse_devices,
+    refuse_stale,
+)
 
 _programs: Bounded[Program | None] = Bounded(64)
 
@@ -86,10 +91,13 @@ class Program:
 
         refs = [weakref.ref(f, forget) for f in functions]
 
-        def traced(*args: Any, **kwargs: Any) -> Result:
-            return run(make([ref() for ref in refs], options), args, kwargs)
+        def made() -> Callable[..., Any]:
+            return make([ref() for ref in refs], options)
 
-        self._static = static
+        def traced(*args: Any, **kwargs: Any) -> Result:
+            return run(made(), args, kwargs)
+
+        self._static, self._made = static, made
         self._jit = jax.jit(traced, static_argnums=static)
         self._key = (make, rest, *refs)
         kept_at.append(self._key)
@@ -97,7 +105,14 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = BoundArguments(args, kwargs, self._static)
-        result = self._jit(*bound.args, **bound.kwargs)
+        try:
+            result = self._jit(*bound.args, **bound.kwargs)
+        except (RuntimeError, TypeError, ValueError) as e:
+            fn = self._made()
+            refuse_stale(fn, bound, e)
+            refuse_arguments(fn, bound, self._static, e, option=None)
+            refuse_devices(fn, bound, self._static, e)
+            raise
         if result.effects.closes_over is None:  # traced just now
             traced = self._jit.trace(*bound.args, **bound.kwargs)
             result.effects.closes_over = closes_over(traced)

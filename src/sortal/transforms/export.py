@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.tree_util as jtu
 
 from sortal._engine.leaves import Leaves, store_all
@@ -14,6 +16,7 @@ from sortal._engine.nodes import is_root
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.state import State
+from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, listing
 from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
@@ -66,8 +69,9 @@ class Exported:
           What the function returns.
 
         Raises:
-          ArgumentError: arguments are built differently, or models have other paths;
-            all are listed and nothing is changed.
+          ArgumentError: arguments are built differently, models have other paths, some
+            leaves other shapes or dtypes, or two models share a Variable; all are
+            listed and nothing is changed.
           TraceError: a model belongs to another trace than the current one.
         """
         models, plain, layout = _divided(args)
@@ -81,7 +85,11 @@ class Exported:
             x.values_list() if isinstance(x, State) else bind(x).values()
             for x in models
         ]
-        out, new = self.exported.call(values, plain)
+        try:
+            out, new = self.exported.call(values, plain)
+        except ValueError as e:
+            self._refuse_types(values, plain, e)
+            raise
         whole = zip(models, self.paths, self.written, new, strict=True)
         for model, paths, at, found in whole:
             if isinstance(model, State):
@@ -92,7 +100,30 @@ class Exported:
                 store_all([Leaves(mine[i] for i in at)], found)
         return out
 
+    def _refuse_types(self, values: Any, plain: Any, cause: Exception) -> None:
+        """Says which leaves have other shapes or dtypes, where JAX has refused some."""
+        names = [
+            f"model {n}: {show(path)}"
+            for n, (paths, mine) in enumerate(zip(self.paths, values, strict=True))
+            for path, value in zip(paths, mine, strict=True)
+            for _ in jax.tree.leaves(value)
+        ]
+        names += [f"array {i}" for i in range(len(plain))]
+        given = map(jax.typeof, jax.tree.leaves((values, plain)))
+        each = zip(names, given, self.exported.in_avals, strict=True)
+        rows = [
+            f"{name}: {describe(x)} for {describe(due)}"
+            for name, x, due in each
+            if not _fits(x, due)
+        ]
+        if rows:
+            raise ArgumentError(
+                "arguments must have the shapes and dtypes that the function was "
+                f"exported for; found:\n{listing(rows)}"
+            ) from cause
+
     def _check(self, models: Sequence[Any]) -> None:
+        _refuse_shared(models)
         bad = []
         for n, (model, expected) in enumerate(zip(models, self.paths, strict=True)):
             state = isinstance(model, State)
@@ -133,7 +164,7 @@ class Exported:
           The Exported; no class of the model is needed.
 
         Raises:
-          ArgumentError: the bytes are something else.
+          ArgumentError: the bytes are something else, or some of them are missing.
         """
         import jax.export
 
@@ -143,8 +174,13 @@ class Exported:
                 "these bytes are no function that sortal.export made; found "
                 f"{form[:20]!r} at their beginning."
             )
-        found = json.loads(head)
-        exported = jax.export.deserialize(bytearray(body))
+        try:
+            found = json.loads(head)
+            exported = jax.export.deserialize(bytearray(body))
+        except (ValueError, struct.error) as e:
+            raise ArgumentError(
+                f"these bytes are cut off or damaged; there are {len(data)}."
+            ) from e
         return cls(exported, found["layout"], found["paths"], found["written"])
 
 
@@ -238,17 +274,30 @@ def _divided(args: Any) -> tuple[list[Any], list[Any], str]:
     return models, [x for x in leaves if not _is_model(x)], repr(layout)
 
 
+def _fits(x: Any, due: Any) -> bool:
+    """Whether an array has a dtype and shape, of which some sizes may be symbols."""
+    sizes = zip(x.shape, due.shape, strict=False)
+    same = x.dtype == due.dtype and x.ndim == due.ndim
+    return same and all(a == b for a, b in sizes if isinstance(b, int))
+
+
+def _refuse_shared(models: Sequence[Any]) -> None:
+    bound = BoundArguments([x for x in models if not isinstance(x, State)], {})
+    shared = bound.roots and any(x is not None for x in bound.alias_map.picks)
+    if shared or len(set(map(id, models))) < len(models):
+        raise ArgumentError(
+            "models that are exported together cannot share Variables. Put them into "
+            "one Module, as one model."
+        )
+
+
 def _check_models(models: Sequence[Any], bound: BoundArguments) -> None:
     if any(isinstance(x, State) for x in models):
         raise ArgumentError(
             "export takes live models, not States; merge(graphdef, state) makes one. "
             "What it returns can be called with States."
         )
-    if models and any(pick is not None for pick in bound.alias_map.picks):
-        raise ArgumentError(
-            "models that are exported together cannot share Variables. Put them into "
-            "one Module, as one model."
-        )
+    _refuse_shared(models)
     bad = [
         show(path)
         for x in bound.flat_modules

@@ -203,10 +203,7 @@ def shard_map(
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            raise ArgumentError(
-                f"shard_map takes arguments by position; found {', '.join(kwargs)}."
-            )
+        refuse_keywords("shard_map", kwargs)
         bound = BoundArguments((*first, *args), {})
         given = per_argument("in_specs", in_specs, args)
         prefixes = (*(PartitionSpec() for _ in first), *given)
@@ -224,6 +221,22 @@ def shard_map(
         return write_back(bound, as_declared(result, bound.args))
 
     return wrapper
+
+
+def refuse_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuses keyword arguments of a call.
+
+    Args:
+      name: the transform, for the message.
+      kwargs: what was given by keyword.
+
+    Raises:
+      ArgumentError: something was.
+    """
+    if kwargs:
+        raise ArgumentError(
+            f"{name} takes arguments by position; found {', '.join(kwargs)}."
+        )
 
 
 def per_argument(name: str, given: Any, args: Sequence[Any]) -> tuple[Any, ...]:

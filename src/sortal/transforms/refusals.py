@@ -21,7 +21,9 @@ from sortal.transforms._adapter.tracing import FlatModule
 
 
 def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
-    """Says which leaves hold buffers that are gone.
+    """Says which leaves hold buffers that are gone, where that is why JAX refused.
+
+    After any other error in a call that donates, its own buffers are gone too.
 
     Args:
       fn: the user's function.
@@ -31,6 +33,9 @@ def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
     Raises:
       StaleBufferError: some do; all are listed.
     """
+    said = str(cause).partition("\n")[0]  # tracebacks of callbacks may follow
+    if "deleted" not in said and "donated" not in said:
+        return
     rows = [
         f"{where}: {describe(value)}"
         for _, name, x in named_arguments(fn, bound)
@@ -67,7 +72,7 @@ def refuse_arguments(
     static: Collection[Any],
     cause: Exception,
     *,
-    option: str = "static_argnames",
+    option: str | None = "static_argnames",
     first: int = 0,
 ) -> None:
     """Says which arguments JAX cannot take, and what to write.
@@ -77,7 +82,7 @@ def refuse_arguments(
       bound: its arguments.
       static: the positions and names of those that are static.
       cause: what JAX raised.
-      option: the option that makes arguments static.
+      option: the option that makes arguments static, None where there is none.
       first: how many arguments stand before those of the call.
 
     Raises:
@@ -103,10 +108,15 @@ def refuse_arguments(
         ) from cause
     if bad:
         names = ", ".join(map(repr, settings)) or "..."
+        remedy = "Let the function close over settings."
+        if option:
+            remedy = (
+                "Settings go into arguments of their own, which "
+                f"{option}=[{names}] names."
+            )
         raise ArgumentError(
             "arguments of a compiled function are models, arrays and numbers; "
-            f"found:\n{listing(bad)}\nSettings go into arguments of their own, "
-            f"which {option}=[{names}] names."
+            f"found:\n{listing(bad)}\n{remedy}"
         ) from cause
 
 

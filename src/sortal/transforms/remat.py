@@ -30,7 +30,9 @@ def remat(
 
     Called eagerly, it stays compiled for the same function object, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       f: the function; without it a decorator is returned.

@@ -37,7 +37,7 @@ from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axes import check_ranks
 from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
 from sortal.transforms.eager import kept
-from sortal.transforms.mapping import per_argument
+from sortal.transforms.mapping import per_argument, refuse_keywords
 from sortal.transforms.shardings import as_declared
 
 
@@ -65,7 +65,9 @@ def scan(
 
     Called eagerly, it stays compiled for the same function object, as in JAX: what
     is read besides the arguments, such as a global number, is read when it is traced.
-    What closes over arrays or live Variables is traced at each call.
+    What closes over arrays, also those of live Variables, is traced at each call. A
+    setting of an object that is closed over, and a Python or NumPy number in a Variable
+    of it, are read as a global number is: pass the object as an argument.
 
     Args:
       f: the function of one step; without it a decorator is returned.
@@ -85,8 +87,8 @@ def scan(
       last carry, and everything else stacked.
 
     Raises:
-      ArgumentError: an unknown keyword; or, at a call, axes that do not fit the
-        arguments or the output, or no length.
+      ArgumentError: an unknown keyword; or, at a call, keyword arguments, axes that do
+        not fit the arguments or the output, or no length.
       AxisError: at a call: a leaf of axis None is written, or has no such axis.
       LoopError: at a call: a step changes structure, or the shape or dtype of what is
         carried. In all these cases the live objects are left as they were.
@@ -116,7 +118,8 @@ def scan(
     settings = (in_axes, out_axes, dict(transform_metadata), options)
 
     @functools.wraps(f)
-    def wrapper(*args: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        refuse_keywords("scan", kwargs)
         given = per_argument("in_axes", in_axes, args)
         traceable = all(map(_traceable, given, args)) and all(map(is_root, first))
         call = kept(_steps, (f,), settings) if traceable else _steps((f,), settings)

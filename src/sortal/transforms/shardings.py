@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
-from sortal._engine.state import State
+from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
 from sortal.errors import AxisError, PolicyError, listing
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
@@ -139,12 +139,18 @@ class Sharded:
         self._in = self._options.pop("in_shardings", None)
         self._out = self._options.pop("out_shardings", None)
         self._made: dict[Any, _Packed] = {}
+        # Structures of which some answer depends on shapes too.
+        self._by_shape: set[Any] = set()
         tables = jtu.tree_leaves((self._in, self._out), is_leaf=is_answer)
         self._by_value = not all(map(is_structural, tables))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         packed = self._packed(args, kwargs)
-        return unsorted(*packed.jit(*args, **kwargs))
+        try:
+            return unsorted(*packed.jit(*args, **kwargs))
+        except ValueError:
+            self._answers(*self._dynamic(args, kwargs))  # refuses what does not fit
+            raise
 
     def place(self, bound: BoundArguments, args: Sequence[Any], kwargs: Any) -> None:
         """Puts what was only read where ``in_shardings`` has it, to stay there.
@@ -168,30 +174,44 @@ class Sharded:
     def clear_cache(self) -> None:
         """Forgets all compiled programs."""
         self._made.clear()
+        self._by_shape.clear()
+
+    def _dynamic(self, args: Sequence[Any], kwargs: Any) -> tuple[list[Any], Any]:
+        """The arguments that JAX traces."""
+        dynamic = [x for i, x in enumerate(args) if i not in self._static]
+        return dynamic, {k: x for k, x in kwargs.items() if k not in self._static}
 
     def _packed(self, args: Sequence[Any], kwargs: Any) -> _Packed:
-        dynamic = [x for i, x in enumerate(args) if i not in self._static]
-        named = {k: x for k, x in kwargs.items() if k not in self._static}
+        dynamic, named = self._dynamic(args, kwargs)
         leaves, tree = jtu.tree_flatten((dynamic, named))
         # Names of axes, and specs that are functions, depend on rules and mesh.
-        key: Any = (tree, jax.sharding.get_abstract_mesh(), in_force())
-        if self._by_value:
-            key = key, tuple(map(jax.typeof, leaves))
+        short = (tree, jax.sharding.get_abstract_mesh(), in_force())
+        key: Any = short
+        if self._by_value or short in self._by_shape:
+            key = short, tuple(map(jax.typeof, leaves))
         found = self._made.get(key)
         if found is None:
-            answers = _Answers()
-            prefix = self._in
-            if isinstance(prefix, (tuple, list)):
-                given = tuple(map(answers.tree, prefix, dynamic))
-            else:
-                given = tuple(answers.tree(prefix, x) for x in dynamic)
-            answers.refuse_two((dynamic, named))
+            given, answers = self._answers(dynamic, named)
+            if answers.by_shape and key is short:
+                self._by_shape.add(short)
+                key = short, tuple(map(jax.typeof, leaves))
             options = self._options
-            if prefix is not None:
+            if self._in is not None:
                 options = {**options, "in_shardings": given}
             found = _Packed(self._traced, answers, self._out, options)
             self._made[key] = found
         return found
+
+    def _answers(self, dynamic: Sequence[Any], named: Any) -> tuple[Any, _Answers]:
+        """What JAX is told of each argument, and the answers behind it."""
+        answers = _Answers()
+        prefix = self._in
+        if isinstance(prefix, (tuple, list)):
+            given = tuple(map(answers.tree, prefix, dynamic))
+        else:
+            given = tuple(answers.tree(prefix, x) for x in dynamic)
+        answers.refuse_two((dynamic, named))
+        return given, answers
 
 
 class _Answers:
@@ -200,6 +220,7 @@ class _Answers:
     def __init__(self) -> None:
         self.of_leaf: dict[int, Any] = {}
         self.given: dict[int, Any] = {}
+        self.by_shape = False
 
     def tree(self, prefix: Any, arg: Any) -> Any:
         """The shardings of one argument."""
@@ -247,6 +268,9 @@ class _Answers:
         def leaf(x: Any) -> Any:
             if is_flat_module(x):
                 return self._root(given, x)
+            if isinstance(x, State) and by_kind(given):
+                found = leaf_answers(given, "spec", x.schema, x.leaves)
+                return snapshot(x.schema, self._fit(x.schema, x.values_list(), found))
             return for_plain(given, "spec", x)
 
         return jtu.tree_map(
@@ -265,11 +289,19 @@ class _Answers:
         )
         values = flat_module.values
         found = leaf_answers(given, "spec", schema, lambda: values)
-        found = [_for_jit(*x) for x in zip(found, values, schema.paths, strict=True)]
-        _check(schema, values, found)
+        found = self._fit(schema, values, found)
         self.given[definition.number] = given
         self.of_leaf.update(zip(definition.leaves, found, strict=True))
         return FlatModule(list(found), definition)
+
+    def _fit(
+        self, schema: Schema, values: Sequence[Any], found: Sequence[Any]
+    ) -> list[Any]:
+        """Answers as ``jax.jit`` takes them, which fit their leaves."""
+        self.by_shape |= not all(x is None or isinstance(x, _FIXED) for x in found)
+        found = [_for_jit(*x) for x in zip(found, values, schema.paths, strict=True)]
+        _check(schema, values, found)
+        return found
 
 
 _FIXED = (jax.sharding.PartitionSpec, jax.sharding.Sharding)

@@ -13,7 +13,6 @@ import jax.tree_util as jtu
 
 from sortal._engine.graphdef import Entry, GraphDef
 from sortal._engine.jax_compat import register_pytree
-from sortal._engine.leaves import Slot, held
 from sortal._engine.nodes import LEAF, NODE, handler_of, is_root
 from sortal._engine.paths import Path, PathKey
 from sortal._engine.plan import plan_of_built
@@ -252,15 +251,6 @@ def _changed(
     return {k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)}
 
 
-def _are_displaced(copies: Copies, changed: dict[int, Any], new: list[Any]) -> bool:
-    """Whether a new object holds a raw array whose place on entry has another now."""
-    if not new:
-        return False
-    before = copies.leaves
-    gone = {id(before[k]) for k, x in changed.items() if x is not before[k]}
-    return any(id(held(x)) in gone for x in Walk(tuple(new)).leaves if type(x) is Slot)
-
-
 def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
     outputs: list[Any] = []
 
@@ -270,25 +260,23 @@ def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
 
     out = replace_roots(out, refer)
     entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
-    added = [x for x, entry in zip(outputs, entries, strict=True) if entry is None]
     walk = None if copies.are_unchanged() else Walk(copies.root)
     unedited = walk is None or is_unedited(walk, copies)
-    fixed, changed = rigid_leaves(copies.graphdef), {}
+    kinds, rigid = copies.graphdef.schema.kinds, rigid_leaves(copies.graphdef)
+    changed: dict[int, Any] = {}
     if unedited:
         live: Any = (walk or copies.plan).leaves
         changed = _changed(copies, [x._value for x in live], kept)
-        unedited = fixed.isdisjoint(changed) and not _are_displaced(
-            copies, changed, added
-        )
+        unedited = rigid.isdisjoint(changed)
     if not unedited:
         # What became of raw arrays is among the edits, which say where each has gone.
         changed = _changed(copies, map(value_of, copies.leaves), kept)
-    rigid = changed.keys() & fixed
     written = {k: new for k, new in changed.items() if k not in rigid}
     edits, fresh = None, []
-    if not unedited or added:
+    if not unedited or None in entries:
+        lost = {k for k in changed if k in rigid or (unedited and kinds[k] is None)}
         edits, fresh, entries = edits_of(
-            copies, outputs, unedited, rigid, walk or Walk(copies.root)
+            copies, outputs, unedited, lost, walk or Walk(copies.root)
         )
     effects = Effects(tuple(written), entries, edits)
     return Result(effects, (out, list(written.values()), fresh))
