@@ -83,6 +83,13 @@ def test_a_variable_in_a_variable_is_refused_with_what_to_write():
     assert outer.value == 1
 
 
+def test_a_reference_of_jax_in_a_variable_is_refused_with_what_to_write():
+    ref = jax.new_ref(jnp.ones(2))
+    with pytest.raises(VariableError, match=r"was given a jax\.Ref.*Param\(ref\[\.\."):
+        Param(ref)
+    assert Param(ref[...]).value.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("index", [0, -1, slice(1, None), (0, 1), [0, 1], None, ...])
 def test_reading_by_index_gives_what_flax_gives(index):
     ours, theirs = both(jnp.arange(6.0).reshape(2, 3))

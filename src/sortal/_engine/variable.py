@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -46,8 +46,8 @@ class Variable(ArrayOperators, Generic[A]):
         ``out_sharding`` names its axes and there is a mesh, the value is put there.
 
     Raises:
-      VariableError: the value is itself a Variable, or metadata cannot be hashed or
-        is a hook.
+      VariableError: the value is itself a Variable or a ``jax.Ref``, or metadata
+        cannot be hashed or is a hook.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +78,8 @@ class Variable(ArrayOperators, Generic[A]):
         while isinstance(value, VariableMetadata):
             metadata.update(value.metadata)
             value = value.raw_value
+        if type(value) is jax.Ref:
+            _refuse_ref(type(self))
         frozen = _frozen(type(self), metadata) if metadata else EMPTY
         _set_first_value(self, placed(value, frozen) if metadata else value)
         _init_metadata(self, frozen)
@@ -347,6 +349,13 @@ _init_cell: Callable[[Variable, Any], None] = Variable.__dict__["_cell"].__set__
 _init_metadata: Callable[[Variable, Metadata], None]
 _init_metadata = Variable.__dict__["_metadata"].__set__
 _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set__
+
+
+def _refuse_ref(kind: type) -> NoReturn:
+    raise VariableError(
+        f"{kind.__name__}(...) was given a jax.Ref, a box of JAX's own; a Variable is "
+        f"one itself. Write {kind.__name__}(ref[...])."
+    )
 
 
 def _set_first_value(variable: Variable[Any], value: Any) -> None:
