@@ -118,7 +118,7 @@ def variables_that_are_plain_already_are_kept(lib: Any) -> Any:
     return same is model, same.kernel is model.kernel
 
 
-@refused(ValueError, "Ref")
+@refused(ValueError, "Cannot pass a Ref directly into Variable constructor")
 def a_reference_in_a_variable(lib: Any) -> Any:
     lib.Param(jax.new_ref(jnp.ones(2)))
 
@@ -158,13 +158,27 @@ def what_is_sown_where_a_parameter_is(lib: Any) -> Any:
     Sower().sow(lib.Intermediate, "a", 1)
 
 
-@refused(flax.errors.TraceContextError)
+@refused(AttributeError, "Cannot set attribute unit")
+def an_attribute_set_on_a_variable(lib: Any) -> Any:
+    lib.Param(1).unit = "m"
+
+
+@refused(AttributeError, "Cannot delete attribute unit")
+def an_attribute_deleted_from_a_variable(lib: Any) -> Any:
+    del lib.Param(1, unit="m").unit
+
+
+@refused(
+    flax.errors.TraceContextError, "^Cannot mutate Variable from a different trace"
+)
 def a_variable_of_another_trace(lib: Any) -> Any:
     v = lib.Variable(jnp.array(0.0))
     jax.jit(v.set_value if lib is nnx else v.set_raw_value)(1.0)
 
 
-@refused(flax.errors.TraceContextError)
+@refused(
+    flax.errors.TraceContextError, "^Cannot mutate 'Linear' from different trace level"
+)
 def an_attribute_from_another_trace(lib: Any) -> Any:
     model = linear(lib)
     jax.jit(lambda x: setattr(model, "new", x))(1.0)

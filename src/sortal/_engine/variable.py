@@ -299,15 +299,15 @@ class Variable(ArrayOperators, Generic[A]):
             object.__setattr__(self, name, new)
         else:
             raise VariableAttributeError(
-                f"cannot set {name!r} on a {type(self).__name__}. For the value write "
-                "variable.value = x or variable[...] = x; for metadata write "
-                f"variable.set_metadata({name}=x)."
+                f"Cannot set attribute {name} of a {type(self).__name__}. For the "
+                "value write variable.value = x or variable[...] = x; for metadata "
+                f"write variable.set_metadata({name}=x)."
             )
 
     def __delattr__(self, name: str) -> None:
         raise VariableAttributeError(
-            f"cannot delete {name!r} of a {type(self).__name__}. For metadata write "
-            f"variable.del_metadata({name!r})."
+            f"Cannot delete attribute {name} of a {type(self).__name__}. For metadata "
+            f"write variable.del_metadata({name!r})."
         )
 
     def __repr__(self) -> str:
@@ -353,8 +353,8 @@ _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set
 
 def _refuse_ref(kind: type) -> NoReturn:
     raise VariableError(
-        f"{kind.__name__}(...) was given a jax.Ref, a box of JAX's own; a Variable is "
-        f"one itself. Write {kind.__name__}(ref[...])."
+        "Cannot pass a Ref directly into Variable constructor: a Ref is a box of JAX's "
+        f"own, and a Variable is one itself. Write {kind.__name__}(ref[...])."
     )
 
 
@@ -504,10 +504,14 @@ def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:
     for above, (_, below, kind) in zip(found, places, strict=True):
         path = (*(above or ()), *below)
         rows.append(f"{paths.show(path) if path else 'an object of its own'} ({kind})")
+    kind = places[0][2]
+    owner = kind.removeprefix("of a ").removeprefix("in a ")
+    what = f"{kind} from a" if owner == kind else f"{owner!r} from"
     return TraceError(
-        f"cannot write to {', '.join(rows)} from inside a transform that it was not "
-        "passed to: the write would be lost or leak a tracer. Pass the object that "
-        "holds it as an argument of the transformed function."
+        f"Cannot mutate {what} different trace level: {', '.join(rows)} would be "
+        "written from inside a transform that it was not passed to, and the write lost "
+        "or a tracer leaked. Pass the object that holds it as an argument of the "
+        "transformed function."
     )
 
 
