@@ -353,7 +353,7 @@ _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set
 
 def _refuse_ref(kind: type) -> NoReturn:
     raise VariableError(
-        "Cannot pass a Ref directly into Variable constructor: a Ref is a box of JAX's "
+        "Cannot pass a Ref directly into Variable constructor. A Ref is a box of JAX's "
         f"own, and a Variable is one itself. Write {kind.__name__}(ref[...])."
     )
 
