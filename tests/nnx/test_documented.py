@@ -350,6 +350,24 @@ def a_stream_that_is_not_there(lib: Any) -> Any:
     lib.Rngs(params=0).unknown()
 
 
+@pytest.mark.parametrize("mode", ["set_graph_mode", "set_graph_updates"])
+def test_the_modes_decide_whether_streams_are_copied(mode: str) -> None:
+    def program(lib: Any) -> Any:
+        rngs, found = lib.Rngs(params=0, dropout=1), []
+        with getattr(lib, mode)(False):
+            found.append(lib.split_rngs(rngs, splits=2, only="params").params.key.shape)
+            found.append(lib.fork_rngs(rngs).dropout.normal())
+            split = lib.split_rngs(splits=4)(lambda r: r.params.key.shape)
+            fork = lib.fork_rngs()(lambda r: r.params.normal())
+            whole = lib.split_rngs(rngs, splits=2, graph=True, graph_updates=True)
+            found.append(rngs.params.key.shape)
+            lib.restore_rngs(whole)
+        found += [split(rngs), fork(rngs), rngs.params.key.shape]
+        return found, rngs.params.normal()
+
+    assert plain(program(nnx)) == plain(program(flax_nnx))
+
+
 # -------------------------------------------------------------------------- transforms
 @alike
 def axes_given_as_a_state(lib: Any) -> Any:
