@@ -97,6 +97,33 @@ class Drawn(edits.Drawn):
         owner = self.some(m, ref.Module)
         return f"{owner}.{self.random.choice(edits.NAMES)} = {x} + {self.number()}"
 
+    def move_raw(self, m: str, x: str) -> str | None:
+        """Raw arrays in each other's places, and a tuple of other ones beside them.
+
+        The structure stays as it is, so that only values and places have changed.
+        """
+        raw = self.raw(m)
+        ends = [t for t in raw if t.rpartition(".")[2].isidentifier()]
+        if len(ends) < 2:
+            return None
+        a, b = self.random.sample(ends, 2)
+        lines = [f"{a}, {b} = {b}, {self.random.choice((a, x))}"]
+        tuples = [
+            t
+            for t in self.inner(m, tuple)
+            if t.rpartition(".")[2].isidentifier()
+            and all(isinstance(v, ref.Arr) for v in self.found[t])
+        ]
+        if tuples and self.random.random() < 0.6:
+            t = self.random.choice(tuples)
+            lines.append(f"{t} = tuple(v + {x} for v in {t})")
+        return "\n".join(lines)
+
+    def raw(self, m: str) -> list[str]:
+        """Expressions for raw arrays that are numbers."""
+        found = self.inner(m, ref.Arr)
+        return [t for t in found if not isinstance(self.found[t], ref.Key)]
+
     def set_static(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)
         name = self.random.choice(edits.NAMES)
@@ -298,6 +325,7 @@ class Drawn(edits.Drawn):
         """A function of a model and a number, as one statement; its name."""
         name = self.name("f")
         start = ["y = x"]
+        raw = self.raw("m")
         lines = self.body("m", "x", depth=1)
         out = self.random.choice(
             (
@@ -305,6 +333,10 @@ class Drawn(edits.Drawn):
                 *("(digest(m), A(a=P(y), b=m))", "(y, [m, {'k': y}])", "first(m)"),
             )
         )
+        if len(raw) > 1 and self.random.random() < 0.3:
+            a, b = self.random.choices(raw, k=2)
+            start.append(f"new = A(a={a}, b=[{b}], c=({a},))")
+            out = "(digest(m), new)"
         self.do("\n".join(self.function(name, start + lines, out, "m, x")))
         return name
 
@@ -464,6 +496,9 @@ class Drawn(edits.Drawn):
         """Draws the whole program."""
         self.model = self.focus = self.name("m")
         first = f"w=P(arr({self.number()}))"
+        if self.random.random() < 0.3:
+            one, two = self.array(), self.array()
+            first += f", s={one}, t={two}, u=({one}, {two})"
         if self.random.random() < 0.4:
             first += self.random.choice((", n=None", ", n=nnx.data(None)"))
         made = self.module(2)
@@ -501,6 +536,8 @@ _INSIDE: list[tuple[str, str]] = [
     ("write", "write"),
     ("write", "write"),
     ("raw array", "write_raw"),
+    ("moved array", "move_raw"),
+    ("moved array", "move_raw"),
     ("static", "set_static"),
     ("new Variable", "new_variable"),
     ("new module", "new_module"),

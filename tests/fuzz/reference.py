@@ -1740,7 +1740,12 @@ def scan(f: Any, *, length: int) -> Any:
         with _inside(carry):
             ys = []
             for i in range(length):
+                leaves = Walk(tuple(_roots(carry))).leaves
+                keys = [x.var for x in leaves if x.kind and is_key(x.value)]
                 carry, y = f(carry, xs[i])
+                # All other values have one shape and dtype.
+                if not all(is_key(x._value) for x in keys):
+                    raise LoopError
                 ys.append(y)
         return _released(carry, _traces.now), stack(ys)
 

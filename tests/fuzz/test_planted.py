@@ -13,7 +13,7 @@ from sortal import functional
 from sortal._engine import leaves, marks, nodes, plan, state, statics
 from sortal.nnx import Dict, List
 from sortal.transforms import eager
-from sortal.transforms._adapter import functions
+from sortal.transforms._adapter import functions, tracing
 
 
 def first_found(kind, most, *, matching=""):
@@ -215,3 +215,23 @@ def _ours_alone(monkeypatch):
     monkeypatch.setattr(live, "flax_nnx", None)
     yield
     live.throw_away([], [])
+
+
+def test_moved_arrays_that_are_read_after_others_are_written_are_found(monkeypatch):
+    found = tracing._changed
+
+    def first(copies, now, kept):
+        return vars(copies).setdefault("first", found(copies, now, kept))
+
+    monkeypatch.setattr(tracing, "_changed", first)
+    first_found("compiled", 60, matching=" = tuple(v + ")
+
+
+def test_new_objects_that_get_the_arrays_of_now_are_found(monkeypatch):
+    edits_of = tracing.edits_of
+
+    def none_lost(copies, outputs, unedited, lost, entered):
+        return edits_of(copies, outputs, unedited, () if unedited else lost, entered)
+
+    monkeypatch.setattr(tracing, "edits_of", none_lost)
+    first_found("compiled", 60, matching="new = A(")

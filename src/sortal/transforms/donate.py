@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import Tracer
 
+from sortal._engine.jax_compat import outside_traces
+from sortal._engine.leaves import picker
 from sortal._engine.paths import Path
 from sortal._engine.schema import Kind
 from sortal._engine.stale import note_donor
@@ -62,10 +64,10 @@ jtu.register_pytree_node(
 
 
 class Part(NamedTuple):
-    """Which values of one root are lent, which stay, and the definitions of both."""
+    """How the values of one root are divided: what is lent and what stays of them."""
 
-    lent: tuple[int, ...]
-    kept: tuple[int, ...]
+    lent: Callable[[Sequence[Any]], Sequence[Any]]
+    kept: Callable[[Sequence[Any]], Sequence[Any]]
     lent_def: FlatModuleDef
     kept_def: FlatModuleDef
 
@@ -121,7 +123,7 @@ class Donation:
         Its value may be one that somebody outside differentiates by, who keeps it;
         JAX would give its buffer away all the same.
         """
-        if self._overwritten or not bound.roots:
+        if self._overwritten or not bound.roots or outside_traces():
             return False
         traced = [
             k
@@ -169,9 +171,8 @@ class Donation:
         for i, part in enumerate(parts):
             if part is not None:
                 values = bound.flat_modules[i].values
-                taken = values if not part.kept else [values[j] for j in part.lent]
-                lent[i] = FlatModule(taken, part.lent_def)
-                kept[i] = FlatModule([values[j] for j in part.kept], part.kept_def)
+                lent[i] = FlatModule(list(part.lent(values)), part.lent_def)
+                kept[i] = FlatModule(list(part.kept(values)), part.kept_def)
 
         def halve(name: Any, x: Any) -> Any:
             if name in self._static:
@@ -232,8 +233,8 @@ def division(alias_map: AliasMap, lent: frozenset[int]) -> list[Part | None]:
         if not taken:
             return None
         return Part(
-            tuple(j for j, _ in taken),
-            tuple(j for j, _ in rest),
+            picker([j for j, _ in taken]),
+            picker([j for j, _ in rest]),
             flat_module_def(
                 whole.graphdef, whole.number, whole.of, tuple(k for _, k in taken)
             ),
@@ -288,10 +289,11 @@ def make_distinct(lent: list[FlatModule], others: Any) -> None:
       lent: the FlatModules of lent values, which are changed.
       others: what else is passed to the call.
     """
-    every = list(map(id, jtu.tree_leaves([c.values for c in lent])))
-    seen = set(map(id, jtu.tree_leaves(others)))
-    if len(set(every)) == len(every) and seen.isdisjoint(every):
+    given = [c.values for c in lent]
+    every = jtu.tree_leaves((given, others))
+    if len(set(map(id, every))) == len(every):
         return
+    seen = set(map(id, jtu.tree_leaves(others)))
 
     def once(value: Any) -> Any:
         if id(value) in seen and isinstance(value, jax.Array):

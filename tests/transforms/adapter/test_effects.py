@@ -101,3 +101,64 @@ def test_new_leaves_of_what_was_taken_out_are_mapped_like_the_rest():
     assert m.inner is None
     assert inner.v.shape == (4, 2)
     assert (inner.v[...] == 2).all()
+
+
+def _tuple_of_arrays(m):
+    m.pair = (m.pair[0] + 1, m.b)
+
+
+def _tuple_of_the_same_arrays(m):
+    m.pair = (m.pair[1], m.pair[0])
+
+
+def _nothing(m):
+    """Leaves the tuple, whose arrays may come back as other ones if donated."""
+
+
+@pytest.mark.parametrize(
+    "tuples", [_tuple_of_arrays, _tuple_of_the_same_arrays, _nothing]
+)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        sortal.jit,
+        sortal.remat,
+        lambda f: sortal.jit(f, donate=...),
+        lambda f: sortal.jit(f, donate=True),
+        lambda f: sortal.jit(f, donate=sortal.PathContains("pair")),
+    ],
+)
+def test_raw_arrays_that_change_places_beside_a_tuple_have_the_values_they_had(
+    tuples, transform
+):
+    """An array's old value goes where it was put, also if its place has a new one."""
+
+    def edit(m):
+        tuples(m)
+        m.a, m.b = m.b, m.b * 10
+        m.items[0], m.c = m.c, m.items[0]
+
+    found = []
+    for f in (edit, transform(edit)):
+        a, b, c, x, y, z = map(jnp.array, map(float, range(6)))
+        m = Bag(a=a, b=b, c=c, items=[x], pair=(y, z))
+        for _ in range(2):
+            f(m)
+            found.append(_look(m))
+    assert found[:2] == found[2:]
+
+
+@pytest.mark.parametrize("donate", [None, True, ...])
+def test_a_new_object_keeps_the_raw_arrays_that_it_was_given(donate):
+    """Also where their old places in the argument have other values afterwards."""
+
+    def take(m):
+        new = Bag(x=m.a, items=[m.b], w=sortal.Param(m.c))
+        m.a, m.b, m.c = m.b, m.a, m.c + 1
+        return new
+
+    found = []
+    for f in (take, sortal.jit(take, donate=donate)):
+        m = Bag(a=jnp.array(1.0), b=jnp.array(2.0), c=jnp.array(3.0))
+        found.append(_look(f(m), m))
+    assert found[0] == found[1]

@@ -117,6 +117,20 @@ def test_variables_that_change_places_are_no_addition() -> None:
     assert moved(operands, ran(operands, lambda m: None).effects) == []
 
 
+def test_arrays_of_a_tuple_are_no_values_to_write_and_others_are() -> None:
+    m = Holder(pair=(jnp.zeros(1),), raw=jnp.zeros(1), other=jnp.zeros(1))
+    operands = Operands((m,))
+
+    def write(m: Any) -> None:
+        m.raw, m.other = m.other + 1, m.other * 2
+        m.pair = (m.pair[0] + 1,)
+
+    effects = ran(operands, write).effects
+    row = "pair.0 (unlabelled array) is another array now, in another tuple; "
+    assert moved(operands, effects) == [row + "hold it in a list"]
+    assert moved(operands, effects, new=False) == []
+
+
 def test_values_that_differ_in_type_are_listed_together() -> None:
     x = jnp.zeros(2)
     rows = [

@@ -152,14 +152,16 @@ def edits_of(
     copies: Any,
     outputs: list[Any],
     unedited: bool,
-    rigid: Collection[int],
+    lost: Collection[int],
     entered: Walk,
 ) -> tuple[Edits, list[Any], tuple[Entry, ...]]:
     """What became of the structure, the values of new leaves, and the outputs.
 
-    ``entered`` is a walk of what came in, made after the call. The third part of the
-    structure is what no longer hangs in the roots: whoever holds it outside must see
-    what was done to it before it was taken out.
+    ``lost`` are the raw arrays whose value on entry is in no live object any more when
+    edits are carried out, so that it must leave the trace as a new one. ``entered`` is
+    a walk of what came in, made after the call. The third part of the structure is what
+    no longer hangs in the roots: whoever holds it outside must see what was done to it
+    before it was taken out.
     """
     roots, returned = copies.roots, tuple(outputs)
     walk = Walk((roots, returned))
@@ -169,15 +171,17 @@ def edits_of(
     before, after = copies.graphdef, walk.graphdef
     currently = list(map(held, walk.leaves))
     node_from = list(map(copies.number, walk.nodes))
-    leaf_from = [None if k in rigid else k for k in map(copies.number, currently)]
+    leaf_from = [None if k in lost else k for k in map(copies.number, currently)]
+    if unedited:  # raw arrays with new values are where they were
+        leaf_from[: len(copies.leaves)] = range(len(copies.leaves))
     numbers = range(len(before.records)), range(len(before.schema))
 
-    def changed(n: int, origin: int) -> bool:
+    def differs(n: int, origin: int) -> bool:
         old = _content(before, origin, *numbers)
         return old != _content(after, n, node_from, leaf_from)
 
     nodes = tuple(
-        Edit(origin, origin is None or (not unedited and changed(n, origin)))
+        Edit(origin, origin is None or (not unedited and differs(n, origin)))
         for n, origin in enumerate(node_from)
     )
     leaves = tuple(

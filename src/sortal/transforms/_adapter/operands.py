@@ -15,7 +15,13 @@ from sortal._engine.paths import show
 from sortal._engine.variable import describe
 from sortal.errors import LoopError, listing
 from sortal.transforms._adapter.binding import BoundArguments, write_back
-from sortal.transforms._adapter.effects import Effects, Ref, Result, resolve
+from sortal.transforms._adapter.effects import (
+    Effects,
+    Ref,
+    Result,
+    resolve,
+    rigid_leaves,
+)
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
 
 
@@ -193,7 +199,7 @@ def only_added(operands: Operands, effects: Effects) -> bool:
 
 
 def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str]:
-    """Leaves in whose place another Variable is now, though the structure is equal.
+    """Leaves in whose place another one is now, though the structure is equal.
 
     Args:
       operands: the arguments of the whole call.
@@ -206,14 +212,23 @@ def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str
     edits = effects.edits
     if edits is None or edits.roots is None:
         return []
-    before, after = operands.bound.alias_map.graphdef.schema, edits.graphdef.schema
+    graphdef, after = operands.bound.alias_map.graphdef, edits.graphdef.schema
+    before, rigid = graphdef.schema, rigid_leaves(graphdef)
     above = 2 if len(operands.bound.roots) == 1 else 1
-    return [
-        f"{before.describe(k)} is another Variable now"
-        for i, (origin, _) in enumerate(edits.leaves)
-        if after.paths[i][0] == 0 and (new or origin is not None)
-        if (k := before.index.get(after.paths[i][above:])) is not None and k != origin
-    ]
+    rows = []
+    for i, (origin, _) in enumerate(edits.leaves):
+        k = before.index.get(after.paths[i][above:]) if after.paths[i][0] == 0 else None
+        if k is None or k == origin:
+            continue
+        # A new array in the place of an old one is a value, but not in a tuple.
+        if origin is None and not (new and (before.kinds[k] or k in rigid)):
+            continue
+        what = "Variable" if before.kinds[k] else "array"
+        in_tuple = ", in another tuple; hold it in a list"
+        rows.append(
+            f"{before.describe(k)} is another {what} now{in_tuple * (k in rigid)}"
+        )
+    return rows
 
 
 def check_types(where: str, rows: Iterable[tuple[str, Any, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -203,6 +203,8 @@ def replace_flat_modules(tree: Any, replace: Callable[[FlatModule], Any]) -> Any
     Returns:
       The tree.
     """
+    if type(tree) is FlatModule:
+        return replace(tree)
     if not find_flat_modules(tree):
         return tree
     return jax.tree.map(
@@ -241,6 +243,14 @@ def run(
     return _leave_trace(out, copies, keep)
 
 
+def _changed(
+    copies: Copies, now: Iterable[Any], kept: Collection[int]
+) -> dict[int, Any]:
+    """New values by the number of their leaf, of those kept and those that differ."""
+    pairs = enumerate(zip(copies.values, now, strict=True))
+    return {k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)}
+
+
 def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
     outputs: list[Any] = []
 
@@ -249,22 +259,24 @@ def _leave_trace(out: Any, copies: Copies, kept: Collection[int]) -> Result:
         return Ref(len(outputs) - 1)
 
     out = replace_roots(out, refer)
+    entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
     walk = None if copies.are_unchanged() else Walk(copies.root)
     unedited = walk is None or is_unedited(walk, copies)
-    # Where the structure was edited, what became of raw arrays is among the edits.
-    live: Any = (walk or copies.plan).leaves if unedited else ()
-    now = [x._value for x in live] if unedited else map(value_of, copies.leaves)
-    pairs = enumerate(zip(copies.values, now, strict=True))
-    changed = {
-        k: new for k, (old, new) in pairs if k in kept or not same_value(old, new)
-    }
-    rigid = changed.keys() & rigid_leaves(copies.graphdef)
+    kinds, rigid = copies.graphdef.schema.kinds, rigid_leaves(copies.graphdef)
+    changed: dict[int, Any] = {}
+    if unedited:
+        live: Any = (walk or copies.plan).leaves
+        changed = _changed(copies, [x._value for x in live], kept)
+        unedited = rigid.isdisjoint(changed)
+    if not unedited:
+        # What became of raw arrays is among the edits, which say where each has gone.
+        changed = _changed(copies, map(value_of, copies.leaves), kept)
     written = {k: new for k, new in changed.items() if k not in rigid}
-    entries: Any = tuple(copies.origins.get(id(x)) for x in outputs)
-    edits, fresh, unedited = None, [], unedited and not rigid
+    edits, fresh = None, []
     if not unedited or None in entries:
+        lost = {k for k in changed if k in rigid or (unedited and kinds[k] is None)}
         edits, fresh, entries = edits_of(
-            copies, outputs, unedited, rigid, walk or Walk(copies.root)
+            copies, outputs, unedited, lost, walk or Walk(copies.root)
         )
     effects = Effects(tuple(written), entries, edits)
     return Result(effects, (out, list(written.values()), fresh))
