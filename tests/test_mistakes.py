@@ -376,7 +376,7 @@ MISTAKES: list[tuple[Callable[[], None], type[Exception], tuple[str, ...]]] = [
     (
         a_write_to_a_model_that_was_not_passed,
         errors.TraceError,
-        ("cannot write to layer.bias (Param)", "Pass the object that holds it"),
+        ("level: layer.bias (Param)", "Pass the object that holds it"),
     ),
     (
         text_for_a_function_that_is_recomputed,

@@ -47,17 +47,17 @@ def test_sow_and_perturb_into_an_attribute_of_another_kind_are_refused(
 ) -> None:
     model = Linear(1, 1)
     setattr(model, name, sortal.Param(jnp.ones((1, 1))))
-    text = rf"Linear.{name} is a Param, not the Intermediate to be recorded there"
+    text = rf"Expected '{name}' to be of type 'Intermediate', got 'Param', in a Linear"
     with untouched(model), pytest.raises(VariableError, match=text):
         model.sow(sortal.Intermediate, name, 1.0)
-    text = rf"Linear.{name} is a Param, not the Perturbation"
+    text = rf"Expected '{name}' to be of type 'Perturbation', got 'Param'"
     with untouched(model), pytest.raises(VariableError, match=text):
         model.perturb(name, jnp.ones((1, 1)))
 
 
 def test_sow_into_a_plain_attribute_is_refused() -> None:
     model = Holder(size=3)
-    with pytest.raises(VariableError, match=r"Holder.size is a int, not the Cache"):
+    with pytest.raises(VariableError, match="'Cache', got 'int', in a Holder"):
         model.sow(sortal.Cache, "size", 1)
 
 
@@ -96,7 +96,7 @@ def test_set_attributes_chooses_modules_by_class_and_path() -> None:
 
 def test_set_attributes_with_a_name_that_no_module_has_sets_nothing() -> None:
     model = Holder(a=Dropout())
-    text = "no module of 2 chosen has the attribute 'determinstic'; nothing was set"
+    text = r"attributes: \['determinstic'\], in 2 modules chosen; nothing was set"
     with untouched(model), pytest.raises(ArgumentError, match=text) as e:
         model.set_attributes(rate=0.0, determinstic=True)
     assert "raise_if_not_found=False" in str(e.value)

@@ -261,8 +261,9 @@ def _recorded(
     found = apart.get(name)
     if found is not None and type(found) is not kind:
         raise VariableError(
-            f"{type(module).__name__}.{name} is a {type(found).__name__}, not the "
-            f"{kind.__name__} to be recorded there. Choose another name."
+            f"Expected {name!r} to be of type {kind.__name__!r}, got "
+            f"{type(found).__name__!r}, in a {type(module).__name__}. Choose another "
+            "name for what is recorded."
         )
     if records is not None:
         return kind, found, functools.partial(apart.__setitem__, name)
@@ -304,9 +305,9 @@ def set_attributes(
     absent = [n for n in attributes if not any(hasattr(m, n) for m in modules)]
     if absent and raise_if_not_found:
         raise ArgumentError(
-            f"no module of {len(modules)} chosen has the attribute "
-            f"{', '.join(map(repr, absent))}; nothing was set. Check the spelling and "
-            "the filters, or pass raise_if_not_found=False."
+            "Could not find at least one instance of the following attributes: "
+            f"{sorted(absent)}, in {len(modules)} modules chosen; nothing was set. "
+            "Check the spelling and the filters, or pass raise_if_not_found=False."
         )
     for module in modules:
         for name, value in attributes.items():

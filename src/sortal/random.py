@@ -206,9 +206,9 @@ class Rngs(_Draws, Pytree):
         if name.startswith("__"):
             raise AttributeError(name)
         raise RngAttributeError(
-            f"No RngStream named {name!r}, and no default to stand in for it; there is "
-            f"{', '.join(self) or 'none'}. Write Rngs(seed, ...) for a default, or "
-            f"Rngs({name}=seed)."
+            f"No RngStream named {name!r} found in Rngs. There is no default to stand "
+            f"in for it; there is {', '.join(self) or 'none'}. Write Rngs(seed, ...) "
+            f"for a default, or Rngs({name}=seed)."
         )
 
     def __getitem__(self, name: str) -> RngStream:

@@ -52,6 +52,14 @@ def test_old_names_of_the_sharding_are_stored_under_the_new_one(name: str) -> No
     }
 
 
+def test_saying_that_a_variable_holds_its_value_itself_adds_no_metadata() -> None:
+    v = nnx.Param(jnp.ones(2), hijax=False, ref=False)
+    assert v.get_metadata() == {}
+    assert nnx.graphdef({"v": v}) == nnx.graphdef({"v": nnx.Param(jnp.ones(2))})
+    v.set_metadata({"hijax": False, "a": 1})
+    assert v.get_metadata() == {"a": 1}
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_is_refused_wherever_it_is_given(hook: str) -> None:
     told = f"{hook} would be hooks, which are never called here. Write a kind of your"

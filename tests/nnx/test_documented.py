@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -97,6 +99,30 @@ def a_kind_makes_its_values(lib: Any) -> Any:
     return Shifted(jnp.array(2.0))[...], v[...], v.replace(jnp.array(1.0))[...], v.a
 
 
+@alike
+def what_every_variable_has_is_no_metadata_of_its_own(lib: Any) -> Any:
+    plain, said = lib.Param(1), lib.Param(1, hijax=False, ref=False)
+    v = lib.Param(1, a=1)
+    v.set_metadata({"b": 2, "hijax": False, "ref": False, "eager_sharding": True})
+    return (
+        lib.graphdef({"v": plain}) == lib.graphdef({"v": said}),
+        v.get_metadata(exclude_required=True),
+        lib.Param(1, eager_sharding=False, c=3).get_metadata(exclude_required=True),
+    )
+
+
+@alike
+def variables_that_are_plain_already_are_kept(lib: Any) -> Any:
+    model = linear(lib)
+    same = lib.with_vars(model, ref=False)
+    return same is model, same.kernel is model.kernel
+
+
+@refused(ValueError, "Cannot pass a Ref directly into Variable constructor")
+def a_reference_in_a_variable(lib: Any) -> Any:
+    lib.Param(jax.new_ref(jnp.ones(2)))
+
+
 @refused(KeyError, "zz")
 def metadata_that_is_not_there(lib: Any) -> Any:
     lib.Param(1).get_metadata("zz")
@@ -132,13 +158,27 @@ def what_is_sown_where_a_parameter_is(lib: Any) -> Any:
     Sower().sow(lib.Intermediate, "a", 1)
 
 
-@refused(flax.errors.TraceContextError)
+@refused(AttributeError, "Cannot set attribute unit")
+def an_attribute_set_on_a_variable(lib: Any) -> Any:
+    lib.Param(1).unit = "m"
+
+
+@refused(AttributeError, "Cannot delete attribute unit")
+def an_attribute_deleted_from_a_variable(lib: Any) -> Any:
+    del lib.Param(1, unit="m").unit
+
+
+@refused(
+    flax.errors.TraceContextError, "^Cannot mutate Variable from a different trace"
+)
 def a_variable_of_another_trace(lib: Any) -> Any:
     v = lib.Variable(jnp.array(0.0))
     jax.jit(v.set_value if lib is nnx else v.set_raw_value)(1.0)
 
 
-@refused(flax.errors.TraceContextError)
+@refused(
+    flax.errors.TraceContextError, "^Cannot mutate 'Linear' from different trace level"
+)
 def an_attribute_from_another_trace(lib: Any) -> Any:
     model = linear(lib)
     jax.jit(lambda x: setattr(model, "new", x))(1.0)
@@ -191,6 +231,36 @@ def a_clone_that_shares_variables_but_not_arrays(lib: Any) -> Any:
     lib.clone(linear(lib), variables=False, arrays=True)
 
 
+@refused(TypeError, "abstract")
+def a_module_with_an_abstract_method(lib: Any) -> Any:
+    class Shape(lib.Module):
+        @abc.abstractmethod
+        def area(self) -> Any: ...
+
+    class Named(Shape):
+        pass
+
+    Named()
+
+
+@alike
+def a_module_whose_abstract_methods_are_there(lib: Any) -> Any:
+    class Shape(lib.Module):
+        @property
+        @abc.abstractmethod
+        def area(self) -> Any: ...
+
+    class Square(Shape):
+        area = 4
+
+    return Square().area
+
+
+@refused(ValueError, r"Unused keys found in nnx.view: \['zzz'\]")
+def a_view_with_an_unknown_setting(lib: Any) -> Any:
+    lib.view(lib.Dropout(0.5), zzz=True)
+
+
 @alike
 def static_values_are_met_in_a_graph(lib: Any) -> Any:
     class Own(lib.Module):
@@ -213,6 +283,17 @@ def state(lib: Any) -> Any:
 
 
 @alike
+def filters_read_in_order(lib: Any) -> Any:
+    filters = lib.filterlib.filters_to_predicates((lib.BatchStat, "tag", ..., True))
+    return [f((), lib.Param(1)) for f in filters]
+
+
+@refused(ValueError, "can only be used as the last filters")
+def a_filter_after_all_is_taken(lib: Any) -> Any:
+    lib.filterlib.filters_to_predicates((..., lib.Param))
+
+
+@alike
 def a_flat_state_is_divided(lib: Any) -> Any:
     flat = lib.to_flat_state(state(lib))
     params, rest = flat.split(lib.Param, ...)
@@ -227,6 +308,20 @@ def a_flat_state_is_divided(lib: Any) -> Any:
 def a_flat_state_is_sorted(lib: Any) -> Any:
     pairs = [(("b",), 1), (("a", 1), 2), (("a", 0), 3)]
     return [list(lib.FlatState(pairs, sort=s)) for s in (True, False)]
+
+
+@alike
+def a_part_of_a_flat_state(lib: Any) -> Any:
+    flat = lib.to_flat_state(state(lib))
+    part = flat[1:3]
+    return type(part) is lib.FlatState, part.paths, flat[0][0], flat[-1][0]
+
+
+@alike
+def what_one_state_has_and_another_has_not(lib: Any) -> Any:
+    from_state = lib.State({"a": {"b": 1, "c": 2}, "d": 3})
+    taken = lib.State({"a": {"b": 5}, "d": 0})
+    return lib.to_pure_dict(lib.statelib.diff(from_state, taken))
 
 
 @refused(ValueError, "[Nn]on-exhaustive")
@@ -255,6 +350,24 @@ def a_stream_that_is_not_there(lib: Any) -> Any:
     lib.Rngs(params=0).unknown()
 
 
+@pytest.mark.parametrize("mode", ["set_graph_mode", "set_graph_updates"])
+def test_the_modes_decide_whether_streams_are_copied(mode: str) -> None:
+    def program(lib: Any) -> Any:
+        rngs, found = lib.Rngs(params=0, dropout=1), []
+        with getattr(lib, mode)(False):
+            found.append(lib.split_rngs(rngs, splits=2, only="params").params.key.shape)
+            found.append(lib.fork_rngs(rngs).dropout.normal())
+            split = lib.split_rngs(splits=4)(lambda r: r.params.key.shape)
+            fork = lib.fork_rngs()(lambda r: r.params.normal())
+            whole = lib.split_rngs(rngs, splits=2, graph=True, graph_updates=True)
+            found.append(rngs.params.key.shape)
+            lib.restore_rngs(whole)
+        found += [split(rngs), fork(rngs), rngs.params.key.shape]
+        return found, rngs.params.normal()
+
+    assert plain(program(nnx)) == plain(program(flax_nnx))
+
+
 # -------------------------------------------------------------------------- transforms
 @alike
 def axes_given_as_a_state(lib: Any) -> Any:
@@ -268,6 +381,16 @@ def axes_given_as_a_state(lib: Any) -> Any:
     answers = [axes.map_prefix((k,), lib.Param(1)) for k in "ab"]
     out = lib.vmap(lambda m: m.a * m.b, in_axes=(axes,))(Two())
     return answers, out
+
+
+@alike
+def axes_read_as_a_mapping(lib: Any) -> Any:
+    axes = lib.StateAxes({lib.Param: 0, "tag": None, ...: 1})
+    return (
+        len(axes), axes[lib.Param], axes["tag"], axes.get("tag", 7),
+        [k in axes for k in (lib.Param, "tag", ...)],
+        [x for _, x in axes.items()], isinstance(axes, Mapping), list(axes.values()),
+    )  # fmt: skip
 
 
 @alike
@@ -379,6 +502,29 @@ def a_metric_without_its_argument(lib: Any) -> Any:
     lib.metrics.Average("loss").update(values=1.0)
 
 
+@refused(NotImplementedError, "__init__")
+def a_metric_without_a_constructor(lib: Any) -> Any:
+    lib.Metric()
+
+
+@alike
+def a_metric_with_a_constructor_of_its_own(lib: Any) -> Any:
+    class Count(lib.Metric):
+        def __init__(self) -> None:
+            self.n = lib.metrics.MetricState(jnp.array(0))
+
+    class Named(Count):
+        pass
+
+    return Named().n[...]
+
+
+@alike
+def a_sequence_of_nothing(lib: Any) -> Any:
+    empty = lib.Sequential()
+    return empty(1), empty(1, 2), empty(a=1), empty()
+
+
 @refused(TypeError)
 def a_sequence_of_what_cannot_be_called(lib: Any) -> Any:
     lib.Sequential(3)(1.0)
@@ -393,3 +539,12 @@ def the_bridge_by_the_name_of_its_file(lib: Any) -> Any:
     layer = Linear(args=(3, 4))
     variables = layer.init(jax.random.key(0), jnp.ones((1, 3)))
     return layer.apply(variables, jnp.ones((1, 3))).shape
+
+
+@alike
+def the_arguments_and_methods_of_what_is_made_linen(lib: Any) -> Any:
+    layer = lib.bridge.to_linen(lib.Embed, 5, features=4)
+    variables = layer.init(jax.random.key(0), jnp.array([1]))
+    table = variables["params"]["embedding"]
+    out = layer.apply(variables, table, method=lambda m, x: m.attend(x))
+    return layer.features, out.shape

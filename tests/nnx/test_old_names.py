@@ -44,3 +44,10 @@ def test_type_and_sharding_names() -> None:
     assert nnx.Cache(1).sharding_names is None
     assert nnx.Cache(jnp.ones(1), out_sharding=("a",)).sharding_names == ("a",)
     assert nnx.Cache(1).to_state().value == 1
+
+
+@pytest.mark.parametrize("name", ["add_axis", "remove_axis"])
+def test_a_method_that_no_transform_would_call_is_refused_in_a_kind(name: str) -> None:
+    with pytest.raises(VariableError, match=f"Kind: {name} would never be called"):
+        type("Kind", (nnx.Param,), {name: lambda self, index, axis: None})
+    assert issubclass(type("Kind", (nnx.Param,), {}), nnx.Param)

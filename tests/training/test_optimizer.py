@@ -735,7 +735,7 @@ def test_a_model_from_outside_a_trace_is_refused_and_left_alone():
     def step(optimizer):
         optimizer.update(model, {"w": jnp.ones(2)})
 
-    with pytest.raises(TraceError, match=r"\(Param\) from inside a transform"):
+    with pytest.raises(TraceError, match=r"\(Param\) would be written from inside"):
         step(optimizer)
     same(before, snapshot_of(model, optimizer))
 

@@ -195,3 +195,18 @@ def test_a_traced_function_is_lowered_and_compiled_as_of_jax():
     assert traced.fun_name == "<lambda>"
     text = traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "stablehlo.multiply" in text
+
+
+def test_what_was_traced_is_compiled_and_called_as_the_function() -> None:
+    def call(m, x, n):
+        m.kernel[...] = m.kernel[...] * n
+        return m(x)
+
+    model = sortal.Linear(3, 2, rngs=sortal.Rngs(0))
+    x, kernel = X[:1], model.kernel.value
+    traced = sortal.jit(call, static_argnums=2).trace(model, x, 2)
+    out = traced.lower().compile()(model, x)
+    np.testing.assert_allclose(model.kernel.value, kernel * 2, rtol=1e-6)
+    np.testing.assert_allclose(out, model(x), rtol=1e-6)
+    bound = sortal.jit(sortal.Linear.__call__).__get__(model).trace(x)
+    np.testing.assert_allclose(bound.lower().compile()(x), out, rtol=1e-6)

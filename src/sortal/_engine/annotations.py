@@ -15,6 +15,7 @@ PARTITION_NAME = "partition_name"
 HOOKS = (
     "on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis",
 )  # fmt: skip
+_BOXES = ("hijax", "ref")
 _OLD_NAMES = ("sharding", "sharding_names")
 
 
@@ -120,14 +121,14 @@ def refuse_hooks(owner: str, names: list[str]) -> None:
 def normalised(owner: str, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Metadata under today's names, with tuples in the place of lists of axis names."""
     refuse_hooks(owner, [n for n in HOOKS if metadata.get(n)])
-    boxes = [n for n in ("hijax", "ref") if metadata.get(n)]
+    boxes = [n for n in _BOXES if metadata.get(n)]
     if boxes:
         raise VariableError(
             f"{owner}: {boxes[0]}=True would let jax.jit carry out what a function "
             "writes; a Variable holds its value itself. Leave it out, and write the "
             "jit of this library in the place of jax.jit."
         )
-    found = {k: v for k, v in metadata.items() if k not in HOOKS}
+    found = {k: v for k, v in metadata.items() if k not in (*HOOKS, *_BOXES)}
     for old in _OLD_NAMES:
         if old in found:
             found["out_sharding"] = found.pop(old)

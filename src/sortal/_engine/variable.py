@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -46,8 +46,8 @@ class Variable(ArrayOperators, Generic[A]):
         ``out_sharding`` names its axes and there is a mesh, the value is put there.
 
     Raises:
-      VariableError: the value is itself a Variable, or metadata cannot be hashed or
-        is a hook.
+      VariableError: the value is itself a Variable or a ``jax.Ref``, or metadata
+        cannot be hashed or is a hook.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +78,8 @@ class Variable(ArrayOperators, Generic[A]):
         while isinstance(value, VariableMetadata):
             metadata.update(value.metadata)
             value = value.raw_value
+        if type(value) is jax.Ref:
+            _refuse_ref(type(self))
         frozen = _frozen(type(self), metadata) if metadata else EMPTY
         _set_first_value(self, placed(value, frozen) if metadata else value)
         _init_metadata(self, frozen)
@@ -297,15 +299,15 @@ class Variable(ArrayOperators, Generic[A]):
             object.__setattr__(self, name, new)
         else:
             raise VariableAttributeError(
-                f"cannot set {name!r} on a {type(self).__name__}. For the value write "
-                "variable.value = x or variable[...] = x; for metadata write "
-                f"variable.set_metadata({name}=x)."
+                f"Cannot set attribute {name} of a {type(self).__name__}. For the "
+                "value write variable.value = x or variable[...] = x; for metadata "
+                f"write variable.set_metadata({name}=x)."
             )
 
     def __delattr__(self, name: str) -> None:
         raise VariableAttributeError(
-            f"cannot delete {name!r} of a {type(self).__name__}. For metadata write "
-            f"variable.del_metadata({name!r})."
+            f"Cannot delete attribute {name} of a {type(self).__name__}. For metadata "
+            f"write variable.del_metadata({name!r})."
         )
 
     def __repr__(self) -> str:
@@ -347,6 +349,13 @@ _init_cell: Callable[[Variable, Any], None] = Variable.__dict__["_cell"].__set__
 _init_metadata: Callable[[Variable, Metadata], None]
 _init_metadata = Variable.__dict__["_metadata"].__set__
 _init_trace: Callable[[Variable, Any], None] = Variable.__dict__["_trace"].__set__
+
+
+def _refuse_ref(kind: type) -> NoReturn:
+    raise VariableError(
+        "Cannot pass a Ref directly into Variable constructor. A Ref is a box of JAX's "
+        f"own, and a Variable is one itself. Write {kind.__name__}(ref[...])."
+    )
 
 
 def _set_first_value(variable: Variable[Any], value: Any) -> None:
@@ -495,10 +504,14 @@ def foreign_write(places: Iterable[tuple[Any, paths.Path, str]]) -> TraceError:
     for above, (_, below, kind) in zip(found, places, strict=True):
         path = (*(above or ()), *below)
         rows.append(f"{paths.show(path) if path else 'an object of its own'} ({kind})")
+    kind = places[0][2]
+    owner = kind.removeprefix("of a ").removeprefix("in a ")
+    what = f"{kind} from a" if owner == kind else f"{owner!r} from"
     return TraceError(
-        f"cannot write to {', '.join(rows)} from inside a transform that it was not "
-        "passed to: the write would be lost or leak a tracer. Pass the object that "
-        "holds it as an argument of the transformed function."
+        f"Cannot mutate {what} different trace level: {', '.join(rows)} would be "
+        "written from inside a transform that it was not passed to, and the write lost "
+        "or a tracer leaked. Pass the object that holds it as an argument of the "
+        "transformed function."
     )
 
 

@@ -15,7 +15,7 @@ class Sequential(Module):
 
     A tuple that one returns becomes the positional arguments of the next, a dict its
     keyword arguments. Keyword arguments of the call, such as ``rngs``, go to all layers
-    that take them.
+    that take them. With no layers it returns what it is given.
 
     Args:
       *fns: modules or functions.
@@ -36,7 +36,9 @@ class Sequential(Module):
         return iter(self.layers)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output: Any = args[0] if len(args) == 1 else args
+        if not self.layers:
+            return args[0] if len(args) == 1 else args or kwargs or None
+        output: Any = None
         own: dict[str, Any] = {}
         left = kwargs.keys() - {"rngs"}
         for i, layer in enumerate(self.layers):

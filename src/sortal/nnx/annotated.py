@@ -1,7 +1,8 @@
-"""What the bodies of classes say: ``nnx.Data[...]``, ``nnx.Static[...]``, fields."""
+"""What the bodies of classes say: ``nnx.Data[...]``, fields, abstract methods."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 from typing import Any
@@ -42,4 +43,19 @@ def _read(cls: Any) -> None:
         cls._field_roles = {**(cls._field_roles or {}), **roles}
 
 
+def _abstract(cls: Any) -> None:
+    """Has an object with abstract methods be refused, as ABCMeta does."""
+    if isinstance(cls, abc.ABCMeta) or not hasattr(cls, "_field_roles"):
+        return
+    names = {k for base in cls.__mro__ for k, x in vars(base).items() if _is_open(x)}
+    cls.__abstractmethods__ = frozenset(
+        k for k in names if _is_open(getattr(cls, k, None))
+    )
+
+
+def _is_open(x: Any) -> bool:
+    return getattr(x, "__isabstractmethod__", False)
+
+
 watch_classes(_read)
+watch_classes(_abstract)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from sortal._engine.annotations import PARTITION_NAME
 from sortal._engine.variable import is_variable
-from sortal.errors import ArgumentError, UnsupportedError
+from sortal.errors import ArgumentError, PathError, UnsupportedError
+from sortal.filters import to_filter
 from sortal.functional import variables
 from sortal.nnx.spmd import add_axis, remove_axis
 from sortal.transforms._adapter.binding import BoundArguments, write_back
@@ -191,3 +192,25 @@ def map_prefix(self: Any, path: Any, variable: Any) -> Any:  # noqa: D417
         f"{self!r} has no answer for a {type(variable).__name__} at {path}. End the "
         "table with `...: answer`."
     )
+
+
+class MappingNames:
+    """What StateAxes has as a mapping from filter to axis."""
+
+    __slots__ = ()
+
+    def __getitem__(self: Any, key: Any) -> Any:
+        if key not in self:
+            raise PathError(f"{self!r} has no filter {key!r}.")
+        return self.answers[self.filters.index(to_filter(key))]
+
+    def __contains__(self: Any, key: Any) -> bool:
+        return to_filter(key) in self.filters
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        return iter(self.filters)
+
+    def __len__(self: Any) -> int:
+        return len(self.filters)
+
+    get, keys, values = Mapping.get, Mapping.keys, Mapping.values

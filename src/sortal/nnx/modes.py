@@ -83,6 +83,22 @@ class set_graph_updates(_Switch):  # noqa: N801
     """
 
 
+def edits_in_place(graph: bool | None, graph_updates: bool | None) -> bool:
+    """Whether a function with NNX's two keywords changes what it is given.
+
+    Args:
+      graph: the keyword; the mode that is set if None.
+      graph_updates: likewise.
+
+    Returns:
+      True where both are.
+    """
+    graph = set_graph_mode.current_value() if graph is None else graph
+    if graph_updates is None:
+        graph_updates = set_graph_updates.current_value()
+    return graph and graph_updates
+
+
 class VarDefaults(Mapping[str, Any]):
     """How new Variables store their value: always in themselves."""
 

@@ -147,6 +147,21 @@ def _delete_entry(self: Any, key: Any) -> None:
     self.set_value(value)
 
 
+_AXIS_METHODS = ("add_axis", "remove_axis")
+
+
+def _refuse_axis_methods(cls: Any) -> None:
+    """Refuses in kinds the methods that NNX's transforms call for a mapped axis."""
+    if issubclass(cls, Variable):
+        found = [name for name in _AXIS_METHODS if name in vars(cls)]
+        if found:
+            raise VariableError(
+                f"class {cls.__name__}: {' and '.join(found)} would never be called. "
+                "transform_metadata={nnx.PARTITION_NAME: name} changes the metadata "
+                "that names axes; leave the methods out."
+            )
+
+
 def _creates(cls: Any) -> None:
     """Has a kind that defines ``create_value`` be asked when one is made."""
     if "create_value" not in vars(cls) or not issubclass(cls, Variable):
@@ -163,13 +178,28 @@ def _creates(cls: Any) -> None:
     cls.__init__ = init
 
 
+def _get_metadata(function: Any) -> Any:
+    taking = ignoring("exclude_required")(function)
+
+    @functools.wraps(taking)
+    def get_metadata(self: Any, *args: Any, **options: Any) -> Any:
+        found = taking(self, *args, **options)
+        if options.get("exclude_required") and builtins.type(found) is dict:
+            # In NNX every Variable has this entry; here those that were given it.
+            found.pop("eager_sharding", None)
+        return found
+
+    return get_metadata
+
+
 def _attach(kind: Any) -> None:
     kind.__delitem__ = _delete_entry
     for name, member in vars(OldNames).items():
         if not name.startswith("_"):
             setattr(kind, name, member)
-    kind.get_metadata = ignoring("exclude_required")(kind.get_metadata)
+    kind.get_metadata = _get_metadata(kind.get_metadata)
 
 
 _attach(Variable)
 watch_classes(_creates)
+watch_classes(_refuse_axis_methods)

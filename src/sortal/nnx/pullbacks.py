@@ -14,7 +14,7 @@ from sortal._engine.statics import EMPTY
 from sortal._engine.variable import Variable, make
 from sortal.filters import Any_
 from sortal.nnx.gradients import variables_for_states
-from sortal.nnx.modes import set_graph_mode, set_graph_updates
+from sortal.nnx.modes import edits_in_place
 from sortal.transforms import custom
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.tracing import is_flat_module
@@ -153,8 +153,5 @@ def custom_vjp(
       >>> float(nnx.grad(scaled)(Scale(), 3.0)["w"].value)
       30.0
     """
-    graph = set_graph_mode.current_value() if graph is None else graph
-    updates = graph_updates
-    updates = set_graph_updates.current_value() if updates is None else updates
-    kind = CustomVJP if graph and updates else TreeCustomVJP
+    kind = CustomVJP if edits_in_place(graph, graph_updates) else TreeCustomVJP
     return kind(fun, nondiff_argnums)

@@ -16,6 +16,7 @@ from sortal.errors import RngError
 from sortal.filters import leaf_filter
 from sortal.functional import iter_graph
 from sortal.nnx.keywords import ignoring
+from sortal.nnx.modes import edits_in_place
 from sortal.nnx.walks import recursive_map
 from sortal.random import Rngs as Rngs
 from sortal.random import RngStream as RngStream
@@ -134,7 +135,7 @@ def split_rngs(
       only: which streams.
       squeeze: whether to take the first of the keys.
       graph: False returns a copy with split streams, and leaves the streams of
-        ``node`` one key further.
+        ``node`` one key further; what ``set_graph_mode`` was given if absent.
       graph_updates: as ``graph``.
 
     Returns:
@@ -148,7 +149,7 @@ def split_rngs(
       ((5,), ())
     """
     options = {"splits": splits, "only": only, "squeeze": squeeze}
-    if graph is not False and graph_updates is not False:
+    if edits_in_place(graph, graph_updates):
         first = () if node is _ABSENT else (node,)
         return random.split_rngs(*first, **options)
     if node is _ABSENT:
@@ -179,7 +180,7 @@ def fork_rngs(
       split: how many keys the new streams get: a number or shape, or a mapping from
         filter to one.
       graph: False returns a copy with new streams, and leaves the streams of ``node``
-        one key further.
+        one key further; what ``set_graph_mode`` was given if absent.
       graph_updates: as ``graph``.
 
     Returns:
@@ -191,7 +192,7 @@ def fork_rngs(
       >>> nnx.fork_rngs(rngs, graph=False).default is rngs.default
       False
     """
-    if graph is not False and graph_updates is not False:
+    if edits_in_place(graph, graph_updates):
         return (
             _forked(split) if node is _ABSENT else random.fork_rngs(node, split=split)
         )

@@ -75,6 +75,12 @@ class FlatNames:
         return cls(zip(keys, values, strict=True))
 
 
+def _item(self: Any, index: Any) -> Any:
+    """A pair, or the FlatState of a slice."""
+    found = tuple.__getitem__(self, index)
+    return type(self)(found) if isinstance(index, slice) else found
+
+
 class StateNames:
     """The attribute of a State that only NNX code uses."""
 
@@ -95,6 +101,8 @@ def _name(cls: Any) -> None:
             for name, member in vars(names).items():
                 if not name.startswith("_"):
                     setattr(cls, name, member)
+            if names is FlatNames:
+                cls.__getitem__ = _item
 
 
 watch_classes(_name)

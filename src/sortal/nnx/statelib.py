@@ -192,3 +192,21 @@ def map_state(f: Callable[[Path, Any], Any], state: Any) -> State:
       {'a': 2}
     """
     return as_state(state).map(f)
+
+
+def diff(state: Any, other: Any) -> State:
+    """The leaves of a State whose paths another has not.
+
+    Args:
+      state: a State or nested mapping.
+      other: another.
+
+    Returns:
+      The new State.
+
+    Example:
+      >>> from sortal import nnx
+      >>> nnx.statelib.diff({"a": 1, "b": 2}, {"b": 3}).to_pure_dict()
+      {'a': 1}
+    """
+    return as_state(state) - as_state(other)

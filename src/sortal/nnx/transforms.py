@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sortal.nnx import checking
 from sortal.nnx.checking import checkify as checkify
 from sortal.nnx.checking import pmap as pmap
@@ -22,6 +24,10 @@ from sortal.transforms.autodiff import DiffState as DiffState
 StateSpecs = StateSharding
 for _table in (StateAxes, StateSharding):
     _table.map_prefix = checking.map_prefix  # type: ignore[attr-defined]
+for _name, _method in vars(checking.MappingNames).items():
+    if _name not in vars(object):
+        setattr(StateAxes, _name, _method)
+Mapping.register(StateAxes)  # type: ignore[attr-defined]
 
 _transform = ignoring("graph", "graph_updates")
 _derivative = ignoring("graph", "graph_updates", empty=("reduce_axes",))

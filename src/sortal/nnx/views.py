@@ -58,10 +58,10 @@ def view(
     unused = [name for name in kwargs if name not in taken]
     if unused and raise_if_not_found:
         raise ArgumentError(
-            f"no module of {len(modules)} chosen takes the setting "
-            f"{', '.join(map(repr, unused))}. A module takes those that its method "
-            "set_view has as arguments. Check the spelling and the filter, write "
-            "set_view or nnx.with_attributes, or pass raise_if_not_found=False."
+            f"Unused keys found in nnx.view: {unused}. None of {len(modules)} modules "
+            "chosen takes them; a module takes what its method set_view has as "
+            "arguments. Check the spelling and the filter, write set_view or "
+            "nnx.with_attributes, or pass raise_if_not_found=False."
         )
     return new
 

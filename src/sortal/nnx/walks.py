@@ -10,7 +10,7 @@ import jax
 from sortal._engine.nodes import LEAF, STATIC, handler_of, is_root
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import Variable, is_variable, value_of
-from sortal.errors import StructureError, UnsupportedError, listing
+from sortal.errors import StructureError, UnsupportedError
 from sortal.filters import to_filter
 from sortal.functional import clone, graphdef, merge, split, variables
 from sortal.module import Module, is_module
@@ -30,7 +30,8 @@ def map(
       f: takes a path and a Variable or array; returns the new leaf.
       node: a Module, or a container of Modules, Variables and arrays.
       graph: ignored; for NNX compatibility.
-      recreate_variables: ignored; the new model has Variables of its own.
+      recreate_variables: whether the new model has Variables of its own; if not, it
+        has those that ``f`` returns.
 
     Returns:
       The new model.
@@ -43,8 +44,14 @@ def map(
       >>> float(zeros.kernel.sum())
       0.0
     """
+    if not recreate_variables:
+        return recursive_map(lambda p, x: f(p, x) if _is_leaf(x) else x, node)
     graphdef, leaves = split(node)
     return merge(graphdef, leaves.map(f))
+
+
+def _is_leaf(x: Any) -> bool:
+    return is_variable(x) or handler_of(x) is LEAF
 
 
 def recursive_map(
@@ -140,20 +147,23 @@ def iter_graph(
     """
     graphdef(node)  # refuses what is no graph
     entered: set[int] = set()
-
-    def visit(path: Path, x: Any) -> Iterator[tuple[Path, Any]]:
+    # A list of what is to come, and no recursion: models may be deep.
+    todo: list[tuple[Path, Any, bool]] = [((), node, False)]
+    while todo:
+        path, x, left = todo.pop()
         handler = handler_of(x)
-        if handler is not STATIC and is_root(x):
+        if left or handler is STATIC:
+            yield path, x
+            continue
+        if is_root(x):
             if id(x) in entered:
-                return
+                continue
             entered.add(id(x))
-        if handler is not LEAF and handler is not STATIC:
+        todo.append((path, x, True))
+        if handler is not LEAF:
             items = handler.items(x)
-            for key in sorted(items, key=repr):
-                yield from visit(_below(handler, path, key), items[key])
-        yield path, x
-
-    return visit((), node)
+            keys = sorted(items, key=repr, reverse=True)
+            todo += [(_below(handler, path, k), items[k], False) for k in keys]
 
 
 def find_duplicates(node: Any, /, *, only: Any = ...) -> list[list[Path]]:
@@ -176,23 +186,23 @@ def find_duplicates(node: Any, /, *, only: Any = ...) -> list[list[Path]]:
     places: dict[int, list[Path]] = {}
     entered: set[int] = set()
 
-    def visit(path: Path, x: Any) -> None:
+    todo: list[tuple[Path, Any]] = [((), node)]
+    while todo:
+        path, x = todo.pop()
         handler = handler_of(x)
         if handler is STATIC:
-            return
+            continue
         if is_root(x):
             if id(x) not in places:
                 places[id(x)] = [path]
             elif chosen(path, x):
                 places[id(x)].append(path)
         if handler is LEAF or id(x) in entered:
-            return
+            continue
         if handler.tracked:
             entered.add(id(x))
-        for key, child in handler.items(x).items():
-            visit(_below(handler, path, key), child)
-
-    visit((), node)
+        below = [(_below(handler, path, k), v) for k, v in handler.items(x).items()]
+        todo += reversed(below)
     return [found for found in places.values() if len(found) > 1]
 
 
@@ -291,21 +301,20 @@ def with_vars(
       hijax: only False, which changes nothing.
       ref: only False, which changes nothing.
       mutable: only True, which changes nothing.
-      only: which Variables are meant; all if absent.
-      allow_duplicates: whether a Variable may be met more than once.
+      only: which Variables are meant; no effect, for none is changed.
+      allow_duplicates: likewise.
 
     Returns:
-      The new model, with Variables of its own.
+      The new model, with the same Variables.
 
     Raises:
       UnsupportedError: ``hijax=True``, ``ref=True`` or ``mutable=False``.
-      StructureError: Variables are shared and ``allow_duplicates`` is False.
 
     Example:
       >>> from sortal import nnx
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> nnx.with_vars(model, ref=False).kernel is model.kernel
-      False
+      True
     """
     if mutable is False:
         raise UnsupportedError(
@@ -313,17 +322,7 @@ def with_vars(
             "nnx.state(model), or nnx.as_pure(nnx.state(model)), to what reads them."
         )
     refuse_other_boxes(hijax, ref)
-    chosen = to_filter(only)
-    found = [] if allow_duplicates else find_duplicates(node, only=Variable)
-    places = dict(variables(node).flat_state())
-    shared = [p for p in found if p[0] in places and chosen(p[0], places[p[0]])]
-    if shared:
-        raise StructureError(
-            "with_vars: these Variables are met at several places:\n"
-            + listing([" and ".join(show(x) for x in p) for p in shared])
-            + "\nPass allow_duplicates=True."
-        )
-    return clone(node)
+    return clone(node, variables=False)
 
 
 def refuse_other_boxes(hijax: bool | None, ref: bool | None) -> None:

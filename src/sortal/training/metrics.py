@@ -42,6 +42,13 @@ class Metric(Pytree):
       3.0
     """
 
+    def __init__(self) -> None:
+        if type(self) is Metric:
+            raise NotImplementedError(
+                "Metric is the base of metrics. Derive a class with __init__, update, "
+                "compute and reset."
+            )
+
     def reset(self) -> None:
         """Discards everything accumulated.
 

@@ -118,9 +118,13 @@ class Jitted:
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lowers for these arguments, as ``jax.jit(f).lower``; nothing is run."""
         lowered = self._without_running(self._jit.lower, args, kwargs)
+        return Lowered(lowered, self._caller(args, kwargs))
+
+    def _caller(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What calls a program that was made for these arguments."""
         given = {**dict(enumerate((*self._first, *args))), **kwargs}
         static = {k: x for k, x in given.items() if k in self._static}
-        return Lowered(lowered, functools.partial(self._run, static))
+        return functools.partial(self._run, static)
 
     def _run(self, static: dict[Any, Any], program: Any, rest: Any, named: Any) -> Any:
         """Calls a program; ``static`` are the arguments that it is not given."""
@@ -162,7 +166,9 @@ class Jitted:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Traces for these arguments, as ``jax.jit(f).trace``; nothing is run."""
-        return Traced(self._without_running(self._jit.trace, args, kwargs))
+        traced = self._without_running(self._jit.trace, args, kwargs)
+        call = self._caller(args, kwargs)
+        return Traced(traced, lambda lowered: Lowered(lowered, call))
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the output; nothing is run or changed."""
@@ -184,8 +190,12 @@ class Traced:
     of them has no arguments that a caller could write.
     """
 
-    def __init__(self, traced: Any):
-        self._traced = traced
+    def __init__(self, traced: Any, wrap: Callable[[Any], Lowered]):
+        self._traced, self._wrap = traced, wrap
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+        """The same, whose program is not given its first arguments."""
+        return Traced(self._traced, lambda x: self._wrap(x).bound(args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._traced, name)
@@ -199,7 +209,7 @@ class Traced:
                 "compiled by jit of Sortal, whose models JAX would not know again in a "
                 "call. Write sortal.export(f)(...) for jax.export.export(f)(...)."
             )
-        return self._traced.lower(**options)
+        return self._wrap(self._traced.lower(**options))
 
 
 class JittedPartial(functools.partial):
@@ -212,7 +222,8 @@ class JittedPartial(functools.partial):
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.trace``, for the remaining arguments."""
-        return self.func.trace(*self.args, *args, **{**self.keywords, **kwargs})
+        traced = self.func.trace(*self.args, *args, **{**self.keywords, **kwargs})
+        return traced.bound(self.args, self.keywords)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Jitted.eval_shape``, for the remaining arguments."""

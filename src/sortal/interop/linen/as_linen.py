@@ -161,6 +161,15 @@ def linen_class() -> Any:
                 self._keep(module)
             return out
 
+        def __getattr__(self, name: str) -> Any:
+            """The arguments that the NNX class is called with, and its methods."""
+            if name in self.kwargs:
+                return self.kwargs[name]
+            method = getattr(self.nnx_class, name, None)
+            if name.startswith("_") or not callable(method):
+                return super().__getattr__(name)
+            return functools.partial(self.__call__, nnx_method=method)
+
         def _rngs(self, first: bool) -> dict[str, Any]:
             if self.skip_rng:
                 return {}
