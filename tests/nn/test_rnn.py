@@ -177,6 +177,15 @@ def test_lengths_that_no_sequence_can_have_are_refused(lengths) -> None:
         layer(jnp.ones((2, 3, 2)), seq_lengths=jnp.array(lengths))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_lengths_of_few_bits_count_in_sequences_of_more_steps(dtype: str) -> None:
+    x, lengths = jnp.arange(600.0).reshape(2, 300, 1), jnp.array([3, 100], dtype)
+    back = nnx.RNN(Sum(), reverse=True, keep_order=True)(x, seq_lengths=lengths)
+    assert back[1, 0, 0] == 100 + x[1, :100].sum()
+    flipped = nnx.flip_sequences(x, lengths, num_batch_dims=1, time_major=False)
+    np.testing.assert_array_equal(flipped[1, :100], x[1, 99::-1])
+
+
 def test_lengths_known_only_in_a_trace_end_where_the_sequences_end() -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32)

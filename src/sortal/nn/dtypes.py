@@ -181,6 +181,8 @@ def checked_lengths(name: str, lengths: Any, batch: tuple[int, ...], most: int) 
             f"{name} are integers from 0 to {most} of the batch's shape {batch}, for "
             f"each sequence how much of it is not padding; found {found}."
         )
+    if lengths.dtype.itemsize < 4:  # ``most`` may be more than they can hold
+        lengths = lengths.astype(jnp.int32)
     return jnp.clip(lengths, 0, most)
 
 
