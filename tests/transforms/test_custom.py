@@ -461,6 +461,22 @@ def test_a_function_that_needs_values_is_differentiated_where_it_has_them() -> N
     assert int(m.calls.value) == 1
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        np.asarray,
+        float,
+        lambda x: jnp.arange(3.0)[jnp.arange(3) < x][0],
+    ],
+    ids=["to NumPy", "to a number", "as a mask"],
+)
+def test_a_function_that_reads_values_gives_way_to_its_rule(read: Any) -> None:
+    f = sortal.custom_vjp(lambda m, x: m.w * read(x))
+    f.defvjp(lambda m, x: (m.w * x, x), lambda x, ct: ({"w": 7 * x * ct}, None))
+    m = Holder(w=Param(jnp.array(1.0)))
+    assert float(sortal.grad(f)(m, jnp.array(2.0))["w"].value) == 14.0
+
+
 def test_calls_without_rules_and_wrong_arguments_are_refused() -> None:
     def f(m: Any, *, scale: Any = 1.0) -> Any:
         return m

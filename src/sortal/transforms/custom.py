@@ -101,9 +101,10 @@ class _OneCall:
     def ruled(self, rule: Any, name: str, inputs: Any, rest: Any) -> tuple[Any, Any]:
         """Runs a rule that returns a pair: the outcome, and the pair's other half."""
         if self.did is None and self.bound.roots:
-            # JAX runs the rule alone; what the function would do is found out here. One
-            # that asks for values cannot be told.
-            with contextlib.suppress(jax.errors.ConcretizationTypeError):
+            # JAX runs the rule alone; what the function would do is found out here. Of
+            # one that reads values it cannot be.
+            reads_values = jax.errors.JAXTypeError, jax.errors.JAXIndexError
+            with contextlib.suppress(*reads_values):
                 jax.eval_shape(self.primal, inputs, rest)
         result = self.call.run(rule, inputs, rest)
         result.out, other = result.out
