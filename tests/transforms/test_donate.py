@@ -487,3 +487,23 @@ def test_an_error_of_the_donated_call_itself_is_not_told_as_a_stale_buffer() -> 
         sortal.jit(f, donate=True)(m)
     with pytest.raises(StaleBufferError, match=r"m: bias \(Param\)"):
         sortal.jit(f, donate=True)(m)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "INVALID_ARGUMENT: Invalid buffer passed to Execute() as argument 0 to replica "
+        "0: INVALID_ARGUMENT: Buffer has been deleted or donated.",
+        "Array has been deleted with shape=float32[3].",
+        "INVALID_ARGUMENT: Invalid buffer passed to Execute() as argument 0 to replica "
+        "0: INVALID_ARGUMENT: Donation requested for invalid buffer",
+    ],
+)
+def test_each_form_in_which_xla_says_so_is_told_as_a_stale_buffer(said: str) -> None:
+    def f(m: Any) -> Any:
+        raise RuntimeError(said)
+
+    m = Linear(1, 1)
+    m.bias.value.delete()
+    with pytest.raises(StaleBufferError, match=r"m: bias \(Param\)"):
+        sortal.jit(f, donate=True)(m)

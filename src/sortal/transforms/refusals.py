@@ -34,7 +34,7 @@ def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
       StaleBufferError: some do; all are listed.
     """
     said = str(cause).partition("\n")[0]  # tracebacks of callbacks may follow
-    if "deleted" not in said and "donated" not in said:
+    if "deleted" not in said and "donat" not in said.lower():
         return
     rows = [
         f"{where}: {describe(value)}"
