@@ -125,6 +125,7 @@ def test_one_mask_combines_to_booleans_as_several_do() -> None:
     mask = jnp.array([2.0, 0.0, 0.5])
     assert nnx.combine_masks(mask, dtype=jnp.int32).tolist() == [1, 0, 1]
     assert nnx.combine_masks(mask, mask, dtype=jnp.int32).tolist() == [1, 0, 1]
+    assert nnx.combine_masks([2.0, 0.0], [1, 1], dtype=jnp.int32).tolist() == [1, 0]
 
 
 def test_masks_of_different_ranks_are_refused() -> None:

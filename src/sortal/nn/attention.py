@@ -384,17 +384,17 @@ def combine_masks(*masks: Any, dtype: DTypeLike = jnp.float32) -> jax.Array | No
       >>> nnx.combine_masks(jnp.array([1, 1, 0]), None, jnp.array([0, 1, 1]), dtype=int)
       Array([0, 1, 0], dtype=int32)
     """
-    given = [m for m in masks if m is not None]
+    given = [jnp.asarray(m) for m in masks if m is not None]
     if not given:
         return None
-    sizes = [set(n) - {1} for n in zip(*map(jnp.shape, given), strict=False)]
-    if len({jnp.ndim(m) for m in given}) > 1 or any(len(n) > 1 for n in sizes):
+    sizes = [set(n) - {1} for n in zip(*(m.shape for m in given), strict=False)]
+    if len({m.ndim for m in given}) > 1 or any(len(n) > 1 for n in sizes):
         raise ArgumentError(
             "combine_masks needs masks of one rank that broadcast, such as (*batch, "
             "heads, queries, keys) with ones for axes that are shared; found "
             f"{', '.join(map(describe, given))}."
         )
-    mask = jnp.asarray(given[0]).astype(bool)
+    mask = given[0].astype(bool)
     for other in given[1:]:
         mask = jnp.logical_and(mask, other)
     return mask.astype(dtype)
