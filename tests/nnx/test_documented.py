@@ -393,6 +393,11 @@ def axes_read_as_a_mapping(lib: Any) -> Any:
     )  # fmt: skip
 
 
+def test_axes_read_as_a_mapping_are_pickled() -> None:
+    axes = nnx.StateAxes({nnx.Param: 0, ...: None})
+    assert pickle.loads(pickle.dumps(axes)) == axes
+
+
 @alike
 def shardings_given_as_a_state(lib: Any) -> Any:
     mesh = jax.sharding.Mesh(jax.devices()[:4], ("model",))

@@ -24,9 +24,8 @@ from sortal.transforms.autodiff import DiffState as DiffState
 StateSpecs = StateSharding
 for _table in (StateAxes, StateSharding):
     _table.map_prefix = checking.map_prefix  # type: ignore[attr-defined]
-for _name, _method in vars(checking.MappingNames).items():
-    if _name not in vars(object):
-        setattr(StateAxes, _name, _method)
+for _name in checking.MAPPING_NAMES:
+    setattr(StateAxes, _name, vars(checking.MappingNames)[_name])
 Mapping.register(StateAxes)  # type: ignore[attr-defined]
 
 _transform = ignoring("graph", "graph_updates")
