@@ -165,7 +165,8 @@ def linen_class() -> Any:
             """The arguments that the NNX class is called with, and its methods."""
             if name in self.kwargs:
                 return self.kwargs[name]
-            method = getattr(self.nnx_class, name, None)
+            # A copy that is being made has no class yet.
+            method = getattr(vars(self).get("nnx_class"), name, None)
             if name.startswith("_") or not callable(method):
                 return super().__getattr__(name)
             return functools.partial(self.__call__, nnx_method=method)
