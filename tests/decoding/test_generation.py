@@ -249,6 +249,11 @@ def test_prompts_are_padded_to_few_lengths() -> None:
     assert lengths.tolist() == [2, 2]
 
 
+def test_prompts_of_a_trace_are_told_as_such() -> None:
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        jax.jit(decoding.pad)(jnp.array([[1, 2]]))
+
+
 def test_what_gives_no_row_of_logits_for_each_prompt_is_refused() -> None:
     class Wrong(nnx.Module):
         def __init__(self):

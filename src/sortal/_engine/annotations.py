@@ -16,6 +16,7 @@ HOOKS = (
     "on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis",
 )  # fmt: skip
 _BOXES = ("hijax", "ref")
+_DROPPED = frozenset((*HOOKS, *_BOXES))
 _OLD_NAMES = ("sharding", "sharding_names")
 
 
@@ -128,7 +129,7 @@ def normalised(owner: str, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
             "writes; a Variable holds its value itself. Leave it out, and write the "
             "jit of this library in the place of jax.jit."
         )
-    found = {k: v for k, v in metadata.items() if k not in (*HOOKS, *_BOXES)}
+    found = {k: v for k, v in metadata.items() if k not in _DROPPED}
     for old in _OLD_NAMES:
         if old in found:
             found["out_sharding"] = found.pop(old)

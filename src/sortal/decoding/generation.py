@@ -275,6 +275,8 @@ def pad(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         rows = [np.asarray(row) for row in prompts]
+    except jax.errors.TracerArrayConversionError:
+        raise
     except (TypeError, ValueError):  # it is no list, or one in it is ragged
         raise ArgumentError(f"{_PROMPTS}found {describe(prompts)}.") from None
     if isinstance(prompts, str) or (rows and rows[0].dtype.kind == "U"):
