@@ -186,21 +186,27 @@ class Sharded:
         leaves, tree = jtu.tree_flatten((dynamic, named))
         # Names of axes, and specs that are functions, depend on rules and mesh.
         short = (tree, jax.sharding.get_abstract_mesh(), in_force())
-        key: Any = short
-        if self._by_value or short in self._by_shape:
-            key = short, tuple(map(jax.typeof, leaves))
+        key = self._key(short, leaves)
         found = self._made.get(key)
         if found is None:
             given, answers = self._answers(dynamic, named)
-            if answers.by_shape and key is short:
+            if answers.by_shape:
                 self._by_shape.add(short)
-                key = short, tuple(map(jax.typeof, leaves))
+                key = self._key(short, leaves)
             options = self._options
             if self._in is not None:
                 options = {**options, "in_shardings": given}
             found = _Packed(self._traced, answers, self._out, options)
             self._made[key] = found
         return found
+
+    def _key(self, short: Any, leaves: Sequence[Any]) -> Any:
+        """What answers are kept by: all that they depend on."""
+        if self._by_value:
+            return short, tuple(map(jax.typeof, leaves))
+        if short in self._by_shape:
+            return short, tuple(getattr(x, "shape", ()) for x in leaves)
+        return short
 
     def _answers(self, dynamic: Sequence[Any], named: Any) -> tuple[Any, _Answers]:
         """What JAX is told of each argument, and the answers behind it."""
