@@ -145,7 +145,8 @@ def test_models_that_share_a_variable_cannot_be_called_with():
     exported, one, two = sortal.export(add_to)(module(), module()), module(), module()
     two.n = one.n
     state = sortal.state(module())
-    for pair in ((one, one), (one, two), (state, state)):
+    holds = [sortal.State({"n": one.n}) for _ in range(2)]
+    for pair in ((one, one), (one, two), (state, state), holds, (one, holds[0])):
         with pytest.raises(ArgumentError, match="cannot share Variables"):
             exported.call(*pair)
     assert float(one.n.value) == 0

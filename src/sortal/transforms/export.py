@@ -16,7 +16,7 @@ from sortal._engine.nodes import is_root
 from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.state import State
-from sortal._engine.variable import describe
+from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError, listing
 from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
@@ -282,13 +282,23 @@ def _fits(x: Any, due: Any) -> bool:
 
 
 def _refuse_shared(models: Sequence[Any]) -> None:
-    bound = BoundArguments([x for x in models if not isinstance(x, State)], {})
-    shared = bound.roots and any(x is not None for x in bound.alias_map.picks)
-    if shared or len(set(map(id, models))) < len(models):
+    live = [x for x in models if not isinstance(x, State)]
+    bound = BoundArguments(live, {})
+    shared = len(set(map(id, models))) < len(models)
+    if bound.roots:
+        shared |= any(x is not None for x in bound.alias_map.picks)
+    if not shared and len(live) < len(models) > 1:
+        held = [{id(leaf) for leaf in _leaves(x) if is_variable(leaf)} for x in models]
+        shared = len(set().union(*held)) < sum(map(len, held))
+    if shared:
         raise ArgumentError(
             "models that are exported together cannot share Variables. Put them into "
             "one Module, as one model."
         )
+
+
+def _leaves(model: Any) -> Sequence[Any]:
+    return model.leaves() if isinstance(model, State) else bind(model).leaves
 
 
 def _check_models(models: Sequence[Any], bound: BoundArguments) -> None:
