@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,12 +178,16 @@ def test_lengths_that_no_sequence_can_have_are_refused(lengths) -> None:
         layer(jnp.ones((2, 3, 2)), seq_lengths=jnp.array(lengths))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_lengths_of_few_bits_count_in_sequences_of_more_steps(dtype: str) -> None:
-    x, lengths = jnp.arange(600.0).reshape(2, 300, 1), jnp.array([3, 100], dtype)
-    back = nnx.RNN(Sum(), reverse=True, keep_order=True)(x, seq_lengths=lengths)
-    assert back[1, 0, 0] == 100 + x[1, :100].sum()
-    flipped = nnx.flip_sequences(x, lengths, num_batch_dims=1, time_major=False)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint64"])
+def test_lengths_may_be_of_any_integer_dtype(dtype: str) -> None:
+    x = jnp.arange(600.0).reshape(2, 300, 1)
+    with jax.enable_x64(dtype == "uint64"):
+        lengths = jnp.array([3, 100], dtype)
+        back = nnx.RNN(Sum(), reverse=True, keep_order=True)(
+            x, seq_lengths=lengths, initial_carry=jnp.zeros_like(x[:, 0])
+        )
+        flipped = nnx.flip_sequences(x, lengths, num_batch_dims=1, time_major=False)
+    assert back[1, 0, 0] == x[1, :100].sum()
     np.testing.assert_array_equal(flipped[1, :100], x[1, 99::-1])
 
 

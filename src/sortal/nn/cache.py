@@ -134,9 +134,8 @@ class KVCache(Module):
         start = self.position[...]
         counts = jnp.full_like(start, new)
         if lengths is not None:
-            lengths = dtypes.checked_lengths("lengths", lengths, start.shape, new)
-            counts = lengths.astype(jnp.int32)
-        check_room(self, new if lengths is None else lengths)
+            counts = dtypes.checked_lengths("lengths", lengths, start.shape, new)
+        check_room(self, new if lengths is None else counts)
         end = start + counts
         slots = self._slots(start, counts, new)
         before = Held(self.keys[...], self.values[...], self._holds(start))

@@ -163,7 +163,7 @@ def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
 
 
 def checked_lengths(name: str, lengths: Any, batch: tuple[int, ...], most: int) -> Any:
-    """How much of each sequence is not padding: integers of the batch's shape.
+    """How much of each sequence is not padding: int32 of the batch's shape.
 
     From 0 to ``most``: others are refused, or in a trace, where they are not known,
     moved to the nearest of these.
@@ -183,7 +183,7 @@ def checked_lengths(name: str, lengths: Any, batch: tuple[int, ...], most: int) 
         )
     if lengths.dtype.itemsize < 4:  # ``most`` may be more than they can hold
         lengths = lengths.astype(jnp.int32)
-    return jnp.clip(lengths, 0, most)
+    return jnp.clip(lengths, 0, most).astype(jnp.int32)
 
 
 _SET_BY_TRAIN = ("deterministic", "use_running_average")
