@@ -870,7 +870,8 @@ def _hides_state(x: Any) -> bool:
     if isinstance(x, (type, types.FunctionType)):
         return False
     if isinstance(x, functools.partial):
-        return any(map(_hides_state, (x.func, *x.args, *x.keywords.values())))
+        held = (x.func, *x.args, *x.keywords.values())
+        return any(_hides_state(v) or _holds_object(v) for v in held)
     inside = getattr(x, "__dict__", {}).values()
     if any(map(_holds_object, inside)):
         return True
@@ -1376,7 +1377,8 @@ def pop(node: Any, *filters: Any) -> Any:
         if isinstance(holder, Module):
             delattr(holder, key)
         elif isinstance(holder, State):
-            holder.drop(key)
+            with contextlib.suppress(KeyError):  # a part of it has lost it already
+                holder.drop(key)
         else:
             del holder[key]
     return taken
