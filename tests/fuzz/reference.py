@@ -870,7 +870,8 @@ def _hides_state(x: Any) -> bool:
     if isinstance(x, (type, types.FunctionType)):
         return False
     if isinstance(x, functools.partial):
-        return any(map(_hides_state, (x.func, *x.args, *x.keywords.values())))
+        held = (x.func, *x.args, *x.keywords.values())
+        return any(_hides_state(v) or _holds_object(v) for v in held)
     inside = getattr(x, "__dict__", {}).values()
     if any(map(_holds_object, inside)):
         return True
@@ -1376,7 +1377,8 @@ def pop(node: Any, *filters: Any) -> Any:
         if isinstance(holder, Module):
             delattr(holder, key)
         elif isinstance(holder, State):
-            holder.drop(key)
+            with contextlib.suppress(KeyError):  # a part of it has lost it already
+                holder.drop(key)
         else:
             del holder[key]
     return taken
@@ -1683,10 +1685,13 @@ def _steady(tree: Any) -> Iterator[None]:
         raise LoopError
     if before[0] != after[0] or before[2] != after[2]:
         raise LoopError
+    # Arrays in a tuple change with the tuple, which is no value that can be written.
+    if not all(map(operator.is_, before[3], after[3])):
+        raise LoopError
 
 
-def _outline(roots: Any) -> tuple[Any, list[Any], list[Any]]:
-    """The structure, the objects in it, and the forms of the values."""
+def _outline(roots: Any) -> tuple[Any, list[Any], list[Any], list[Any]]:
+    """The structure, the objects in it, the forms of values, and arrays in tuples."""
     walk = Walk(roots)
     kinds = (Variable, Module, list, dict, State)
     every = [x for _, x in walk.every]
@@ -1694,7 +1699,9 @@ def _outline(roots: Any) -> tuple[Any, list[Any], list[Any]]:
     values = [x.value for x in walk.leaves]
     numbers_ = (Arr, np.ndarray, np.generic, numbers.Number)
     forms = [_form(x) if isinstance(x, numbers_) else None for x in values]
-    return walk.graphdef(), objects, forms
+    raw = [x for x in walk.leaves if x.var is None]
+    fixed = [x.value for x in raw if isinstance(x.holder, _VALUES)]
+    return walk.graphdef(), objects, forms, fixed
 
 
 def cond(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
