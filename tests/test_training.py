@@ -38,7 +38,7 @@ def build(nnx: Any, dtype: Any) -> Any:
         def __call__(self, x: Any) -> Any:
             self.count[...] += 1
             x = nnx.relu(self.norm(self.conv(x)))
-            x = nnx.avg_pool(x, (2, 2), (2, 2))
+            x = nnx.max_pool(x, (2, 2), (2, 2))
             return self.head(self.dropout(x.reshape(len(x), -1)))
 
     return Net(nnx.Rngs(0, dropout=1))
@@ -125,7 +125,7 @@ def test_training_equals_plain_jax_bit_for_bit():
         x = (x - mean.reshape(1, 1, 1, -1)) * factor
         x = jax.nn.relu(x + params["norm", "bias"].reshape(1, 1, 1, -1))
         window = (1, 2, 2, 1)
-        x = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID") / 4
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
         x = x.reshape(len(x), -1)
         keep = jax.random.bernoulli(key, 0.7, x.shape)
         x = jax.lax.select(keep, x / 0.7, jnp.zeros_like(x))

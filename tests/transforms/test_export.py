@@ -166,11 +166,17 @@ def test_other_shapes_and_dtypes_are_refused_by_path():
     assert "kernel" not in str(e.value)
 
 
-def test_bytes_that_were_cut_off_are_refused():
+def test_bytes_that_are_missing_or_changed_are_refused():
     data = sortal.export(lambda x: x * 2)(X).serialize()
-    for n in (len(data) // 2, len(data) - 50):
+    cut = [data[:n] for n in (20, len(data) // 2, len(data) - 1)]
+    for i in range(16, len(data), len(data) // 40):
+        changed = bytearray(data)
+        changed[i] ^= 1 << i % 8
+        cut.append(bytes(changed))
+    for bad in cut:
         with pytest.raises(ArgumentError, match=r"cut off or damaged"):
-            sortal.Exported.deserialize(data[:n])
+            sortal.Exported.deserialize(bad)
+    assert float(sortal.Exported.deserialize(data).call(X)[0, 0]) == 2 * X[0, 0]
 
 
 @pytest.mark.parametrize("args", [(Net(), X), (X,)])

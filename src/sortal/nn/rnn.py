@@ -69,7 +69,7 @@ class RNN(Module):
         self.keep_order = keep_order
         self.unroll = unroll
         self.rngs = _carry_stream("RNN", rngs)
-        axes = state_axes or {...: Carry}
+        axes = {...: Carry} if state_axes is None else state_axes
         self.state_axes = axes if isinstance(axes, StateAxes) else StateAxes(axes)
         self.broadcast_rngs = broadcast_rngs
 

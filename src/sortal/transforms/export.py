@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +21,8 @@ from sortal.errors import ArgumentError, listing
 from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
 
-_FORM = b"sortal export 1\n"
+_FORM = b"sortal export 2\n"
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Exported:
@@ -150,8 +151,8 @@ class Exported:
           ImportError: flatbuffers is not there; ``pip install sortal[export]``.
         """
         head = {"layout": self.layout, "paths": self.paths, "written": self.written}
-        body = bytes(self.exported.serialize())
-        return _FORM + json.dumps(head).encode() + b"\n" + body
+        rest = json.dumps(head).encode() + b"\n" + bytes(self.exported.serialize())
+        return _FORM + hashlib.sha256(rest).digest() + rest
 
     @classmethod
     def deserialize(cls, data: bytes) -> Exported:
@@ -164,23 +165,25 @@ class Exported:
           The Exported; no class of the model is needed.
 
         Raises:
-          ArgumentError: the bytes are something else, or some of them are missing.
+          ArgumentError: the bytes are something else, or some are missing or changed.
         """
         import jax.export
 
-        form, head, body = (*bytes(data).split(b"\n", 2), b"", b"")[:3]
-        if form + b"\n" != _FORM:
+        data = bytes(data)
+        start, end = len(_FORM), len(_FORM) + _DIGEST
+        form, digest, rest = data[:start], data[start:end], data[end:]
+        if form != _FORM:
             raise ArgumentError(
                 "these bytes are no function that sortal.export made; found "
-                f"{form[:20]!r} at their beginning."
+                f"{form!r} at their beginning."
             )
-        try:
-            found = json.loads(head)
-            exported = jax.export.deserialize(bytearray(body))
-        except (ValueError, struct.error) as e:
+        if hashlib.sha256(rest).digest() != digest:
             raise ArgumentError(
                 f"these bytes are cut off or damaged; there are {len(data)}."
-            ) from e
+            )
+        head, body = rest.split(b"\n", 1)
+        found = json.loads(head)
+        exported = jax.export.deserialize(bytearray(body))
         return cls(exported, found["layout"], found["paths"], found["written"])
 
 
