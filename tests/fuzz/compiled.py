@@ -86,7 +86,7 @@ class Drawn(edits.Drawn):
         v = self.some(m, ref.Param, ref.FlaxParam, ref.BatchStat, *own)
         if v is None or self.found[v]._value is None:
             return None
-        if isinstance(self.found[v], _KEYS):
+        if isinstance(self.found[v], _KEYS) or ref.is_key(self.found[v]._value):
             return None
         how = self.random.choice(
             (f"{x}", f"{v}.get_value() + {x}", f"{v}.get_value() * 2", f"{x} * 3 + 1")

@@ -150,3 +150,18 @@ def test_branches_must_return_the_same_objects() -> None:
         nnx.cond(True, lambda m: grown(nnx, m), lambda m: m, model)
     with pytest.raises(LoopError):
         nnx.cond(True, lambda m: [m.w, nnx.Param(1.0)], lambda m: [m.w], model)
+
+
+def test_arrays_in_tuples_are_refused_before_anything_is_written() -> None:
+    first, second = small(nnx), small(nnx)
+    second.pair = nnx.data((jnp.zeros(1), jnp.zeros(1)))
+
+    def body(i: Any, both: Any) -> Any:
+        first, second = both
+        first.w[...] += 1
+        second.pair = tuple(x + 1 for x in second.pair)
+        return first, second
+
+    with pytest.raises(LoopError, match=r"pair\.0 .*hold it in a list"):
+        nnx.fori_loop(0, 3, body, (first, second))
+    np.testing.assert_array_equal(first.w[...], np.ones(3))

@@ -9,6 +9,7 @@ more, with what is carried as values.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ import jax.tree_util as jtu
 from sortal._engine.nodes import is_root
 from sortal.errors import LoopError
 from sortal.functional import iter_graph, merge, split, update
+from sortal.transforms._adapter.effects import rigid_leaves
 from sortal.transforms._adapter.prefixes import Carry
 from sortal.transforms._adapter.tracing import replace_roots
 
@@ -89,6 +91,7 @@ class _Carried:
         given: list[Any] = []
         value = replace_roots(self.load(tree), lambda x: given.append(x) or x)
         before = [jax.tree.leaves(split(x)[1]) for x in given]
+        fixed = list(map(_in_tuples, given))
         out = body(value)
         self.same = []
         known = _objects(given)
@@ -106,6 +109,8 @@ class _Carried:
             kept = all(a is b for a, b in zip(before[i], now, strict=True))
             if i not in self.same and not kept:
                 raise LoopError("a step writes to an object that it does not hand back")
+            if not all(map(operator.is_, fixed[i], _in_tuples(x))):
+                raise LoopError("a step changes an array in a tuple")
         return packed
 
     def finish(self, tree: Any) -> Any:
@@ -120,6 +125,13 @@ class _Carried:
             return self.roots[i]
 
         return _unpacked(tree, unpack)
+
+
+def _in_tuples(x: Any) -> list[Any]:
+    """The raw arrays that ``update`` cannot write, so that all or nothing is."""
+    graphdef, state = split(x)
+    values = state.values_list()
+    return [values[k] for k in sorted(rigid_leaves(graphdef))]
 
 
 def _or_as_values(transform: Any, again: Callable[..., Any]) -> Any:

@@ -220,8 +220,9 @@ def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str
         k = before.index.get(after.paths[i][above:]) if after.paths[i][0] == 0 else None
         if k is None or k == origin:
             continue
-        # A new array in the place of an old one is a value, but not in a tuple.
-        if origin is None and not (new and (before.kinds[k] or k in rigid)):
+        # Another array in the place of one is a value, but not in a tuple.
+        is_value = not before.kinds[k] and k not in rigid
+        if is_value if new else origin is None:
             continue
         what = "Variable" if before.kinds[k] else "array"
         in_tuple = ", in another tuple; hold it in a list"
