@@ -1518,9 +1518,7 @@ def _reset(variable: Variable, value: Any, metadata: Any) -> None:
 
 
 @contextlib.contextmanager
-def _inside(
-    tree: Any, *, compiled: bool = True, refusal: type[Exception] = TypeError
-) -> Iterator[Any]:
+def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
     """A trace that the objects in ``tree`` were passed to; undone by an error.
 
     Every value is another array in it, so that a write shows by identity.
@@ -1543,7 +1541,7 @@ def _inside(
             continue  # an empty tree to JAX
         if not isinstance(value, (Arr, np.ndarray, np.generic, numbers.Number)):
             if compiled:
-                raise refusal
+                raise ArgumentError
             continue  # a gradient only closes over it
         inner = lift(value)
         inner = type(inner)(inner.val, inner.dot)
@@ -1614,15 +1612,10 @@ def _rebuilt(out: Any) -> Any:
     return lift(out) if isinstance(out, (int, float)) else out
 
 
-def _call(
-    f: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    refusal: type[Exception] = TypeError,
-) -> Any:
+def _call(f: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     f, first = _unbound(f)
     args = (*first, *args)
-    with _inside((args, kwargs), refusal=refusal):
+    with _inside((args, kwargs)):
         out = f(*args, **kwargs)
         Walk(tuple(_roots((args, kwargs, out))))
     return _released(out, _traces.now)
@@ -1642,8 +1635,7 @@ def _unbound(f: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def jit(f: Any) -> Any:
-    # Refused in a sentence of its own, not in JAX's.
-    return lambda *args, **kwargs: _call(f, args, kwargs, ArgumentError)
+    return lambda *args, **kwargs: _call(f, args, kwargs)
 
 
 def remat(f: Any) -> Any:
