@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sortal
@@ -505,3 +507,80 @@ def test_each_form_in_which_xla_says_so_is_told_as_a_stale_buffer(said: str) -> 
     m.bias.value.delete()
     with pytest.raises(StaleBufferError, match=r"m: bias \(Param\)"):
         sortal.jit(f, donate=True)(m)
+
+
+# ------------------------------------------------------------------- by random programs
+VARIABLES, RAW = ("p", "q", "c"), ("x", "y", "z")
+
+
+def aliased(places: list[int]) -> Holder:
+    """A model whose leaves hold some of three arrays, several the same one."""
+    pool = [jnp.array([i, i + 0.25]) for i in range(1, 4)]
+    p, q, c, x, y, z, t, u = (pool[i] for i in places)
+    return Holder(p=Param(p), q=Param(q), c=Cache(c), x=x, y=y, z=[z], t=(t, u))
+
+
+def value(m: Any, name: str) -> Any:
+    x = m.z[0] if name == "z" else getattr(m, name)
+    return x.value if isinstance(x, Variable) else x
+
+
+def put(m: Any, name: str, new: Any) -> None:
+    if name in VARIABLES:
+        getattr(m, name).value = new
+    elif name == "z":
+        m.z[0] = new
+    else:
+        setattr(m, name, new)
+
+
+def run(steps: list[Any], m: Any) -> list[Any]:
+    """Values change places, are added, or are taken by a tuple or a new object."""
+    out: list[Any] = []
+    for what, a, b in steps:
+        one, other = value(m, a), value(m, b)
+        if what == "swap":
+            put(m, a, other)
+            put(m, b, one)
+        elif what == "add":
+            put(m, a, one + other)
+        elif what == "tuple":
+            m.t = (other, m.t[0])
+        elif what == "new":
+            out.append(Holder(v=one, w=Param(other), t=(m.t[1],)))
+        else:
+            out.append(one)
+    return out
+
+
+STEPS = st.tuples(
+    st.sampled_from(["swap", "add", "tuple", "new", "give"]),
+    st.sampled_from(VARIABLES + RAW),
+    st.sampled_from(VARIABLES + RAW),
+)
+
+
+@settings(max_examples=50)
+@given(
+    places=st.lists(st.integers(0, 2), min_size=8, max_size=8),
+    steps=st.lists(STEPS, min_size=1, max_size=5),
+    donate=st.sampled_from([None, True, ..., Param, Cache, At("t.*")]),
+)
+def test_no_number_depends_on_what_is_donated_or_held_twice(
+    places: list[int], steps: list[Any], donate: Any
+) -> None:
+    """Two calls give what the function gives in plain Python, called eagerly."""
+
+    def function(m: Any) -> Any:
+        return run(steps, m)
+
+    live, plain = aliased(places), aliased(places)
+    compiled = sortal.jit(function, donate=donate)
+    for _ in range(2):
+        found, expected = (
+            buffers([compiled(live), live]),
+            buffers([function(plain), plain]),
+        )
+        assert found.keys() == expected.keys()
+        for path, x in expected.items():
+            assert found[path].tolist() == x.tolist(), path
