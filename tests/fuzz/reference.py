@@ -792,7 +792,7 @@ class Walk:
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []
         self._bad = False
-        self.template = self._visit(root, (), None, None, None)
+        self.template = self._visit(root, (), root, None, None)
         if self._bad:
             raise StructureError
 
