@@ -122,6 +122,11 @@ def of_another_shape(i: Any, m: Any) -> Any:
     return new
 
 
+def with_another_leaf(i: Any, m: Any) -> Any:
+    m.d = nnx.clone(m)
+    return m
+
+
 def of_a_variable_that_was_given(i: Any, m: Any) -> Any:
     new = grown(nnx, m)
     new.w = m.w
@@ -135,6 +140,7 @@ def of_a_variable_that_was_given(i: Any, m: Any) -> Any:
         of_another_structure,
         of_another_shape,
         of_a_variable_that_was_given,
+        with_another_leaf,
     ],
 )
 def test_what_is_no_next_value_is_refused_as_ever(body: Any) -> None:

@@ -106,7 +106,7 @@ class _Carried:
         packed = replace_roots(out, pack)
         for i, x in enumerate(given):
             now = jax.tree.leaves(split(x)[1])
-            kept = all(a is b for a, b in zip(before[i], now, strict=True))
+            kept = len(now) == len(before[i]) and all(map(operator.is_, before[i], now))
             if i not in self.same and not kept:
                 raise LoopError("a step writes to an object that it does not hand back")
             if not all(map(operator.is_, fixed[i], _in_tuples(x))):
