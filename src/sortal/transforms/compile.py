@@ -28,11 +28,7 @@ from sortal.transforms._adapter.tracing import (
 )
 from sortal.transforms.ahead import Lowered
 from sortal.transforms.donate import Donation, rejoin, with_first
-from sortal.transforms.refusals import (
-    refuse_arguments,
-    refuse_devices,
-    refuse_stale,
-)
+from sortal.transforms.refusals import explain_failure, refuse_stale
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded, as_declared
 
@@ -92,9 +88,7 @@ class Jitted:
                 call = self._jit
             result = call(*given, **named)
         except (RuntimeError, TypeError, ValueError) as e:
-            refuse_stale(self._fn, bound, e)
-            refuse_arguments(self._fn, bound, self._static, e)
-            refuse_devices(self._fn, bound, self._static, e)
+            explain_failure(self._fn, bound, self._static, e)
             raise
         out = write_back(bound, result)
         if type(call) is Sharded:

@@ -24,11 +24,7 @@ from sortal.sharding.mesh_axes import in_force
 from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.effects import Result
 from sortal.transforms._adapter.tracing import run
-from sortal.transforms.refusals import (
-    refuse_arguments,
-    refuse_devices,
-    refuse_stale,
-)
+from sortal.transforms.refusals import explain_failure
 
 _programs: Bounded[Program | None] = Bounded(64)
 
@@ -108,10 +104,7 @@ class Program:
         try:
             result = self._jit(*bound.args, **bound.kwargs)
         except (RuntimeError, TypeError, ValueError) as e:
-            fn = self._made()
-            refuse_stale(fn, bound, e)
-            refuse_arguments(fn, bound, self._static, e, option=None)
-            refuse_devices(fn, bound, self._static, e)
+            explain_failure(self._made(), bound, self._static, e, option=None)
             raise
         if result.effects.closes_over is None:  # traced just now
             traced = self._jit.trace(*bound.args, **bound.kwargs)

@@ -20,6 +20,33 @@ from sortal.transforms._adapter.functions import parameters_of
 from sortal.transforms._adapter.tracing import FlatModule
 
 
+def explain_failure(
+    fn: Any,
+    bound: BoundArguments,
+    static: Collection[Any],
+    cause: Exception,
+    *,
+    option: str | None = "static_argnames",
+) -> None:
+    """Says why JAX refused a call of a compiled function, where that is known.
+
+    Args:
+      fn: the user's function.
+      bound: its arguments.
+      static: the positions and names of those that are static.
+      cause: what JAX raised.
+      option: as for ``refuse_arguments``.
+
+    Raises:
+      StaleBufferError: a leaf holds a buffer that is gone.
+      ArgumentError: an argument is nothing that JAX can take.
+      ShardingError: arrays are bound to different devices.
+    """
+    refuse_stale(fn, bound, cause)
+    refuse_arguments(fn, bound, static, cause, option=option)
+    refuse_devices(fn, bound, static, cause)
+
+
 def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
     """Says which leaves hold buffers that are gone, where that is why JAX refused.
 
