@@ -90,8 +90,7 @@ class _Carried:
         """One step; objects that it is given it must hand back, or leave alone."""
         given: list[Any] = []
         value = replace_roots(self.load(tree), lambda x: given.append(x) or x)
-        before = [jax.tree.leaves(split(x)[1]) for x in given]
-        fixed = list(map(_in_tuples, given))
+        before = list(map(_held, given))
         out = body(value)
         self.same = []
         known = _objects(given)
@@ -104,12 +103,12 @@ class _Carried:
             return _pack(root)
 
         packed = replace_roots(out, pack)
-        for i, x in enumerate(given):
-            now = jax.tree.leaves(split(x)[1])
-            kept = len(now) == len(before[i]) and all(map(operator.is_, before[i], now))
+        for i, (x, (old, fixed)) in enumerate(zip(given, before, strict=True)):
+            now, in_tuples = _held(x)
+            kept = len(now) == len(old) and all(map(operator.is_, old, now))
             if i not in self.same and not kept:
                 raise LoopError("a step writes to an object that it does not hand back")
-            if not all(map(operator.is_, fixed[i], _in_tuples(x))):
+            if not all(map(operator.is_, fixed, in_tuples)):
                 raise LoopError("a step changes an array in a tuple")
         return packed
 
@@ -127,11 +126,12 @@ class _Carried:
         return _unpacked(tree, unpack)
 
 
-def _in_tuples(x: Any) -> list[Any]:
-    """The raw arrays that ``update`` cannot write, so that all or nothing is."""
+def _held(x: Any) -> tuple[list[Any], list[Any]]:
+    """All arrays, and the raw ones in tuples, which ``update`` cannot write."""
     graphdef, state = split(x)
     values = state.values_list()
-    return [values[k] for k in sorted(rigid_leaves(graphdef))]
+    fixed = [values[k] for k in sorted(rigid_leaves(graphdef))]
+    return jax.tree.leaves(values), fixed
 
 
 def _or_as_values(transform: Any, again: Callable[..., Any]) -> Any:
