@@ -20,6 +20,7 @@ RATIOS = (
     ("flax/sortal", "flax", "sortal"),
     ("equinox/sortal", "equinox", "sortal"),
     ("sortal/raw", "sortal", "raw jax"),
+    ("sortal/nested", "sortal", "raw jax, nested"),
     ("sortal on flax/raw", "sortal on flax", "raw jax"),
 )
 """Columns that every row has whose two contenders were timed."""

@@ -96,9 +96,11 @@ def compiled(peers: Peers, effort: Effort, shape: w.Blocks, deep: w.Blocks) -> T
         "microseconds per call, medians",
         notes=[
             (
-                "raw JAX takes flat lists of the same arrays. All training steps start "
-                "from the same values, run the same arithmetic, donate nothing, and "
-                "were checked to have the same first losses."
+                "raw JAX takes flat lists of the same arrays, the least there can be; "
+                "nested, it takes them in lists of dicts and Optax's own state, as "
+                "programs hold them. All training steps start from the same values, "
+                "run the same arithmetic, donate nothing, and were checked to have the "
+                "same first losses."
             ),
             "a call ends when one of its outputs is ready, which is when all are.",
             ON_FLAX,

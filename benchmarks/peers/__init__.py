@@ -18,9 +18,11 @@ from types import ModuleType
 
 NAMES = (
     "sortal", "sortal_on_flax", "flax", "equinox", "spectrax", "brainstate", "raw",
+    "nested",
 )  # fmt: skip
-"""``sortal_on_flax`` is Sortal's verbs on the models of ``flax``, ``raw`` is plain JAX
-on a flat list of arrays."""
+"""``sortal_on_flax`` is Sortal's verbs on the models of ``flax``. ``raw`` is plain JAX
+on a flat list of arrays, which is the floor, and ``nested`` on lists of dicts, as
+programs hold them."""
 
 
 def load(names: tuple[str, ...] = NAMES) -> tuple[dict[str, ModuleType], list[str]]:

@@ -75,9 +75,11 @@ def _pair(params: list[Any], statistics: list[Any], x: Any) -> tuple[Any, list[A
     return w.linear(w.between(w.linear(x, *first)), *second), statistics
 
 
-def _step_of(shape: w.Shape, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    forward = _pair if isinstance(shape, w.Pair) else _stack
+Forward = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""Takes params, statistics and inputs; gives the output and new statistics."""
 
+
+def _step_of(forward: Forward, tx: optax.GradientTransformation) -> Callable[..., Any]:
     def step(params: Any, statistics: Any, count: Any, moments: Any, x: Any, y: Any):
         def loss_of(params: Any) -> Any:
             out, new = forward(params, statistics, x)
@@ -90,28 +92,50 @@ def _step_of(shape: w.Shape, tx: optax.GradientTransformation) -> Callable[..., 
     return step
 
 
-def _prepared(shape: w.Shape) -> tuple[optax.GradientTransformation, tuple[Any, ...]]:
-    tx = optax.adam(1e-3)
-    params, statistics = parts(shape)
-    return tx, (params, statistics, jnp.array(0, jnp.uint32), tx.init(params))
+def with_adam(params: Any, statistics: Any) -> tuple[Any, ...]:
+    """Params, statistics, a count of steps and Optax's state of Adam."""
+    count = jnp.array(0, jnp.uint32)
+    return params, statistics, count, optax.adam(1e-3).init(params)
 
 
-def training(shape: w.Shape) -> dict[str, Callable[[], Any]]:
-    """A whole training step; the call returns the loss."""
-    tx, roots = _prepared(shape)
-    step, live = jax.jit(_step_of(shape, tx)), [roots]
-    x, y = w.batch(shape.width)
+def train(forward: Forward, roots: tuple[Any, ...], width: int) -> Callable[[], Any]:
+    """A call of a whole training step, from where the last ended; it gives the loss.
+
+    Args:
+      forward: what is trained.
+      roots: as of ``with_adam``, of any pytrees of Params and statistics.
+      width: of the model.
+
+    Returns:
+      The call.
+    """
+    step, live = jax.jit(_step_of(forward, optax.adam(1e-3))), [roots]
+    x, y = w.batch(width)
 
     def call() -> Any:
         loss, *new = step(*live[0], x, y)
         live[0] = tuple(new)
         return loss.block_until_ready()
 
-    return {LABEL: call}
+    return call
 
 
-def lowering(shape: w.Shape) -> dict[str, Callable[[], Any]]:
+def lower(forward: Forward, roots: tuple[Any, ...], width: int) -> Callable[[], Any]:
+    """A call that traces and lowers the same step, written anew."""
+    tx, batch = optax.adam(1e-3), w.batch(width)
+    return lambda: jax.jit(_step_of(forward, tx)).lower(*roots, *batch)
+
+
+def _trained(shape: w.Blocks | w.Pair) -> tuple[Any, ...]:
+    forward = _pair if isinstance(shape, w.Pair) else _stack
+    return forward, with_adam(*parts(shape)), shape.width
+
+
+def training(shape: w.Blocks | w.Pair) -> dict[str, Callable[[], Any]]:
+    """A whole training step; the call returns the loss."""
+    return {LABEL: train(*_trained(shape))}
+
+
+def lowering(shape: w.Blocks | w.Pair) -> dict[str, Callable[[], Any]]:
     """The same step, written anew, traced and lowered."""
-    tx, roots = _prepared(shape)
-    batch = w.batch(shape.width)
-    return {LABEL: lambda: jax.jit(_step_of(shape, tx)).lower(*roots, *batch)}
+    return {LABEL: lower(*_trained(shape))}
