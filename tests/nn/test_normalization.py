@@ -156,6 +156,18 @@ def test_complex_inputs_are_scaled_by_their_modulus() -> None:
     close(jnp.abs(y), jnp.ones((1, 4)))
 
 
+def test_a_real_running_mean_takes_no_complex_batch() -> None:
+    x = jnp.array([[1 + 2j], [3 + 2j]])
+    layer = nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=r"real part alone. Write layer.mean.value"):
+        layer(x)
+    close(layer.mean.value, 0.0)
+    layer.mean.value = layer.mean.value.astype(jnp.complex64)
+    close(layer(x).mean(), 0.0)
+    close(layer.mean.value, x.mean(0) / 2)
+    close(layer.var.value, 0.5 + jnp.var(x, 0) / 2)
+
+
 @pytest.mark.parametrize(
     "layer",
     [

@@ -125,7 +125,8 @@ class BatchNorm(Norm):
 
         Raises:
           ArgumentError: neither the call nor the layer sets ``use_running_average``; or
-            ``x`` or the mask does not fit.
+            ``x`` or the mask does not fit; or ``x`` is complex in training and the
+            running mean is not.
         """
         running = dtypes.resolve_flag(self, "use_running_average", use_running_average)
         x, mean, var, *affine, features = self._promoted(
@@ -136,6 +137,7 @@ class BatchNorm(Norm):
         if running:
             mean, var = dtypes.reshape(mean, shape), dtypes.reshape(var, shape)
         else:
+            self._refuse_complex(x)
             before = (self.mean[...].reshape(shape), self.var[...].reshape(shape))
             mean, var = self._statistics(x, axes, mask, unseen=before)
             keep = self.momentum
@@ -143,6 +145,15 @@ class BatchNorm(Norm):
                 moved = keep * kept[...] + (1 - keep) * dtypes.reshape(new, kept.shape)
                 kept[...] = moved.astype(kept.dtype)  # inputs may be float64
         return self._normalized(x, mean, var, features, *affine)
+
+    def _refuse_complex(self, x: jax.Array) -> None:
+        dtype = self.mean[...].dtype
+        if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ArgumentError(
+                f"BatchNorm: the input is {x.dtype}, the mean kept {dtype}, which has "
+                "the real part alone. Write layer.mean.value = "
+                f"layer.mean.value.astype(jnp.{x.dtype}) once, after making the layer."
+            )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Sets the attributes given; ``view`` calls it on copies of modules.
