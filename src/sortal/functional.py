@@ -11,11 +11,11 @@ import numpy as np
 
 from sortal._engine.foreign import same_kind
 from sortal._engine.graphdef import GraphDef
-from sortal._engine.leaves import Leaves, Slot, held, own, picker, store_all
+from sortal._engine.leaves import Slot, held, own, picker, store_all
 from sortal._engine.nodes import ARRAYS, LEAF, STATIC
 from sortal._engine.paths import Path, show
-from sortal._engine.plan import bind, build
-from sortal._engine.schema import Schema, Selection, check_exhaustive, kind_name
+from sortal._engine.plan import Part, bind, build
+from sortal._engine.schema import Schema, check_exhaustive, kind_name
 from sortal._engine.stale import any_gone, is_gone, refuse_leaves
 from sortal._engine.state import State, as_state, one_or_all, snapshot
 from sortal._engine.statics import Metadata
@@ -60,17 +60,14 @@ def state(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """
     if _unknown:
         refuse_unknown("state", _unknown)
-    return one_or_all(_snapshots(*bind(node).pick(filters or _ALL)))
+    return one_or_all(_snapshots(bind(node).pick(filters or _ALL)[1]))
 
 
 _ALL = (...,)
 
 
-def _snapshots(found: Selection, leaves: list[Leaves]) -> list[State]:
-    return [
-        snapshot(schema, mine.snapshot())
-        for (schema, _), mine in zip(found.parts, leaves, strict=True)
-    ]
+def _snapshots(parts: list[Part]) -> list[State]:
+    return [snapshot(schema, leaves.snapshot()) for schema, leaves in parts]
 
 
 def graphdef(node: Any, /, **_unknown: Never) -> GraphDef:
@@ -117,9 +114,9 @@ def split(node: Any, *filters: Any, **_unknown: Never) -> tuple[Any, ...]:
     """
     refuse_unknown("split", _unknown)
     plan = bind(node)
-    found, leaves = plan.pick(filters or _ALL)
+    found, parts = plan.pick(filters or _ALL)
     check_exhaustive(plan.graphdef.schema, filters, found.rest)
-    return (plan.graphdef, *_snapshots(found, leaves))
+    return (plan.graphdef, *_snapshots(parts))
 
 
 class _Match(NamedTuple):
@@ -339,8 +336,8 @@ def pop(node: Any, *filters: Any) -> Any:
     if not filters:
         raise FilterError("pop needs a filter that says which leaves to remove.")
     plan = bind(node)
-    found, leaves = plan.pick(filters)
-    states = _snapshots(found, leaves)
+    found, parts = plan.pick(filters)
+    states = _snapshots(parts)
     gone = {i for _, at in found.parts for i in at}
     schema = plan.graphdef.schema
     holders = zip(plan.graphdef.records, plan.nodes_of(node), strict=False)
@@ -421,10 +418,10 @@ def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
       True
     """
     refuse_unknown("variables", _unknown)
-    found, leaves = bind(node).pick(filters or _ALL)
+    _, parts = bind(node).pick(filters or _ALL)
     return one_or_all(
-        State.from_flat_path(zip(schema.paths, map(held, mine), strict=True))
-        for (schema, _), mine in zip(found.parts, leaves, strict=True)
+        State.from_flat_path(zip(schema.paths, map(held, leaves), strict=True))
+        for schema, leaves in parts
     )
 
 

@@ -29,12 +29,14 @@ from sortal._engine.nodes import (
     leaf_types,
     set_plans,
 )
-from sortal._engine.schema import Selection, select
+from sortal._engine.schema import Schema, Selection, select
 from sortal._engine.statics import edits
 from sortal._engine.variable import Variable
 from sortal._engine.walk import Walk
 from sortal.errors import ArgumentError
 from sortal.filters import to_filter
+
+Part = tuple[Schema, Leaves]
 
 _KEPT = 4
 _uids = itertools.count()
@@ -228,19 +230,19 @@ class Plan:
         """The leaves as filters see them: Variables, and raw arrays by value."""
         return list(map(held, self.leaves))
 
-    def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
-        """The selection, and for each filter the live leaves that it takes."""
+    def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Part]]:
+        """The selection, and for each filter schema and live leaves that it takes."""
         try:
             return self._picked[literals]
         except (KeyError, TypeError):
             pass
         found = select(self.graphdef.schema, literals, self.view)
-        leaves = [Leaves(self.leaves[i] for i in part[1]) for part in found.parts]
+        parts = [(s, Leaves(self.leaves[i] for i in at)) for s, at in found.parts]
         # Only kinds and `...` are sure to be decided by structure and to be few.
         few = all(x is Ellipsis or isinstance(x, type) for x in literals)
         if few and all(to_filter(x).structural for x in literals):
-            self._picked[literals] = (found, leaves)
-        return found, leaves
+            self._picked[literals] = (found, parts)
+        return found, parts
 
 
 _sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}

@@ -157,8 +157,8 @@ def _is_share(decay: Any) -> bool:
 def _tracked_leaves(model: Any, only: Any) -> State:
     if isinstance(model, State):
         return model.filter(only)
-    found, leaves = bind(model).pick((only,))
-    return snapshot(found.parts[0][0], leaves[0].snapshot())
+    _, [(schema, leaves)] = bind(model).pick((only,))
+    return snapshot(schema, leaves.snapshot())
 
 
 def _check_averages(found: State, only: Any) -> None:

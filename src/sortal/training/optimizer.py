@@ -260,9 +260,8 @@ class Optimizer(Pytree):
 # ------------------------------------------------------------------ what is trained
 def _chosen(model: Any, wrt: Any) -> tuple[list[Any], State]:
     """The live leaves that ``wrt`` takes, and a snapshot of them."""
-    found, leaves = bind(model).pick((wrt,))
-    mine = leaves[0]
-    return list(mine), snapshot(found.parts[0][0], mine.snapshot())
+    _, [(schema, mine)] = bind(model).pick((wrt,))
+    return list(mine), snapshot(schema, mine.snapshot())
 
 
 def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
