@@ -515,3 +515,12 @@ def test_an_exception_in_a_rule_leaves_the_model_untouched() -> None:
     m = Stats()
     with untouched(m), pytest.raises(KeyError, match="stop"):
         sortal.grad(total(f), wrt=FLOATS)(m, X)
+
+
+@pytest.mark.parametrize("made", [clipped_vjp, doubled_jvp])
+def test_a_program_with_a_rule_keeps_nothing_of_the_call(made: Any) -> None:
+    m, f = Stats(), made()
+    with jax.checking_leaks():
+        y = sortal.jit(f)(m, X)
+    assert_close(y, jnp.tanh(X @ m.linear.kernel.value + m.linear.bias.value))
+    assert int(m.calls.value) == 1

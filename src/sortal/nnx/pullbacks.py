@@ -25,52 +25,65 @@ from sortal.transforms.derivatives import bare
 class CustomVJP(custom.CustomVJP):
     """A function whose pull-back is given gradients of inputs and of the output."""
 
-    def pull_back(self, call: Any, bwd: Any, before: Any, result: Any) -> Any:
+    def pull_back(self, call: Any, bound: Any, bwd: Any) -> Callable[[Any, Any], Any]:
         """Calls ``bwd`` with a pair: the gradients so far of inputs, and the output's.
 
         Of what ``bwd`` returns, it gives back all that is differentiated by.
         """
-        changed = _changed(call, result)
         # Also what a DiffState leaves out, which `bwd` deletes.
-        filters, _ = self.roles(len(call.bound.args))
+        filters, _ = self.roles(len(bound.args))
         whole = {i: Any_(custom.INEXACT, x) for i, x in filters.items()}
         by = [DiffState(i, whole.get(i, custom.INEXACT)) for i in call.moving]
-        chosen = FlatCall(call.bound, by).chosen
-        zeros = [jnp.zeros(x.shape, x.dtype) for x in chosen.types.values()]
-        trees = chosen.trees(zeros)
-        args = [call.bound.args[i] for i in call.moving]
-        inputs = [
-            _each(arg, lambda n, x: _with(x, changed.get(n, {})), tree)
-            for arg, tree in zip(args, trees, strict=True)
-        ]
-        given = bwd(*before, (tuple(variables_for_states(inputs)), bare(result.out)))
-        if not isinstance(given, tuple | list) or len(given) != len(trees):
-            return given  # which is refused by whoever asked
-        return [
-            _each(arg, lambda n, x, own: _without(x, changed.get(n, {}), own), x, tree)
-            for arg, x, tree in zip(args, given, trees, strict=True)
-        ]
+        chosen = FlatCall(bound, by).chosen
+        args = [call.call.numbers[i] for i in call.moving]
+
+        def pull(before: Any, result: Any) -> Any:
+            changed = _changed(call, result)
+            zeros = [jnp.zeros(x.shape, x.dtype) for x in chosen.types.values()]
+            trees = chosen.trees(zeros)
+            inputs = [
+                _each(arg, lambda n, x: _with(x, changed.get(n, {})), tree)
+                for arg, tree in zip(args, trees, strict=True)
+            ]
+            pair = tuple(variables_for_states(inputs)), bare(result.out)
+            given = bwd(*before, pair)
+            if not isinstance(given, tuple | list) or len(given) != len(trees):
+                return given  # which is refused by whoever asked
+
+            def without(n: int, x: Any, own: Any) -> Any:
+                return _without(x, changed.get(n, {}), own)
+
+            return [
+                _each(arg, without, x, tree)
+                for arg, x, tree in zip(args, given, trees, strict=True)
+            ]
+
+        return pull
 
 
 class TreeCustomVJP(custom.CustomVJP):
     """A function whose pull-back may take what the function changed by keyword."""
 
-    def pull_back(self, call: Any, bwd: Any, before: Any, result: Any) -> Any:
+    def pull_back(self, call: Any, bound: Any, bwd: Any) -> Callable[[Any, Any], Any]:
         """Calls ``bwd``, with ``updates_g`` where it takes that."""
         if "updates_g" not in inspect.signature(bwd).parameters:
-            return super().pull_back(call, bwd, before, result)
-        changed = _changed(call, result)
-        states = {n: State.from_flat_path(found) for n, found in changed.items()}
-        updates = tuple(_each(x, states.get) for x in call.bound.args)
-        return bwd(*before, bare(result.out), updates_g=updates)
+            return super().pull_back(call, bound, bwd)
+
+        def pull(before: Any, result: Any) -> Any:
+            changed = _changed(call, result)
+            states = {n: State.from_flat_path(found) for n, found in changed.items()}
+            updates = tuple(_each(x, states.get) for x in call.call.numbers)
+            return bwd(*before, bare(result.out), updates_g=updates)
+
+        return pull
 
 
 def _changed(call: Any, result: Any) -> dict[int, dict[Any, Any]]:
     """By root and path, cotangents of what the call wrote, as Variables."""
     found: dict[int, dict[Any, Any]] = {}
     for k, value in zip(result.effects.written, result.values, strict=True):
-        root, j = call.bound.alias_map.leaf_at[k]
-        schema = call.bound.plans[root].graphdef.schema
+        root, j = call.alias_map.leaf_at[k]
+        schema = call.schemas[root]
         if jnp.issubdtype(getattr(value, "dtype", int), jnp.inexact):
             leaf = make(schema.kinds[j] or Variable, value, EMPTY)
             found.setdefault(root, {})[schema.paths[j]] = leaf

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.foreign import to_native
 from sortal._engine.paths import PathKey
+from sortal._engine.plan import Plan
 from sortal._engine.schema import Schema, select
 from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe, is_variable
@@ -290,31 +291,44 @@ class FlatCall:
         *,
         allow_int: bool = False,
     ):
-        self.bound, self.allow_int = bound, allow_int
+        self.allow_int = allow_int
         self.leaves, self.treedef = jtu.tree_flatten((bound.args, bound.kwargs))
         numbers = self.treedef.unflatten(range(len(self.leaves)))
-        self._numbers = {
+        self.numbers: tuple[Any, ...] = numbers[0]
+        at = {
             identity(bound.live_leaf(k)): at
             for c in find_flat_modules(numbers)
             for k, at in zip(c.definition.leaves, c.values, strict=True)
         }
         self.taken: list[tuple[DiffState, Schema, bool]] = []
-        layouts = [self._layout(numbers[0][diff.argnum], diff) for diff in chosen]
+        layouts = [self._layout(diff, bound.plans, at) for diff in chosen]
         self._refuse_others(layouts, [diff.argnum for diff in chosen])
         self.chosen = Chosen(layouts, self.leaves)
-        self.inputs = [self.leaves[k] for k in self.chosen.order]
 
-    def _layout(self, numbers: Any, diff: DiffState) -> Any:
+    @property
+    def inputs(self) -> list[Any]:
+        """The chosen leaves."""
+        return [self.leaves[k] for k in self.chosen.order]
+
+    def _layout(
+        self, diff: DiffState, plans: Sequence[Plan], numbers: dict[Any, int]
+    ) -> Any:
+        def take(keys: tuple[Any, ...], x: Any) -> Any:
+            if not is_flat_module(x):
+                return x
+            return self._take(plans[x.definition.number], numbers, diff, keys)
+
         return jtu.tree_map_with_path(
-            lambda keys, x: (
-                self._take(x.definition.number, diff, keys) if is_flat_module(x) else x
-            ),
-            numbers,
-            is_leaf=is_flat_module,
+            take, self.numbers[diff.argnum], is_leaf=is_flat_module
         )
 
-    def _take(self, number: int, diff: DiffState, keys: tuple[Any, ...]) -> Taken:
-        plan = self.bound.plans[number]
+    def _take(
+        self,
+        plan: Plan,
+        numbers: dict[Any, int],
+        diff: DiffState,
+        keys: tuple[Any, ...],
+    ) -> Taken:
         whole = plan.graphdef.schema
         if keys:
             # A container of modules is a model: filters see paths from it.
@@ -336,7 +350,7 @@ class FlatCall:
                 f"{listing(bad)}\nGive them another kind than Param, or narrow wrt."
             )
         own = plan.graphdef.schema.pick(mine) if keys else schema
-        return Taken(own, [self._numbers[identity(plan.leaves[j])] for j in mine])
+        return Taken(own, [numbers[identity(plan.leaves[j])] for j in mine])
 
     def _refuse_others(self, layouts: list[Any], argnums: list[int]) -> None:
         bad = [

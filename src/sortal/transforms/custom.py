@@ -73,25 +73,33 @@ def _is_array(x: Any) -> bool:
 
 
 class _OneCall:
-    """One call of a function with a derivative of its own.
+    """One call of a function with a derivative of its own, without its values.
 
     Every array goes in as an argument, because JAX forbids such functions to close
-    over what is being traced.
+    over what is being traced. It keeps them with the program that they are part of, so
+    what they close over must not hold values of the call, nor the model.
     """
 
-    def __init__(self, custom: _Custom, args: tuple[Any, ...]):
+    def __init__(self, custom: _Custom, bound: BoundArguments):
         self.custom, self.fn = custom, custom.fn
-        self.bound = BoundArguments(args, {})
-        filters, self.fixed = custom.roles(len(args))
-        self.moving = [i for i in range(len(args)) if i not in self.fixed]
+        n = len(bound.args)
+        filters, self.fixed = custom.roles(n)
+        self.moving = [i for i in range(n) if i not in self.fixed]
         self.call = FlatCall(
-            self.bound, [DiffState(i, filters.get(i, INEXACT)) for i in self.moving]
+            bound, [DiffState(i, filters.get(i, INEXACT)) for i in self.moving]
         )
-        leaves, mine = self.call.leaves, set(self.call.chosen.order)
-        self.rest = {
-            k: x for k, x in enumerate(leaves) if k not in mine and _is_array(x)
-        }
+        self.alias_map = bound.alias_map if bound.roots else None
+        self.schemas = [plan.graphdef.schema for plan in bound.plans]
         self.did: Effects | None = None
+
+    def take_values(self) -> tuple[list[Any], dict[int, Any]]:
+        """What is differentiated by, and the other arrays; none of them is kept."""
+        leaves, inputs = self.call.leaves, self.call.inputs
+        mine = set(self.call.chosen.order)
+        rest = {k: x for k, x in enumerate(leaves) if k not in mine and _is_array(x)}
+        for k in (*mine, *rest):
+            leaves[k] = None
+        return inputs, rest
 
     def primal(self, inputs: Any, rest: Any) -> Result:
         result = self.call.run(self.fn, inputs, rest)
@@ -100,7 +108,7 @@ class _OneCall:
 
     def ruled(self, rule: Any, name: str, inputs: Any, rest: Any) -> tuple[Any, Any]:
         """Runs a rule that returns a pair: the outcome, and the pair's other half."""
-        if self.did is None and self.bound.roots:
+        if self.did is None and self.alias_map is not None:
             # JAX runs the rule alone; what the function would do is found out here. Of
             # one that reads values it cannot be.
             reads_values = jax.errors.JAXTypeError, jax.errors.JAXIndexError
@@ -114,7 +122,7 @@ class _OneCall:
 
     def _differ(self, name: str, own: Effects, its: Effects) -> str:
         f = self.custom.__name__
-        schema = self.bound.alias_map.graphdef.schema if self.bound.roots else None
+        schema = self.alias_map.graphdef.schema if self.alias_map else None
         rows = [
             f"{schema.describe(k)}: only {name if k in its.written else f} changes it"
             for k in sorted(set(own.written) ^ set(its.written))
@@ -182,11 +190,14 @@ class _Custom:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.rule()
-        call = _OneCall(self, _positional(self, args, kwargs))
-        fn = self._differentiable(call)
-        return write_back(call.bound, fn(call.call.inputs, call.rest))
+        bound = BoundArguments(_positional(self, args, kwargs), {})
+        call = _OneCall(self, bound)
+        fn = self._differentiable(call, bound)
+        return write_back(bound, fn(*call.take_values()))
 
-    def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
+    def _differentiable(
+        self, call: _OneCall, bound: BoundArguments
+    ) -> Callable[..., Any]:
         raise NotImplementedError
 
 
@@ -234,24 +245,28 @@ class CustomVJP(_Custom):
         self._rule = (fwd, bwd)
 
     def pull_back(
-        self, call: _OneCall, bwd: Callable[..., Any], before: Any, result: Result
-    ) -> Any:
-        """Calls ``bwd``, here with the cotangent of the output alone.
+        self, call: _OneCall, bound: BoundArguments, bwd: Callable[..., Any]
+    ) -> Callable[[Any, Result], Any]:
+        """What calls ``bwd``, here with the cotangent of the output alone.
 
         Args:
           call: the call of the function.
+          bound: its arguments, of which nothing may be kept but structure.
           bwd: the rule.
-          before: the arguments not differentiated by, and the residuals.
-          result: the cotangents of the output and of what the call wrote.
 
         Returns:
-          What ``bwd`` returns.
+          A function of the arguments not differentiated by, with the residuals, and of
+          the cotangents of what the call returned and wrote; it returns what ``bwd``
+          does.
         """
-        return bwd(*before, bare(result.out))
+        return lambda before, result: bwd(*before, bare(result.out))
 
-    def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
+    def _differentiable(
+        self, call: _OneCall, bound: BoundArguments
+    ) -> Callable[..., Any]:
         fwd_rule, bwd_rule = self.rule()
         chosen = call.call.chosen
+        pull_back = self.pull_back(call, bound, bwd_rule)
 
         def saving(*args: Any) -> tuple[Any, Any]:
             fixed, _ = call.split(args)
@@ -263,7 +278,7 @@ class CustomVJP(_Custom):
 
         def bwd(saved: _Saved, cotangent: Result) -> tuple[Any, Any]:
             fixed, residuals = saved.load()
-            given = self.pull_back(call, bwd_rule, (*fixed, residuals), cotangent)
+            given = pull_back((*fixed, residuals), cotangent)
             if not isinstance(given, (tuple, list)):
                 raise ArgumentError(
                     "bwd must return a tuple with one cotangent for each argument "
@@ -296,7 +311,9 @@ class CustomJVP(_Custom):
         self._rule = jvp
         return jvp
 
-    def _differentiable(self, call: _OneCall) -> Callable[..., Any]:
+    def _differentiable(
+        self, call: _OneCall, bound: BoundArguments
+    ) -> Callable[..., Any]:
         user_rule = self.rule()
         chosen = call.call.chosen
 
