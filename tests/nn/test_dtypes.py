@@ -158,3 +158,37 @@ def test_other_code_in_the_dot_general_of_jax_is_run() -> None:
     finally:
         jax.lax.dot_general.__code__ = code
     np.testing.assert_array_equal(layer(x), before)
+
+
+def _decoded(x: Any) -> Any:
+    layer = nnx.DecoderAttention(4, 2, window=2, rngs=nnx.Rngs(0))
+    nnx.init_cache(layer, len(x), 8)
+    layer(x, jnp.array([1, 3]))
+    return layer(x[:, :1])
+
+
+def _causal(x: Any) -> Any:
+    heads = x[:, :, None]
+    return nnx.dot_product_attention_weights(heads, heads, is_causal=True)
+
+
+def _pooled(x: Any) -> Any:
+    return nnx.avg_pool(x, (2,), padding="SAME", count_include_pad=False)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _decoded,
+        _causal,
+        _pooled,
+        lambda x: nnx.RoPE()(x),
+        lambda x: nnx.RoPE(embedding_size=4, max_seq_len=3)(x, jnp.array([0, 2, 1])),
+        lambda x: nnx.rotary(x[:, :, None], jnp.arange(3)),
+    ],
+)
+def test_no_layer_leaves_it_to_jax_to_add_axes(call: Any) -> None:
+    x = jnp.arange(24.0).reshape(2, 3, 4) / 24
+    with jax.numpy_rank_promotion("raise"):
+        strict = call(x)
+    np.testing.assert_array_equal(strict, call(x))

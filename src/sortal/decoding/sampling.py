@@ -106,8 +106,8 @@ def sample(
         scaled, order = jax.lax.top_k(scaled, kept)
         if top_p is not None:
             before = jnp.cumsum(p := jax.nn.softmax(scaled), axis=-1) - p
-            first = jnp.arange(kept) == 0
-            scaled = jnp.where(first | (before < top_p), scaled, -jnp.inf)
+            wanted = (before < top_p).at[..., 0].set(True)
+            scaled = jnp.where(wanted, scaled, -jnp.inf)
         place = jax.random.categorical(key, scaled)
         chosen = jnp.take_along_axis(order, place[..., None], axis=-1)[..., 0]
     else:

@@ -80,7 +80,7 @@ def dot_product_attention_weights(
     if bias is not None:
         weights = weights + bias
     if is_causal:
-        causal = jnp.tril(jnp.ones(weights.shape[-2:], bool))
+        causal = dtypes.lifted(jnp.tril(jnp.ones(weights.shape[-2:], bool)), weights)
         mask = causal if mask is None else jnp.logical_and(mask, causal)
     if mask is not None:
         weights = jnp.where(mask.astype(bool), weights, jnp.finfo(dtype).min)
@@ -456,7 +456,8 @@ class RoPE(Module):
                 f"{depth}."
             )
         frequencies = 1.0 / (self.theta ** (jnp.arange(0.0, depth, 2) / depth))
-        angles = jnp.expand_dims(positions, -1) * frequencies
+        angles = jnp.expand_dims(positions, -1)
+        angles *= dtypes.lifted(frequencies, angles)
         return jnp.sin(angles), jnp.cos(angles)
 
     def __call__(self, x: Any, input_positions: Any = None) -> jax.Array:
@@ -481,7 +482,9 @@ class RoPE(Module):
                 f"RoPE takes arrays (..., length, depth); found {describe(x)}."
             )
         sin, cos = self._at(x, input_positions)
-        sin, cos = (jnp.concatenate([t, t], axis=-1) for t in (sin, cos))
+        sin, cos = (
+            dtypes.lifted(jnp.concatenate([t, t], axis=-1), x) for t in (sin, cos)
+        )
         half = x.shape[-1] // 2
         turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
         return x * cos + turned * sin

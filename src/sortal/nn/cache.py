@@ -144,7 +144,7 @@ class KVCache(Module):
         self.values[...] = _write(before.values, values, slots)
         self.position[...] = end
         if self.ring and new > 1:
-            steps = jnp.arange(new, dtype=jnp.int32)
+            steps = jnp.arange(new, dtype=jnp.int32)[None]
             entering = jnp.where(
                 steps < counts[:, None], start[:, None] + steps, jnp.int32(-1)
             )
@@ -180,7 +180,7 @@ class KVCache(Module):
 
     def _slots(self, start: jax.Array, counts: jax.Array, new: int) -> jax.Array:
         """The slot of each new token, (batch, new); ``length`` if it is not written."""
-        steps = jnp.arange(new, dtype=jnp.int32)
+        steps = jnp.arange(new, dtype=jnp.int32)[None]
         slots = start[:, None] + steps
         kept = steps < counts[:, None]
         if self.ring:
@@ -190,7 +190,7 @@ class KVCache(Module):
 
     def _holds(self, count: jax.Array) -> jax.Array:
         """The position in each slot after ``count`` tokens; -1 where it is empty."""
-        slots = jnp.arange(self.length, dtype=jnp.int32)
+        slots = jnp.arange(self.length, dtype=jnp.int32)[None]
         last = count[:, None] - 1
         if self.ring:
             return jnp.maximum(last - (last - slots) % self.length, -1)

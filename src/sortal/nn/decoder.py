@@ -157,7 +157,7 @@ class DecoderAttention(Module):
         value = self._heads(self.value(inputs), self.num_key_value_heads)
         positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)
         if self.cache is not None:
-            positions = self.cache.position[...][:, None] + positions
+            positions = self.cache.position[...][:, None] + positions[None]
         if self.rotary_base is not None:
             query = rotary(query, positions, base=self.rotary_base)
             key = rotary(key, positions, base=self.rotary_base)

@@ -105,6 +105,14 @@ def reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return jnp.reshape(x, shape)
 
 
+def lifted(x: Any, like: Any) -> Any:
+    """``x`` with leading axes of one up to the rank of ``like``.
+
+    JAX would add them by itself, but not under ``jax_numpy_rank_promotion="raise"``.
+    """
+    return x.reshape(*[1] * (like.ndim - x.ndim), *x.shape)
+
+
 _OF_JAX = lax.dot_general
 _CODE = getattr(_OF_JAX, "__code__", None)
 _dot_general = jax.jit(

@@ -144,8 +144,8 @@ def avg_pool(
         mean = total / math.prod(window_shape)
         return mean.astype(dtypes.canonicalize_dtype(x))
     spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
-    ones = jnp.ones((1, *spatial, 1), total.dtype)
-    return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)[0]
+    ones = jnp.ones((*[1] * (x.ndim - len(spatial) - 1), *spatial, 1), total.dtype)
+    return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)
 
 
 def max_pool(

@@ -57,7 +57,8 @@ def rotary(x: Any, positions: Any, *, base: float = 10_000.0) -> jax.Array:
         )
     half = x.shape[-1] // 2
     speeds = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * speeds
+    positions = positions if positions.ndim == 2 else positions[None]
+    angles = positions[..., None, None].astype(jnp.float32) * speeds[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
