@@ -168,8 +168,8 @@ def _decoded(x: Any) -> Any:
 
 
 def _causal(x: Any) -> Any:
-    heads = x[:, :, None]
-    return nnx.dot_product_attention_weights(heads, heads, is_causal=True)
+    heads, mask = x[:, :, None], jnp.ones((2, 1, 3, 3), bool)
+    return nnx.dot_product_attention_weights(heads, heads, mask=mask, is_causal=True)
 
 
 def _pooled(x: Any) -> Any:
