@@ -245,3 +245,71 @@ def test_answers_by_kind_for_a_plain_array_are_refused():
     call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, BY_KIND))
     with pytest.raises(AxisError, match=r"stands for .*float32\["):
         call(Net(), inputs())
+
+
+@pytest.mark.parametrize("how", ["spec", "sharding"])
+def test_one_sharding_for_an_object_made_inside_is_that_of_its_leaves(how):
+    def make(x):
+        return {"made": nnx.Param(x), "pair": [nnx.Linear(3, 3, rngs=nnx.Rngs(0)), x]}
+
+    x = np.ones((2 * N, 3), np.float32)
+    rows, whole = (P("d"), P()) if how == "spec" else (ROWS, WHOLE)
+    given = {"made": rows, "pair": whole}
+    with jax.set_mesh(MESH):
+        plain = jax.jit(lambda x: (x, x + 1), out_shardings=(rows, whole))(x)
+        found = nnx.jit(make, out_shardings=given)(x)
+    assert found["made"].value.sharding == plain[0].sharding == ROWS
+    linear, same = found["pair"]
+    assert linear.kernel.value.sharding == same.sharding == plain[1].sharding
+    with pytest.raises(ShardingError, match=r"bias \(Param\) \[3\]: P\(None, 'd'\)"):
+        nnx.jit(make, out_shardings={"made": ROWS, "pair": [COLUMNS, None]})(x)
+
+
+def test_what_is_added_to_a_model_that_is_returned_lies_where_out_shardings_says():
+    def add(model, x):
+        model.seen = nnx.Intermediate(x)
+        return model
+
+    table = nnx.StateSharding({nnx.At("seen"): ROWS, ...: WHOLE})
+    model = nnx.jit(add, out_shardings=table)(Net(), inputs())
+    assert model.seen.value.sharding == ROWS
+    assert model.linear.kernel.value.sharding == WHOLE
+
+
+def test_what_is_only_read_stays_where_a_spec_puts_it_on_the_mesh_of_the_context():
+    model = Net()
+    table = nnx.StateSharding({nnx.At("**.kernel"): P(None, "d"), ...: P()})
+    x = inputs()
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(table, P("d")))
+    with jax.set_mesh(MESH):
+        call(model, x)
+        assert model.linear.kernel.value.sharding == COLUMNS
+        kernel = model.linear.kernel.value
+        call(model, x)
+    assert model.linear.kernel.value is kernel
+
+
+def test_a_model_that_an_outer_function_closes_over_is_read_and_not_moved():
+    model, x = Net(), inputs()
+    kernel = model.linear.kernel.value
+    inner = nnx.jit(lambda m, x: m.linear(x), in_shardings=(BY_KIND, ROWS))
+    found = nnx.jit(lambda x: inner(model, x))(x)
+    expected = x @ kernel + model.linear.bias.value
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert model.linear.kernel.value is kernel
+
+
+@pytest.mark.skipif(N == 1, reason="one device has one place for everything")
+def test_arrays_bound_elsewhere_than_in_shardings_are_all_named():
+    model = nnx.shard(Net(), MESH)
+    x = jax.device_put(inputs(), WHOLE)
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, ROWS))
+    with pytest.raises(ShardingError) as found:
+        call(model, x)
+    rows = str(found.value).split("\n")
+    due = "NamedSharding(P()); in_shardings: NamedSharding"
+    assert rows[1:-1] == [
+        f"  linear.kernel (Param): {due}(P(None, 'd'))",
+        f"  float32[{2 * N},3]: {due}(P('d'))",
+    ]
+    assert model.linear.kernel.value.sharding == WHOLE

@@ -11,11 +11,14 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from sortal._engine.jax_compat import outside_traces
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
-from sortal.errors import AxisError, PolicyError, listing
+from sortal._engine.variable import describe
+from sortal.errors import AxisError, PolicyError, ShardingError, listing
+from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
 from sortal.sharding.resolution import check_specs, placement, spec_for
 from sortal.transforms._adapter.binding import BoundArguments, write_back
@@ -148,8 +151,10 @@ class Sharded:
         packed = self._packed(args, kwargs)
         try:
             return unsorted(*packed.jit(*args, **kwargs))
-        except ValueError:
-            self._answers(*self._dynamic(args, kwargs))  # refuses what does not fit
+        except ValueError as error:
+            dynamic = self._dynamic(args, kwargs)
+            given, _ = self._answers(*dynamic)  # refuses what does not fit
+            _refuse_elsewhere(given, dynamic[0], error)
             raise
 
     def place(self, bound: BoundArguments, args: Sequence[Any], kwargs: Any) -> None:
@@ -160,7 +165,7 @@ class Sharded:
           args: positional arguments as they were given to JAX.
           kwargs: keyword arguments, likewise.
         """
-        if self._in is not None and bound.roots:
+        if self._in is not None and bound.roots and outside_traces():
             self._packed(args, kwargs).answers.place(bound)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,11 +266,10 @@ class _Answers:
         """Leaves live Variables that were only read where the program had them."""
         moved = {}
         for k, answer in self.of_leaf.items():
-            x = bound.live_leaf(k)._value
+            x, there = bound.live_leaf(k)._value, _on_mesh(answer)
             free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
-            fixed = free and isinstance(answer, jax.sharding.Sharding)
-            if fixed and x.sharding != answer and not x.is_deleted():
-                moved[k] = jax.device_put(x, answer)
+            if free and there not in (None, x.sharding) and not x.is_deleted():
+                moved[k] = jax.device_put(x, there)
         if moved:
             effects = Effects(tuple(moved), (), None)
             write_back(bound, Result(effects, (None, [*moved.values()], [])))
@@ -325,6 +329,48 @@ def _for_jit(answer: Any, value: Any, path: Path) -> Any:
     """An answer as ``jax.jit`` takes it: functions of the mesh become specs."""
     known = answer is None or isinstance(answer, _FIXED)
     return answer if known else spec_for(answer, value, None, lambda: show(path))
+
+
+def _on_mesh(answer: Any) -> Any:
+    """An answer as a sharding; a spec is on the mesh of the context."""
+    if isinstance(answer, jax.sharding.PartitionSpec):
+        return NamedSharding(jax.sharding.get_mesh(), answer)
+    return answer
+
+
+def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
+    """Says which arrays are bound to another place, where that is why JAX refused."""
+    if "does not match the sharding on the respective arg" not in str(cause):
+        return
+    bad: list[str] = []
+
+    def note(name: str, answer: Any, value: Any) -> None:
+        for x in jax.tree.leaves(value) if answer is not None else ():
+            bound = getattr(x, "committed", False) and not isinstance(x, Tracer)
+            if bound and not x.sharding.is_equivalent_to(_on_mesh(answer), x.ndim):
+                where, due = (format_answer("spec", s) for s in (x.sharding, answer))
+                bad.append(f"{name or describe(x)}: {where}; in_shardings: {due}")
+
+    def visit(answer: Any, x: Any) -> None:
+        if not isinstance(answer, (FlatModule, State)):
+            note("", answer, x)
+            return
+        if isinstance(answer, State):
+            schema, rows = x.schema, enumerate(x.values_list())
+            answers = answer.values_list()
+        else:
+            schema, rows = x.definition.graphdef.schema, _of(x)
+            answers = answer.values
+        for mine, (k, value) in zip(answers, rows, strict=True):
+            note(schema.describe(k), mine, value)
+
+    ends = (FlatModule, State, type(None))
+    jtu.tree_map(visit, given, tuple(args), is_leaf=lambda x: isinstance(x, ends))
+    raise ShardingError(
+        "these arrays are bound to another place than in_shardings gives them:\n"
+        f"{listing(bad)}\nPut models there by shard(model, mesh, policy), and other "
+        "arrays by jax.device_put(x, sharding)."
+    ) from cause
 
 
 def _check(schema: Schema, values: Sequence[Any], found: Sequence[Any]) -> None:
@@ -414,12 +460,24 @@ class _Packed:
         return moved
 
     def _of_new(self, result: Result) -> list[Any]:
+        effects, edits = result.effects, result.effects.edits
+        if edits is None:
+            return []
         outs = given_for_objects(self._out, result.out)
-        roots = self.answers.given
-        return [
-            # One sharding for a whole root speaks of the leaves that were there.
-            _of_one(given, one, value) if by_kind(given) else None
-            for one, given, value in new_leaves(
-                result.effects, roots, outs, result.fresh
-            )
-        ]
+        # One sharding for a whole root speaks of the leaves that were there.
+        given = self.answers.given.items()
+        roots = {i: table if by_kind(table) else None for i, table in given}
+        returned = {
+            i: (path, answer)
+            for n, answer in outs.items()
+            if answer is not None
+            for path, i in edits.graphdef.leaves_below(effects.outputs[n]).items()
+        }
+        new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
+        found = new_leaves(effects, roots, outs, result.fresh)
+        answers = []
+        for i, (one, table, value) in zip(new, found, strict=True):
+            path, answer = returned.get(i, (one.paths[0], table))
+            leaf = Schema.of([path], one.kinds, one.metadata)
+            answers.append(None if answer is None else _of_one(answer, leaf, value))
+        return answers
