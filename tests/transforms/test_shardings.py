@@ -276,6 +276,24 @@ def test_what_is_added_to_a_model_that_is_returned_lies_where_out_shardings_says
     assert model.linear.kernel.value.sharding == WHOLE
 
 
+def test_a_model_that_is_returned_lies_where_out_shardings_says_and_not_as_it_came():
+    model = nnx.jit(lambda m: m, in_shardings=(WHOLE,), out_shardings=BY_KIND)(Net())
+    assert model.linear.kernel.value.sharding == COLUMNS
+
+
+def test_raw_arrays_in_tuples_are_read_where_they_are_and_returned_nowhere_else():
+    model = Net()
+    model.pair = pair = (jnp.ones(2 * N), jnp.zeros(2 * N))
+    total = nnx.jit(lambda m: m.pair[0].sum(), in_shardings=(WHOLE,))
+    assert float(total(model)) == 2 * N
+    assert model.linear.kernel.value.sharding == WHOLE
+    kernel = model.linear.kernel.value
+    with pytest.raises(ShardingError, match=r"pair\.1 \(unlabelled array\)"):
+        nnx.jit(lambda m: m, out_shardings=BY_KIND)(model)
+    assert model.linear.kernel.value is kernel
+    assert model.pair is pair
+
+
 def test_what_is_only_read_stays_where_a_spec_puts_it_on_the_mesh_of_the_context():
     model = Net()
     table = nnx.StateSharding({nnx.At("**.kernel"): P(None, "d"), ...: P()})

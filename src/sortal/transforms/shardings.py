@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,14 @@ from sortal._engine.variable import describe
 from sortal.errors import AxisError, PolicyError, ShardingError, listing
 from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
-from sortal.sharding.resolution import check_specs, placement, spec_for
+from sortal.sharding.resolution import (
+    check_specs,
+    placement,
+    refuse_fixed,
+    spec_for,
+)
 from sortal.transforms._adapter.binding import BoundArguments, write_back
-from sortal.transforms._adapter.effects import Effects, Result
+from sortal.transforms._adapter.effects import Effects, Result, rigid_leaves
 from sortal.transforms._adapter.functions import named_positions
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
@@ -157,16 +162,23 @@ class Sharded:
             _refuse_elsewhere(given, dynamic[0], error)
             raise
 
-    def place(self, bound: BoundArguments, args: Sequence[Any], kwargs: Any) -> None:
+    def place(
+        self,
+        bound: BoundArguments,
+        args: Sequence[Any],
+        kwargs: Any,
+        written: Collection[int],
+    ) -> None:
         """Puts what was only read where ``in_shardings`` has it, to stay there.
 
         Args:
           bound: the arguments of a call that has been made.
           args: positional arguments as they were given to JAX.
           kwargs: keyword arguments, likewise.
+          written: the leaves that came out of the call, and lie where they are to.
         """
         if self._in is not None and bound.roots and outside_traces():
-            self._packed(args, kwargs).answers.place(bound)
+            self._packed(args, kwargs).answers.place(bound, written)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of what ``jax.jit`` returns."""
@@ -262,10 +274,13 @@ class _Answers:
                 f"two for:\n{listing(rows)}\nGive both arguments the same."
             )
 
-    def place(self, bound: BoundArguments) -> None:
+    def place(self, bound: BoundArguments, written: Collection[int]) -> None:
         """Leaves live Variables that were only read where the program had them."""
         moved = {}
+        fixed = rigid_leaves(bound.alias_map.graphdef).union(written)
         for k, answer in self.of_leaf.items():
+            if k in fixed:
+                continue
             x, there = bound.live_leaf(k)._value, _on_mesh(answer)
             free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
             if free and there not in (None, x.sharding) and not x.is_deleted():
@@ -435,9 +450,10 @@ class _Packed:
         if not outs:
             return {}
         effects, edits = result.effects, result.effects.edits
+        flat = find_flat_modules(given)
+        entered = flat[0].definition.graphdef if flat else None
         if edits is None:
-            (first, *_) = find_flat_modules(given)
-            graphdef = first.definition.graphdef
+            graphdef: Any = entered
             origins: Sequence[Any] = range(len(graphdef.schema))
         else:
             graphdef = edits.graphdef
@@ -457,6 +473,8 @@ class _Packed:
             found = list(map(_for_jit, found, mine, schema.paths))
             _check(schema, mine, found)
             moved.update(zip([origins[i] for i in at.values()], found, strict=True))
+        if entered is not None:
+            refuse_fixed(entered.schema, moved.keys() & rigid_leaves(entered))
         return moved
 
     def _of_new(self, result: Result) -> list[Any]:
