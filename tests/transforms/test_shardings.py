@@ -281,6 +281,18 @@ def test_a_model_that_is_returned_lies_where_out_shardings_says_and_not_as_it_ca
     assert model.linear.kernel.value.sharding == COLUMNS
 
 
+LARGEST = nnx.StateSharding({...: presets.LargestAxis("d", min_size=1)})
+
+
+@pytest.mark.parametrize("given", [(None, BY_KIND), (BY_KIND, None), (LARGEST,) * 2])
+def test_a_variable_that_arguments_share_has_the_sharding_of_any_of_them(given):
+    model = Net()
+    call = nnx.jit(lambda m, n: m(n.kernel.T), in_shardings=given)
+    with jax.set_mesh(MESH):
+        call(model, model.linear)
+    assert model.linear.kernel.value.sharding == COLUMNS
+
+
 def test_raw_arrays_in_tuples_are_read_where_they_are_and_returned_nowhere_else():
     model = Net()
     model.pair = pair = (jnp.ones(2 * N), jnp.zeros(2 * N))

@@ -233,7 +233,7 @@ class Sharded:
             given = tuple(map(answers.tree, prefix, dynamic))
         else:
             given = tuple(answers.tree(prefix, x) for x in dynamic)
-        answers.refuse_two((dynamic, named))
+        answers.share((dynamic, named), given)
         return given, answers
 
 
@@ -249,13 +249,17 @@ class _Answers:
         """The shardings of one argument."""
         return jtu.tree_map(self._subtree, prefix, arg, is_leaf=is_answer)
 
-    def refuse_two(self, args: Any) -> None:
-        """Refuses shared Variables that are given two shardings."""
+    def share(self, args: Any, trees: Any) -> None:
+        """Gives shared Variables the sharding of any argument; refuses two.
+
+        A Variable goes in with the first argument that holds it.
+        """
         found = find_flat_modules(args)
         if len(found) < 2:
             return
         graphdef = found[0].definition.graphdef
         schema, rows = graphdef.schema, []
+        values = {k: x for c in found for k, x in _of(c)}
         for path, entry, first in graphdef.places():
             root: Any = path[0] if path else None
             given = self.given.get(root)
@@ -264,15 +268,20 @@ class _Answers:
             for below, k in graphdef.leaves_below(entry).items():
                 at = (*path, *below)
                 one = Schema.of([at[1:]], [schema.kinds[k]], [schema.metadata[k]])
-                (answer,) = leaf_answers(given, "spec", one, _no_values)
-                mine = self.of_leaf.get(k)
-                if mine is not None and answer is not None and answer != mine:
+                (answer,) = leaf_answers(given, "spec", one, alone(one, values[k]))
+                (answer,) = self._fit(one, [values[k]], [answer])
+                mine = self.of_leaf[k]
+                if mine is None:
+                    self.of_leaf[k] = answer
+                elif answer is not None and answer != mine:
                     rows.append(f"{one.describe(0)}: {mine}, and {answer}")
         if rows:
             raise AxisError(
                 "Variables that several arguments share have one sharding each; found "
                 f"two for:\n{listing(rows)}\nGive both arguments the same."
             )
+        for c in find_flat_modules(trees):
+            c.values = [self.of_leaf[k] for k in c.definition.leaves]
 
     def place(self, bound: BoundArguments, written: Collection[int]) -> None:
         """Leaves live Variables that were only read where the program had them."""
