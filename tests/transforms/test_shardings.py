@@ -281,6 +281,19 @@ def test_a_model_that_is_returned_lies_where_out_shardings_says_and_not_as_it_ca
     assert model.linear.kernel.value.sharding == COLUMNS
 
 
+def test_raw_arrays_that_a_call_takes_out_are_put_nowhere():
+    def edit(model):
+        del model.gone
+        model.linear, model.other = model.other, model.linear
+
+    model = Net()
+    model.gone, model.other = jnp.ones(2 * N), (other := jnp.zeros(2 * N))
+    nnx.jit(edit, in_shardings=(BY_KIND,))(model)
+    assert not hasattr(model, "gone")
+    assert model.other.kernel.value.sharding == COLUMNS
+    np.testing.assert_array_equal(model.linear, other)
+
+
 LARGEST = nnx.StateSharding({...: presets.LargestAxis("d", min_size=1)})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -167,7 +167,7 @@ class Sharded:
         bound: BoundArguments,
         args: Sequence[Any],
         kwargs: Any,
-        written: Collection[int],
+        effects: Effects,
     ) -> None:
         """Puts what was only read where ``in_shardings`` has it, to stay there.
 
@@ -175,10 +175,10 @@ class Sharded:
           bound: the arguments of a call that has been made.
           args: positional arguments as they were given to JAX.
           kwargs: keyword arguments, likewise.
-          written: the leaves that came out of the call, and lie where they are to.
+          effects: what the call did; what it wrote lies where it is to.
         """
         if self._in is not None and bound.roots and outside_traces():
-            self._packed(args, kwargs).answers.place(bound, written)
+            self._packed(args, kwargs).answers.place(bound, effects)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of what ``jax.jit`` returns."""
@@ -283,10 +283,14 @@ class _Answers:
         for c in find_flat_modules(trees):
             c.values = [self.of_leaf[k] for k in c.definition.leaves]
 
-    def place(self, bound: BoundArguments, written: Collection[int]) -> None:
+    def place(self, bound: BoundArguments, effects: Effects) -> None:
         """Leaves live Variables that were only read where the program had them."""
         moved = {}
-        fixed = rigid_leaves(bound.alias_map.graphdef).union(written)
+        graphdef = bound.alias_map.graphdef
+        fixed = rigid_leaves(graphdef).union(effects.written)
+        if effects.edits is not None:  # something else may be where an array was
+            kinds = enumerate(graphdef.schema.kinds)
+            fixed = fixed.union(k for k, kind in kinds if kind is None)
         for k, answer in self.of_leaf.items():
             if k in fixed:
                 continue
