@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal as nnx
+from models import Holder, portrait, untouched
 from sortal.errors import AxisError, PolicyError, ShardingError
 from sortal.sharding import presets
 
@@ -356,3 +359,93 @@ def test_arrays_bound_elsewhere_than_in_shardings_are_all_named():
         f"  float32[{2 * N},3]: {due}(P('d'))",
     ]
     assert model.linear.kernel.value.sharding == WHOLE
+
+
+class Drawn:
+    """A random call of two models: what it does, and where each leaf is to lie then."""
+
+    kinds = (nnx.Param, nnx.BatchStat)
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)  # noqa: S311 - to be drawn again
+        self.number = 0
+        self.models = [Holder(**{k: self.leaf() for k in "abc"}) for _ in range(2)]
+        if self.random.random() < 0.5:
+            self.models[1].d = self.models[0].a
+        self.given = [self.answer() for _ in self.models]
+        self.out, self.returned = self.answer(), self.random.random() < 0.5
+        self.x = self.array()
+
+    def array(self):
+        self.number += 1
+        return np.full((2 * N, 2 * N), self.number, np.float32)
+
+    def leaf(self):
+        raw = self.random.random() < 0.3
+        x = jnp.asarray(self.array())
+        return x if raw else self.random.choice(self.kinds)(x)
+
+    def answer(self):
+        one = self.random.choice
+        if one((True, False)):
+            return one((None, WHOLE, ROWS, COLUMNS))
+        rows = {one((nnx.Param, nnx.At("a"), nnx.At("new"))): one((ROWS, COLUMNS))}
+        return nnx.StateSharding({**rows, ...: one((None, WHOLE, ROWS))})
+
+    def call(self, x, *models):
+        """Writes, takes out or adds some leaves; returns a model, old or new."""
+        draw = random.Random(self.number)  # noqa: S311 - as above
+        for m in models:
+            for name in "abc":
+                leaf, how = getattr(m, name), draw.random()
+                if how < 0.3 and isinstance(leaf, nnx.Variable):
+                    leaf.set_value(leaf.value * 2 + x)
+                elif how < 0.6 and not isinstance(leaf, nnx.Variable):
+                    delattr(m, name) if how < 0.2 else setattr(m, name, leaf + x)
+        if draw.random() < 0.5:
+            models[0].new = nnx.Param(x * 3)
+        return models[0] if self.returned else Holder(new=nnx.Param(x * 5))
+
+
+def at(given, name, leaf):
+    """What a sharding or a table says of a leaf."""
+    for f, answer in given.items() if isinstance(given, nnx.StateSharding) else ():
+        if f((name,), leaf):
+            return answer
+    return None if isinstance(given, nnx.StateSharding) else given
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_calls_put_each_leaf_where_it_is_said_to_lie(seed):
+    drawn, eager = Drawn(seed), Drawn(seed)
+    every = [vars(m).items() for m in drawn.models]
+    before = [{k: x for k, x in d if isinstance(x, nnx.Variable)} for d in every]
+    old = {id(x): x.value for held in before for x in held.values()}
+    due, two = {}, False
+    for given, held in zip(drawn.given, before, strict=True):
+        for name, leaf in held.items():
+            mine = at(given, name, leaf)
+            two |= None not in (mine, due.get(id(leaf))) and mine != due[id(leaf)]
+            due[id(leaf)] = due.get(id(leaf)) or mine
+    options = {"in_shardings": (WHOLE, *drawn.given), "out_shardings": drawn.out}
+    call = nnx.jit(drawn.call, **options)
+    if two:
+        with untouched(drawn.models), pytest.raises(AxisError, match="one sharding"):
+            call(drawn.x, *drawn.models)
+        return
+    found = call(drawn.x, *drawn.models)
+    eager.call(eager.x, *eager.models)
+    assert portrait(drawn.models) == portrait(eager.models)
+    for m, held, given in zip(drawn.models, before, drawn.given, strict=True):
+        for name, leaf in vars(m).items():
+            if not isinstance(leaf, nnx.Variable):
+                continue
+            by_table = given if isinstance(given, nnx.StateSharding) else None
+            wanted = due.get(id(leaf)) if name in held else at(by_table, name, leaf)
+            mine = next((k for k, x in vars(found).items() if x is leaf), None)
+            wanted = (mine and at(drawn.out, mine, leaf)) or wanted
+            assert wanted is None or leaf.value.sharding == wanted, name
+            if wanted is None and np.array_equal(leaf.value, old.get(id(leaf), ())):
+                assert leaf.value is old[id(leaf)]
+    if not drawn.returned and (wanted := at(drawn.out, "new", found.new)):
+        assert found.new.value.sharding == wanted
