@@ -359,6 +359,10 @@ def test_arrays_bound_elsewhere_than_in_shardings_are_all_named():
         f"  float32[{2 * N},3]: {due}(P('d'))",
     ]
     assert model.linear.kernel.value.sharding == WHOLE
+    call = nnx.jit(lambda m, x: m + x.sum(), in_shardings=(P("d"), P()))
+    mapped = nnx.vmap(lambda m, x: call(m, x), in_axes=(None, 0))
+    with jax.set_mesh(MESH), pytest.raises(ValueError, match="passed to jit does not"):
+        mapped(model.mean, x[None])
 
 
 class Drawn:

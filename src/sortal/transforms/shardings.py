@@ -368,7 +368,9 @@ def _on_mesh(answer: Any) -> Any:
 
 def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
     """Says which arrays are bound to another place, where that is why JAX refused."""
-    if "does not match the sharding on the respective arg" not in str(cause):
+    # Inside of a trace JAX does not say what the mesh is.
+    known = "does not match the sharding on the respective arg" in str(cause)
+    if not (known and outside_traces()):
         return
     bad: list[str] = []
 
