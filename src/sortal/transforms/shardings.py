@@ -396,11 +396,12 @@ def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
 
     ends = (FlatModule, State, type(None))
     jtu.tree_map(visit, given, tuple(args), is_leaf=lambda x: isinstance(x, ends))
-    raise ShardingError(
-        "these arrays are bound to another place than in_shardings gives them:\n"
-        f"{listing(bad)}\nPut models there by shard(model, mesh, policy), and other "
-        "arrays by jax.device_put(x, sharding)."
-    ) from cause
+    if bad:
+        raise ShardingError(
+            "these arrays are bound to another place than in_shardings gives them:\n"
+            f"{listing(bad)}\nPut models there by shard(model, mesh, policy), and "
+            "other arrays by jax.device_put(x, sharding)."
+        ) from cause
 
 
 def _check(schema: Schema, values: Sequence[Any], found: Sequence[Any]) -> None:
