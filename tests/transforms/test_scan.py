@@ -1057,6 +1057,26 @@ def test_an_axis_that_is_not_there_is_refused_by_path() -> None:
     )
 
 
+def test_what_has_no_axis_to_be_stacked_along_is_refused_with_all_others() -> None:
+    def step(m: Any, x: Any) -> Any:
+        m.w.set_value(m.w.value.sum())
+        return Holder(n=sortal.Param(x.sum())), x.sum()
+
+    m = Holder(w=sortal.Param(jnp.ones((3, 3))))
+    given = (sortal.StateAxes({sortal.At("w"): 1}), 0)
+
+    def refused(out_axes: Any) -> str:
+        with untouched(m), pytest.raises(AxisError) as found:
+            sortal.scan(step, in_axes=given, out_axes=out_axes)(m, jnp.ones((3, 2)))
+        return str(found.value)
+
+    assert refused((1, 0)).split("\n")[1:3] == [
+        "  n (Param): float32[] has no axis 1 once stacked",
+        "  w (Param): float32[] has no axis 1 once stacked",
+    ]
+    assert "output[1]: float32[] has no axis -2 once stacked" in refused((0, -2))
+
+
 def test_unknown_keywords_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"^scan has no option lenght\.$"):
         sortal.scan(lambda c, x: (c, x), lenght=3)

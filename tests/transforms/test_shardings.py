@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal as nnx
+from models import Holder, portrait, untouched
 from sortal.errors import AxisError, PolicyError, ShardingError
 from sortal.sharding import presets
 
@@ -245,3 +248,208 @@ def test_answers_by_kind_for_a_plain_array_are_refused():
     call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, BY_KIND))
     with pytest.raises(AxisError, match=r"stands for .*float32\["):
         call(Net(), inputs())
+
+
+@pytest.mark.parametrize("how", ["spec", "sharding"])
+def test_one_sharding_for_an_object_made_inside_is_that_of_its_leaves(how):
+    def make(x):
+        return {"made": nnx.Param(x), "pair": [nnx.Linear(3, 3, rngs=nnx.Rngs(0)), x]}
+
+    x = np.ones((2 * N, 3), np.float32)
+    rows, whole = (P("d"), P()) if how == "spec" else (ROWS, WHOLE)
+    given = {"made": rows, "pair": whole}
+    with jax.set_mesh(MESH):
+        plain = jax.jit(lambda x: (x, x + 1), out_shardings=(rows, whole))(x)
+        found = nnx.jit(make, out_shardings=given)(x)
+    assert found["made"].value.sharding == plain[0].sharding == ROWS
+    linear, same = found["pair"]
+    assert linear.kernel.value.sharding == same.sharding == plain[1].sharding
+    with pytest.raises(ShardingError, match=r"bias \(Param\) \[3\]: P\(None, 'd'\)"):
+        nnx.jit(make, out_shardings={"made": ROWS, "pair": [COLUMNS, None]})(x)
+
+
+def test_what_is_added_to_a_model_that_is_returned_lies_where_out_shardings_says():
+    def add(model, x):
+        model.seen = nnx.Intermediate(x)
+        return model
+
+    table = nnx.StateSharding({nnx.At("seen"): ROWS, ...: WHOLE})
+    model = nnx.jit(add, out_shardings=table)(Net(), inputs())
+    assert model.seen.value.sharding == ROWS
+    assert model.linear.kernel.value.sharding == WHOLE
+
+
+def test_a_model_that_is_returned_lies_where_out_shardings_says_and_not_as_it_came():
+    model = nnx.jit(lambda m: m, in_shardings=(WHOLE,), out_shardings=BY_KIND)(Net())
+    assert model.linear.kernel.value.sharding == COLUMNS
+
+
+def test_raw_arrays_that_a_call_takes_out_are_put_nowhere():
+    def edit(model):
+        del model.gone
+        model.linear, model.other = model.other, model.linear
+
+    model = Net()
+    model.gone, model.other = jnp.ones(2 * N), (other := jnp.zeros(2 * N))
+    nnx.jit(edit, in_shardings=(BY_KIND,))(model)
+    assert not hasattr(model, "gone")
+    assert model.other.kernel.value.sharding == COLUMNS
+    np.testing.assert_array_equal(model.linear, other)
+
+
+LARGEST = nnx.StateSharding({...: presets.LargestAxis("d", min_size=1)})
+
+
+@pytest.mark.parametrize("given", [(None, BY_KIND), (BY_KIND, None), (LARGEST,) * 2])
+def test_a_variable_that_arguments_share_has_the_sharding_of_any_of_them(given):
+    model = Net()
+    call = nnx.jit(lambda m, n: m(n.kernel.T), in_shardings=given)
+    with jax.set_mesh(MESH):
+        call(model, model.linear)
+    assert model.linear.kernel.value.sharding == COLUMNS
+
+
+def test_raw_arrays_in_tuples_are_read_where_they_are_and_returned_nowhere_else():
+    model = Net()
+    model.pair = pair = (jnp.ones(2 * N), jnp.zeros(2 * N))
+    total = nnx.jit(lambda m: m.pair[0].sum(), in_shardings=(WHOLE,))
+    assert float(total(model)) == 2 * N
+    assert model.linear.kernel.value.sharding == WHOLE
+    kernel = model.linear.kernel.value
+    with pytest.raises(ShardingError, match=r"pair\.1 \(unlabelled array\)"):
+        nnx.jit(lambda m: m, out_shardings=BY_KIND)(model)
+    assert model.linear.kernel.value is kernel
+    assert model.pair is pair
+
+
+def test_what_is_only_read_stays_where_a_spec_puts_it_on_the_mesh_of_the_context():
+    model = Net()
+    table = nnx.StateSharding({nnx.At("**.kernel"): P(None, "d"), ...: P()})
+    x = inputs()
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(table, P("d")))
+    with jax.set_mesh(MESH):
+        call(model, x)
+        assert model.linear.kernel.value.sharding == COLUMNS
+        kernel = model.linear.kernel.value
+        call(model, x)
+    assert model.linear.kernel.value is kernel
+
+
+def test_a_model_that_an_outer_function_closes_over_is_read_and_not_moved():
+    model, x = Net(), inputs()
+    kernel = model.linear.kernel.value
+    inner = nnx.jit(lambda m, x: m.linear(x), in_shardings=(BY_KIND, ROWS))
+    found = nnx.jit(lambda x: inner(model, x))(x)
+    expected = x @ kernel + model.linear.bias.value
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert model.linear.kernel.value is kernel
+
+
+@pytest.mark.skipif(N == 1, reason="one device has one place for everything")
+def test_arrays_bound_elsewhere_than_in_shardings_are_all_named():
+    model = nnx.shard(Net(), MESH)
+    x = jax.device_put(inputs(), WHOLE)
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, ROWS))
+    with pytest.raises(ShardingError) as found:
+        call(model, x)
+    rows = str(found.value).split("\n")
+    due = "NamedSharding(P()); in_shardings: NamedSharding"
+    assert rows[1:-1] == [
+        f"  linear.kernel (Param): {due}(P(None, 'd'))",
+        f"  float32[{2 * N},3]: {due}(P('d'))",
+    ]
+    assert model.linear.kernel.value.sharding == WHOLE
+    call = nnx.jit(lambda m, x: m + x.sum(), in_shardings=(P("d"), P()))
+    mapped = nnx.vmap(lambda m, x: call(m, x), in_axes=(None, 0))
+    with jax.set_mesh(MESH), pytest.raises(ValueError, match="passed to jit does not"):
+        mapped(model.mean, x[None])
+
+
+class Drawn:
+    """A random call of two models: what it does, and where each leaf is to lie then."""
+
+    kinds = (nnx.Param, nnx.BatchStat)
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)  # noqa: S311 - to be drawn again
+        self.number = 0
+        self.models = [Holder(**{k: self.leaf() for k in "abc"}) for _ in range(2)]
+        if self.random.random() < 0.5:
+            self.models[1].d = self.models[0].a
+        self.given = [self.answer() for _ in self.models]
+        self.out, self.returned = self.answer(), self.random.random() < 0.5
+        self.x = self.array()
+
+    def array(self):
+        self.number += 1
+        return np.full((2 * N, 2 * N), self.number, np.float32)
+
+    def leaf(self):
+        raw = self.random.random() < 0.3
+        x = jnp.asarray(self.array())
+        return x if raw else self.random.choice(self.kinds)(x)
+
+    def answer(self):
+        one = self.random.choice
+        if one((True, False)):
+            return one((None, WHOLE, ROWS, COLUMNS))
+        rows = {one((nnx.Param, nnx.At("a"), nnx.At("new"))): one((ROWS, COLUMNS))}
+        return nnx.StateSharding({**rows, ...: one((None, WHOLE, ROWS))})
+
+    def call(self, x, *models):
+        """Writes, takes out or adds some leaves; returns a model, old or new."""
+        draw = random.Random(self.number)  # noqa: S311 - as above
+        for m in models:
+            for name in "abc":
+                leaf, how = getattr(m, name), draw.random()
+                if how < 0.3 and isinstance(leaf, nnx.Variable):
+                    leaf.set_value(leaf.value * 2 + x)
+                elif how < 0.6 and not isinstance(leaf, nnx.Variable):
+                    delattr(m, name) if how < 0.2 else setattr(m, name, leaf + x)
+        if draw.random() < 0.5:
+            models[0].new = nnx.Param(x * 3)
+        return models[0] if self.returned else Holder(new=nnx.Param(x * 5))
+
+
+def at(given, name, leaf):
+    """What a sharding or a table says of a leaf."""
+    for f, answer in given.items() if isinstance(given, nnx.StateSharding) else ():
+        if f((name,), leaf):
+            return answer
+    return None if isinstance(given, nnx.StateSharding) else given
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_calls_put_each_leaf_where_it_is_said_to_lie(seed):
+    drawn, eager = Drawn(seed), Drawn(seed)
+    every = [vars(m).items() for m in drawn.models]
+    before = [{k: x for k, x in d if isinstance(x, nnx.Variable)} for d in every]
+    old = {id(x): x.value for held in before for x in held.values()}
+    due, two = {}, False
+    for given, held in zip(drawn.given, before, strict=True):
+        for name, leaf in held.items():
+            mine = at(given, name, leaf)
+            two |= None not in (mine, due.get(id(leaf))) and mine != due[id(leaf)]
+            due[id(leaf)] = due.get(id(leaf)) or mine
+    options = {"in_shardings": (WHOLE, *drawn.given), "out_shardings": drawn.out}
+    call = nnx.jit(drawn.call, **options)
+    if two:
+        with untouched(drawn.models), pytest.raises(AxisError, match="one sharding"):
+            call(drawn.x, *drawn.models)
+        return
+    found = call(drawn.x, *drawn.models)
+    eager.call(eager.x, *eager.models)
+    assert portrait(drawn.models) == portrait(eager.models)
+    for m, held, given in zip(drawn.models, before, drawn.given, strict=True):
+        for name, leaf in vars(m).items():
+            if not isinstance(leaf, nnx.Variable):
+                continue
+            by_table = given if isinstance(given, nnx.StateSharding) else None
+            wanted = due.get(id(leaf)) if name in held else at(by_table, name, leaf)
+            mine = next((k for k, x in vars(found).items() if x is leaf), None)
+            wanted = (mine and at(drawn.out, mine, leaf)) or wanted
+            assert wanted is None or leaf.value.sharding == wanted, name
+            if wanted is None and np.array_equal(leaf.value, old.get(id(leaf), ())):
+                assert leaf.value is old[id(leaf)]
+    if not drawn.returned and (wanted := at(drawn.out, "new", found.new)):
+        assert found.new.value.sharding == wanted

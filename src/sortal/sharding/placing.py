@@ -25,6 +25,7 @@ from sortal.sharding.resolution import (
     Resolved,
     at_full_rank,
     check_specs,
+    refuse_fixed,
     resolve,
 )
 from sortal.transforms.compile import eval_shape
@@ -258,17 +259,9 @@ def _check_takes(found: OnMesh, policy: Any) -> None:
 
 
 def _check_places(plan: Plan) -> None:
-    schema = plan.graphdef.schema
-    stuck = [
-        schema.describe(i)
-        for i, x in enumerate(plan.leaves)
-        if type(x) is Slot and not x.writable
-    ]
-    if stuck:
-        raise ShardingError(
-            "raw arrays in tuples and other values cannot be put elsewhere:\n"
-            f"{listing(stuck)}\nHold them in Variables, such as Param(array)."
-        )
+    leaves = enumerate(plan.leaves)
+    stuck = [i for i, x in leaves if type(x) is Slot and not x.writable]
+    refuse_fixed(plan.graphdef.schema, stuck)
     check_writable(plan.leaves)
 
 

@@ -348,3 +348,21 @@ def check_specs(
             "was moved. Give a name of an axis a rule with logical_axis_rules or "
             "rules=, an array another shape or spec, or the Policy an earlier row."
         )
+
+
+def refuse_fixed(schema: Schema, fixed: Iterable[int]) -> None:
+    """Refuses to move raw arrays that their holders do not let go.
+
+    Args:
+      schema: the leaves.
+      fixed: the numbers of those that were to be moved.
+
+    Raises:
+      ShardingError: there are some; all are listed.
+    """
+    rows = [schema.describe(i) for i in sorted(fixed)]
+    if rows:
+        raise ShardingError(
+            "raw arrays in tuples and other values cannot be put elsewhere:\n"
+            f"{listing(rows)}\nHold them in Variables, such as Param(array)."
+        )

@@ -92,7 +92,7 @@ class Jitted:
             raise
         out = write_back(bound, result)
         if type(call) is Sharded:
-            call.place(bound, given, named)
+            call.place(bound, given, named, result.effects)
         return out
 
     def _without_running(

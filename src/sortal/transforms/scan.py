@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Never
 
 import jax
@@ -34,7 +34,7 @@ from sortal.transforms._adapter.prefixes import (
     is_answer,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
-from sortal.transforms.axes import check_ranks
+from sortal.transforms.axes import check_ranks, without
 from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
 from sortal.transforms.eager import kept
 from sortal.transforms.mapping import per_argument, refuse_keywords
@@ -89,7 +89,8 @@ def scan(
     Raises:
       ArgumentError: an unknown keyword; or, at a call, keyword arguments, axes that do
         not fit the arguments or the output, or no length.
-      AxisError: at a call: a leaf of axis None is written, or has no such axis.
+      AxisError: at a call: a leaf of axis None is written, or a leaf or an output has
+        no such axis.
       LoopError: at a call: a step changes structure, or the shape or dtype of what is
         carried. In all these cases the live objects are left as they were.
 
@@ -345,16 +346,19 @@ class _Scan:
                 f"added:\n{listing(bad)}\nGive the kind an axis, as in "
                 "StateAxes({Intermediate: 0, ...: None}), or make it before."
             )
-        return [
-            from_front(answer, x)
-            for (_, _, answer), x in zip(new, result.fresh, strict=True)
-        ]
+        pairs = list(zip(new, result.fresh, strict=True))
+        rows = [(one.describe(0), answer, x) for (one, _, answer), x in pairs]
+        written = zip(result.effects.written, result.values, strict=True)
+        rows += [(self.operands.describe(k), self.roles[k], x) for k, x in written]
+        _refuse_ranks(rows)
+        return [from_front(answer, x) for (_, _, answer), x in pairs]
 
     def _check_out_axes(self, axes: Any, result: Result) -> None:
         """Each part of the output that is stacked must have an int axis."""
-        unstacked = []
+        unstacked, rows = [], []
 
         def note(path: Any, axis: Any, x: Any) -> None:
+            rows.append((f"output{jtu.keystr(path)}", axis, x))
             if axis is None and self.out_at != () and jax.tree.leaves(x):
                 unstacked.append(f"output{jtu.keystr(path)}")
 
@@ -370,6 +374,7 @@ class _Scan:
                 f"out_axes={axes!r} gives axis None to what comes out of each step:\n"
                 f"{listing(unstacked)}\nGive an int, or return it in the carry."
             )
+        _refuse_ranks(rows)
 
     def finish(self, carry: Any, ys: Any) -> Any:
         """Brings what all steps did to the live objects; returns the output."""
@@ -455,6 +460,22 @@ def _plain_roles(spread: Spread) -> list[Any]:
             is_leaf=lambda x: is_answer(x) or is_flat_module(x),
         )
     return found
+
+
+def _refuse_ranks(rows: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuses int axes that parts do not have once they are stacked."""
+    bad = [
+        f"{name}: {describe(x)} has no axis {axis} once stacked"
+        for name, axis, part in rows
+        if isinstance(axis, int)
+        for x in without(axis, part, 1)
+    ]
+    if bad:
+        raise AxisError(
+            "scan: what comes out of each step cannot be stacked along the axis given:"
+            f"\n{listing(bad)}\nGive these an axis that they have, as in "
+            "StateAxes({Kind: 0, ...: 1})."
+        )
 
 
 def _to_front(value: Any, axis: int) -> Any:

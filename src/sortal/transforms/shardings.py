@@ -11,15 +11,23 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from sortal._engine.jax_compat import outside_traces
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
-from sortal.errors import AxisError, PolicyError, listing
+from sortal._engine.variable import describe
+from sortal.errors import AxisError, PolicyError, ShardingError, listing
+from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import declared_sharding, in_force, put
-from sortal.sharding.resolution import check_specs, placement, spec_for
+from sortal.sharding.resolution import (
+    check_specs,
+    placement,
+    refuse_fixed,
+    spec_for,
+)
 from sortal.transforms._adapter.binding import BoundArguments, write_back
-from sortal.transforms._adapter.effects import Effects, Result
+from sortal.transforms._adapter.effects import Effects, Result, rigid_leaves
 from sortal.transforms._adapter.functions import named_positions
 from sortal.transforms._adapter.lanes import Lanes, Sent, unsorted
 from sortal.transforms._adapter.prefixes import (
@@ -148,20 +156,29 @@ class Sharded:
         packed = self._packed(args, kwargs)
         try:
             return unsorted(*packed.jit(*args, **kwargs))
-        except ValueError:
-            self._answers(*self._dynamic(args, kwargs))  # refuses what does not fit
+        except ValueError as error:
+            dynamic = self._dynamic(args, kwargs)
+            given, _ = self._answers(*dynamic)  # refuses what does not fit
+            _refuse_elsewhere(given, dynamic[0], error)
             raise
 
-    def place(self, bound: BoundArguments, args: Sequence[Any], kwargs: Any) -> None:
+    def place(
+        self,
+        bound: BoundArguments,
+        args: Sequence[Any],
+        kwargs: Any,
+        effects: Effects,
+    ) -> None:
         """Puts what was only read where ``in_shardings`` has it, to stay there.
 
         Args:
           bound: the arguments of a call that has been made.
           args: positional arguments as they were given to JAX.
           kwargs: keyword arguments, likewise.
+          effects: what the call did; what it wrote lies where it is to.
         """
-        if self._in is not None and bound.roots:
-            self._packed(args, kwargs).answers.place(bound)
+        if self._in is not None and bound.roots and outside_traces():
+            self._packed(args, kwargs).answers.place(bound, effects)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of what ``jax.jit`` returns."""
@@ -216,7 +233,7 @@ class Sharded:
             given = tuple(map(answers.tree, prefix, dynamic))
         else:
             given = tuple(answers.tree(prefix, x) for x in dynamic)
-        answers.refuse_two((dynamic, named))
+        answers.share((dynamic, named), given)
         return given, answers
 
 
@@ -232,13 +249,17 @@ class _Answers:
         """The shardings of one argument."""
         return jtu.tree_map(self._subtree, prefix, arg, is_leaf=is_answer)
 
-    def refuse_two(self, args: Any) -> None:
-        """Refuses shared Variables that are given two shardings."""
+    def share(self, args: Any, trees: Any) -> None:
+        """Gives shared Variables the sharding of any argument; refuses two.
+
+        A Variable goes in with the first argument that holds it.
+        """
         found = find_flat_modules(args)
         if len(found) < 2:
             return
         graphdef = found[0].definition.graphdef
         schema, rows = graphdef.schema, []
+        values = {k: x for c in found for k, x in _of(c)}
         for path, entry, first in graphdef.places():
             root: Any = path[0] if path else None
             given = self.given.get(root)
@@ -247,25 +268,36 @@ class _Answers:
             for below, k in graphdef.leaves_below(entry).items():
                 at = (*path, *below)
                 one = Schema.of([at[1:]], [schema.kinds[k]], [schema.metadata[k]])
-                (answer,) = leaf_answers(given, "spec", one, _no_values)
-                mine = self.of_leaf.get(k)
-                if mine is not None and answer is not None and answer != mine:
+                (answer,) = leaf_answers(given, "spec", one, alone(one, values[k]))
+                (answer,) = self._fit(one, [values[k]], [answer])
+                mine = self.of_leaf[k]
+                if mine is None:
+                    self.of_leaf[k] = answer
+                elif answer is not None and answer != mine:
                     rows.append(f"{one.describe(0)}: {mine}, and {answer}")
         if rows:
             raise AxisError(
                 "Variables that several arguments share have one sharding each; found "
                 f"two for:\n{listing(rows)}\nGive both arguments the same."
             )
+        for c in find_flat_modules(trees):
+            c.values = [self.of_leaf[k] for k in c.definition.leaves]
 
-    def place(self, bound: BoundArguments) -> None:
+    def place(self, bound: BoundArguments, effects: Effects) -> None:
         """Leaves live Variables that were only read where the program had them."""
         moved = {}
+        graphdef = bound.alias_map.graphdef
+        fixed = rigid_leaves(graphdef).union(effects.written)
+        if effects.edits is not None:  # something else may be where an array was
+            kinds = enumerate(graphdef.schema.kinds)
+            fixed = fixed.union(k for k, kind in kinds if kind is None)
         for k, answer in self.of_leaf.items():
-            x = bound.live_leaf(k)._value
+            if k in fixed:
+                continue
+            x, there = bound.live_leaf(k)._value, _on_mesh(answer)
             free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
-            fixed = free and isinstance(answer, jax.sharding.Sharding)
-            if fixed and x.sharding != answer and not x.is_deleted():
-                moved[k] = jax.device_put(x, answer)
+            if free and there not in (None, x.sharding) and not x.is_deleted():
+                moved[k] = jax.device_put(x, there)
         if moved:
             effects = Effects(tuple(moved), (), None)
             write_back(bound, Result(effects, (None, [*moved.values()], [])))
@@ -325,6 +357,51 @@ def _for_jit(answer: Any, value: Any, path: Path) -> Any:
     """An answer as ``jax.jit`` takes it: functions of the mesh become specs."""
     known = answer is None or isinstance(answer, _FIXED)
     return answer if known else spec_for(answer, value, None, lambda: show(path))
+
+
+def _on_mesh(answer: Any) -> Any:
+    """An answer as a sharding; a spec is on the mesh of the context."""
+    if isinstance(answer, jax.sharding.PartitionSpec):
+        return NamedSharding(jax.sharding.get_mesh(), answer)
+    return answer
+
+
+def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
+    """Says which arrays are bound to another place, where that is why JAX refused."""
+    # Inside of a trace JAX does not say what the mesh is.
+    known = "does not match the sharding on the respective arg" in str(cause)
+    if not (known and outside_traces()):
+        return
+    bad: list[str] = []
+
+    def note(name: str, answer: Any, value: Any) -> None:
+        for x in jax.tree.leaves(value) if answer is not None else ():
+            bound = getattr(x, "committed", False) and not isinstance(x, Tracer)
+            if bound and not x.sharding.is_equivalent_to(_on_mesh(answer), x.ndim):
+                where, due = (format_answer("spec", s) for s in (x.sharding, answer))
+                bad.append(f"{name or describe(x)}: {where}; in_shardings: {due}")
+
+    def visit(answer: Any, x: Any) -> None:
+        if not isinstance(answer, (FlatModule, State)):
+            note("", answer, x)
+            return
+        if isinstance(answer, State):
+            schema, rows = x.schema, enumerate(x.values_list())
+            answers = answer.values_list()
+        else:
+            schema, rows = x.definition.graphdef.schema, _of(x)
+            answers = answer.values
+        for mine, (k, value) in zip(answers, rows, strict=True):
+            note(schema.describe(k), mine, value)
+
+    ends = (FlatModule, State, type(None))
+    jtu.tree_map(visit, given, tuple(args), is_leaf=lambda x: isinstance(x, ends))
+    if bad:
+        raise ShardingError(
+            "these arrays are bound to another place than in_shardings gives them:\n"
+            f"{listing(bad)}\nPut models there by shard(model, mesh, policy), and "
+            "other arrays by jax.device_put(x, sharding)."
+        ) from cause
 
 
 def _check(schema: Schema, values: Sequence[Any], found: Sequence[Any]) -> None:
@@ -389,9 +466,10 @@ class _Packed:
         if not outs:
             return {}
         effects, edits = result.effects, result.effects.edits
+        flat = find_flat_modules(given)
+        entered = flat[0].definition.graphdef if flat else None
         if edits is None:
-            (first, *_) = find_flat_modules(given)
-            graphdef = first.definition.graphdef
+            graphdef: Any = entered
             origins: Sequence[Any] = range(len(graphdef.schema))
         else:
             graphdef = edits.graphdef
@@ -411,15 +489,29 @@ class _Packed:
             found = list(map(_for_jit, found, mine, schema.paths))
             _check(schema, mine, found)
             moved.update(zip([origins[i] for i in at.values()], found, strict=True))
+        if entered is not None:
+            refuse_fixed(entered.schema, moved.keys() & rigid_leaves(entered))
         return moved
 
     def _of_new(self, result: Result) -> list[Any]:
+        effects, edits = result.effects, result.effects.edits
+        if edits is None:
+            return []
         outs = given_for_objects(self._out, result.out)
-        roots = self.answers.given
-        return [
-            # One sharding for a whole root speaks of the leaves that were there.
-            _of_one(given, one, value) if by_kind(given) else None
-            for one, given, value in new_leaves(
-                result.effects, roots, outs, result.fresh
-            )
-        ]
+        # One sharding for a whole root speaks of the leaves that were there.
+        given = self.answers.given.items()
+        roots = {i: table if by_kind(table) else None for i, table in given}
+        returned = {
+            i: (path, answer)
+            for n, answer in outs.items()
+            if answer is not None
+            for path, i in edits.graphdef.leaves_below(effects.outputs[n]).items()
+        }
+        new = [i for i, leaf in enumerate(edits.leaves) if leaf.origin is None]
+        found = new_leaves(effects, roots, outs, result.fresh)
+        answers = []
+        for i, (one, table, value) in zip(new, found, strict=True):
+            path, answer = returned.get(i, (one.paths[0], table))
+            leaf = Schema.of([path], one.kinds, one.metadata)
+            answers.append(None if answer is None else _of_one(answer, leaf, value))
+        return answers
