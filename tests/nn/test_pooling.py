@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import sortal as nnx
 from sortal.errors import ArgumentError
@@ -17,6 +19,14 @@ def test_windows_are_as_far_apart_as_the_strides() -> None:
     assert nnx.max_pool(X, (2,)).ravel().tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert nnx.max_pool(X, (2,), (3,)).ravel().tolist() == [1.0, 4.0]
     assert nnx.min_pool(X, (2,), (3,)).ravel().tolist() == [0.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_initial_value_has_the_dtype_of_the_input(dtype: Any) -> None:
+    with jax.enable_x64(True):
+        found = nnx.pool(X.astype(dtype), 1.0, lax.mul, (2,), (2,), "VALID")
+    assert found.dtype == dtype
+    assert found.ravel().tolist() == [0.0, 6.0, 20.0]
 
 
 def test_sizes_may_be_lists() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sortal._engine.variable import describe
@@ -62,6 +63,9 @@ def pool(
             f"pooling with window_shape={window} needs an input of at least "
             f"{len(window) + 1} axes, the last being features; found {describe(x)}."
         )
+    if isinstance(init, (int, float)) and jnp.issubdtype(x.dtype, jnp.inexact):
+        # Under jax_enable_x64 a number is float64 to JAX, whatever the input is.
+        init = np.asarray(init, x.dtype)
     # Without a batch axis `reduce_window` has no derivative.
     lead = (1,) * max(n_batch, 1)
     if not isinstance(padding, str) or padding not in _PADDINGS:
