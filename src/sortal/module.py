@@ -14,7 +14,14 @@ from sortal._engine.foreign import is_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
-from sortal._engine.nodes import Node, get_dict, handler_of, is_object, leaf_types
+from sortal._engine.nodes import (
+    ARRAYS,
+    Node,
+    get_dict,
+    handler_of,
+    is_object,
+    leaf_types,
+)
 from sortal._engine.paths import Path, PathKey, order
 from sortal._engine.plan import bind, build_around
 from sortal._engine.variable import Perturbation, Variable, describe
@@ -74,6 +81,9 @@ def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
     """
     bad, seen = [], {id(node)}
     for k, value in enumerate(values):
+        if isinstance(value, ARRAYS):
+            handler_of(value)  # notes its type, which is then passed over at once
+            continue
         todo = [value]
         while todo:
             for x in jax.tree.leaves(todo.pop(), is_leaf=_is_node):

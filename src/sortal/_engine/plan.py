@@ -226,7 +226,7 @@ class Plan:
 
     def view(self) -> list[Any]:
         """The leaves as filters see them: Variables, and raw arrays by value."""
-        return list(map(held, self.leaves))
+        return self.leaves.objects()
 
     def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Leaves]]:
         """The selection, and for each filter the live leaves that it takes."""
