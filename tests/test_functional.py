@@ -81,6 +81,14 @@ def test_updating_a_model_with_its_own_state_changes_nothing(model: Any) -> None
     assert sortal.graphdef(model) is graphdef
 
 
+def test_a_variable_is_updated_by_a_variable() -> None:
+    weight, label = sortal.Param(jnp.ones(2)), sortal.BatchStat(jnp.zeros(2))
+    sortal.update(weight, sortal.Param(jnp.zeros(2)))
+    assert weight.sum() == 0
+    with pytest.raises(UpdateError, match="is a Param, found a BatchStat"):
+        sortal.update(weight, label)
+
+
 @given(models())
 def test_update_carries_a_whole_state_from_one_model_to_its_twin(model: Any) -> None:
     twin = copy.deepcopy(model)

@@ -161,6 +161,8 @@ def test_the_repr_shows_structure_kinds_and_shapes_but_no_values() -> None:
     model = Holder(items=[1, (2, "x")], table={"k": np.zeros((2, 2))})
     assert "items=[1, (2, 'x')]" in repr(model)
     assert "'k': float64[2,2]" in repr(model)
+    classes = Holder(dtype=jnp.float32, kind=sortal.Param)
+    assert repr(classes) == "Holder(dtype=float32, kind=Param)"
 
 
 def test_the_repr_of_a_cycle_ends_and_shows_each_node_once() -> None:

@@ -1,4 +1,4 @@
-"""Module and Pytree: the base classes of model objects, each one level of a pytree."""
+"""Module and Pytree: the base classes of model objects, which are JAX pytrees."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from sortal._engine.foreign import is_kind
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.jax_compat import register_pytree
 from sortal._engine.kind_names import variable_type_from_name
-from sortal._engine.nodes import Node, get_dict, handler_of, is_object, leaf_types
+from sortal._engine.nodes import (
+    ARRAYS,
+    Node,
+    get_dict,
+    handler_of,
+    is_object,
+    leaf_types,
+)
 from sortal._engine.paths import Path, PathKey, order
-from sortal._engine.plan import bind, build
+from sortal._engine.plan import bind, build_around
 from sortal._engine.variable import Perturbation, Variable, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, StructureError, VariableError, listing
@@ -27,8 +34,8 @@ from sortal.functional import iter_nodes
 class Pytree(Node):
     """Base of stateful objects that are not layers, such as optimizers and metrics.
 
-    An instance is a JAX pytree of one level. Its leaves are the values of its Variables
-    and its raw arrays.
+    An instance is a JAX pytree. Its children are all its Variables and raw arrays, on
+    one level, and its leaves their values.
 
     Example:
       >>> import jax
@@ -57,13 +64,13 @@ def _flatten(node: Any) -> tuple[list[Any], GraphDef]:
     values = plan.values()
     if not leaf_types.issuperset(map(type, values)):
         _refuse_cycle(node, plan.graphdef, values)
-    return values, plan.graphdef
+    return plan.view(), plan.graphdef
 
 
 def _flatten_with_keys(node: Any) -> tuple[list[Any], GraphDef]:
-    values, graphdef = _flatten(node)
+    leaves, graphdef = _flatten(node)
     keys = map(PathKey, graphdef.schema.paths)
-    return list(zip(keys, values, strict=True)), graphdef
+    return list(zip(keys, leaves, strict=True)), graphdef
 
 
 def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
@@ -74,6 +81,9 @@ def _refuse_cycle(node: Any, graphdef: GraphDef, values: list[Any]) -> None:
     """
     bad, seen = [], {id(node)}
     for k, value in enumerate(values):
+        if isinstance(value, ARRAYS):
+            handler_of(value)  # notes its type, which is then passed over at once
+            continue
         todo = [value]
         while todo:
             for x in jax.tree.leaves(todo.pop(), is_leaf=_is_node):
@@ -94,8 +104,8 @@ def _is_node(x: Any) -> bool:
     return isinstance(x, Node)
 
 
-def _unflatten(graphdef: GraphDef, values: Any) -> Any:
-    return build(graphdef, tuple(values))
+def _unflatten(graphdef: GraphDef, leaves: Any) -> Any:
+    return build_around(graphdef, tuple(leaves))
 
 
 class Module(Pytree):
@@ -417,7 +427,7 @@ def _show(obj: Any, depth: int, seen: set[int]) -> str:
         closing = ",)" if type(obj) is tuple and len(obj) == 1 else closing
         items = [("", value) for value in obj]
     else:
-        return describe(obj)
+        return obj.__name__ if isinstance(obj, type) else describe(obj)
     if id(obj) in seen:
         return f"{opening}...{closing}"
     seen.add(id(obj))

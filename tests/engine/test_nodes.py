@@ -9,6 +9,7 @@ import functools
 import pickle
 from typing import Any, NamedTuple
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -419,7 +420,12 @@ def test_deleting_an_attribute_that_is_not_there_is_pythons_own_error():
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: pickle.loads(cloudpickle.dumps(m)),
+    ],
 )
 def test_copies_and_pickles_have_the_structure_and_plans_of_their_own(duplicate):
     model = Box(w=Param(jnp.ones(2), tag="a"), layers=[Box(n=1)], rate=nnx.data(0.5))

@@ -543,11 +543,29 @@ def test_a_shallow_copy_shares_variables_but_has_attributes_and_plans_of_its_own
 def test_a_module_is_one_hop_with_key_paths() -> None:
     model = Net()
     pairs, treedef = jax.tree_util.tree_flatten_with_path(model)
-    assert [len(path) for path, _ in pairs] == [1] * len(pairs)
+    assert [len(path) for path, _ in pairs] == [2] * len(pairs)
     shown = [jax.tree_util.keystr(path) for path, _ in pairs]
-    assert shown[:2] == ["['calls']", "['layers'][0]['bias']"]
-    assert treedef.num_nodes == len(pairs) + 1
+    assert shown[:2] == ["['calls'].value", "['layers'][0]['bias'].value"]
+    assert treedef.num_nodes == 2 * len(pairs) + 1
     assert jax.tree.structure(model) == jax.tree.structure(Net(3))
+
+
+def test_a_map_that_ends_at_variables_meets_the_live_ones() -> None:
+    model = Net()
+
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, sortal.Variable)
+
+    found = jax.tree.leaves(model, is_leaf=is_variable)
+    assert any(x is model.layers[0].kernel for x in found)
+    frozen = jax.tree.map(lambda x: x.replace(tag="a"), model, is_leaf=is_variable)
+    assert frozen.layers[0].kernel.tag == "a"
+    assert sortal.graphdef(frozen) is sortal.graphdef(copy.deepcopy(frozen))
+    named = jax.tree.map(lambda x: type(x).__name__, model, is_leaf=is_variable)
+    assert named.layers[0].kernel == "Param"
+    one = model.calls
+    shared = jax.tree.map(lambda _: one, model, is_leaf=is_variable)
+    assert len(sortal.state(shared).paths()) == 1
 
 
 def test_tree_map_gives_a_new_module_and_leaves_the_old_one_alone() -> None:

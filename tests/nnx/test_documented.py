@@ -390,6 +390,8 @@ def axes_read_as_a_mapping(lib: Any) -> Any:
         len(axes), axes[lib.Param], axes["tag"], axes.get("tag", 7),
         [k in axes for k in (lib.Param, "tag", ...)],
         [x for _, x in axes.items()], isinstance(axes, Mapping), list(axes.values()),
+        list(axes) == [lib.Param, "tag", ...] == [f for f, _ in axes.items()],
+        axes.filters == (lib.Param, "tag", ...),
     )  # fmt: skip
 
 

@@ -178,8 +178,10 @@ def marked(nnx: Any) -> Any:
 
 
 def children(nnx: Any) -> Any:
-    """iter_module_children lists modules alone."""
-    return [(k, type(m).__name__) for k, m in nnx.iter_module_children(block(nnx))]
+    """iter_module_children lists modules alone, iter_children Variables too."""
+    modules = nnx.iter_module_children(block(nnx))
+    linear = nnx.iter_children(block(nnx).linear)
+    return [(k, type(m).__name__) for k, m in (*modules, *linear)]
 
 
 def annotated(nnx: Any) -> Any:

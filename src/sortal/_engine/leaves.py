@@ -115,6 +115,10 @@ class Leaves(list[Any]):
             return self[0].handler.values(self._theirs)
         return [x._value for x in self]
 
+    def objects(self) -> list[Any]:
+        """What the user has in their places: Variables, and raw arrays by value."""
+        return list(self) if self._cells is not None else list(map(held, self))
+
     def snapshot(self) -> list[Any]:
         """The values, with copies of NumPy arrays, which others could write to."""
         if self._cells is None:

@@ -210,7 +210,7 @@ def _regex(entry: list[str]) -> str:
 class PathKey:
     """A JAX key-path entry for the whole path of a leaf: ``['layers'][0]``.
 
-    A Module is one level of a JAX pytree, so each of its leaves has one key entry.
+    A Module has all its Variables and raw arrays on one level of a JAX pytree.
 
     Example:
       >>> str(PathKey(("layers", 0)))

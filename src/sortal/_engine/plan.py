@@ -31,7 +31,7 @@ from sortal._engine.nodes import (
 )
 from sortal._engine.schema import Schema, Selection, select
 from sortal._engine.statics import edits
-from sortal._engine.variable import Variable
+from sortal._engine.variable import Variable, is_variable, metadata_of
 from sortal._engine.walk import Walk
 from sortal.errors import ArgumentError
 from sortal.filters import to_filter
@@ -228,7 +228,7 @@ class Plan:
 
     def view(self) -> list[Any]:
         """The leaves as filters see them: Variables, and raw arrays by value."""
-        return list(map(held, self.leaves))
+        return self.leaves.objects()
 
     def pick(self, literals: tuple[Any, ...]) -> tuple[Selection, list[Part]]:
         """The selection, and for each filter schema and live leaves that it takes."""
@@ -320,8 +320,33 @@ def build(graphdef: GraphDef, values: Sequence[Any], metadata: Any = None) -> An
       The root.
     """
     leaves = graphdef.build_leaves(values, metadata)
-    root, nodes = graphdef.build(leaves)
     as_described = not metadata or tuple(metadata) == graphdef.schema.metadata
+    return _built(graphdef, leaves, as_described)
+
+
+def build_around(graphdef: GraphDef, leaves: Sequence[Any]) -> Any:
+    """Builds live objects around what a map over a pytree has made of their leaves.
+
+    Args:
+      graphdef: the structure.
+      leaves: Variables and raw arrays in order, or anything in their places.
+
+    Returns:
+      The root.
+    """
+    schema = graphdef.schema
+    variables = [x for x in leaves if is_variable(x)]
+    as_described = (
+        tuple(type(x) if is_variable(x) else None for x in leaves) == schema.kinds
+        and len(set(map(id, variables))) == len(variables)
+        and tuple(map(metadata_of, variables))
+        == tuple(itertools.compress(schema.metadata, schema.kinds))
+    )
+    return _built(graphdef, leaves, as_described)
+
+
+def _built(graphdef: GraphDef, leaves: Sequence[Any], as_described: bool) -> Any:
+    root, nodes = graphdef.build(leaves)
     if as_described and isinstance(root, Node):
         plan = plan_of_built(graphdef, root, nodes, leaves)
         if plan is not None:

@@ -505,7 +505,7 @@ def one_or_all(states: Iterable[State]) -> Any:
 
 
 def as_state(x: Any) -> State:
-    """Reads a State, a FlatState, or a nested mapping of leaves, as a State.
+    """Reads a State, a FlatState, a Variable or a nested mapping of leaves, as a State.
 
     Args:
       x: one of these.
@@ -522,6 +522,8 @@ def as_state(x: Any) -> State:
         return x.to_nested_state()
     if isinstance(x, Mapping):
         return State(x)
+    if is_variable(x):
+        return State.from_flat_path({(): x})
     raise ArgumentError(
         f"expected a State or a nested dict of leaves, found {_shown(x)}."
     )

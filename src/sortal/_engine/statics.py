@@ -191,13 +191,18 @@ class Interned:
             return found
 
     def __reduce__(self) -> Any:
-        return (type(self).of, self._key)
+        return (_interned, (type(self), *self._key))
 
     def __copy__(self) -> Any:
         return self
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
+
+
+def _interned(cls: type[Interned], *parts: Any) -> Any:
+    """``cls.of(*parts)``: cloudpickle would take the method itself to pieces."""
+    return cls.of(*parts)
 
 
 PLACEMENT = "placement"
@@ -251,7 +256,7 @@ class Metadata(Interned, Mapping[str, Any]):
     def __reduce__(self) -> Any:
         # Devices cannot be pickled, and arrays come back on the first one.
         items = {k: x for k, x in self._items.items() if k != PLACEMENT}
-        return (Metadata.of, (items,))
+        return (_interned, (Metadata, items))
 
 
 EMPTY: Metadata = Metadata._intern(frozenset(), {})

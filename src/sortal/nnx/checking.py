@@ -185,7 +185,7 @@ def map_prefix(self: Any, path: Any, variable: Any) -> Any:  # noqa: D417
     Raises:
       ArgumentError: no filter of the table takes the Variable.
     """
-    for takes, answer in self.items():
+    for takes, answer in zip(self.tests, self.answers, strict=True):
         if takes(path, variable):
             return answer
     raise ArgumentError(
@@ -202,10 +202,10 @@ class MappingNames:
     def __getitem__(self: Any, key: Any) -> Any:
         if key not in self:
             raise PathError(f"{self!r} has no filter {key!r}.")
-        return self.answers[self.filters.index(to_filter(key))]
+        return self.answers[self.tests.index(to_filter(key))]
 
     def __contains__(self: Any, key: Any) -> bool:
-        return to_filter(key) in self.filters
+        return to_filter(key) in self.tests
 
     def __iter__(self: Any) -> Iterator[Any]:
         return iter(self.filters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sortal.nnx import checking
+from sortal.nnx import general as general
 from sortal.nnx.checking import checkify as checkify
 from sortal.nnx.checking import pmap as pmap
 from sortal.nnx.checking import transform_metadata as transform_metadata

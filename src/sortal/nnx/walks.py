@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from sortal._engine.nodes import LEAF, STATIC, handler_of, is_root
-from sortal._engine.paths import Path, show
+from sortal._engine.paths import Path, order, show
 from sortal._engine.variable import Variable, is_variable, value_of
 from sortal.errors import StructureError, UnsupportedError
 from sortal.filters import to_filter
@@ -209,7 +209,7 @@ def find_duplicates(node: Any, /, *, only: Any = ...) -> list[list[Path]]:
 def iter_module_children(
     node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[Any, Module]]:
-    """The modules directly in a module or container.
+    """The modules directly in a module or container, sorted by key.
 
     Args:
       node: a Module, or a container of Modules.
@@ -227,15 +227,42 @@ def iter_module_children(
       >>> [key for key, _ in nnx.iter_module_children(model)]
       [0]
     """
+    return _children("iter_module_children", node, is_module)
+
+
+def iter_children(
+    node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """The modules and Variables directly in a module or container, sorted by key.
+
+    Args:
+      node: a Module, or a container of Modules and Variables.
+      graph: ignored; for NNX compatibility.
+
+    Yields:
+      Pairs of key and Module, Variable or the like.
+
+    Raises:
+      StructureError: ``node`` is no node.
+
+    Example:
+      >>> from sortal import nnx
+      >>> [key for key, _ in nnx.iter_children(nnx.Linear(2, 5, rngs=nnx.Rngs(0)))]
+      ['bias', 'kernel']
+    """
+    return _children("iter_children", node, is_root)
+
+
+def _children(
+    name: str, node: Any, takes: Callable[[Any], bool]
+) -> Iterator[tuple[Any, Any]]:
     handler = handler_of(node)
     if handler is LEAF or handler is STATIC:
         raise StructureError(
-            f"iter_module_children takes a Module or a container; found a "
-            f"{type(node).__name__}."
+            f"{name} takes a Module or a container; found a {type(node).__name__}."
         )
-    for key, child in handler.items(node).items():
-        if is_module(child):
-            yield key, child
+    items = sorted(handler.items(node).items(), key=lambda pair: order(pair[0]))
+    return ((key, child) for key, child in items if takes(child))
 
 
 def set_metadata(node: Any, /, *, only: Any = Variable, **metadata: Any) -> None:

@@ -82,6 +82,18 @@ def test_to_nnx_has_the_methods_of_the_linen_module_and_keeps_variables() -> Non
     assert nnx.graphdef(twin) is nnx.graphdef(net)
 
 
+def test_a_method_of_the_linen_module_makes_the_variables_too() -> None:
+    class Scale(linen.Module):
+        @linen.compact
+        def scaled(self, x: Any) -> Any:
+            return x * self.param("scale", linen.initializers.ones_init(), (2,))
+
+    layer = nnx.bridge.ToNNX(Scale(), rngs=jax.random.key(0))
+    nnx.bridge.lazy_init(layer.scaled, X)
+    assert layer.scale.shape == (2,)
+    assert jnp.array_equal(layer.scaled(X), X)
+
+
 def test_streams_for_one_call_may_be_given() -> None:
     layer = nnx.bridge.ToNNX(linen.Dropout(0.5, deterministic=False))
     keys = nnx.Rngs(dropout=0)

@@ -60,7 +60,7 @@ def spread(*pairs: Any, name: str = "axis", **named: Any) -> Spread:
 def test_a_table_shows_its_rows_and_compares_by_them() -> None:
     axes = StateAxes({Param: None, At("a.**"): 1, ...: 0})
     assert axes.axes == (None, 1, 0)
-    assert [f(("a", "w"), Cache(1)) for f in axes.filters] == [False, True, True]
+    assert [f(("a", "w"), Cache(1)) for f in axes.tests] == [False, True, True]
     assert repr(StateAxes({Param: None, ...: Carry})) == (
         "StateAxes({Param: None, ...: Carry})"
     )

@@ -193,7 +193,7 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a model once so that the Linen modules in it make their Variables.
 
     Args:
-      fn: a Module, or a method of one.
+      fn: a Module, a method of one, or a method of the Linen module in one.
       *args: arguments of the call.
       **kwargs: keyword arguments of the call.
 
@@ -212,7 +212,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       >>> lazy_init(model, jnp.ones((1, 2))).bias
       Param(float32[3])
     """
-    owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
+    method = fn.func if isinstance(fn, functools.partial) else fn
+    owner = method.__self__ if isinstance(method, types.MethodType) else method
     if not isinstance(owner, Module):
         raise ArgumentError(
             "lazy_init takes a Module or a method of one, and what to call it with; "

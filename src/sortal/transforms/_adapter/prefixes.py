@@ -44,7 +44,7 @@ class ByKind:
       FilterError: a filter is malformed.
     """
 
-    __slots__ = ("_key", "answers", "filters")
+    __slots__ = ("_key", "answers", "filters", "tests")
 
     column = ""
 
@@ -53,12 +53,13 @@ class ByKind:
             leaves = sorted(table.flat_state(), key=lambda pair: repr(pair[0]))
             table = [(PathIn(path), value_of(leaf)) for path, leaf in leaves]
         pairs = list(table.items() if isinstance(table, Mapping) else table)
-        self.filters: tuple[Filter, ...] = tuple(leaf_filter(f) for f, _ in pairs)
+        self.filters: tuple[Any, ...] = tuple(literal for literal, _ in pairs)
+        self.tests: tuple[Filter, ...] = tuple(map(leaf_filter, self.filters))
         self.answers: tuple[Any, ...] = tuple(answer for _, answer in pairs)
-        self._key = (type(self), self.filters, self.answers)
+        self._key = (type(self), self.tests, self.answers)
 
-    def items(self) -> Iterable[tuple[Filter, Any]]:
-        """Pairs of filter and answer, in order."""
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        """Pairs of filter, as it was written, and answer, in order."""
         return zip(self.filters, self.answers, strict=True)
 
     def all_answers(self, name: str) -> list[Any]:
@@ -72,7 +73,8 @@ class ByKind:
         return hash(self._key)
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{f!r}: {answer!r}" for f, answer in self.items())
+        pairs = zip(self.tests, self.answers, strict=True)
+        rows = ", ".join(f"{f!r}: {answer!r}" for f, answer in pairs)
         return f"{type(self).__name__}({{{rows}}})"
 
 
@@ -144,7 +146,7 @@ def is_structural(given: Any) -> bool:
     """Whether structure alone decides what is answered."""
     if isinstance(given, Policy):
         return given.is_structural("axis") and given.is_structural("spec")
-    return not by_kind(given) or all(f.structural for f in given.filters)
+    return not by_kind(given) or all(f.structural for f in given.tests)
 
 
 def all_answers(tree: Any, name: str) -> list[Any]:
@@ -199,8 +201,9 @@ def leaf_answers(
 def _match(given: ByKind, schema: Schema, leaves: Any) -> list[Any]:
     found: list[Any] = []
     left: list[int] = []
+    pairs = list(zip(given.tests, given.answers, strict=True))
     for i, row in enumerate(schema.rows(leaves)):
-        hit = next((a for f, a in given.items() if f.test(*row)), _NONE)
+        hit = next((a for f, a in pairs if f.test(*row)), _NONE)
         found.append(hit)
         if hit is _NONE:
             left.append(i)
