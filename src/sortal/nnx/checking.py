@@ -214,8 +214,3 @@ class MappingNames:
         return len(self.filters)
 
     get, keys, values = Mapping.get, Mapping.keys, Mapping.values
-
-
-MAPPING_NAMES = (
-    "__getitem__", "__contains__", "__iter__", "__len__", "get", "keys", "values",
-)  # fmt: skip

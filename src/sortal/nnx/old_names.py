@@ -18,6 +18,7 @@ from sortal._engine.statics import EMPTY
 from sortal._engine.variable import Variable, make
 from sortal.errors import VariableError
 from sortal.nnx import annotated as annotated
+from sortal.nnx.added import add_members
 from sortal.nnx.keywords import ignoring
 from sortal.sharding.mesh_axes import placed
 
@@ -140,11 +141,10 @@ class OldNames:
         """The names of the axes: the metadata ``out_sharding``, or None."""
         return self._metadata.get("out_sharding")
 
-
-def _delete_entry(self: Any, key: Any) -> None:
-    value = copy.copy(self.get_value())
-    del value[key]
-    self.set_value(value)
+    def __delitem__(self: Any, key: Any) -> None:
+        value = copy.copy(self.get_value())
+        del value[key]
+        self.set_value(value)
 
 
 _AXIS_METHODS = ("add_axis", "remove_axis")
@@ -193,10 +193,7 @@ def _get_metadata(function: Any) -> Any:
 
 
 def _attach(kind: Any) -> None:
-    kind.__delitem__ = _delete_entry
-    for name, member in vars(OldNames).items():
-        if not name.startswith("_"):
-            setattr(kind, name, member)
+    add_members(kind, OldNames)
     kind.get_metadata = _get_metadata(kind.get_metadata)
 
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from sortal._engine.foreign import watch_classes
+from sortal.nnx.added import add_members
 
 
 def _flat(states: Any) -> Any:
@@ -74,11 +75,10 @@ class FlatNames:
         """
         return cls(zip(keys, values, strict=True))
 
-
-def _item(self: Any, index: Any) -> Any:
-    """A pair, or the FlatState of a slice."""
-    found = tuple.__getitem__(self, index)
-    return type(self)(found) if isinstance(index, slice) else found
+    def __getitem__(self: Any, index: Any) -> Any:
+        """A pair, or the FlatState of a slice."""
+        found = tuple.__getitem__(self, index)
+        return type(self)(found) if isinstance(index, slice) else found
 
 
 class StateNames:
@@ -98,11 +98,7 @@ def _name(cls: Any) -> None:
     home = sys.modules.get("sortal._engine.state")
     for its_name, names in (("FlatState", FlatNames), ("State", StateNames)):
         if cls is getattr(home, its_name, None):
-            for name, member in vars(names).items():
-                if not name.startswith("_"):
-                    setattr(cls, name, member)
-            if names is FlatNames:
-                cls.__getitem__ = _item
+            add_members(cls, names)
 
 
 watch_classes(_name)

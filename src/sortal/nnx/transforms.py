@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sortal.nnx import checking
 from sortal.nnx import general as general
+from sortal.nnx.added import add_members
 from sortal.nnx.checking import checkify as checkify
 from sortal.nnx.checking import pmap as pmap
 from sortal.nnx.checking import transform_metadata as transform_metadata
@@ -25,8 +26,7 @@ from sortal.transforms.autodiff import DiffState as DiffState
 StateSpecs = StateSharding
 for _table in (StateAxes, StateSharding):
     _table.map_prefix = checking.map_prefix  # type: ignore[attr-defined]
-for _name in checking.MAPPING_NAMES:
-    setattr(StateAxes, _name, vars(checking.MappingNames)[_name])
+add_members(StateAxes, checking.MappingNames)
 Mapping.register(StateAxes)  # type: ignore[attr-defined]
 
 _transform = ignoring("graph", "graph_updates")
