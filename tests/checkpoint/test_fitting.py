@@ -353,6 +353,33 @@ def test_partial_restores_shared_weights_into_models_that_do_not_share(tmp_path)
     assert jnp.array_equal(into["b"].kernel.value, tied.kernel.value)
 
 
+def test_partial_finds_a_leaf_at_any_of_its_paths():
+    """The path that comes first is another one where only one side has it."""
+    one = nnx.Param(1)
+    stored = {("m", "w"): 5}
+    pairs, _ = fitted({"a": one, "m": {"w": one}}, stored, partial=True)
+    assert pairs == {("a",): Plain(5)}
+    node = {"w": one}
+    pairs, _ = fitted({"a": node, "m": node}, stored, partial=True)
+    assert pairs == {("a", "w"): Plain(5)}
+    both = [(("z",), ("m",))]
+    pairs, _ = fitted({"b": node, "z": node}, stored, both, partial=True)
+    assert pairs == {("b", "w"): Plain(5)}
+    # Through the node x to m, and in m through w to the first leaf.
+    ties = [(("m", "w"), ("a",)), (("x",), ("m",))]
+    pairs, _ = fitted({"x": {"w": nnx.Param(1)}}, {"a": 5}, ties, partial=True)
+    assert pairs == {("x", "w"): Plain(5)}
+
+
+def test_partial_takes_what_has_the_first_path_before_what_has_another():
+    one = nnx.Param(1)
+    root = {"a": one, "m": {"w": one}}
+    pairs, _ = fitted(root, {("m", "w"): 5, "a": 6}, partial=True)
+    assert pairs == {("a",): Plain(6)}
+    text = refused(root, {("m", "w"): 5.0}, partial=True)
+    assert "type: a (Param) is int in the model, float in the checkpoint" in text
+
+
 def test_a_model_that_shares_what_the_checkpoint_does_not_is_refused(tmp_path):
     apart = {k: nnx.Param(jnp.ones(1)) for k in "ab"}
     nnx.save(tmp_path, apart, step=0)

@@ -194,10 +194,10 @@ class _Matching:
             )
         alias = self._aliases(by_path, tied)
         pairs, filled, kept = [], {}, []
+        if self.options.partial and not self.chosen.keys() <= by_path.keys():
+            by_path = self._met_elsewhere(by_path, dict(tied or {}))
         for path, i in self.chosen.items():
             c = by_path.get(path)
-            if c is None and self.options.partial:
-                c = by_path.get(_through(path, tied or {}))
             if c is not None:
                 pairs += self._pair(i, c)
             elif not _below(path, alias):
@@ -224,8 +224,8 @@ class _Matching:
             return []
         if c.kind is not ANY_KIND and c.kind is not kind:
             self.faults.append(
-                f"kind: {show(c.path)} is {_article(kind, c.kind)} in the model, "
-                f"{_article(c.kind, kind)} in the checkpoint"
+                f"kind: {show(self.schema.paths[i])} is {_article(kind, c.kind)} "
+                f"in the model, {_article(c.kind, kind)} in the checkpoint"
             )
             return []
         if what := difference(c.value, live, self._may_cast):
@@ -294,6 +294,28 @@ class _Matching:
         return found
 
     # ----------------------------------------------------------------------- aliases
+    def _met_elsewhere(
+        self, by_path: dict[Path, Candidate], tied: dict[Path, Path]
+    ) -> dict[Path, Candidate]:
+        """The leaves by the model's first paths, where they have any path in common."""
+        ours = dict(aliases_of(self.plan.graphdef))
+        theirs, mine = _children([*by_path, *tied]), _children([*self.chosen, *ours])
+        found = dict(by_path)
+        # What both sides have at one path, each by its first path.
+        todo: list[tuple[Path, Path]] = [((), ())]
+        seen = set(todo)
+        for there, here in todo:
+            if there in by_path and here in self.chosen:
+                found.setdefault(here, by_path[there])
+            for key in theirs.get(there, ()):
+                if key in mine.get(here, ()):
+                    a, b = (*there, key), (*here, key)
+                    pair = tied.get(a, a), ours.get(b, b)
+                    if pair not in seen:
+                        seen.add(pair)
+                        todo.append(pair)
+        return found
+
     def _aliases(self, by_path: dict[Path, Candidate], tied: Any) -> set[Path]:
         """Records what is shared on one side only, and returns its paths."""
         if tied is None or self.options.partial:
@@ -355,12 +377,13 @@ def _below(path: Path, prefixes: set[Path]) -> bool:
     )
 
 
-def _through(path: Path, tied: Mapping[Path, Path]) -> Path:
-    """A path below an alias, as the path below the alias's owner."""
-    for n in range(len(path), 0, -1):
-        if path[:n] in tied:
-            return (*tied[path[:n]], *path[n:])
-    return path
+def _children(paths: Iterable[Path]) -> dict[Path, dict[Any, None]]:
+    """The keys that go on from each beginning of the paths."""
+    found: dict[Path, dict[Any, None]] = {}
+    for path in paths:
+        for n, key in enumerate(path):
+            found.setdefault(path[:n], {})[key] = None
+    return found
 
 
 def _tie(owner: Path | None) -> str:
