@@ -51,7 +51,14 @@ from sortal.errors import (
 )
 from sortal.filters import to_filter
 from sortal.interop.files import gguf, huggingface, npz, orbax, safetensors, steps
-from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
+from sortal.interop.files.entries import (
+    Entry,
+    Opened,
+    as_array,
+    dotted,
+    in_batches,
+    words_of,
+)
 
 Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
 _ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9_]*")
@@ -287,8 +294,7 @@ def _record(e: Entry, live: Any) -> Array | Plain:
             if (e.dtype, e.shape) in (("uint32", mine.stored_shape), whole):
                 return mine
     if e.dtype.startswith("key<"):
-        words = e.nbytes // 4 // max(1, e.elements)
-        return Array((*e.shape, words), "uint32", "numpy")
+        return Array((*e.shape, words_of(e)), "uint32", "numpy")
     return Array(e.shape, e.dtype, "numpy")
 
 
