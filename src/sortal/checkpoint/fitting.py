@@ -364,6 +364,13 @@ _ADVICE: tuple[tuple[set[str], str], ...] = (
     ({"kind"}, "A kind that moved or was renamed: kinds={'old.module.Name': Name}."),
     ({"alias"}, "partial=True lets what is shared differ."),
     (
+        {"cannot be written"},
+        (
+            "Save and restore a Variable that holds the whole value, as in "
+            "box = Variable(value)."
+        ),
+    ),
+    (
         {"shape", "structure", "type"},
         "only=, with a filter, leaves out what must not be restored.",
     ),

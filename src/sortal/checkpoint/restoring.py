@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sortal._engine.foreign import register_imported, variable_bases
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path as ModelPath
 from sortal._engine.paths import show
@@ -28,14 +30,7 @@ from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
 from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
 from sortal.checkpoint.store import Reader
-from sortal.checkpoint.values import (
-    Nest,
-    Tree,
-    arrays,
-    build,
-    numpy_dtype,
-    tuple_of,
-)
+from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype, tuple_of
 from sortal.errors import (
     ArgumentError,
     CheckpointError,
@@ -586,7 +581,8 @@ def _names_kind(name: Any, kind: Any) -> bool:
 def _variables() -> dict[str, type]:
     """All kinds that are loaded, by full name; a name that two share is left out."""
     found: dict[str, Any] = {}
-    todo: list[type] = [Variable]
+    register_imported(sys.modules)
+    todo: list[type] = [Variable, *variable_bases()]
     while todo:
         cls = todo.pop()
         todo += cls.__subclasses__()
