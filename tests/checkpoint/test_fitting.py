@@ -408,6 +408,11 @@ def test_nothing_in_common_is_refused_even_if_partial(tmp_path):
     nnx.save(tmp_path, {"a": nnx.Param(jnp.ones(1))}, step=0)
     with pytest.raises(RestoreError, match="no leaf in common with the model"):
         nnx.restore(tmp_path, {"b": nnx.Param(jnp.ones(1))}, partial=True)
+    other = {"b": nnx.Cache(jnp.ones(1))}
+    with pytest.raises(RestoreError, match="no leaf in common with the model"):
+        nnx.restore(tmp_path, other, partial=True, only=nnx.Param)
+    with pytest.raises(RestoreError, match="no leaf in common with the model"):
+        nnx.restore(tmp_path, {}, partial=True)
 
 
 def test_rename_moves_paths_by_globs(tmp_path):

@@ -207,7 +207,7 @@ class _Matching:
                 f"unknown: {_describe(c)}" for c in extra if not _below(c.path, alias)
             ]
         self._writable([p.at for p in pairs] + list(filled))
-        if self.chosen and not pairs and not filled and not self.faults:
+        if (self.chosen or given) and not (pairs or filled or self.faults):
             raise _NothingError(
                 "it has no leaf in common with the model, so that nothing would be "
                 "restored. Its paths are:\n" + listing(show(c.path) for c in given)
