@@ -132,6 +132,8 @@ def test_another_model_or_layout_is_refused_before_anything_is_written():
         exported.call(Net(), X, X)
     with pytest.raises(ArgumentError, match="no function that"):
         sortal.Exported.deserialize(b"something else")
+    with pytest.raises(ArgumentError, match="takes the bytes that serialize ret"):
+        sortal.Exported.deserialize(None)
 
 
 def test_models_that_share_a_variable_cannot_be_called_with():

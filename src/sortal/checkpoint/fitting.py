@@ -6,7 +6,7 @@ import ast
 import fnmatch
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,9 +137,8 @@ class _Matching:
         self, given: Sequence[Candidate], tied: Any
     ) -> tuple[list[Candidate], Any]:
         """The leaves of the checkpoint, with their paths renamed to the model's."""
-        table = self.options.rename or {}
-        items = table.items() if isinstance(table, Mapping) else [table]
-        if odd := [x for x in items if not _is_renaming(x)]:
+        table = {} if self.options.rename is None else self.options.rename
+        if odd := odd_items(table, lambda *pair: all(type(x) is str for x in pair)):
             raise ArgumentError(
                 "rename= is a mapping from globs of paths to globs of paths, as in "
                 "rename={'old.**': 'new.**'}; found:\n" + listing_of(odd)
@@ -421,6 +420,13 @@ def _abstract(tree: Tree) -> Any:
     return [_abstract(a) for a in arrays(tree)]
 
 
+def odd_items(given: Any, fits: Callable[[Any, Any], bool]) -> list[Any]:
+    """The items of a mapping that do not fit; what is no mapping does not either."""
+    if not isinstance(given, Mapping):
+        return [given]
+    return [item for item in given.items() if not fits(*item)]
+
+
 def listing_of(items: Iterable[Any]) -> str:
     """Items of a mapping as ``key: value``, and what is none as it is, for messages."""
     pairs = (": ".join(map(repr, x)) if type(x) is tuple else repr(x) for x in items)
@@ -428,10 +434,6 @@ def listing_of(items: Iterable[Any]) -> str:
 
 
 # --------------------------------------------------------------------------- renaming
-def _is_renaming(item: Any) -> bool:
-    return type(item) is tuple and all(type(x) is str for x in item)
-
-
 class _Literal(NamedTuple):
     """An entry of a pattern that stands for one key, and no glob: ``['a.b']``."""
 

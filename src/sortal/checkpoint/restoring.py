@@ -23,7 +23,14 @@ from sortal._engine.state import State
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import Variable, make
 from sortal.checkpoint import files
-from sortal.checkpoint.fitting import Candidate, Fit, Options, fit, listing_of
+from sortal.checkpoint.fitting import (
+    Candidate,
+    Fit,
+    Options,
+    fit,
+    listing_of,
+    odd_items,
+)
 from sortal.checkpoint.layout import bases_of, is_kind, qualified
 from sortal.checkpoint.loading import Want, check_shardings, load, wanted
 from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
@@ -534,8 +541,7 @@ class _Kinds:
     """Finds the class of a kind by its name, without importing anything."""
 
     def __init__(self, here: Sequence[type], given: Mapping[str, type]):
-        items = given.items() if isinstance(given, Mapping) else [given]
-        if odd := [x for x in items if not (isinstance(x, tuple) and _names_kind(*x))]:
+        if odd := odd_items(given, _names_kind):
             raise ArgumentError(
                 "kinds= is a mapping from full names in the checkpoint to kinds, as in "
                 "kinds={'old.module.Name': Name}; found:\n" + listing_of(odd)

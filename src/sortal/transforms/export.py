@@ -186,6 +186,11 @@ class Exported:
         """
         import jax.export
 
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise ArgumentError(
+                "deserialize takes the bytes that serialize returned; found "
+                f"{data!r:.60}."
+            )
         data = bytes(data)
         start, end = len(_FORM), len(_FORM) + _DIGEST
         form, digest, rest = data[:start], data[start:end], data[end:]

@@ -142,6 +142,8 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
         {"a": ("a", "b")},
         {"a": ("a", (0,), 1)},
         {"a": ()},
+        ("a",),
+        (),
     ],
 )
 def test_names_of_another_form_are_refused(tmp_path, names):
