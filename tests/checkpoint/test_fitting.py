@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sortal as nnx
@@ -381,6 +381,65 @@ def test_partial_finds_a_leaf_at_any_of_its_paths():
     ties = [(("m", "w"), ("a",)), (("x",), ("m",))]
     pairs, _ = fitted({"x": {"w": nnx.Param(1)}}, {"a": 5}, ties, partial=True)
     assert pairs == {("x", "w"): Plain(5)}
+
+
+Graph = list[dict[str, int]]
+"""Nodes by number, from the root on: of each, the number behind each of its keys.
+
+Numbers are those of later nodes; beyond the last they are leaves.
+"""
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Graph:
+    size = draw(st.integers(1, 4))
+    return [
+        draw(st.dictionaries(st.sampled_from("abc"), st.integers(n + 1, size + 2)))
+        for n in range(size)
+    ]
+
+
+def places(graph: Graph) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
+    """The leaf at each path; the first paths of leaves; other paths, with the first."""
+    every: dict[Any, Any] = {}
+    first: dict[int, Any] = {}
+    again: dict[Any, Any] = {}
+
+    def walk(path: Any, n: int, known: bool) -> None:
+        if not known and first.setdefault(n, path) != path:
+            known, again[path] = True, first[n]
+        if n >= len(graph):
+            every[path] = n
+            return
+        for key in sorted(graph[n]):
+            walk((*path, key), graph[n][key], known)
+
+    walk((), 0, False)
+    return every, {n: p for n, p in first.items() if n >= len(graph)}, again
+
+
+@settings(max_examples=300)
+@given(graphs(), graphs())
+def test_partial_pairs_leaves_that_have_any_path_in_common(mine, theirs):
+    here, ours, _ = places(mine)
+    there, stored, tied = places(theirs)
+    nodes: list[Any] = [{} for _ in mine]
+    nodes += [nnx.Param(-1) for _ in range(3 + len(mine))]
+    for n, keys in enumerate(mine):
+        nodes[n] |= {key: nodes[x] for key, x in keys.items()}
+    given_ = {path: n for n, path in stored.items()}
+    due = {
+        path: {there[p] for p, x in here.items() if x == n and p in there}
+        for n, path in ours.items()
+    }
+    if not any(due.values()):
+        return
+    pairs, found = fitted(nodes[0], given_, tied.items(), partial=True)
+    assert set(pairs) == {path for path, values in due.items() if values}
+    assert len(found.kept) == len(due) - len(pairs)
+    for path, value in pairs.items():
+        assert value.value in due[path]
+        assert value.value == there.get(path, value.value)
 
 
 def test_partial_takes_what_has_the_first_path_before_what_has_another():

@@ -300,6 +300,13 @@ class _Matching:
         ours = dict(aliases_of(self.plan.graphdef))
         theirs, mine = _children([*by_path, *tied]), _children([*self.chosen, *ours])
         found = dict(by_path)
+        for path in self.chosen:
+            first: Path = ()
+            for key in path:
+                first = (*first, key)
+                first = tied.get(first, first)
+            if first in by_path:
+                found[path] = by_path[first]
         # What both sides have at one path, each by its first path.
         todo: list[tuple[Path, Path]] = [((), ())]
         seen = set(todo)

@@ -364,10 +364,11 @@ class Accuracy(Average):
           ArgumentError: a keyword is missing, the shapes do not fit, or the labels are
             no integers.
         """
-        logits, labels = (
+        given: Any = (
             jnp.asarray(x) if isinstance(x, (int, float)) else x
             for x in (_keyword(self, name, kwargs) for name in ("logits", "labels"))
         )
+        logits, labels = given
         classes = logits.shape if self.threshold is not None else logits.shape[:-1]
         many = self.threshold is None
         if labels.shape != classes or (many and logits.ndim == 0):
