@@ -108,6 +108,7 @@ ORDER = (
     "sortal.distributed.launch",
     "sortal.distributed",
     "sortal.training.fitting",
+    "sortal.training.groups",
     "sortal.training.optimizer",
     "sortal.training.ema",
     "sortal.training.metrics",

@@ -17,7 +17,7 @@ from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path, show
 from sortal._engine.variable import RngCount, RngKey, describe
 from sortal._nnx_names import refuse_unknown
-from sortal.errors import RngAttributeError, RngError, UnsupportedError
+from sortal.errors import RngAttributeError, RngError
 from sortal.filters import leaf_filter
 from sortal.functional import iter_nodes
 from sortal.module import Pytree
@@ -189,8 +189,7 @@ class Rngs(_Draws, Pytree):
 
     def __init__(self, default: Any = None, **rngs: Any):
         # Flax's layers test for Flax's class; this passes once Flax is registered.
-        with contextlib.suppress(UnsupportedError):
-            register_imported(sys.modules)
+        register_imported(sys.modules)
         if isinstance(default, Mapping):
             rngs = {**default, **rngs}
         elif default is not None:

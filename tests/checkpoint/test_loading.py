@@ -72,7 +72,13 @@ def test_a_live_array_asks_for_its_own_form_place_and_commitment():
     assert want(np.int16(1))[2:] == ("scalar", "int16", False, None, False)
     assert want(np.ones(8), to).sharding is None
     assert want(jnp.ones(8))[2:] == ("jax", "float32", False, None, False)
-    assert want(jnp.asarray(1.0)).weak
+    one = jnp.asarray(1.0)
+    assert want(one).weak
+    weak, strong = Array((), "float32", weak=True), Array((), "float32")
+    assert wanted((), weak, one, strong, None).weak
+    assert not wanted((), strong, one, weak, None).weak
+    assert wanted((), strong._replace(form="numpy"), one, weak, None).weak
+    assert wanted((), Array((), "float16"), one, weak, None).weak
     stored, half = Array((8,), "float32"), Array((8,), "float16", "numpy")
     assert wanted((), stored, np.ones(8, "f2"), half, None).dtype == "float16"
     placed = jax.device_put(jnp.ones(8), second)

@@ -255,6 +255,8 @@ def test_a_kind_that_moved_is_named(tmp_path):
     [
         ({"rename": [("a", "b")]}, r"rename= .*found:\n  \[\('a', 'b'\)\]"),
         ({"rename": {"a": 3, 4: "b", "c": "d"}}, r"found:\n  'a': 3\n  4: 'b'"),
+        ({"rename": ("a", "b")}, r"rename= .*found:\n  'a': 'b'"),
+        ({"kinds": ("x",)}, r"kinds= .*found:\n  'x'"),
         ({"kinds": nnx.Param}, r"kinds= .*found:\n  <class 'sortal.Param'>"),
         ({"kinds": {"x": int, "sortal.Cache": nnx.Cache}}, r"found:\n  'x': <class"),
     ],

@@ -84,3 +84,25 @@ def test_digits_stopped_in_the_middle_end_as_if_they_had_run_through(
     printed.clear()
     assert run("c") == undisturbed
     assert printed == ["resumed at step 42", undisturbed]
+
+
+def test_a_scale_whose_type_was_weak_at_the_start_goes_on_as_it_was(tmp_path):
+    """Times a weak type bfloat16 stays so, and times float32 it does not."""
+
+    def build():
+        w = jnp.arange(1, 9, dtype="bfloat16") / 7
+        return {"w": nnx.Param(w), "scale": nnx.Variable(jnp.asarray(1.0))}
+
+    def step(model):
+        w, scale = model["w"].value, model["scale"].value
+        model["w"].value = (w * scale + w * scale).astype("bfloat16")
+        model["scale"].value = scale * jnp.float32(0.93)
+
+    through, resumed = build(), build()
+    for _ in range(3):
+        step(through)
+    nnx.save(tmp_path, through, step=3)
+    nnx.restore(tmp_path, resumed)
+    step(through)
+    step(resumed)
+    assert through["w"].value.tolist() == resumed["w"].value.tolist()

@@ -83,6 +83,7 @@ def test_a_library_that_is_refused_is_refused_each_time(monkeypatch):
         raise UnsupportedError("too old")
 
     foreign.register_lazily("some.library", teach)
+    foreign.register_imported({"some.library": None})
     theirs = type("Theirs", (), {"__module__": "some.library"})
     for _ in range(2):
         with pytest.raises(UnsupportedError, match="too old"):

@@ -1044,6 +1044,17 @@ def restored(model):
     return before, sortal.state(model)
 
 
+def test_a_checkpoint_read_without_a_model_has_flaxs_kinds(tmp_path):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    sortal.save(tmp_path, {"m": model, "rngs": nnx.Rngs(0)}, step=1)
+    model.kernel.set_value(jnp.zeros((2, 3)))
+    found = sortal.load_state(tmp_path, only=nnx.Param)
+    assert type(found["m"]["kernel"]) is nnx.Param
+    sortal.update({"m": model}, found)
+    assert model.kernel[...].any()
+    assert type(sortal.load_state(tmp_path)["rngs"].default.key) is nnx.RngKey
+
+
 def sharded(model):
     mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
     policy = {sortal.Param: sortal.Rule(spec=P("d"))}

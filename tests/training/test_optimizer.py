@@ -553,6 +553,27 @@ def test_groups_may_be_chosen_by_value():
     assert not np.array_equal(before[1], model.head.kernel.value)
 
 
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.flatten(optax.adam(0.1))])
+def test_a_leaf_that_moved_to_another_group_is_refused(tx):
+    class Other(nnx.Param):
+        pass
+
+    model = {k: nnx.Param(jnp.ones(2)) for k in "abc"} | {"d": Other(jnp.ones(2))}
+    groups = {Other: tx, ...: tx}
+    optimizer = nnx.Optimizer(model, groups, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model))
+    optimizer.update(model, grads)
+    before = snapshot_of(optimizer)
+    model["a"], model["d"] = Other(jnp.ones(2)), nnx.Param(jnp.ones(2))
+    with pytest.raises(OptimizerError) as caught:
+        optimizer.update(model, grads)
+    assert "  a (Other): in Other, was in ...\n" in str(caught.value)
+    assert "  d (Param): in ..., was in Other\n" in str(caught.value)
+    same(before, snapshot_of(optimizer))
+    with pytest.raises(OptimizerError, match="in other groups than when"):
+        optimizer.optax_state(model)
+
+
 def test_a_group_whose_structure_changes_leaves_the_others_in_place():
     def update(updates, state, params=None):
         return updates, (jnp.ones(()), *state)

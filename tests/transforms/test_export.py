@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import sortal
 from models import Holder, Net, untouched
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, StaleBufferError
 
 X = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
 DEVICE = jax.devices()[0]
@@ -132,6 +132,8 @@ def test_another_model_or_layout_is_refused_before_anything_is_written():
         exported.call(Net(), X, X)
     with pytest.raises(ArgumentError, match="no function that"):
         sortal.Exported.deserialize(b"something else")
+    with pytest.raises(ArgumentError, match="takes the bytes that serialize ret"):
+        sortal.Exported.deserialize(None)
 
 
 def test_models_that_share_a_variable_cannot_be_called_with():
@@ -164,6 +166,49 @@ def test_other_shapes_and_dtypes_are_refused_by_path():
     assert "model 0: layers.0.bias: bfloat16[4] for float32[4]" in str(e.value)
     assert "array 0: float32[2,2] for float32[2,3]" in str(e.value)
     assert "kernel" not in str(e.value)
+
+
+def test_what_no_program_takes_is_refused_by_path():
+    def zero(n):
+        return Holder(n=sortal.Variable(np.zeros(2, "f4")), s=sortal.Variable(n))
+
+    with pytest.raises(ArgumentError, match=r"found:\n  model\['s'\]: 'x'\n"):
+        sortal.export(lambda model: model.n * 1)(zero("x"))
+    with pytest.raises(ArgumentError, match=r"found:\n  model\['s'\]: >f4\[2\]\n"):
+        sortal.export(lambda model: model.n * 1)(zero(np.ones(2, ">f4")))
+    exported = sortal.export(lambda model: model.n * 1)(zero(np.ones(2, "f4")))
+    with pytest.raises(ArgumentError, match=r"argument 0\['s'\]: 'x'"):
+        exported.call(zero("x"))
+    abstract = jax.ShapeDtypeStruct((2,), "f4")
+    with pytest.raises(ArgumentError) as e:
+        exported.call(zero(abstract))
+    assert "model 0: s: a shape without values, float32[2]," in str(e.value)
+    gone = jax.numpy.ones(2)
+    gone.delete()
+    with pytest.raises(StaleBufferError, match=r"argument 0: s \(Variable\)"):
+        exported.call(zero(gone))
+
+
+def test_a_model_that_cannot_be_written_is_refused_before_another_is_written():
+    def add(a, b):
+        a.n[0][...] += 1
+        b.n[0][...] += 1
+
+    def module(n):
+        return Holder(n=n)
+
+    a, b = (module([sortal.Variable(np.zeros(2, "f4"))]) for _ in range(2))
+    exported = sortal.export(add)(a, b)
+    fixed = module((np.zeros(2, "f4"),))
+    with untouched(a, fixed), pytest.raises(ArgumentError) as e:
+        exported.call(a, fixed)
+    assert "model 1: in a tuple, and so not to be written: n.0" in str(e.value)
+
+
+def test_what_jax_has_no_form_for_is_refused_when_it_is_written():
+    exported = sortal.export(lambda x: x)(jax.numpy.ones(2, "int2"))
+    with pytest.raises(ArgumentError, match=r"for want of a form .*int2"):
+        exported.serialize()
 
 
 def test_bytes_that_are_missing_or_changed_are_refused():

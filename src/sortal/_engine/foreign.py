@@ -6,12 +6,14 @@ then nothing of it is imported, and this file costs one look-up by type.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import jax
 
 from sortal._engine.statics import Metadata
+from sortal.errors import UnsupportedError
 
 Kind = type | None
 
@@ -77,9 +79,10 @@ def register_library_of(cls: type) -> None:
 
 
 def register_imported(modules: Container[str]) -> None:
-    """Registers libraries that the user has imported already."""
+    """Registers libraries that the user has imported already, where Sortal can."""
     for module in [name for name in _pending if name in modules]:
-        _register(module)
+        with contextlib.suppress(UnsupportedError):
+            _register(module)
 
 
 def _register(module: str) -> None:

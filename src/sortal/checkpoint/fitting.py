@@ -6,7 +6,7 @@ import ast
 import fnmatch
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,9 +137,8 @@ class _Matching:
         self, given: Sequence[Candidate], tied: Any
     ) -> tuple[list[Candidate], Any]:
         """The leaves of the checkpoint, with their paths renamed to the model's."""
-        table = self.options.rename or {}
-        items = table.items() if isinstance(table, Mapping) else [table]
-        if odd := [x for x in items if not _is_renaming(x)]:
+        table = {} if self.options.rename is None else self.options.rename
+        if odd := odd_items(table, lambda *pair: all(type(x) is str for x in pair)):
             raise ArgumentError(
                 "rename= is a mapping from globs of paths to globs of paths, as in "
                 "rename={'old.**': 'new.**'}; found:\n" + listing_of(odd)
@@ -194,10 +193,10 @@ class _Matching:
             )
         alias = self._aliases(by_path, tied)
         pairs, filled, kept = [], {}, []
+        if self.options.partial and not self.chosen.keys() <= by_path.keys():
+            by_path = self._met_elsewhere(by_path, dict(tied or {}))
         for path, i in self.chosen.items():
             c = by_path.get(path)
-            if c is None and self.options.partial:
-                c = by_path.get(_through(path, tied or {}))
             if c is not None:
                 pairs += self._pair(i, c)
             elif not _below(path, alias):
@@ -207,7 +206,7 @@ class _Matching:
                 f"unknown: {_describe(c)}" for c in extra if not _below(c.path, alias)
             ]
         self._writable([p.at for p in pairs] + list(filled))
-        if self.chosen and not pairs and not filled and not self.faults:
+        if (self.chosen or given) and not (pairs or filled or self.faults):
             raise _NothingError(
                 "it has no leaf in common with the model, so that nothing would be "
                 "restored. Its paths are:\n" + listing(show(c.path) for c in given)
@@ -224,8 +223,8 @@ class _Matching:
             return []
         if c.kind is not ANY_KIND and c.kind is not kind:
             self.faults.append(
-                f"kind: {show(c.path)} is {_article(kind, c.kind)} in the model, "
-                f"{_article(c.kind, kind)} in the checkpoint"
+                f"kind: {show(self.schema.paths[i])} is {_article(kind, c.kind)} "
+                f"in the model, {_article(c.kind, kind)} in the checkpoint"
             )
             return []
         if what := difference(c.value, live, self._may_cast):
@@ -294,6 +293,35 @@ class _Matching:
         return found
 
     # ----------------------------------------------------------------------- aliases
+    def _met_elsewhere(
+        self, by_path: dict[Path, Candidate], tied: dict[Path, Path]
+    ) -> dict[Path, Candidate]:
+        """The leaves by the model's first paths, where they have any path in common."""
+        ours = dict(aliases_of(self.plan.graphdef))
+        theirs, mine = _children([*by_path, *tied]), _children([*self.chosen, *ours])
+        found = dict(by_path)
+        for path in self.chosen:
+            first: Path = ()
+            for key in path:
+                first = (*first, key)
+                first = tied.get(first, first)
+            if first in by_path:
+                found[path] = by_path[first]
+        # What both sides have at one path, each by its first path.
+        todo: list[tuple[Path, Path]] = [((), ())]
+        seen = set(todo)
+        for there, here in todo:
+            if there in by_path and here in self.chosen:
+                found.setdefault(here, by_path[there])
+            for key in theirs.get(there, ()):
+                if key in mine.get(here, ()):
+                    a, b = (*there, key), (*here, key)
+                    pair = tied.get(a, a), ours.get(b, b)
+                    if pair not in seen:
+                        seen.add(pair)
+                        todo.append(pair)
+        return found
+
     def _aliases(self, by_path: dict[Path, Candidate], tied: Any) -> set[Path]:
         """Records what is shared on one side only, and returns its paths."""
         if tied is None or self.options.partial:
@@ -342,6 +370,13 @@ _ADVICE: tuple[tuple[set[str], str], ...] = (
     ({"kind"}, "A kind that moved or was renamed: kinds={'old.module.Name': Name}."),
     ({"alias"}, "partial=True lets what is shared differ."),
     (
+        {"cannot be written"},
+        (
+            "Save and restore a Variable that holds the whole value, as in "
+            "box = Variable(value)."
+        ),
+    ),
+    (
         {"shape", "structure", "type"},
         "only=, with a filter, leaves out what must not be restored.",
     ),
@@ -355,12 +390,13 @@ def _below(path: Path, prefixes: set[Path]) -> bool:
     )
 
 
-def _through(path: Path, tied: Mapping[Path, Path]) -> Path:
-    """A path below an alias, as the path below the alias's owner."""
-    for n in range(len(path), 0, -1):
-        if path[:n] in tied:
-            return (*tied[path[:n]], *path[n:])
-    return path
+def _children(paths: Iterable[Path]) -> dict[Path, dict[Any, None]]:
+    """The keys that go on from each beginning of the paths."""
+    found: dict[Path, dict[Any, None]] = {}
+    for path in paths:
+        for n, key in enumerate(path):
+            found.setdefault(path[:n], {})[key] = None
+    return found
 
 
 def _tie(owner: Path | None) -> str:
@@ -391,6 +427,13 @@ def _abstract(tree: Tree) -> Any:
     return [_abstract(a) for a in arrays(tree)]
 
 
+def odd_items(given: Any, fits: Callable[[Any, Any], bool]) -> list[Any]:
+    """The items of a mapping that do not fit; what is no mapping does not either."""
+    if not isinstance(given, Mapping):
+        return [given]
+    return [item for item in given.items() if not fits(*item)]
+
+
 def listing_of(items: Iterable[Any]) -> str:
     """Items of a mapping as ``key: value``, and what is none as it is, for messages."""
     pairs = (": ".join(map(repr, x)) if type(x) is tuple else repr(x) for x in items)
@@ -398,10 +441,6 @@ def listing_of(items: Iterable[Any]) -> str:
 
 
 # --------------------------------------------------------------------------- renaming
-def _is_renaming(item: Any) -> bool:
-    return type(item) is tuple and all(type(x) is str for x in item)
-
-
 class _Literal(NamedTuple):
     """An entry of a pattern that stands for one key, and no glob: ``['a.b']``."""
 

@@ -43,6 +43,9 @@ class Want(NamedTuple):
 def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Want:
     """The Want of a live array: its own form, dtype and sharding.
 
+    Whether its type is weak is a part of a value, on which promotion depends, and so
+    that of the array stored, where this is one of JAX's and keeps its dtype.
+
     ``like`` is the live array (for PRNG keys that are not abstract, their words),
     ``live`` its record. A ``sharding`` overrides the live one.
     """
@@ -56,7 +59,9 @@ def wanted(path: Any, array: Array, like: Any, live: Array, sharding: Any) -> Wa
             sharding = _of_keys(sharding, len(array.shape))
     if not committed and sharding is not None and len(sharding.device_set) == 1:
         sharding = None
-    return Want(path, array, "jax", live.dtype, live.weak, sharding, committed)
+    known = array.form == "jax" and array.dtype == live.dtype
+    weak = array.weak if known else live.weak
+    return Want(path, array, "jax", live.dtype, weak, sharding, committed)
 
 
 def _of_keys(sharding: Any, rank: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sortal._engine.foreign import register_imported, variable_bases
 from sortal._engine.leaves import Leaves, store_all
 from sortal._engine.paths import Path as ModelPath
 from sortal._engine.paths import show
@@ -21,21 +23,21 @@ from sortal._engine.state import State
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import Variable, make
 from sortal.checkpoint import files
-from sortal.checkpoint.fitting import Candidate, Fit, Options, fit, listing_of
+from sortal.checkpoint.fitting import (
+    Candidate,
+    Fit,
+    Options,
+    fit,
+    listing_of,
+    odd_items,
+)
 from sortal.checkpoint.layout import bases_of, is_kind, qualified
 from sortal.checkpoint.loading import Want, check_shardings, load, wanted
 from sortal.checkpoint.manifest import NAME, Kind, Leaf, Manifest, short
 from sortal.checkpoint.pending import settle
 from sortal.checkpoint.processes import Group, not_in_a_trace, uncollected
 from sortal.checkpoint.store import Reader
-from sortal.checkpoint.values import (
-    Nest,
-    Tree,
-    arrays,
-    build,
-    numpy_dtype,
-    tuple_of,
-)
+from sortal.checkpoint.values import Nest, Tree, arrays, build, numpy_dtype, tuple_of
 from sortal.errors import (
     ArgumentError,
     CheckpointError,
@@ -539,8 +541,7 @@ class _Kinds:
     """Finds the class of a kind by its name, without importing anything."""
 
     def __init__(self, here: Sequence[type], given: Mapping[str, type]):
-        items = given.items() if isinstance(given, Mapping) else [given]
-        if odd := [x for x in items if not (isinstance(x, tuple) and _names_kind(*x))]:
+        if odd := odd_items(given, _names_kind):
             raise ArgumentError(
                 "kinds= is a mapping from full names in the checkpoint to kinds, as in "
                 "kinds={'old.module.Name': Name}; found:\n" + listing_of(odd)
@@ -586,7 +587,8 @@ def _names_kind(name: Any, kind: Any) -> bool:
 def _variables() -> dict[str, type]:
     """All kinds that are loaded, by full name; a name that two share is left out."""
     found: dict[str, Any] = {}
-    todo: list[type] = [Variable]
+    register_imported(sys.modules)
+    todo: list[type] = [Variable, *variable_bases()]
     while todo:
         cls = todo.pop()
         todo += cls.__subclasses__()

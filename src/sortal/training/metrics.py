@@ -208,8 +208,12 @@ def _is_real(dtype: Any) -> bool:
 
 
 def _broadcast(mask: Any, values: Any) -> jax.Array:
-    mask = jnp.asarray(mask)
-    if not _is_real(mask.dtype):
+    try:
+        mask = jnp.asarray(mask)
+        real = _is_real(mask.dtype)
+    except (TypeError, ValueError):
+        real = False
+    if not real:
         raise ArgumentError(
             f"the mask holds real numbers or booleans; found {describe(mask)}."
         )
@@ -360,8 +364,11 @@ class Accuracy(Average):
           ArgumentError: a keyword is missing, the shapes do not fit, or the labels are
             no integers.
         """
-        logits = _keyword(self, "logits", kwargs)
-        labels = _keyword(self, "labels", kwargs)
+        given: Any = (
+            jnp.asarray(x) if isinstance(x, (int, float)) else x
+            for x in (_keyword(self, name, kwargs) for name in ("logits", "labels"))
+        )
+        logits, labels = given
         classes = logits.shape if self.threshold is not None else logits.shape[:-1]
         many = self.threshold is None
         if labels.shape != classes or (many and logits.ndim == 0):

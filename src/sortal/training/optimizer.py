@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Never
@@ -17,7 +16,7 @@ from sortal._engine.marks import static
 from sortal._engine.nodes import is_object
 from sortal._engine.paths import Path
 from sortal._engine.plan import bind
-from sortal._engine.schema import Kind, Schema, taken
+from sortal._engine.schema import Kind, Schema
 from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
@@ -32,7 +31,7 @@ from sortal._engine.variable import (
 )
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import OptimizerError, listing
-from sortal.filters import Any_, Everything, Filter, to_filter
+from sortal.filters import Any_, to_filter
 from sortal.functional import state as state_of
 from sortal.module import Pytree
 from sortal.policy.policy import UNSET, Policy
@@ -51,6 +50,14 @@ from sortal.training.fitting import (
     is_leaf,
     odd_shapes,
     placed_like,
+)
+from sortal.training.groups import (
+    check_groups,
+    divide,
+    groups_of,
+    parts_of,
+    scatter,
+    takes_extra,
 )
 
 
@@ -142,8 +149,9 @@ class Optimizer(Pytree):
         self._trained = static(Schema.of(paths, kinds, [EMPTY] * len(paths)))
         self.dtypes = static(tuple(map(dtypes, params.values_list())))
         shared = set(map(id, jax.tree.leaves(params)))
-        divided = _divide(self.tx, groups, params)
-        parts = _parts(params, [at for _, at in divided])
+        divided = divide(self.tx, groups, params)
+        parts = parts_of(params, [at for _, at in divided])
+        self._divided = static(tuple(part.schema.paths for part in parts))
         states = tuple(
             _stored(t.init(part), shared, part)
             for (t, _), part in zip(divided, parts, strict=True)
@@ -169,8 +177,8 @@ class Optimizer(Pytree):
           ArgumentError: ``grads`` is neither a State nor a nested dict.
           OptimizerError: gradients are missing, unknown, of the wrong shape or complex
             where the parameter is real, or the model's trainable leaves are others than
-            at the start or have another shape or dtype; all are listed and nothing is
-            changed.
+            at the start or have another shape, dtype or group; all are listed and
+            nothing is changed.
           TraceError: the model or this optimizer belongs to another trace than the
             current one; nothing is changed.
         """
@@ -184,26 +192,22 @@ class Optimizer(Pytree):
         )
         check_dtypes(params, self.dtypes)
         gradients = _gradients(grads, params)
-        several = _groups(self.tx)
+        several = groups_of(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
         check_shapes(params, self.opt_state, self._odd)
         updates: list[Any] = [None] * len(targets)
         values: list[Any] = [None] * len(targets)
         steps = []
-        divided = _divide(self.tx, several, params)
-        at_all = [at for _, at in divided]
+        divided, parts = self._parts(params)
+        grads = parts_of(gradients, [at for _, at in divided])
         for (tx, at), kept, part, mine in zip(
-            divided,
-            stored,
-            _parts(params, at_all),
-            _parts(gradients, at_all),
-            strict=True,
+            divided, stored, parts, grads, strict=True
         ):
-            takes = several is None or _takes_extra(tx)
+            takes = several is None or takes_extra(tx)
             extra = {k: _extra(v, part) for k, v in kwargs.items()} if takes else {}
             step = _step(tx, mine, kept, part, extra)
-            _scatter(updates, at, step.updates)
-            _scatter(values, at, step.params)
+            scatter(updates, at, step.updates)
+            scatter(values, at, step.params)
             targets += step.targets
             values += step.values
             steps.append(step)
@@ -246,15 +250,21 @@ class Optimizer(Pytree):
         """
         _, params = _chosen(model, self.wrt)
         check_paths("the model's trainable leaves", params.schema, self._trained, ANEW)
-        several = _groups(self.tx)
+        several = groups_of(self.tx)
         stored = (self.opt_state,) if several is None else self.opt_state
-        divided = _divide(self.tx, several, params)
-        parts = _parts(params, [at for _, at in divided])
         states = tuple(
             _as_optax_made(kept, part.schema)
-            for kept, part in zip(stored, parts, strict=True)
+            for kept, part in zip(stored, self._parts(params)[1], strict=True)
         )
         return states[0] if several is None else states
+
+    def _parts(self, params: State) -> tuple[list[tuple[Any, Any]], list[State]]:
+        """Each transformation with its leaves, by position and as a State."""
+        several = groups_of(self.tx)
+        divided = divide(self.tx, several, params)
+        parts = parts_of(params, [at for _, at in divided])
+        check_groups(several, parts, self._divided)
+        return divided, parts
 
 
 # ------------------------------------------------------------------ what is trained
@@ -322,92 +332,6 @@ def _shown(tx: Any) -> str:
     if inspect.isfunction(tx):
         return f"the function {tx.__name__}; call it, as in {tx.__name__}(1e-3)"
     return describe(tx)
-
-
-# ------------------------------------------------------------------------- groups
-def _groups(tx: Any) -> Any:
-    """The (filter, transformation) pairs; None where there is one transformation."""
-    # A transformation may itself be a plain tuple, but then of functions.
-    pairs = type(tx) is tuple and tx and type(tx[0]) is tuple
-    return tx if pairs else None
-
-
-def _divide(tx: Any, groups: Any, params: State) -> list[tuple[Any, Any]]:
-    """Each transformation with the positions of its leaves, None for all of them."""
-    if groups is None:
-        return [(tx, None)]
-    schema = params.schema
-    filters = tuple(f for f, _ in groups)
-    if all(f.structural for f in filters):
-        at = schema.memo(("groups", filters), lambda: _assign(schema, filters, None))
-    else:
-        at = _assign(schema, filters, params.leaves())
-    return [(t, mine) for (_, t), mine in zip(groups, at, strict=True)]
-
-
-def _assign(
-    schema: Schema, filters: tuple[Filter, ...], leaves: Sequence[Any] | None
-) -> list[tuple[int, ...]]:
-    takers: list[list[int]] = [[] for _ in schema.paths]
-    for g, f in enumerate(filters):
-        for i in taken(f, schema, leaves):
-            takers[i].append(g)
-    last = len(filters) - 1
-    if isinstance(filters[last], Everything):
-        takers = [[g for g in mine if g != last] or [last] for mine in takers]
-    bad = [
-        f"{schema.describe(i)}: "
-        + (f"in {', '.join(repr(filters[g]) for g in mine)}" if mine else "in no group")
-        for i, mine in enumerate(takers)
-        if len(mine) != 1
-    ]
-    if bad:
-        raise OptimizerError(
-            "each trained leaf must be in exactly one of the groups "
-            f"{', '.join(map(repr, filters))}; found:\n{listing(bad)}\n"
-            "Narrow the filters with & and ~, narrow wrt, or add a last group `...` "
-            "for the rest."
-        )
-    groups: list[list[int]] = [[] for _ in filters]
-    for i, (g,) in enumerate(takers):
-        groups[g].append(i)
-    parts = list(map(tuple, groups))
-    empty = [repr(f) for f, mine in zip(filters, parts, strict=True) if not mine]
-    if empty:
-        raise OptimizerError(
-            f"no trained leaf is in the group {', '.join(empty)}; there are:\n"
-            + listing(map(schema.describe, range(len(schema))))
-        )
-    return parts
-
-
-def _parts(state: State, positions: Sequence[Any]) -> list[State]:
-    """A State for each group, of the leaves at its positions; None is all of them."""
-    values, whole = state.values_list(), state.schema
-    return [
-        state
-        if at is None
-        else snapshot(
-            whole.memo(("part", at), functools.partial(whole.pick, at)),
-            [values[i] for i in at],
-        )
-        for at in positions
-    ]
-
-
-def _scatter(into: list[Any], at: Any, values: list[Any]) -> None:
-    if at is None:
-        into[: len(values)] = values
-        return
-    for i, value in zip(at, values, strict=True):
-        into[i] = value
-
-
-def _takes_extra(tx: Any) -> bool:
-    import optax
-
-    plain = isinstance(tx, optax.GradientTransformation)
-    return not plain or isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
 # ---------------------------------------------------------------------- gradients

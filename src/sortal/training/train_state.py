@@ -7,10 +7,12 @@ from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.state import State
-from sortal.errors import ArgumentError
+from sortal._engine.variable import describe
+from sortal.errors import ArgumentError, listing
 from sortal.functional import merge, split
 
 
@@ -64,7 +66,15 @@ class TrainState:
 
         Returns:
           The TrainState.
+
+        Raises:
+          ArgumentError: ``tx`` is no transformation.
         """
+        if not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise ArgumentError(
+                "tx is an optax transformation, such as optax.adam(1e-3); found "
+                f"{describe(tx)}."
+            )
         make: Any = cls
         return make(
             graphdef=graphdef,
@@ -93,7 +103,7 @@ class TrainState:
         return _Caller(merge(self.graphdef, *found))
 
     def _state(self, x: Any) -> Any:
-        found = getattr(self, x) if isinstance(x, str) else x
+        found = getattr(self, x, x) if isinstance(x, str) else x
         if not isinstance(found, State):
             raise ArgumentError(
                 f"apply takes States, or names of fields that are States; {x!r} is a "
@@ -110,12 +120,22 @@ class TrainState:
 
         Returns:
           The new TrainState.
+
+        Raises:
+          ArgumentError: the gradients are not of the leaves of ``params``, or of other
+            shapes.
         """
         import optax
 
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        _refuse_shapes(self.params, grads)
+        try:
+            updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+            params: Any = optax.apply_updates(self.params, updates)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as e:
+            _refuse_others(self.params, grads, e)
+            raise
         return self.replace(
-            params=optax.apply_updates(self.params, updates),  # type: ignore[arg-type]
+            params=params,
             opt_state=opt_state,
             step=self.step + 1,
             **kwargs,
@@ -131,6 +151,37 @@ class TrainState:
           The new TrainState.
         """
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+
+def _refuse_others(params: Any, grads: Any, cause: Exception) -> None:
+    """Says which gradients are missing or unknown, where optax has refused some."""
+    due, found = (
+        {keystr(path): None for path, _ in tree_leaves_with_path(tree)}
+        for tree in (params, grads)
+    )
+    rows = [f"missing: {x}" for x in due if x not in found]
+    rows += [f"unknown: {x}" for x in found if x not in due]
+    if rows:
+        raise ArgumentError(
+            "apply_gradients takes the gradients of params, built as these; found a "
+            f"{type(grads).__name__}:\n{listing(rows)}"
+        ) from cause
+
+
+def _refuse_shapes(params: Any, grads: Any) -> None:
+    """Refuses gradients that would broadcast, and give parameters another shape."""
+    rows = [
+        f"{keystr(path)} is {describe(p)}, its gradient {describe(g)}"
+        for (path, p), g in zip(
+            tree_leaves_with_path(params), jax.tree.leaves(grads), strict=False
+        )
+        if jnp.shape(p) != jnp.shape(g)
+    ]
+    if rows and jax.tree.structure(params) == jax.tree.structure(grads):
+        raise ArgumentError(
+            "gradients must have the shapes of their parameters; found:\n"
+            + listing(rows)
+        )
 
 
 class _Caller:

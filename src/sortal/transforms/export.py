@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.leaves import Leaves, store_all
+from sortal._engine.leaves import Leaves, Slot, store_all
 from sortal._engine.nested import nest
 from sortal._engine.nodes import is_root
 from sortal._engine.paths import Path, show
@@ -20,6 +20,7 @@ from sortal._engine.variable import describe, is_variable
 from sortal.errors import ArgumentError, listing
 from sortal.transforms._adapter.binding import BoundArguments
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
+from sortal.transforms.refusals import explain_failure
 
 _FORM = b"sortal export 2\n"
 _DIGEST = hashlib.sha256().digest_size
@@ -88,17 +89,19 @@ class Exported:
         ]
         try:
             out, new = self.exported.call(values, plain)
-        except ValueError as e:
+        except (RuntimeError, TypeError, ValueError) as e:
+            bound = BoundArguments(args, {})
+            explain_failure(self.call, bound, (), e, option=None)
             self._refuse_types(values, plain, e)
             raise
-        whole = zip(models, self.paths, self.written, new, strict=True)
+        whole = list(zip(models, self.paths, self.written, new, strict=True))
+        live = [x for x in whole if not isinstance(x[0], State)]
+        mine = [Leaves(bind(x).leaves[i] for i in at) for x, _, at, _ in live]
+        store_all(mine, [value for *_, found in live for value in found])
         for model, paths, at, found in whole:
             if isinstance(model, State):
                 places = (paths[i] for i in at)
                 model.replace_by_pure_dict(nest(zip(places, found, strict=True)))
-            else:
-                mine = bind(model).leaves
-                store_all([Leaves(mine[i] for i in at)], found)
         return out
 
     def _refuse_types(self, values: Any, plain: Any, cause: Exception) -> None:
@@ -110,10 +113,10 @@ class Exported:
             for _ in jax.tree.leaves(value)
         ]
         names += [f"array {i}" for i in range(len(plain))]
-        given = map(jax.typeof, jax.tree.leaves((values, plain)))
+        given = map(_typeof, jax.tree.leaves((values, plain)))
         each = zip(names, given, self.exported.in_avals, strict=True)
         rows = [
-            f"{name}: {describe(x)} for {describe(due)}"
+            f"{name}: {_shown(x)} for {describe(due)}"
             for name, x, due in each
             if not _fits(x, due)
         ]
@@ -126,12 +129,18 @@ class Exported:
     def _check(self, models: Sequence[Any]) -> None:
         _refuse_shared(models)
         bad = []
-        for n, (model, expected) in enumerate(zip(models, self.paths, strict=True)):
-            state = isinstance(model, State)
+        whole = zip(models, self.paths, self.written, strict=True)
+        for n, (model, expected, written) in enumerate(whole):
+            state, here = isinstance(model, State), f"model {n}: "
             schema = model.schema if state else bind(model).graphdef.schema
             if schema.paths == expected:
+                leaves = _leaves(model)
+                bad += [
+                    f"{here}in a tuple, and so not to be written: {show(expected[i])}"
+                    for i in written
+                    if type(leaves[i]) is Slot and not leaves[i].writable
+                ]
                 continue
-            here = f"model {n}: "
             known, found = set(expected), set(schema.paths)
             bad += [f"{here}missing: {show(p)}" for p in expected if p not in found]
             bad += [f"{here}unknown: {show(p)}" for p in schema.paths if p not in known]
@@ -149,9 +158,17 @@ class Exported:
 
         Raises:
           ImportError: flatbuffers is not there; ``pip install sortal[export]``.
+          ArgumentError: JAX has no form for a dtype or a pytree in it.
         """
         head = {"layout": self.layout, "paths": self.paths, "written": self.written}
-        rest = json.dumps(head).encode() + b"\n" + bytes(self.exported.serialize())
+        try:
+            body = bytes(self.exported.serialize())
+        except (KeyError, TypeError, ValueError) as e:
+            raise ArgumentError(
+                "JAX cannot write this function as bytes, for want of a form for what "
+                f"is in its arguments or results: {e}"
+            ) from e
+        rest = json.dumps(head).encode() + b"\n" + body
         return _FORM + hashlib.sha256(rest).digest() + rest
 
     @classmethod
@@ -169,6 +186,11 @@ class Exported:
         """
         import jax.export
 
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise ArgumentError(
+                "deserialize takes the bytes that serialize returned; found "
+                f"{data!r:.60}."
+            )
         data = bytes(data)
         start, end = len(_FORM), len(_FORM) + _DIGEST
         form, digest, rest = data[:start], data[start:end], data[end:]
@@ -237,7 +259,11 @@ def export(
             return run(f, tree.unflatten(parts), {})
 
         values = [x.values for x in flat]
-        effects = jax.eval_shape(call, values, plain).effects
+        try:
+            effects = jax.eval_shape(call, values, plain).effects
+        except (RuntimeError, TypeError, ValueError) as e:
+            explain_failure(f, bound, (), e, option=None)
+            raise
         if effects.edits is not None or effects.outputs:
             raise ArgumentError(
                 "a function that is exported returns arrays and writes values; this "
@@ -277,8 +303,19 @@ def _divided(args: Any) -> tuple[list[Any], list[Any], str]:
     return models, [x for x in leaves if not _is_model(x)], repr(layout)
 
 
+def _typeof(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
+def _shown(x: Any) -> str:
+    without = isinstance(x, jax.ShapeDtypeStruct)
+    return f"a shape without values, {describe(x)}," if without else describe(x)
+
+
 def _fits(x: Any, due: Any) -> bool:
     """Whether an array has a dtype and shape, of which some sizes may be symbols."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return False
     sizes = zip(x.shape, due.shape, strict=False)
     same = x.dtype == due.dtype and x.ndim == due.ndim
     return same and all(a == b for a, b in sizes if isinstance(b, int))

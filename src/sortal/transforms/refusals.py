@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from sortal._engine.paths import show
@@ -205,6 +206,8 @@ def _devices(devices: Any) -> str:
 def _goes_in(x: Any) -> bool:
     if isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__"):
         return True
-    # NumPy's objects, text and times are no data of a program.
     array = hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
-    return array and getattr(x.dtype, "kind", "") not in set("OSUMm")
+    if not isinstance(x, (np.ndarray, np.generic)):
+        return array
+    # NumPy's objects, text, times and other byte order are no data of a program.
+    return x.dtype.isnative and x.dtype.kind not in set("OSUMm")

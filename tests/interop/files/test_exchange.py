@@ -142,6 +142,8 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
         {"a": ("a", "b")},
         {"a": ("a", (0,), 1)},
         {"a": ()},
+        ("a",),
+        (),
     ],
 )
 def test_names_of_another_form_are_refused(tmp_path, names):
@@ -423,3 +425,11 @@ def test_arrays_of_gguf_are_those_that_were_written_and_quantised_ones_refused(
     blk = {"blk": [{"q": nnx.Param(jnp.zeros((2, 68), jnp.uint8))}]}
     with pytest.raises(RestoreError, match=r"q8_0"):
         restore_from(path, blk, partial=True)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_no_keys_at_all_are_read_back_as_keys(tmp_path, ending):
+    root = {"k": nnx.Param(jax.random.split(jax.random.key(0, impl="rbg"), (0, 2)))}
+    export(tmp_path / f"x{ending}", root)
+    assert restore_from(tmp_path / f"x{ending}", root) == (("k",),)
+    assert load_arrays(tmp_path / f"x{ending}")["k"].shape == (0, 2, 4)

@@ -360,7 +360,8 @@ def test_leaves_of_one_name_are_not_taken_for_one_another(tmp_path):
 
 
 WRONG = [
-    ["w"], None, {"w": 3}, {3: "w"}, {"w": ("w", 3)}, {("u", 3): "w"}, {(): "w"},
+    ["w"], None, ("w",), ("w", "w"),
+    {"w": 3}, {3: "w"}, {"w": ("w", 3)}, {("u", 3): "w"}, {(): "w"},
     {"w": ("w", "a -> a", "b")}, {"w": Fused(())}, {"w": Fused(("w",), axis=-1)},
     {"w": Fused("w")}, {"w": Fused((("w", "a -> a", 3),))},
 ]  # fmt: skip

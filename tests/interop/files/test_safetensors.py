@@ -34,6 +34,14 @@ def test_leaves_of_one_name_are_refused_and_all_listed(tmp_path):
     assert "0: 0, ['0']\n  a.b: a.b, ['a.b']" in str(caught.value)
 
 
+def test_arrays_in_another_byte_order_keep_their_values(tmp_path):
+    library = pytest.importorskip("safetensors.numpy")
+    root = {"f": np.arange(3, dtype=">f4"), "i": np.arange(4, dtype=">u8")[::-2]}
+    export(tmp_path / "x.safetensors", root)
+    found = library.load_file(tmp_path / "x.safetensors")
+    assert {k: x.tolist() for k, x in found.items()} == {"f": [0, 1, 2], "i": [3, 1]}
+
+
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
 def test_a_name_that_the_format_cannot_hold_is_refused(tmp_path, name):
     with pytest.raises(SaveError, match="names that safetensors cannot hold"):

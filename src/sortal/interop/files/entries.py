@@ -176,14 +176,18 @@ def _batched(opened: Opened, batch: list[Entry]) -> list[Entry]:
     ]
 
 
+def words_of(e: Entry) -> int:
+    """How many words each of its PRNG keys has."""
+    return e.nbytes // 4 // e.elements if e.elements else e.read().shape[-1]
+
+
 def as_array(e: Entry) -> Entry | None:
     """An entry as an array alone: keys as their words, and numbers as NumPy has them.
 
     None for a plain value that no array holds.
     """
     if e.dtype.startswith("key<"):
-        words = e.nbytes // 4 // max(1, e.elements)
-        return e._replace(dtype="uint32", shape=(*e.shape, words))
+        return e._replace(dtype="uint32", shape=(*e.shape, words_of(e)))
     if not e.plain:
         return e
     value = e.read()

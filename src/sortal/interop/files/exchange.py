@@ -27,6 +27,7 @@ from sortal.checkpoint.fitting import (
     Options,
     fit,
     listing_of,
+    odd_items,
     translate,
 )
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
@@ -51,7 +52,14 @@ from sortal.errors import (
 )
 from sortal.filters import to_filter
 from sortal.interop.files import gguf, huggingface, npz, orbax, safetensors, steps
-from sortal.interop.files.entries import Entry, Opened, as_array, dotted, in_batches
+from sortal.interop.files.entries import (
+    Entry,
+    Opened,
+    as_array,
+    dotted,
+    in_batches,
+    words_of,
+)
 
 Names = Mapping[str, str | tuple[str, tuple[int, ...]]]
 _ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9_]*")
@@ -287,16 +295,14 @@ def _record(e: Entry, live: Any) -> Array | Plain:
             if (e.dtype, e.shape) in (("uint32", mine.stored_shape), whole):
                 return mine
     if e.dtype.startswith("key<"):
-        words = e.nbytes // 4 // max(1, e.elements)
-        return Array((*e.shape, words), "uint32", "numpy")
+        return Array((*e.shape, words_of(e)), "uint32", "numpy")
     return Array(e.shape, e.dtype, "numpy")
 
 
 def _checked(names: Any) -> Names:
     """``names`` as given, none if it is absent; refuses another form."""
     given = {} if names is None else names
-    items = given.items() if isinstance(given, Mapping) else [given]
-    if odd := [x for x in items if not _is_naming(x)]:
+    if odd := odd_items(given, _is_naming):
         raise ArgumentError(
             "names= is a mapping from globs of paths to globs of names, or to such a "
             "glob and the order of axes, as in names={'kernel': ('fc.weight', (1, "
@@ -305,10 +311,9 @@ def _checked(names: Any) -> Names:
     return given
 
 
-def _is_naming(item: Any) -> bool:
-    if type(item) is not tuple or type(item[0]) is not str:
+def _is_naming(ours: Any, theirs: Any) -> bool:
+    if type(ours) is not str:
         return False
-    theirs = item[1]
     if type(theirs) is tuple and len(theirs) == 2:
         theirs, axes = theirs
         if type(axes) is not tuple or any(type(n) is not int for n in axes):

@@ -21,7 +21,7 @@ from sortal._engine.paths import Path, show
 from sortal._engine.plan import bind
 from sortal._engine.schema import Schema, select
 from sortal.checkpoint import files
-from sortal.checkpoint.fitting import listing_of
+from sortal.checkpoint.fitting import listing_of, odd_items
 from sortal.checkpoint.loading import Want, check_shardings, host_value, wanted
 from sortal.checkpoint.restoring import shardings
 from sortal.checkpoint.values import (
@@ -244,8 +244,7 @@ def _namesakes(schema: Schema, at: Iterable[int]) -> str:
 
 # ----------------------------------------------------------------------------- names
 def _check(names: Any) -> None:
-    items = names.items() if isinstance(names, Mapping) else [names]
-    if odd := [x for x in items if not _is_rule(x)]:
+    if odd := odd_items(names, _is_rule):
         raise ArgumentError(
             "names= is a mapping from names of tensors to paths of leaves, as in "
             "names={'fc.weight': ('kernel', 'o i -> i o')}, with a Fused for several "
@@ -253,10 +252,7 @@ def _check(names: Any) -> None:
         )
 
 
-def _is_rule(item: Any) -> bool:
-    if type(item) is not tuple:
-        return False
-    keys, value = item
+def _is_rule(keys: Any, value: Any) -> bool:
     keys = keys if type(keys) is tuple else (keys,)
     fused = value if isinstance(value, Fused) else Fused((value,))
     if type(fused.leaves) is not tuple or type(fused.axis) is not int or fused.axis < 0:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sortal.checkpoint.disk import replacing
-from sortal.checkpoint.values import dtype_name, numpy_dtype
+from sortal.checkpoint.values import numpy_dtype
 from sortal.errors import DamagedError, RestoreError, SaveError, listing
 from sortal.interop.files.entries import (
     Entry,
@@ -173,9 +173,8 @@ def write(
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for e in entries:
-            host = np.ascontiguousarray(e.read())
-            if dtype_name(host.dtype) != e.dtype:  # the other byte order
-                host = host.astype(numpy_dtype(e.dtype))
+            # NumPy's arrays may have the other byte order.
+            host = np.ascontiguousarray(e.read(), numpy_dtype(e.dtype))
             file.write(host.reshape(-1).view(np.uint8).data)
 
 
