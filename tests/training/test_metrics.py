@@ -445,3 +445,25 @@ def test_values_of_numpys_own_dtypes_are_taken_without_a_warning(x64, mask, dtyp
         assert welford.compute().mean == welford.compute().standard_deviation == 0.5
         kept = [x.dtype for x in jax.tree.leaves((average, welford))]
         assert set(map(str, kept)) == {"float32", "int32"}
+
+
+@pytest.mark.parametrize("mask", [None, jnp.ones(3)])
+def test_more_values_than_can_be_counted_give_nan_until_a_reset(mask):
+    average, welford = nnx.metrics.Average(), nnx.metrics.Welford()
+    for metric in (average, welford):
+        metric.update(values=1.0)
+        metric.count.value = jnp.array(2**31 - 4, jnp.int32)
+    average.total.value = average.count.value.astype(jnp.float32)
+    for _ in range(2):
+        average.update(values=jnp.ones(3), mask=mask)
+        welford.update(values=jnp.ones(3))
+        if int(average.count.value) == 2**31 - 1:
+            assert average.compute() == welford.compute().mean == 1
+    assert np.isnan(average.compute())
+    assert np.isnan(jax.tree.leaves(welford.compute())).all()
+    average.update(values=1.0)
+    assert np.isnan(average.compute())
+    for metric in (average, welford):
+        metric.reset()
+        metric.update(values=jnp.ones(3))
+    assert average.compute() == welford.compute().mean == 1

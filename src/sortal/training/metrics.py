@@ -145,10 +145,10 @@ class Average(Metric):
                     f"{values!r}. Write jnp.asarray({self.argname}), or leave mask out."
                 )
             self.total[...] += float(values)
-            self.count[...] += 1
+            self.fraction[...] += _add(self.count, 1)
         elif mask is None:
             self.total[...] += _sum(_floating(values))
-            self.count[...] += values.size
+            self.fraction[...] += _add(self.count, values.size)
         else:
             weights = _floating(_broadcast(mask, values))
             kept = jnp.where(weights == 0, 0, _floating(values))
@@ -156,17 +156,25 @@ class Average(Metric):
             rest = self.fraction.value + (weights - whole).sum()
             more = jnp.floor(rest)
             self.total[...] += _sum(kept * weights)
-            self.count[...] += jnp.sum(whole.astype(jnp.int32), dtype=jnp.int32)
-            self.count[...] += more.astype(jnp.int32)
-            self.fraction.value = (rest - more).astype(jnp.float32)
+            whole = jnp.sum(whole.astype(jnp.int32), dtype=jnp.int32)
+            lost = _add(self.count, whole + more.astype(jnp.int32))
+            self.fraction.value = (rest - more).astype(jnp.float32) + lost
 
     def compute(self) -> jax.Array:
         """The average.
 
         Returns:
-          A float32 scalar; NaN where there was no value.
+          A float32 scalar; NaN where there was no value, or more than 2**31 - 1 of them
+          since the last reset.
         """
         return self.total.value / (self.count.value + self.fraction.value)
+
+
+def _add(count: MetricState[Any], more: Any) -> jax.Array:
+    """Adds to a count; gives NaN where an int32 cannot hold the sum, else 0."""
+    before = count.value
+    count.value = before + more
+    return jnp.where(count.value < before, jnp.nan, 0.0)
 
 
 def _floating(values: Any) -> jax.Array:
@@ -296,17 +304,18 @@ class Welford(Metric):
                 x.astype(jnp.float32) for x in (array.mean(), array.var())
             )
         before = self.count.value
-        self.count[...] += count
+        lost = _add(self.count, count)
         delta = mean - self.mean.value
-        self.mean[...] += delta * count / self.count.value
+        self.mean[...] += delta * count / self.count.value + lost
         between = delta * delta * count * before / self.count.value
-        self.m2[...] += variance * count + between
+        self.m2[...] += variance * count + between + lost
 
     def compute(self) -> Statistics:
         """The statistics of all values.
 
         Returns:
-          A Statistics; its mean is 0, the rest NaN, where there was no value.
+          A Statistics; its mean is 0, the rest NaN, where there was no value. All are
+          NaN where there were more than 2**31 - 1 of them since the last reset.
         """
         deviation = (self.m2.value / self.count.value) ** 0.5
         return Statistics(
