@@ -79,8 +79,8 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
         "assert not {n for n in read() if n.startswith('sortal.nn.')}\n"
         "mine = {n for n in read() if n.startswith('sortal.nnx.')}\n"
         "mine = {n.removeprefix('sortal.nnx.') for n in mine}\n"
-        "assert mine == {'annotated', 'flax_errors', 'keywords', 'old_names', "
-        "'state_names'}\n"
+        "assert mine == {'added', 'annotated', 'flax_errors', 'keywords', "
+        "'old_names', 'state_names'}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -413,10 +413,10 @@ class Drawn:
 
 def at(given, name, leaf):
     """What a sharding or a table says of a leaf."""
-    for f, answer in given.items() if isinstance(given, nnx.StateSharding) else ():
-        if f((name,), leaf):
-            return answer
-    return None if isinstance(given, nnx.StateSharding) else given
+    if not isinstance(given, nnx.StateSharding):
+        return given
+    pairs = zip(given.tests, given.answers, strict=True)
+    return next((answer for f, answer in pairs if f((name,), leaf)), None)
 
 
 @pytest.mark.parametrize("seed", range(24))

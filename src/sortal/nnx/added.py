@@ -19,6 +19,7 @@ def add_members(cls: Any, names: type) -> None:
       names: a class that is never instantiated.
 
     Example:
+      >>> from sortal.nnx.added import add_members
       >>> class Point: ...
       >>> class Names:
       ...     def __len__(self):
