@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class _Empty:
-    """What every class defines."""
-
-    __slots__ = ()
+_OF_EVERY_CLASS = {*vars(type("Empty", (), {})), "__slots__"}
 
 
 def add_members(cls: Any, names: type) -> None:
@@ -29,5 +26,5 @@ def add_members(cls: Any, names: type) -> None:
       2
     """
     for name, member in vars(names).items():
-        if name not in vars(_Empty):
+        if name not in _OF_EVERY_CLASS:
             setattr(cls, name, member)
