@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 _OF_EVERY_CLASS = {*vars(type("Empty", (), {})), "__slots__"}
 
 
