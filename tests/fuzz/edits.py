@@ -352,9 +352,10 @@ class Drawn:
         if isinstance(found.obj, (ref.FlaxList, ref.FlaxDict)):
             return None
         if isinstance(found.obj, ref.FlaxModule):
-            # Flax refuses data in the place of a static.
+            # Flax refuses data in the place of a static, and takes what stands in the
+            # place of data for that.
             old = found.obj.__dict__.get(name)
-            data = isinstance(old, (ref.Module, ref.Variable))
+            data = not isinstance(old, (str, int, type(None)))
             value = (
                 self.flax_value()
                 if name not in found.obj.__dict__

@@ -133,6 +133,11 @@ class Arr:
             raise TypeError
         return Arr(self.val[index], None if self.dot is None else self.dot[:, index])
 
+    def __iter__(self) -> Iterator[Arr]:
+        if not self.ndim:
+            raise TypeError
+        return (self[i] for i in range(len(self.val)))
+
     def __gt__(self, other: Any) -> Arr:
         return Arr(self.val > lift(other).val)
 
@@ -1539,10 +1544,11 @@ def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
             continue
         if value is None:
             continue  # an empty tree to JAX
-        if not isinstance(value, (Arr, np.ndarray, np.generic, numbers.Number)):
-            if compiled:
+        if not isinstance(value, (Arr, np.ndarray, np.generic)):
+            if not compiled:
+                continue  # a gradient only closes over it
+            if not isinstance(value, numbers.Number):
                 raise ArgumentError
-            continue  # a gradient only closes over it
         inner = lift(value)
         inner = type(inner)(inner.val, inner.dot)
         leaf.put(inner)
@@ -1830,12 +1836,12 @@ def begun_of(begun: list[Any], value: Arr) -> Any:
     return next((old for old, new in begun if new is value), None)
 
 
-def _with_dots(leaf: Leaf, sizes: list[int], k: int) -> tuple[Arr, Arr]:
-    old = lift(leaf.value)
-    start = sum(sizes[:k])
-    dot = np.zeros((sum(sizes), old.val.size), np.float32)
+def _with_dots(leaf: Leaf, sizes: list[int], k: int) -> tuple[Any, Arr]:
+    old = leaf.value
+    val, start = lift(old).val, sum(sizes[:k])
+    dot = np.zeros((sum(sizes), val.size), np.float32)
     dot[start : start + sizes[k]] = np.eye(sizes[k])
-    new = Arr(old.val, dot.reshape(sum(sizes), *old.shape))
+    new = Arr(val, dot.reshape(sum(sizes), *val.shape))
     leaf.put(new)
     return old, new
 

@@ -170,7 +170,7 @@ class Average(Metric):
         return self.total.value / (self.count.value + self.fraction.value)
 
 
-def _add(count: MetricState[Any], more: Any) -> jax.Array:
+def _add(count: MetricState, more: Any) -> jax.Array:
     """Adds to a count; gives NaN where an int32 cannot hold the sum, else 0."""
     before = count.value
     count.value = before + more
