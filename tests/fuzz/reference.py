@@ -1539,16 +1539,15 @@ def _inside(tree: Any, *, compiled: bool = True) -> Iterator[Any]:
             raise TraceError
     before = [(x, x.value) for x in walk.leaves]
     entered = []
-    for leaf, value in before:
-        if not leaf.writable:
-            continue
-        if value is None:
-            continue  # an empty tree to JAX
-        if not isinstance(value, (Arr, np.ndarray, np.generic)):
-            if not compiled:
-                continue  # a gradient only closes over it
-            if not isinstance(value, numbers.Number):
-                raise ArgumentError
+    taken = (Arr, np.ndarray, np.generic)
+    # None is an empty tree to JAX.
+    inside = [(x, v) for x, v in before if x.writable and v is not None]
+    numbered = (*taken, numbers.Number)
+    if compiled and not all(isinstance(v, numbered) for _, v in inside):
+        raise ArgumentError
+    for leaf, value in inside:
+        if not compiled and not isinstance(value, taken):
+            continue  # a gradient only closes over it
         inner = lift(value)
         inner = type(inner)(inner.val, inner.dot)
         leaf.put(inner)
