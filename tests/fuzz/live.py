@@ -41,7 +41,7 @@ def attributes(x: Any) -> list[tuple[str, Any]]:
     """A module's attributes, without those that Flax keeps for itself."""
     found = vars(x).items()
     hidden = ("_pytree__", "_length")
-    return sorted((k, v) for k, v in found if not k.startswith(hidden))
+    return [(k, v) for k, v in found if not k.startswith(hidden)]
 
 
 def metadata(variable: Any) -> dict[str, Any]:

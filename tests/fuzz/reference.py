@@ -171,6 +171,11 @@ class Key(Arr):
     dtype = property(lambda self: "key<fry>")
     ndim = property(lambda self: 0)
 
+    def __getitem__(self, index: Any) -> Key:
+        if index is Ellipsis:
+            return self
+        raise IndexError
+
     def _refuse(self, *others: Any) -> Any:
         raise TypeError
 
@@ -610,7 +615,7 @@ class Rngs(Module):
     """Streams by name; where there is none of a name, the one named default."""
 
     def __init__(self, default: int, **seeds: int):
-        for name, seed in {"default": default, **seeds}.items():
+        for name, seed in {**seeds, "default": default}.items():
             setattr(self, name, RngStream(seed, name))
 
     def __getattr__(self, name: str) -> Any:
@@ -733,6 +738,13 @@ def children(x: Any) -> list[tuple[Any, Any]]:
     return [(n, getattr(x, n)) for n in sorted(names | set(x.__dict__))]
 
 
+def met(x: Any) -> tuple[Any, ...]:
+    """Names and keys in the order in which code meets them."""
+    if isinstance(x, functools.partial):
+        return tuple(x.keywords)
+    return tuple(x if isinstance(x, dict) else getattr(x, "__dict__", ()))
+
+
 LEAF, STATIC, NODE, AGAIN = "leaf", "static", "node", "again"
 
 
@@ -851,15 +863,13 @@ class Walk:
             mine = roles.get(str(key), role) if roles else role
             parts.append((key, self._visit(child, below, x, key, mine)))
         self.every.append((path, x))
-        if isinstance(x, Dict):  # in which items are in order
-            spec: Any = (list(x), tuple(sorted(roles.items())))
-        elif isinstance(x, Module):
-            spec = dict(roles)
+        if isinstance(x, Module):
+            spec: Any = dict(roles)
         elif isinstance(x, dict):
-            spec = (list(x), getattr(x, "default_factory", None))
+            spec = getattr(x, "default_factory", None)
         else:
             spec = x.__func__ if isinstance(x, types.MethodType) else None
-        return (NODE, type(x), number, spec, parts)
+        return (NODE, type(x), number, spec, met(x), parts)
 
     def graphdef(self) -> GraphDef:
         schema = [(x.path, x.kind, _meta(x)) for x in self.leaves]
@@ -929,12 +939,10 @@ def _template_key(t: Any) -> Any:
     if t[0] != NODE:
         return t
     spec = t[3]
-    if isinstance(spec, tuple):
-        spec = (tuple(spec[0]), spec[1])
-    elif isinstance(spec, dict):
+    if isinstance(spec, dict):
         spec = tuple(sorted(spec.items()))
-    parts = tuple((type(k), k, _template_key(child)) for k, child in t[4])
-    return (*t[:3], spec, parts)
+    parts = tuple((type(k), k, _template_key(child)) for k, child in t[5])
+    return (*t[:3], spec, t[4], parts)
 
 
 def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
@@ -944,41 +952,39 @@ def _build(t: Any, leaves: list[Any], nodes: dict[int, Any]) -> Any:
         return t[1]
     if t[0] == AGAIN:
         return nodes[t[1]]
-    _, cls, number, spec, parts = t
+    _, cls, number, spec, order, parts = t
     if issubclass(cls, _VALUES):
         items = {k: _build(child, leaves, nodes) for k, child in parts}
         if issubclass(cls, types.MethodType):
             return types.MethodType(spec, items["__self__"])
         if issubclass(cls, functools.partial):
             args = [x for key, x in items.items() if key[0] == "args"]
-            named = {key[1]: x for key, x in items.items() if key[0] == "keywords"}
+            named = {key: items["keywords", key] for key in order}
             return cls(items["func",], *args, **named)
         return cls(**items) if hasattr(cls, "_fields") else cls(items.values())
     if issubclass(cls, State):
         new: Any = State()
     elif issubclass(cls, Module):
         new = cls.__new__(cls)
-        roles = spec[1] if issubclass(cls, Dict) else spec
-        object.__setattr__(new, "_roles", dict(roles))
+        object.__setattr__(new, "_roles", dict(spec))
     else:
         new = cls.__new__(cls)
     nodes[number] = new
     items = {k: _build(child, leaves, nodes) for k, child in parts}
-    if isinstance(new, Dict):
-        new.__dict__.update((k, items[k]) for k in spec[0])
-    elif isinstance(new, Module):
-        new.__dict__.update((str(k), x) for k, x in items.items())
+    if isinstance(new, Module):
+        named = {str(k): x for k, x in items.items()}
+        new.__dict__.update((k, named[k]) for k in order)
     elif isinstance(new, list):
         new.extend(items.values())
     elif isinstance(new, dict):
-        if spec[1] is not None:
-            new.default_factory = spec[1]
-        new.update((k, items[k]) for k in spec[0])
+        if spec is not None:
+            new.default_factory = spec
+        new.update((k, items[k]) for k in order)
     elif isinstance(new, State):
         new.items.update(items)
     else:
-        for name, child in items.items():
-            object.__setattr__(new, name, child)
+        for name in dict.fromkeys((*order, *items)):
+            object.__setattr__(new, name, items[name])
     return new
 
 
@@ -1865,7 +1871,7 @@ kinds = (Variable,)
 
 
 def attributes(x: Any) -> list[tuple[str, Any]]:
-    return sorted((k, v) for k, v in x.__dict__.items() if k != "_length")
+    return [(k, v) for k, v in x.__dict__.items() if k != "_length"]
 
 
 def metadata(variable: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from fuzz import live, runs
 from sortal import functional
-from sortal._engine import leaves, marks, nodes, plan, state, statics
+from sortal._engine import handlers, leaves, marks, nodes, plan, state, statics
 from sortal.nnx import Dict, List
 from sortal.transforms import eager
 from sortal.transforms._adapter import functions, tracing
@@ -108,6 +108,13 @@ def test_statics_compared_by_inherited_fields_alone_are_found(monkeypatch):
 def test_states_that_share_variables_are_found(monkeypatch):
     monkeypatch.setattr(state.State, "__copy__", lambda self: self)
     first_found("edits", 1000)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("edits", 2000), ("compiled", 40)])
+@pytest.mark.parametrize("handler", [nodes.ObjectHandler, handlers.DictHandler])
+def test_copies_in_the_order_of_names_are_found(kind, most, handler, monkeypatch):
+    monkeypatch.setattr(handler, "order", handlers.Handler.order)
+    first_found(kind, most)
 
 
 def test_roles_lost_in_write_back_are_found(monkeypatch):

@@ -136,7 +136,7 @@ class Portrait:
         if isinstance(x, tuple):
             return (cls.__name__, *[self.of(v) for v in x])
         if cls is functools.partial:
-            named = [(k, self.of(x.keywords[k])) for k in sorted(x.keywords)]
+            named = [(k, self.of(v)) for k, v in x.keywords.items()]
             return ("partial", self.of(x.func), self.of(x.args), named)
         if isinstance(x, types.MethodType):
             return ("method", x.__func__.__name__, self.of(x.__self__))
@@ -177,8 +177,6 @@ class Portrait:
             self.is_data = roles.get(name) == "data"
             shown.append((name, self.of(value)))
         self.is_data = outside
-        if isinstance(x, self.lib.Dict):  # code loops over it, so order counts
-            shown.append(tuple(vars(x)))
         return tuple(shown)
 
     def _container(self, x: Any) -> Any:
@@ -196,7 +194,7 @@ class Portrait:
         return (type(x).__name__, self._fields(x))
 
     def _fields(self, x: Any) -> Any:
-        return tuple([(k, self.of(v)) for k, v in sorted(x.__dict__.items())])
+        return tuple([(k, self.of(v)) for k, v in x.__dict__.items()])
 
     def _graphdef(self, x: Any) -> int:
         """Equal ones have one number."""

@@ -229,9 +229,9 @@ def digest(lib: Any) -> Any:
             elif isinstance(x, tuple):
                 stack += x
             elif isinstance(x, functools.partial):
-                stack += [*x.args, *[v for _, v in sorted(x.keywords.items())]]
+                stack += [*x.args, *x.keywords.values()]
             elif dataclasses.is_dataclass(x):
-                stack += [v for _, v in sorted(x.__dict__.items())]
+                stack += x.__dict__.values()
             elif lib.is_array(x):
                 total = total + _sum(lib, x) * step
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sortal._engine.nodes import LEAF, STATIC
@@ -19,7 +19,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         old, new = str(self.old), str(self.new)
-        if old == new:  # look-alikes: two classes of one name, two orders of a dict
+        if old == new:  # look-alikes: two classes of one name
             old, new = _at_length(self.old), _at_length(self.new)
         return f"{show(self.path)}: {old} -> {new}"
 
@@ -30,6 +30,16 @@ class Fact(NamedTuple):
     cls: type | None
     details: Hashable
     text: str
+    order: tuple[Hashable, ...] = ()
+
+    def among(self, keys: Collection[Hashable]) -> Fact:
+        """With the order of those children only."""
+        return self._replace(order=tuple(key for key in self.order if key in keys))
+
+    def in_order(self) -> Fact:
+        """With the order in the text."""
+        names = ", ".join(x if isinstance(x, str) else repr(x) for x in self.order)
+        return self._replace(text=f"{self.text} with {names} in this order")
 
     def __repr__(self) -> str:
         return self.text
@@ -60,5 +70,26 @@ def facts_of(graphdef: Any) -> dict[Path, Any]:
             facts[path] = Fact(kind, meta, shown)
         else:
             record = graphdef.records[ref]
-            facts[path] = Fact(record.cls, record.spec, record.cls.__name__)
+            about = record.cls, record.spec, record.cls.__name__
+            facts[path] = Fact(*about, record.order or ())
     return facts
+
+
+def changes(
+    old: Mapping[Any, Any], new: Mapping[Any, Any], absent: Any = ABSENT
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Key, old and new value of what differs, such as two answers of ``facts_of``.
+
+    What was added to a node or taken away has a row of its own, so only the order of
+    the children that both have is compared.
+    """
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key, absent), new.get(key, absent)
+        if isinstance(a, Fact) and isinstance(b, Fact):
+            a, b = a.among(b.order), b.among(a.order)
+            if a != b and a[:3] == b[:3]:
+                pairs = zip(a.order, b.order, strict=True)
+                moved = {x for pair in pairs if pair[0] != pair[1] for x in pair}
+                a, b = a.among(moved).in_order(), b.among(moved).in_order()
+        if a != b:
+            yield key, a, b

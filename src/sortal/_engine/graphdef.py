@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sortal._engine.difference import ABSENT, Difference, facts_of
+from sortal._engine.difference import Difference, changes, facts_of
 from sortal._engine.handlers import Handler
 from sortal._engine.nodes import LEAF, NODE, STATIC, Child
 from sortal._engine.paths import Path
@@ -26,11 +26,16 @@ class Entry(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One node: its type, what its handler needs, and its children."""
+    """One node: its type, what its handler needs, and its children.
+
+    Where ``order`` is not None, it is the keys in the order in which code meets them;
+    ``entries`` are in the order in which leaves are numbered.
+    """
 
     cls: type
     handler: Handler
     spec: Static
+    order: tuple[Hashable, ...] | None
     entries: tuple[Entry, ...]
 
 
@@ -104,12 +109,7 @@ class GraphDef(Interned):
         Returns:
           One Difference for each path where the two disagree.
         """
-        old, new = facts_of(self), facts_of(other)
-        rows = (
-            Difference(path, old.get(path, ABSENT), new.get(path, ABSENT))
-            for path in dict.fromkeys([*old, *new])
-        )
-        return [row for row in rows if row.old != row.new]
+        return [Difference(*x) for x in changes(facts_of(self), facts_of(other))]
 
     def leaves_below(self, top: Entry) -> dict[Path, int]:
         """The numbers of the leaves below one Entry, by their path from there."""
@@ -128,7 +128,7 @@ class GraphDef(Interned):
         """All nodes in order, still empty; None for values, which ``fill`` builds."""
         return [
             handler.shell(cls, spec.value) if handler.tracked else None
-            for cls, handler, spec, _ in self.records
+            for cls, handler, spec, _, _ in self.records
         ]
 
     def fill(self, nodes: list[Any], leaves: Any, which: Sequence[int]) -> None:
@@ -175,8 +175,10 @@ class GraphDef(Interned):
 
 def _step(record: Record) -> tuple[Any, ...]:
     """What building one node takes, laid out for speed; in its statics are gaps."""
-    cls, handler, spec, entries = record
+    cls, handler, spec, order, entries = record
     template = {key: x.value if what == STATIC else None for key, what, x in entries}
+    if order is not None:
+        template = {key: template[key] for key in order}
     leaves = [(key, ref) for key, what, ref in entries if what == LEAF]
     nodes = [(key, ref) for key, what, ref in entries if what == NODE]
     return cls, handler, handler.tracked, spec.value, template, leaves, nodes

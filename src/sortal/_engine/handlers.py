@@ -40,6 +40,19 @@ class Handler:
         """The children by key, in the order in which leaves are numbered."""
         raise NotImplementedError
 
+    def order(self, obj: Any) -> tuple[Any, ...] | None:
+        """All keys in the order in which code meets them; None: that of ``items``.
+
+        Code that loops over a dict of layers must meet them in the same order inside
+        a transform, so two nodes that differ in order differ in structure.
+        """
+        return None
+
+    def arranged(self, obj: Any, items: dict[Any, Any]) -> dict[Any, Any]:
+        """``items``, children by key, in the order that ``obj`` has now."""
+        order = self.order(obj)
+        return items if order is None else {key: items[key] for key in order}
+
     def spec(self, obj: Any) -> Hashable:
         """What is needed besides the children to build it again; hashable."""
         return None
@@ -56,8 +69,11 @@ class Handler:
           while the former is equal.
         """
         items = list(map(self.items, nodes))
-        specs = [(tuple(i), self.spec(x)) for x, i in zip(nodes, items, strict=True)]
-        return list(map(static_key, specs)), itertools.chain.from_iterable(
+        about = [
+            (tuple(i), self.order(x), self.spec(x))
+            for x, i in zip(nodes, items, strict=True)
+        ]
+        return list(map(static_key, about)), itertools.chain.from_iterable(
             map(dict.values, items)
         )
 
@@ -67,7 +83,7 @@ class Handler:
         return create(cls)
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        """Makes ``items``, children by key, the whole content of ``obj``."""
+        """Makes ``items``, children by key in order, the whole content of ``obj``."""
         raise NotImplementedError
 
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
@@ -119,16 +135,12 @@ class ListHandler(Handler):
 
 
 class DictHandler(Handler):
-    """Dicts: children sorted by key; the order of insertion is kept in the spec.
-
-    Code that loops over a dict of layers must meet them in the same order inside a
-    transform, so two dicts that differ in order differ in structure.
-    """
+    """Dicts: children sorted by key, and built again in the order of insertion."""
 
     def items(self, obj: Any) -> dict[Any, Any]:
         return {key: obj[key] for key in sorted(obj, key=paths.order)}
 
-    def spec(self, obj: Any) -> Hashable:
+    def order(self, obj: Any) -> tuple[Any, ...]:
         return tuple(obj)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
@@ -140,23 +152,23 @@ class DictHandler(Handler):
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
         obj.clear()
-        for key in spec:
-            obj[key] = items[key]
+        for key, child in items.items():
+            obj[key] = child
 
 
 class DefaultDictHandler(DictHandler):
     """Dicts that make what is missing: the factory is static."""
 
     def spec(self, obj: Any) -> Hashable:
-        return (tuple(obj), obj.default_factory)
+        return obj.default_factory
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         lengths, same = super().contents(nodes)
         return lengths, itertools.chain(same, [x.default_factory for x in nodes])
 
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        super().fill(obj, spec[0], items)
-        obj.default_factory = spec[1]
+        super().fill(obj, None, items)
+        obj.default_factory = spec
 
 
 class TupleHandler(Handler):
@@ -182,9 +194,15 @@ class DataclassHandler(Handler):
         names.update(getattr(obj, "__dict__", ()))
         return {name: getattr(obj, name) for name in sorted(names)}
 
+    def order(self, obj: Any) -> tuple[Any, ...]:
+        own = getattr(obj, "__dict__", ())
+        return (*own, *(name for name in self.items(obj) if name not in own))
+
     def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        for name in self.items(obj).keys() - items.keys():
-            object.__delattr__(obj, name)
+        own = getattr(obj, "__dict__", ())
+        for name in self.items(obj):
+            if name in own or name not in items:
+                object.__delattr__(obj, name)
         for name, child in items.items():
             object.__setattr__(obj, name, child)
 
@@ -215,6 +233,10 @@ class PartialHandler(Handler):
         args = {("args", i): x for i, x in enumerate(obj.args)}
         named = {("keywords", k): obj.keywords[k] for k in sorted(obj.keywords)}
         return {**args, ("func",): obj.func, **named}
+
+    def order(self, obj: Any) -> tuple[Any, ...]:
+        named = [("keywords", key) for key in obj.keywords]
+        return (*(("args", i) for i in range(len(obj.args))), ("func",), *named)
 
     def build(self, cls: type, spec: Any, items: dict[Any, Any]) -> Any:
         func = items.pop(("func",))

@@ -42,7 +42,7 @@ class Slot:
             holder[self.key] = value
             return
         items = {**handler.items(holder), self.key: value}
-        handler.fill(holder, handler.spec(holder), items)
+        handler.fill(holder, handler.spec(holder), handler.arranged(holder, items))
 
     @property
     def _place(self) -> tuple[Any, Path, str]:

@@ -150,7 +150,10 @@ leaf_types: set[type] = {np.ndarray}
 
 
 class ObjectHandler(Handler):
-    """Node subclasses: children are the attributes, sorted by name."""
+    """Node subclasses: children are the attributes, sorted by name.
+
+    They are built again in the order of assignment, in which code may loop over them.
+    """
 
     notes_edits = counts_edits = True
     exact = root = True
@@ -161,6 +164,9 @@ class ObjectHandler(Handler):
 
     def spec(self, obj: Any) -> Hashable:
         return tuple(sorted(obj._roles.items())) if obj._roles else None
+
+    def order(self, obj: Any) -> tuple[Any, ...]:
+        return tuple(get_dict(obj))
 
     def shell(self, cls: type, spec: Any) -> Any:
         return Node.__new__(cls)

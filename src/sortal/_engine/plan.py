@@ -1,8 +1,8 @@
 """Plan: a walk kept on its root, with what is needed to see that it still holds.
 
-The rule: a plan is valid while every node has the class, keys, roles and identically
-the children it was made from, raw arrays exchanged for raw arrays apart, and every
-Variable its class and metadata.
+The rule: a plan is valid while every node has the class and roles, and in their order
+identically the keys and children, it was made from, raw arrays exchanged for raw arrays
+apart, and every Variable its class and metadata.
 """
 
 from __future__ import annotations

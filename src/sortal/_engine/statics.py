@@ -239,7 +239,8 @@ class Metadata(Interned, Mapping[str, Any]):
         return cls._intern(frozenset(keys), items)
 
     def _setup(self, items: Mapping[str, Any]) -> None:
-        self._items = dict(items)
+        # Equal metadata is one object, whose order must not depend on who came first.
+        self._items = dict(sorted(items.items()))
 
     def __getitem__(self, name: str) -> Any:
         return self._items[name]

@@ -178,8 +178,8 @@ class Walk:
             if len(self._open) > depth:
                 return
         self._open.pop()
-        spec = Static(handler.spec(obj))
-        self._records[number] = Record(type(obj), handler, spec, tuple(entries))
+        about = Static(handler.spec(obj)), handler.order(obj)
+        self._records[number] = Record(type(obj), handler, *about, tuple(entries))
 
     def _refuse(self) -> None:
         if self._refused:

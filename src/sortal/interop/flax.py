@@ -135,10 +135,15 @@ class FlaxObjects(Handler):
 
     def items(self, obj: Any) -> dict[Any, Any]:
         """The attributes by name; for a List integers, which Flax stores as digits."""
-        items = {k: x for k, x in vars(obj).items() if not str(k).startswith(_PRIVATE)}
-        if getattr(type(obj), "_pytree__has_int_keys", False):
-            items = {int(k) if str(k).isdigit() else k: x for k, x in items.items()}
+        values = map(vars(obj).get, _names(obj))
+        items = dict(zip(self.order(obj), values, strict=True))
         return {key: items[key] for key in sorted(items, key=paths.order)}
+
+    def order(self, obj: Any) -> tuple[Any, ...]:
+        names = _names(obj)
+        if not getattr(type(obj), "_pytree__has_int_keys", False):
+            return names
+        return tuple(int(k) if str(k).isdigit() else k for k in names)
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         attributes = vars(obj)
@@ -185,22 +190,23 @@ class FlaxObjects(Handler):
 
         made = object.__new__(cls)
         state = pytreelib.PytreeState(spec.initializing, spec.is_setup)
-        vars(made).update(_pytree__state=state)
+        vars(made).update(_pytree__state=state, _pytree__nodes=spec.nodes)
         return made
 
     def fill(self, obj: Any, spec: Shape, items: dict[Any, Any]) -> None:
         attributes = vars(obj)
-        named = {self._stored(obj, spec, key): child for key, child in items.items()}
-        gone = [n for n in attributes if not str(n).startswith(_PRIVATE)]
-        for name in gone:
-            if name not in named:
-                del attributes[name]
-        attributes.update(named)
+        for name in _names(obj):
+            del attributes[name]
+        for key, child in items.items():
+            digits = isinstance(key, int) and key not in spec.nodes
+            name = str(key) if digits and str(key) in spec.nodes else key
+            attributes[name] = child
         attributes["_pytree__nodes"] = spec.nodes
 
-    def _stored(self, obj: Any, spec: Shape, key: Any) -> Any:
-        digits = isinstance(key, int) and key not in spec.nodes
-        return str(key) if digits and str(key) in spec.nodes else key
+
+def _names(obj: Any) -> tuple[Any, ...]:
+    """The attributes as they are stored: those of a List in digits."""
+    return tuple(name for name in vars(obj) if not str(name).startswith(_PRIVATE))
 
 
 class FlaxBridges(FlaxObjects):
@@ -223,6 +229,9 @@ class FlaxStates(Handler):
     def items(self, obj: Any) -> dict[Any, Any]:
         mapping = obj.raw_mapping
         return {key: mapping[key] for key in sorted(mapping, key=paths.order)}
+
+    def order(self, obj: Any) -> tuple[Any, ...]:
+        return tuple(obj.raw_mapping)
 
     def contents(self, nodes: Sequence[Any]) -> tuple[list[Any], Iterable[Any]]:
         dicts = [x.raw_mapping for x in nodes]

@@ -240,14 +240,16 @@ class LoRALinear(Linear):
           >>> nnx.state(layer.merge()).paths()
           (('bias',), ('kernel',))
         """
-        made = Linear.__new__(Linear)
-        for name, value in vars(self).items():
-            if name not in ("kernel", "bias", "lora"):
-                setattr(made, name, value)
         old: Any = self.kernel[...]
         wide = jnp.promote_types(old.dtype, jnp.float32)
         a, b = (jnp.asarray(x[...], wide) for x in (self.lora.lora_a, self.lora.lora_b))
         new = old.astype(wide) + jnp.matmul(a, b, precision="highest")
-        made.kernel = self.kernel.replace(new.astype(old.dtype))
-        made.bias = None if self.bias is None else self.bias.replace()
+        own = {
+            "kernel": self.kernel.replace(new.astype(old.dtype)),
+            "bias": None if self.bias is None else self.bias.replace(),
+        }
+        made = Linear.__new__(Linear)
+        for name, value in vars(self).items():  # in the order that a Linear has
+            if name != "lora":
+                setattr(made, name, own.get(name, value))
         return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import (
-    Hashable,
     Iterable,
     Iterator,
     MutableMapping,
@@ -11,9 +10,9 @@ from collections.abc import (
 )
 from typing import Any
 
+from sortal._engine import paths
 from sortal._engine.marks import Marked
 from sortal._engine.nodes import ObjectHandler, get_dict, register_node
-from sortal._engine.paths import order
 from sortal.errors import ArgumentError, PathAttributeError
 from sortal.module import RECORDS, Module, Pytree
 
@@ -165,7 +164,10 @@ class _ListHandler(ObjectHandler):
 
     def items(self, obj: Any) -> dict[Any, Any]:
         found = {_index(name): x for name, x in get_dict(obj).items()}
-        return {key: found[key] for key in sorted(found, key=order)}
+        return {key: found[key] for key in sorted(found, key=paths.order)}
+
+    def order(self, obj: Any) -> tuple[Any, ...]:
+        return tuple(map(_index, get_dict(obj)))
 
     def roles(self, obj: Any) -> dict[Any, str] | None:
         return obj._roles and {_index(name): x for name, x in obj._roles.items()}
@@ -187,16 +189,4 @@ def _index(name: str) -> int | str:
     return int(name) if name.isdecimal() else name
 
 
-class _ItemsHandler(ObjectHandler):
-    """Attributes, whose order of insertion is kept: code loops over a Dict."""
-
-    def spec(self, obj: Any) -> Hashable:
-        return super().spec(obj), tuple(get_dict(obj))
-
-    def fill(self, obj: Any, spec: Any, items: dict[Any, Any]) -> None:
-        roles, names = spec
-        super().fill(obj, roles, {name: items[name] for name in names})
-
-
 register_node(List, _ListHandler())
-register_node(Items, _ItemsHandler())

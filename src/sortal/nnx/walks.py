@@ -104,6 +104,7 @@ def recursive_map(
             items = handler.items(x)
             made = {k: visit(_below(handler, path, k), v) for k, v in items.items()}
             if any(made[k] is not v for k, v in items.items()):
+                made = handler.arranged(x, made)
                 if handler.tracked:
                     handler.fill(x, handler.spec(x), made)
                 else:

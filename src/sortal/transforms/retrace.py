@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.difference import ABSENT, Difference, Fact, facts_of
+from sortal._engine.difference import Difference, Fact, changes, facts_of
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.paths import Path, show, show_from
 from sortal._engine.schema import kind_name
@@ -288,11 +288,11 @@ def _explain(
 def _reasons(old: Compile, new: Compile) -> list[str]:
     rows = [
         f"{name}: {_change(a[0], b[0])}"
-        for name, a, b in _changes(old.statics, new.statics, (_ABSENT, None))
+        for name, a, b in changes(old.statics, new.statics, (_ABSENT, None))
     ]
     rows += list(_structure(old, new))
     was, now = ({k: _text(x) for k, x in c.arrays.items()} for c in (old, new))
-    arrays = list(_changes(was, now, _ABSENT))
+    arrays = list(changes(was, now, _ABSENT))
     rows += [f"{name}: {a} -> {b}" for name, a, b in arrays]
     for name in [name for name in old.trees if name in new.trees]:
         a, b = old.trees[name], new.trees[name]
@@ -311,19 +311,12 @@ def _plain(treedef: Any) -> str:
     return str(treedef).removeprefix("PyTreeDef(").removesuffix(")")
 
 
-def _changes(old: Any, new: Any, absent: Any) -> Iterator[tuple[str, Any, Any]]:
-    for name in dict.fromkeys([*old, *new]):
-        a, b = old.get(name, absent), new.get(name, absent)
-        if a != b:
-            yield name, a, b
-
-
 def _structure(old: Compile, new: Compile) -> Iterator[str]:
     """What differs in the Modules and Variables among the arguments."""
     if old.roots != new.roots and sorted(old.roots) == sorted(new.roots):
         yield f"order of the arguments: {_change(*map(', '.join, (old[1], new[1])))}"
     if old.graphdef is not new.graphdef or old.roots != new.roots:
-        for name, a, b in _changes(_facts(old), _facts(new), ABSENT):
+        for name, a, b in changes(_facts(old), _facts(new)):
             same_text = str(a) == str(b)  # look-alikes, printed at length
             both = str(Difference((), a, b)).removeprefix(f"{show(())}: ")
             yield f"{name}: {both if same_text else _change(str(a), str(b))}"
