@@ -85,11 +85,11 @@ def changes(
     """
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key, absent), new.get(key, absent)
-        if isinstance(a, Fact) and isinstance(b, Fact):
+        if isinstance(a, Fact) and isinstance(b, Fact) and a[:3] == b[:3]:
             a, b = a.among(b.order), b.among(a.order)
-            if a != b and a[:3] == b[:3]:
-                pairs = zip(a.order, b.order, strict=True)
-                moved = {x for pair in pairs if pair[0] != pair[1] for x in pair}
-                a, b = a.among(moved).in_order(), b.among(moved).in_order()
-        if a != b:
+            pairs = zip(a.order, b.order, strict=True)
+            moved = {x for pair in pairs if pair[0] != pair[1] for x in pair}
+            if moved:
+                yield key, a.among(moved).in_order(), b.among(moved).in_order()
+        elif a != b:
             yield key, a, b
