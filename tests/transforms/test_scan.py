@@ -917,6 +917,26 @@ EDITS = {
 }
 
 
+def test_a_raw_array_that_is_written_beside_what_is_added_is_named() -> None:
+    def step(m: Any, x: Any) -> Any:
+        m.raw = m.raw + x
+        m.sown = sortal.Intermediate(m.raw)
+        return x
+
+    m = Holder()
+    m.raw = jnp.zeros(3)
+    axes = sortal.StateAxes({sortal.Intermediate: 0, ...: sortal.Carry})
+    with pytest.raises(LoopError) as e:
+        sortal.scan(step, in_axes=(axes, 0), out_axes=0)(m, jnp.arange(4.0))
+    assert "  raw (unlabelled array) has Carry\n" in str(e.value)
+    assert "sown" not in str(e.value)
+    assert str(e.value).endswith(
+        "A raw array that is written beside what a step adds counts as added; hold it "
+        "in a Variable."
+    )
+    assert vars(m).keys() == {"raw"}
+
+
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_step_that_edits_structure_is_refused(edit: Any) -> None:
     def step(m: Any, x: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sortal._engine.foreign import is_kind, to_native
 from sortal._engine.nodes import is_root
+from sortal._engine.schema import Schema
 from sortal._engine.variable import RngCount, describe
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, LoopError, listing
@@ -39,6 +40,11 @@ from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
 from sortal.transforms.eager import kept
 from sortal.transforms.mapping import per_argument, refuse_keywords
 from sortal.transforms.shardings import as_declared
+
+_RAW = (
+    " A raw array that is written beside what a step adds counts as added; hold it in "
+    "a Variable."
+)
 
 
 @as_decorator
@@ -329,6 +335,12 @@ class _Scan:
         kind = self.operands.bound.alias_map.graphdef.schema.kinds[k]
         return kind is not None and is_kind(kind, RngCount)
 
+    def _replaced(self, one: Schema) -> bool:
+        """Whether a new leaf is a raw array where there was one before."""
+        schemas = [plan.graphdef.schema for plan in self.operands.bound.plans]
+        at = [(s.index.get(one.paths[0]), s) for s in schemas]
+        return any(k is not None and s.kinds[k] is one.kinds[0] is None for k, s in at)
+
     def _new_axes(self, result: Result) -> list[int]:
         """The axis of each leaf that a step makes; all must have one."""
         axes = self.out_axes if self.out_at != () else None
@@ -345,6 +357,8 @@ class _Scan:
                 "a step of scan can add only what is stacked, along an int axis; it "
                 f"added:\n{listing(bad)}\nGive the kind an axis, as in "
                 "StateAxes({Intermediate: 0, ...: None}), or make it before."
+                + _RAW
+                * any(self._replaced(one) for one, _, _ in new)
             )
         pairs = list(zip(new, result.fresh, strict=True))
         rows = [(one.describe(0), answer, x) for (one, _, answer), x in pairs]
