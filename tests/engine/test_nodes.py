@@ -165,6 +165,13 @@ def test_two_orders_of_one_dict_are_two_structures():
     assert a is not b
 
 
+@pytest.mark.parametrize("key", [1.0, True])
+def test_dicts_with_equal_keys_of_other_types_are_told_apart(key):
+    one, other = Box(x={1: Param(0)}), Box(x={key: Param(0)})
+    assert sortal.graphdef(one) is not sortal.graphdef(other)
+    assert type(next(iter(rebuilt(other).x))) is type(key)
+
+
 def folded(model: Any) -> Any:
     """A number that depends on the order of the attributes."""
     x = jnp.float32(1)

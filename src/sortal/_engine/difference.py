@@ -71,7 +71,7 @@ def facts_of(graphdef: Any) -> dict[Path, Any]:
         else:
             record = graphdef.records[ref]
             about = record.cls, record.spec, record.cls.__name__
-            facts[path] = Fact(*about, record.order or ())
+            facts[path] = Fact(*about, record.order.value or ())
     return facts
 
 

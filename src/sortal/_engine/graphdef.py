@@ -28,14 +28,14 @@ class Entry(NamedTuple):
 class Record(NamedTuple):
     """One node: its type, what its handler needs, and its children.
 
-    Where ``order`` is not None, it is the keys in the order in which code meets them;
-    ``entries`` are in the order in which leaves are numbered.
+    Where ``order`` is not of None, it is of the keys in the order in which code meets
+    them; ``entries`` are in the order in which leaves are numbered.
     """
 
     cls: type
     handler: Handler
     spec: Static
-    order: tuple[Hashable, ...] | None
+    order: Static
     entries: tuple[Entry, ...]
 
 
@@ -177,8 +177,8 @@ def _step(record: Record) -> tuple[Any, ...]:
     """What building one node takes, laid out for speed; in its statics are gaps."""
     cls, handler, spec, order, entries = record
     template = {key: x.value if what == STATIC else None for key, what, x in entries}
-    if order is not None:
-        template = {key: template[key] for key in order}
+    if order.value is not None:
+        template = {key: template[key] for key in order.value}
     leaves = [(key, ref) for key, what, ref in entries if what == LEAF]
     nodes = [(key, ref) for key, what, ref in entries if what == NODE]
     return cls, handler, handler.tracked, spec.value, template, leaves, nodes

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+_NAMES = {str}
+
 
 def static_key(value: Any) -> Hashable:
     """A hashable stand-in, equal only where two statics mean the same to a trace.
@@ -38,6 +40,8 @@ def static_key(value: Any) -> Hashable:
     if kind is float:
         return (kind, value.hex())
     if isinstance(value, tuple):
+        if set(map(type, value)) == _NAMES:  # such as names of attributes: common
+            return (kind, tuple(value))
         return (kind, tuple(static_key(v) for v in value))
     if isinstance(value, frozenset):
         return (kind, frozenset(static_key(v) for v in value))

@@ -178,8 +178,8 @@ class Walk:
             if len(self._open) > depth:
                 return
         self._open.pop()
-        about = Static(handler.spec(obj)), handler.order(obj)
-        self._records[number] = Record(type(obj), handler, *about, tuple(entries))
+        spec, order = Static(handler.spec(obj)), Static(handler.order(obj))
+        self._records[number] = Record(type(obj), handler, spec, order, tuple(entries))
 
     def _refuse(self) -> None:
         if self._refused:
