@@ -134,16 +134,11 @@ class FlaxObjects(Handler):
     root = True
 
     def items(self, obj: Any) -> dict[Any, Any]:
-        """The attributes by name; for a List integers, which Flax stores as digits."""
-        values = map(vars(obj).get, _names(obj))
-        items = dict(zip(self.order(obj), values, strict=True))
+        items = _attributes_by_key(obj)
         return {key: items[key] for key in sorted(items, key=paths.order)}
 
     def order(self, obj: Any) -> tuple[Any, ...]:
-        names = _names(obj)
-        if not getattr(type(obj), "_pytree__has_int_keys", False):
-            return names
-        return tuple(int(k) if str(k).isdigit() else k for k in names)
+        return tuple(_attributes_by_key(obj))
 
     def place(self, obj: Any, key: Any) -> tuple[Any, Any]:
         attributes = vars(obj)
@@ -162,7 +157,7 @@ class FlaxObjects(Handler):
             return None
         status = obj._pytree__nodes
         roles = {}
-        for key, child in self.items(obj).items():
+        for key, child in _attributes_by_key(obj).items():
             name = key if key in status else str(key)
             if status.get(name):
                 # None is an empty pytree for Flax, marked or not.
@@ -195,7 +190,7 @@ class FlaxObjects(Handler):
 
     def fill(self, obj: Any, spec: Shape, items: dict[Any, Any]) -> None:
         attributes = vars(obj)
-        for name in _names(obj):
+        for name in [k for k in attributes if not str(k).startswith(_PRIVATE)]:
             del attributes[name]
         for key, child in items.items():
             digits = isinstance(key, int) and key not in spec.nodes
@@ -204,9 +199,12 @@ class FlaxObjects(Handler):
         attributes["_pytree__nodes"] = spec.nodes
 
 
-def _names(obj: Any) -> tuple[Any, ...]:
-    """The attributes as they are stored: those of a List in digits."""
-    return tuple(name for name in vars(obj) if not str(name).startswith(_PRIVATE))
+def _attributes_by_key(obj: Any) -> dict[Any, Any]:
+    """The attributes by name; for a List by integers, which Flax stores as digits."""
+    items = {k: x for k, x in vars(obj).items() if not str(k).startswith(_PRIVATE)}
+    if getattr(type(obj), "_pytree__has_int_keys", False):
+        return {int(k) if str(k).isdigit() else k: x for k, x in items.items()}
+    return items
 
 
 class FlaxBridges(FlaxObjects):
