@@ -71,6 +71,18 @@ def _digits(key: str) -> bool:
 _ODD = frozenset(".[]* '\"")
 
 
+def part(text: str) -> int | str:
+    """One entry of a path: an integer if it is written as Python writes one.
+
+    Example:
+      >>> part("10"), part("01")
+      (10, '01')
+    """
+    # Python refuses to read integers of very many digits.
+    short = text.isascii() and text.isdigit() and len(text) < 19
+    return int(text) if short and str(int(text)) == text else text
+
+
 def parse(text: str) -> Path:
     """Reads ``layers.0.kernel`` as a path; parts made of digits become integers.
 

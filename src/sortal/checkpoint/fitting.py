@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sortal._engine.leaves import Slot
-from sortal._engine.paths import show
+from sortal._engine.paths import part, show
 from sortal._engine.schema import Schema, kind_name, select
 from sortal._engine.state import as_state
 from sortal._engine.statics import EMPTY
@@ -480,8 +480,8 @@ def translate(old: str, new: str, path: Path) -> Path | None:
     """The new path of a leaf, by a pair of globs such as ``enc.**`` and ``encoder.**``.
 
     Both have the same wild cards in the same order; one in ``new`` becomes what that in
-    ``old`` matched. Digits are an index, and ``['0']`` or ``['a.b']`` is a key as it
-    stands. None where ``old`` does not fit ``path``.
+    ``old`` matched. Digits are an index, but for ``007``, and ``['0']`` or ``['a.b']``
+    is a key as it stands. None where ``old`` does not fit ``path``.
 
     Example:
       >>> translate("enc.*.w", "layers.*.kernel", ("enc", 3, "w"))
@@ -501,13 +501,13 @@ def translate(old: str, new: str, path: Path) -> Path | None:
     if taken is None:
         return None
     parts: list[Any] = []
-    for part in to:
-        if isinstance(part, _Literal):
-            parts.append(part.key)
-        elif part in ("*", "**"):
+    for entry in to:
+        if isinstance(entry, _Literal):
+            parts.append(entry.key)
+        elif entry in ("*", "**"):
             parts += taken.pop(0)
         else:
-            parts.append(int(part) if part.isascii() and part.isdigit() else part)
+            parts.append(part(entry))
     return tuple(parts)
 
 

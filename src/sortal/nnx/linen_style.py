@@ -24,7 +24,12 @@ from sortal.errors import ArgumentError
 from sortal.filters import Not
 from sortal.functional import clone, split, state
 from sortal.interop.linen import as_module
-from sortal.interop.linen.collections import boxed_whole, from_linen, to_linen
+from sortal.interop.linen.collections import (
+    boxed_whole,
+    changing,
+    from_linen,
+    to_linen,
+)
 from sortal.nnx.calls import ApplyCaller
 from sortal.random import Rngs
 from sortal.transforms.compile import eval_shape
@@ -345,7 +350,7 @@ class Module(modules.Module, metaclass=_Named):
         try:
             module: Any = clone(self)
             _bind(module, Scope(rngs, mutable, new=new), nest(given.items()))
-            with _inside(module):
+            with _inside(module), changing(mutable):
                 out = _unbound(module, method)(module, *args, **kwargs)
         finally:
             as_module._initialising.reset(token)

@@ -427,6 +427,38 @@ def test_arrays_of_gguf_are_those_that_were_written_and_quantised_ones_refused(
         restore_from(path, blk, partial=True)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int16"]
+)
+def test_a_gguf_file_of_big_endian_numbers_has_the_same_numbers(tmp_path, dtype):
+    gguf = pytest.importorskip("gguf")
+    x = np.array([[1, -2.5, 3], [0, 5, 600]]).astype(dtype)
+    path, big = tmp_path / "x.gguf", gguf.GGUFEndian.BIG
+    writer = gguf.GGUFWriter(path, "test", endianess=big)
+    if dtype == "bfloat16":
+        kind = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor("x", x.byteswap().view(np.uint8), raw_dtype=kind)
+    else:
+        writer.add_tensor("x", x.copy())  # it is swapped in place
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = load_arrays(path)["x"]
+    assert found.dtype == x.dtype
+    assert np.array_equal(found, x)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_a_name_in_names_is_written_with_its_leading_zeros(tmp_path, ending):
+    file, names = tmp_path / f"x{ending}", {"w": "blk.007.w"}
+    export(file, {"w": nnx.Param(jnp.ones(2))}, names=names)
+    assert [e.name for e in open_arrays(file).entries] == [("blk", "007", "w")]
+    model = {"w": nnx.Param(jnp.zeros(2))}
+    assert restore_from(file, model, names=names) == (("w",),)
+    assert np.array_equal(model["w"].value, jnp.ones(2))
+
+
 @pytest.mark.parametrize("ending", [".npz", ".safetensors"])
 def test_no_keys_at_all_are_read_back_as_keys(tmp_path, ending):
     root = {"k": nnx.Param(jax.random.split(jax.random.key(0, impl="rbg"), (0, 2)))}

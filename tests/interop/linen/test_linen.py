@@ -130,3 +130,58 @@ def test_to_linen_calls_methods_and_may_keep_bare_values() -> None:
     assert jnp.array_equal(halves, X / 2)
     bare = nnx.bridge.to_linen(Scale, 2, skip_rng=True, metadata_fn=None)
     assert isinstance(bare.init(jax.random.key(0), X)["params"]["w"], jax.Array)
+
+
+class Counted(linen.Module):
+    """Counts its calls where it may, and sows."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        n = self.variable("batch_stats", "n", lambda: jnp.zeros(()))
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            n.value = n.value + 1
+        self.sow("intermediates", "sum", x.sum())
+        return linen.Dense(3)(x) + n.value
+
+
+class Holder(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.inner = nnx.bridge.ToNNX(Counted(), rngs=rngs).lazy_init(X)
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+class InBridge(nnx.bridge.Module):
+    @nnx.bridge.compact
+    def __call__(self, x: Any) -> Any:
+        return nnx.bridge.linen_in_bridge_mdl(Counted(), name="inner")(x)
+
+
+@pytest.mark.parametrize("outer", [nnx.bridge.to_linen(Holder), InBridge()])
+def test_a_linen_module_inside_changes_what_the_outer_call_may_change(
+    outer: Any,
+) -> None:
+    variables = outer.init(jax.random.key(0), X)
+    first = outer.apply(variables, X)
+    for n in (1, 2):
+        _, new = outer.apply(variables, X, mutable=["batch_stats"])
+        variables = {**variables, **new}
+        assert new["batch_stats"]["inner"]["n"] == n
+        assert "intermediates" not in new
+    _, new = outer.apply(variables, X, mutable=["intermediates"])
+    assert new["intermediates"]["inner"]["sum"] == (2,)
+    assert jnp.allclose(outer.apply(variables, X), first + 2)
+
+
+@pytest.mark.parametrize("name", ["module", "rngs", "to_nnx__held"])
+def test_names_that_to_nnx_has_itself_are_refused(name: str) -> None:
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.Dense(3, name=name)(x)
+
+    model = nnx.bridge.ToNNX(Net(), rngs=nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=rf"of its own.*:\n  {name}\nRename"):
+        model.lazy_init(X)
+    assert not [*nnx.state(model, nnx.Param)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sortal._engine.paths import show
+from sortal._engine.paths import part, show
 from sortal.checkpoint.files import Location
 from sortal.checkpoint.values import dtype_name
 from sortal.errors import SaveError, listing
@@ -75,18 +75,6 @@ def parts(text: str) -> tuple[Any, ...]:
       ('layers', 0, 'weight')
     """
     return tuple(map(part, text.split(".")))
-
-
-def part(text: str) -> int | str:
-    """One entry of a path: an integer if it is written as Python writes one.
-
-    Example:
-      >>> part("10"), part("01")
-      (10, '01')
-    """
-    # Python refuses to read integers of very many digits.
-    short = text.isascii() and text.isdigit() and len(text) < 19
-    return int(text) if short and str(int(text)) == text else text
 
 
 def dotted(name: tuple[Any, ...]) -> str:

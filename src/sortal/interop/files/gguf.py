@@ -33,20 +33,23 @@ def read(path: Path) -> Opened:
         ) from None
     try:
         reader = GGUFReader(path)
-        entries = [_entry(t) for t in reader.tensors]
+        entries = [_entry(t, reader.byte_order == "S") for t in reader.tensors]
     except Exception as e:
         raise DamagedError(f"{path} is not a GGUF file, or damaged: {e}") from e
     return Opened(path, "gguf", {"fields": len(reader.fields)}, entries)
 
 
-def _entry(tensor: Any) -> Entry:
+def _entry(tensor: Any, swapped: bool) -> Entry:
     stored: str = tensor.tensor_type.name.lower()
     dtype = _DTYPES.get(stored, stored)
 
     def get() -> np.ndarray:
         found = np.asarray(tensor.data)
+        if dtype == stored:
+            return found
         # The package has no bfloat16, and gives bytes.
-        return found if dtype == stored else found.view(numpy_dtype(dtype))
+        found = found.view(numpy_dtype(dtype))
+        return found.byteswap() if swapped else found
 
     # The format counts axes from the last one.
     shape = tuple(map(int, reversed(tensor.shape)))

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from sortal._engine.nested import nest
+from sortal._engine.paths import part
 from sortal.checkpoint import disk
 from sortal.checkpoint.values import dtype_name
 from sortal.errors import DamagedError, SaveError, UnsupportedError
-from sortal.interop.files.entries import Entry, Opened, named, part
+from sortal.interop.files.entries import Entry, Opened, named
 
 _MARK = "_METADATA"
 _JSON = "metadata"

@@ -156,7 +156,9 @@ def linen_class() -> Any:
             method = nnx_method or "__call__"
             if isinstance(method, str):
                 method = getattr(type(module), method)
-            out = method(module, *args, **kwargs)
+            scope: Any = self.scope
+            with collections.changing(scope.mutable):
+                out = method(module, *args, **kwargs)
             if not first:
                 self._keep(module)
             return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from sortal._engine.marks import static
 from sortal._engine.nodes import get_dict
 from sortal._engine.paths import Path
 from sortal._engine.variable import Variable, check_writable, value_of, write
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, listing
 from sortal.functional import iter_graph
-from sortal.interop.linen.collections import from_linen, to_linen
+from sortal.interop.linen.collections import from_linen, mutable_here, to_linen
 from sortal.module import Module, iter_modules
 from sortal.random import Rngs
 
@@ -129,6 +130,7 @@ class ToNNX(Module):
           rngs: streams for this call, or a key for ``params``; its own if absent.
           method: a method of the Linen module, or its name; its ``__call__`` if absent.
           mutable: the collections that the call may change, as for Linen's ``apply``.
+            If absent, none, or inside ``to_linen`` what the outer call may change.
           **kwargs: keyword arguments of the Linen module.
 
         Returns:
@@ -139,7 +141,7 @@ class ToNNX(Module):
         if id(self) in _initialising.get():
             out, found = module.init_with_output(keys, *args, method=method, **kwargs)
         else:
-            mutable = False if mutable is None else mutable  # Linen's own default
+            mutable = mutable_here.get() if mutable is None else mutable
             mine = to_linen(
                 (path, x)
                 for path, x in iter_graph(self)
@@ -151,9 +153,21 @@ class ToNNX(Module):
             if mutable is False:
                 return out
             out, found = out
-        for path, variable in from_linen(found).items():
+        stored = from_linen(found)
+        _check_names(path[0] for path in stored)
+        for path, variable in stored.items():
             _store(self, path, variable)
         return out
+
+
+def _check_names(names: Iterable[Any]) -> None:
+    """Refuses names that ``ToNNX`` itself reads, of which Linen knows nothing."""
+    own = [k for k, x in vars(ToNNX).items() if isinstance(x, property)]
+    if taken := sorted({x for x in names if x in own or str(x).startswith(_OWN)}):
+        raise ArgumentError(
+            "ToNNX has attributes of its own with the names that the Linen module "
+            f"gives to variables or submodules:\n{listing(taken)}\nRename these there."
+        )
 
 
 def _keys(rngs: Any) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sortal._engine.annotations import PARTITION_NAME
@@ -20,6 +22,21 @@ from sortal.sharding.specs import get_var_pspec
 
 _BOX = "linen_meta_type"
 """The metadata key of the Linen box class that held the value."""
+
+
+mutable_here: contextvars.ContextVar[Any]
+mutable_here = contextvars.ContextVar("mutable_here", default=False)
+"""What the module that runs may change: the default of the Linen modules inside it."""
+
+
+@contextmanager
+def changing(mutable: Any) -> Iterator[None]:
+    """Has Linen modules that are called inside change these collections too."""
+    token = mutable_here.set(mutable)
+    try:
+        yield
+    finally:
+        mutable_here.reset(token)
 
 
 def from_linen(variables: Mapping[str, Any]) -> dict[Path, Variable]:
