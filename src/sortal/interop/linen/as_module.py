@@ -130,7 +130,8 @@ class ToNNX(Module):
           rngs: streams for this call, or a key for ``params``; its own if absent.
           method: a method of the Linen module, or its name; its ``__call__`` if absent.
           mutable: the collections that the call may change, as for Linen's ``apply``.
-            If absent, none, or inside ``to_linen`` what the outer call may change.
+            If absent, none, or inside ``to_linen`` what the outer call may change; a
+            function that is compiled in there keeps what that was when it was traced.
           **kwargs: keyword arguments of the Linen module.
 
         Returns:
