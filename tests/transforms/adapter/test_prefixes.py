@@ -262,6 +262,18 @@ def test_answers_by_kind_for_an_array_that_is_returned_are_refused() -> None:
     assert "which is no Module or Variable. Give a plain value there." in str(e.value)
 
 
+def test_answers_by_kind_for_a_state_that_is_returned_are_refused() -> None:
+    state = sortal.state(Holder(w=Param(jnp.ones((4, 3))), b=BatchStat(jnp.ones(3))))
+    axes = StateAxes({Param: 0, BatchStat: None})
+    with pytest.raises(AxisError) as e:
+        sortal.vmap(lambda x: x, in_axes=axes, out_axes=axes)(state)
+    assert "a State that is returned, of which JAX sees no kinds:\n" in str(e.value)
+    assert "  b (BatchStat)\n  w (Param)\nGive it a State" in str(e.value)
+    answers = sortal.State({"w": 0, "b": None})
+    same = sortal.vmap(lambda x: x, in_axes=axes, out_axes=answers)(state)
+    assert sortal.graphdef(same) is sortal.graphdef(state)
+
+
 def test_an_output_of_another_build_than_its_prefix_is_refused() -> None:
     with pytest.raises(ArgumentError) as e:
         sortal.vmap(lambda x: (x, x), out_axes=(0, 0, None))(jnp.ones(2))

@@ -405,6 +405,9 @@ def for_plain(given: Any, name: str, x: Any) -> Any:
     )
 
 
+_WHOLE = (Ref, State)
+
+
 def given_for_objects(prefix: Any, out: Any) -> dict[int, Any]:
     """What a prefix tree gives for each object in an output, by number of its Ref.
 
@@ -417,14 +420,21 @@ def given_for_objects(prefix: Any, out: Any) -> dict[int, Any]:
 
     Raises:
       ArgumentError: the prefix is built differently from the output.
-      AxisError: answers by kind stand for a plain array.
+      AxisError: answers by kind stand for a plain array or a State.
     """
     found: dict[int, Any] = {}
 
     def note(given: Any, subtree: Any) -> None:
-        for x in jtu.tree_leaves(subtree, is_leaf=lambda x: isinstance(x, Ref)):
+        for x in jtu.tree_leaves(subtree, is_leaf=lambda x: isinstance(x, _WHOLE)):
             if isinstance(x, Ref):
                 found[x.k] = given
+            elif by_kind(given) and isinstance(x, State):
+                rows = listing(map(x.schema.describe, range(len(x.schema))))
+                raise AxisError(
+                    f"{given!r} says what to do by kind, but stands for a State that "
+                    f"is returned, of which JAX sees no kinds:\n{rows}\nGive it a "
+                    "State with an answer for each leaf, as in State({'w': 0, 'b': None})."
+                )
             elif by_kind(given):
                 raise AxisError(
                     f"{given!r} says what to do by kind, but stands for {describe(x)}, "
