@@ -433,7 +433,7 @@ def given_for_objects(prefix: Any, out: Any) -> dict[int, Any]:
                 raise AxisError(
                     f"{given!r} says what to do by kind, but stands for a State that "
                     f"is returned, of which JAX sees no kinds:\n{rows}\nGive it a "
-                    "State with an answer for each leaf, as in State({'w': 0, 'b': None})."
+                    "State with an answer for each leaf: State({'w': 0, 'b': None})."
                 )
             elif by_kind(given):
                 raise AxisError(
