@@ -133,9 +133,21 @@ def of_a_variable_that_was_given(i: Any, m: Any) -> Any:
     return new
 
 
+def with_another_variable(i: Any, m: Any) -> Any:
+    m.w = nnx.Param(m.w[...] * 2)
+    return m
+
+
+def with_another_list(i: Any, m: Any) -> Any:
+    m.items = list(m.items)
+    return m
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        with_another_variable,
+        with_another_list,
         written_and_replaced,
         of_another_structure,
         of_another_shape,
@@ -145,6 +157,7 @@ def of_a_variable_that_was_given(i: Any, m: Any) -> Any:
 )
 def test_what_is_no_next_value_is_refused_as_ever(body: Any) -> None:
     model = small(nnx)
+    model.items = [nnx.Param(jnp.ones(3))]
     with pytest.raises(LoopError, match=r"the body of fori_loop must"):
         nnx.fori_loop(0, 3, body, model)
     np.testing.assert_array_equal(model.w[...], np.ones(3))

@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 from sortal._engine.nodes import is_root
 from sortal.errors import LoopError
 from sortal.functional import iter_graph, merge, split, update
-from sortal.transforms._adapter.effects import rigid_leaves
+from sortal.transforms._adapter.effects import has_identity, rigid_leaves
 from sortal.transforms._adapter.prefixes import Carry
 from sortal.transforms._adapter.tracing import replace_roots
 
@@ -90,7 +90,7 @@ class _Carried:
         """One step; objects that it is given it must hand back, or leave alone."""
         given: list[Any] = []
         value = replace_roots(self.load(tree), lambda x: given.append(x) or x)
-        before = list(map(_held, given))
+        before, parts = list(map(_held, given)), list(map(_parts, given))
         out = body(value)
         self.same = []
         known = _objects(given)
@@ -105,11 +105,12 @@ class _Carried:
         packed = replace_roots(out, pack)
         for i, (x, (old, fixed)) in enumerate(zip(given, before, strict=True)):
             now, in_tuples = _held(x)
-            kept = len(now) == len(old) and all(map(operator.is_, old, now))
-            if i not in self.same and not kept:
+            if i not in self.same and not _same(old, now):
                 raise LoopError("a step writes to an object that it does not hand back")
-            if not all(map(operator.is_, fixed, in_tuples)):
+            if not _same(fixed, in_tuples):
                 raise LoopError("a step changes an array in a tuple")
+            if i in self.same and not _same(parts[i], _parts(x)):
+                raise LoopError("a step replaces part of an object")
         return packed
 
     def finish(self, tree: Any) -> Any:
@@ -124,6 +125,15 @@ class _Carried:
             return self.roots[i]
 
         return _unpacked(tree, unpack)
+
+
+def _parts(root: Any) -> list[Any]:
+    """All that has an identity in an object, in order."""
+    return [x for _, x in iter_graph(root) if has_identity(x)]
+
+
+def _same(old: list[Any], new: list[Any]) -> bool:
+    return len(old) == len(new) and all(map(operator.is_, old, new))
 
 
 def _held(x: Any) -> tuple[list[Any], list[Any]]:

@@ -113,10 +113,10 @@ def is_unedited(walk: Walk, copies: Any) -> bool:
         return False
     now = [*walk.nodes, *map(held, walk.leaves)]
     before = [*copies.nodes, *copies.leaves]
-    return all(a is b for a, b in zip(now, before, strict=True) if _has_identity(a))
+    return all(a is b for a, b in zip(now, before, strict=True) if has_identity(a))
 
 
-def _has_identity(x: Any) -> bool:
+def has_identity(x: Any) -> bool:
     """Whether a node or leaf is one object, wherever it is met."""
     return is_variable(x) or getattr(handler_of(x), "tracked", False)
 
@@ -205,7 +205,7 @@ def _left(walk: Walk, copies: Any) -> tuple[tuple[Any, ...], ...]:
         if what is STATIC or first != path:
             continue
         x = (copies.nodes if what is NODE else copies.leaves)[ref]
-        if _has_identity(x) and id(x) not in reached:
+        if has_identity(x) and id(x) not in reached:
             left[path[0] if len(left) > 1 else 0].append(x)
     return tuple(map(tuple, left))
 
