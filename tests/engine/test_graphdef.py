@@ -433,6 +433,9 @@ def test_a_diff_tells_look_alikes_apart():
         "t: dict with c, 4 in this order -> dict with 4, c in this order",
         "t.d: absent -> 0",
     ]
+    assert difference(Box(t={1: 2}), Box(t={True: 2})) == [
+        "t: dict with 1 in this order -> dict with True in this order"
+    ]
     old, new = Box(b=1, a=2), Box(a=2, b=1)
     assert difference(old, new) == [
         "<root>: Box with b, a in this order -> Box with a, b in this order"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sortal._engine.nodes import LEAF, STATIC
 from sortal._engine.paths import Path, show
 from sortal._engine.schema import kind_name
+from sortal._engine.statics import static_key
 
 
 class Difference(NamedTuple):
@@ -88,7 +89,7 @@ def changes(
         if isinstance(a, Fact) and isinstance(b, Fact) and a[:3] == b[:3]:
             a, b = a.among(b.order), b.among(a.order)
             pairs = zip(a.order, b.order, strict=True)
-            moved = {x for pair in pairs if pair[0] != pair[1] for x in pair}
+            moved = {x for x, y in pairs if static_key(x) != static_key(y)}
             if moved:
                 yield key, a.among(moved).in_order(), b.among(moved).in_order()
         elif a != b:
