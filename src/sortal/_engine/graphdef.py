@@ -28,8 +28,8 @@ class Entry(NamedTuple):
 class Record(NamedTuple):
     """One node: its type, what its handler needs, and its children.
 
-    Where ``order`` is not of None, it is of the keys in the order in which code meets
-    them; ``entries`` are in the order in which leaves are numbered.
+    ``entries`` are in the order in which leaves are numbered; ``order`` holds the keys
+    as code meets them, or None where that is the same.
     """
 
     cls: type
