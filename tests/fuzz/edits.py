@@ -355,7 +355,7 @@ class Drawn:
             # Flax refuses data in the place of a static, and takes what stands in the
             # place of data for that.
             old = found.obj.__dict__.get(name)
-            data = not isinstance(old, (str, int, type(None)))
+            data = not isinstance(old, (str, int, type(None), zoo.Attributed))
             value = (
                 self.flax_value()
                 if name not in found.obj.__dict__

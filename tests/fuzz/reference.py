@@ -442,12 +442,6 @@ class Dict(Module):
 class FlaxModule(Module):
     """Stands for a module of Flax."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        old = self.__dict__.get(name)
-        if isinstance(old, list) and type(old) is not list:
-            raise Left  # to Flax the attribute was static, and data is refused
-        super().__setattr__(name, value)
-
 
 class FlaxList(FlaxModule):
     """Stands for Flax's List, which keeps its last attribute when it gets shorter."""
