@@ -174,6 +174,27 @@ def test_a_linen_module_inside_changes_what_the_outer_call_may_change(
     assert jnp.allclose(outer.apply(variables, X), first + 2)
 
 
+def test_a_compiled_function_inside_keeps_what_could_be_changed_at_its_trace() -> None:
+    counted = Counted()
+
+    class Compiled(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.inner = nnx.bridge.ToNNX(counted, rngs=rngs).lazy_init(X)
+
+        @nnx.jit
+        def __call__(self, x: Any) -> Any:
+            return self.inner(x)
+
+    outer = nnx.bridge.to_linen(Compiled)
+    variables = outer.init(jax.random.key(0), X)
+    outer.apply(variables, X)
+    _, new = outer.apply(variables, X, mutable=["batch_stats"])
+    assert new["batch_stats"]["inner"]["n"] == 0
+    Compiled.__call__.clear_cache()  # type: ignore[attr-defined]
+    _, new = outer.apply(variables, X, mutable=["batch_stats"])
+    assert new["batch_stats"]["inner"]["n"] == 1
+
+
 @pytest.mark.parametrize("name", ["module", "rngs", "to_nnx__held"])
 def test_names_that_to_nnx_has_itself_are_refused(name: str) -> None:
     class Net(linen.Module):
