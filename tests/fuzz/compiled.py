@@ -57,9 +57,12 @@ class Drawn(edits.Drawn):
         return lines or ["pass"]
 
     def step(self, m: str, x: str) -> list[str]:
-        """The same, or rarely an edit, which all branches and loops refuse."""
-        if self.random.random() < 0.8:
+        """The same, or rarely an edit, which most branches and loops refuse."""
+        chance = self.random.random()
+        if chance < 0.7:
             return self.steady(m, x)
+        if chance < 0.85 and (text := self.replace(m)):
+            return self.random.sample([text, *self.steady(m, x)], k=2)
         return self.body(m, x, depth=0) or ["pass"]
 
     def root_object(self) -> ref.Module:
@@ -133,6 +136,18 @@ class Drawn(edits.Drawn):
         owner = self.some(m, ref.Module)
         kind = self.random.choice(("P", "BS", "K"))
         return f"{owner}.{self.random.choice(edits.NAMES)} = {kind}({x} * 2)"
+
+    def replace(self, m: str) -> str | None:
+        """A new object of the same structure in the place of one that is there."""
+        old = self.some(m, ref.Module, ref.Variable, list, dict)
+        if old is None or old == m:
+            return None
+        self.counts["inside replaced"] += 1
+        if isinstance(self.found[old], ref.Variable):
+            return f"{old} = type({old})({old}.get_value() * 2)"
+        plain = type(self.found[old]) in (list, dict)
+        how = f"type({old})" if plain and self.random.random() < 0.5 else "nnx.clone"
+        return f"{old} = {how}({old})"
 
     def new_module(self, m: str, x: str) -> str | None:
         owner = self.some(m, ref.Module)

@@ -549,6 +549,9 @@ class Variable:
     def __getitem__(self, index: Any) -> Any:
         return lift(self._value)[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise IndexError if is_array(self._value) else Left  # all arrays are scalars
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "value":
             raise VariableAttributeError
@@ -1667,15 +1670,6 @@ class _Undone(Exception):  # noqa: N818 - no error: ends a trial
     """Has what a branch did taken back."""
 
 
-def _trace(f: Any, args: Any) -> None:
-    """Runs what JAX would trace only, for its errors; what it writes is taken back."""
-    f, first = _unbound(f)
-    with contextlib.suppress(_Undone), _inside((first, args)):
-        with _steady((first, args)):
-            f(*first, *args)
-        raise _Undone
-
-
 @contextlib.contextmanager
 def _steady(tree: Any) -> Iterator[None]:
     """A branch or step, which may write values and nothing else."""
@@ -1691,6 +1685,41 @@ def _steady(tree: Any) -> Iterator[None]:
     # Arrays in a tuple change with the tuple, which is no value that can be written.
     if not all(map(operator.is_, before[3], after[3])):
         raise LoopError
+
+
+@contextlib.contextmanager
+def _step(tree: Any) -> Iterator[None]:
+    """A step of NNX's loops, which may also put new objects in the place of others.
+
+    What it moves, or writes to before it replaces it, would be lost.
+    """
+    roots = tuple(_roots(tree))
+    before = _outline(roots)
+    contents = list(map(_content, before[1]))
+    yield
+    after = _outline(roots)
+    if before[0] != after[0] or before[2] != after[2]:
+        raise LoopError
+    given, now = set(map(id, before[1])), set(map(id, after[1]))
+    for old, new in zip(before[1], after[1], strict=True):
+        if old is not new and id(new) in given:
+            raise LoopError
+    for x, content in zip(before[1], contents, strict=True):
+        if id(x) not in now and not all(map(operator.is_, content, _content(x))):
+            raise LoopError
+
+
+def _content(x: Any) -> list[Any]:
+    return [x._value] if isinstance(x, Variable) else [v for _, v in children(x)]
+
+
+def _trace(f: Any, args: Any, checked: Any = _steady) -> None:
+    """Runs what JAX would trace only, for its errors; what it writes is taken back."""
+    f, first = _unbound(f)
+    with contextlib.suppress(_Undone), _inside((first, args)):
+        with checked((first, args)):
+            f(*first, *args)
+        raise _Undone
 
 
 def _outline(roots: Any) -> tuple[Any, list[Any], list[Any], list[Any]]:
@@ -1726,18 +1755,20 @@ def fori_loop(lower: int, upper: int, body: Any, init: Any) -> Any:
     with _inside(init):
         value = init
         for i in range(lower, upper):
-            with _steady(init):
+            with _step(init):
                 value = body(Arr(np.int32(i)), value)
     return _released(value, _traces.now)
 
 
 def while_loop(condition: Any, body: Any, init: Any) -> Any:
-    _trace(body, (init,))
+    _trace(body, (init,), _step)
     every = [x.value for x in Walk(tuple(_roots(init))).leaves]
     if any(map(_has_dots, (*every, *_arrays(init)))):
         raise Left  # JAX refuses it where the derivative is asked for
     with _inside(init):
         value = init
+        if not bool(lift(condition(value)).val):
+            raise Left  # what a step would replace is new even so, as in Flax
         while bool(lift(condition(value)).val):
             value = body(value)
     return _released(value, _traces.now)

@@ -1,14 +1,15 @@
 """Loops and branches whose functions hand back new objects, as in NNX.
 
 ``sortal``'s loops carry the live objects, and refuse a step that returns others. NNX
-code may be written as for JAX: each step returns modules that it has made, of the
-structure of those that it was given. Where a loop is refused, it is tried here once
-more, with what is carried as values.
+code may be written as for JAX: each step returns modules that it has made, or puts new
+objects into those that it was given, of the structure of those that were there. Where a
+loop is refused, it is tried here once more, with what is carried as values.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -16,10 +17,14 @@ from typing import Any, NoReturn
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.nodes import is_root
+from sortal._engine.leaves import Leaves, held
+from sortal._engine.nodes import LEAF, STATIC, handler_of
+from sortal._engine.plan import bind
+from sortal._engine.statics import static_key
+from sortal._engine.variable import check_writable, is_variable, value_of
 from sortal.errors import LoopError
-from sortal.functional import iter_graph, merge, split, update
-from sortal.transforms._adapter.effects import has_identity, rigid_leaves
+from sortal.functional import merge, split
+from sortal.transforms._adapter.effects import has_identity
 from sortal.transforms._adapter.prefixes import Carry
 from sortal.transforms._adapter.tracing import replace_roots
 
@@ -59,7 +64,7 @@ def _objects(tree: Any) -> set[int]:
     found: set[int] = set()
 
     def note(root: Any) -> Any:
-        found.update(id(x) for _, x in iter_graph(root) if is_root(x))
+        found.update(id(x) for x in _parts(root) if has_identity(x))
         return root
 
     replace_roots(tree, note)
@@ -77,71 +82,122 @@ class _Carried:
             return _pack(root)
 
         self.start = replace_roots(init, pack)
-        objects = [_objects(root) for root in self.roots]
+        objects = list(map(_objects, self.roots))
         if not objects or len(set().union(*objects)) < sum(map(len, objects)):
             raise LoopError("there are no objects, or they share some")
-        self.same: list[int | None] = []
+        self.returned: list[tuple[int | None, list[bool]]] = []
+        self.written: list[list[bool]] = []
 
     def load(self, tree: Any) -> Any:
         """The value with objects in it."""
         return _unpacked(tree, lambda p: merge(p.graphdef, p.state))
 
     def step(self, body: Callable[[Any], Any], tree: Any) -> Any:
-        """One step; objects that it is given it must hand back, or leave alone."""
+        """One step; what it is given it must hand back in its place, or leave alone."""
         given: list[Any] = []
         value = replace_roots(self.load(tree), lambda x: given.append(x) or x)
-        before, parts = list(map(_held, given)), list(map(_parts, given))
+        parts = list(map(_parts, given))
+        before = {
+            id(x): (x, _content(x)) for x in itertools.chain(*parts) if has_identity(x)
+        }
         out = body(value)
-        self.same = []
-        known = _objects(given)
+        seen: set[int] = set()
+        self.returned = []
 
         def pack(root: Any) -> Any:
-            at = [i for i, x in enumerate(given) if x is root]
-            if not at and not known.isdisjoint(_objects(root)):
-                raise LoopError("a new object holds some that were given")
-            self.same.append(at[0] if at else None)
+            i = next((i for i, x in enumerate(given) if x is root), None)
+            places, now = parts[i] if i is not None else [], _parts(root)
+            kept = [x is was for x, was in itertools.zip_longest(now, places)]
+            if any(id(x) in before and not k for x, k in zip(now, kept, strict=False)):
+                raise LoopError("a step moves an object that was given")
+            seen.update(map(id, now))
+            self.returned.append((i, kept))
             return _pack(root)
 
         packed = replace_roots(out, pack)
-        for i, (x, (old, fixed)) in enumerate(zip(given, before, strict=True)):
-            now, in_tuples = _held(x)
-            if i not in self.same and not _same(old, now):
-                raise LoopError("a step writes to an object that it does not hand back")
-            if not _same(fixed, in_tuples):
-                raise LoopError("a step changes an array in a tuple")
-            if i in self.same and not _same(parts[i], _parts(x)):
-                raise LoopError("a step replaces part of an object")
+        written = {k for k, (x, old) in before.items() if not _same(old, x)}
+        if not written <= seen:
+            raise LoopError("a step writes to an object that it does not hand back")
+        self.written = [[id(x) in written for x in places] for places in parts]
         return packed
 
     def finish(self, tree: Any) -> Any:
         """The last value: live objects that were handed back, and new ones."""
-        same = iter(self.same)
+        returned, replaced = iter(self.returned), list[_Replaced]()
 
         def unpack(p: _Packed) -> Any:
-            i = next(same, None)
+            new = merge(p.graphdef, p.state)
+            i, kept = next(returned, (None, []))
             if i is None:
-                return merge(p.graphdef, p.state)
-            update(self.roots[i], p.state)
+                return new
+            replaced.append(_Replaced(self.roots[i], new, kept, self.written[i]))
             return self.roots[i]
 
-        return _unpacked(tree, unpack)
+        out = _unpacked(tree, unpack)
+        check_writable(x for r in replaced for x in r.owners())
+        for r in replaced:
+            r.carry_out()
+        return out
+
+
+class _Replaced:
+    """What becomes of a live root: some values, and some objects in it, are new.
+
+    Args:
+      root: the live root.
+      new: one of the same structure, with the values and objects to take.
+      kept: for each of the parts, whether it stays.
+      written: for each of the parts that stay, whether it has a new value.
+    """
+
+    def __init__(self, root: Any, new: Any, kept: list[bool], written: list[bool]):
+        live, made = bind(root), bind(new)
+        self.graphdef = made.graphdef
+        n = len(self.graphdef.records)
+        of_leaves = [a and b for a, b in zip(kept[n:], written[n:], strict=True)]
+        self.variables = Leaves(itertools.compress(live.leaves, of_leaves))
+        self.values = list(itertools.compress(made.values(), of_leaves))
+        kept, self.changed = list(kept), list[int]()
+        for k in reversed(range(n)):  # what a value holds comes after it
+            _, handler, _, _, entries = self.graphdef.records[k]
+            below = [e.ref + n * (e.what is LEAF) for e in entries if e.what != STATIC]
+            if not kept[k] or not all(kept[i] for i in below):
+                self.changed.insert(0, k)
+                kept[k] &= handler.tracked  # a value is built anew
+        pairs = zip(_parts(root), _parts(new), kept, strict=True)
+        parts = [old if keep else x for old, x, keep in pairs]
+        self.nodes, self.leaves = parts[:n], parts[n:]
+
+    def owners(self) -> list[Any]:
+        """What is asked for its trace before anything is written."""
+        nodes = [self.nodes[k] for k in self.changed]
+        found = [handler_of(x).owner(x) for x in nodes]
+        return [x for x in (*found, *self.variables) if x is not None]
+
+    def carry_out(self) -> None:
+        """Writes the values, and puts the new objects in the place of the old."""
+        self.variables.put(iter(self.values))
+        self.graphdef.fill(self.nodes, self.leaves, self.changed)
 
 
 def _parts(root: Any) -> list[Any]:
-    """All that has an identity in an object, in order."""
-    return [x for _, x in iter_graph(root) if has_identity(x)]
+    """All nodes of a root, then all its Variables and raw arrays, in order."""
+    plan = bind(root)
+    nodes = plan.nodes_of(root)[: len(plan.graphdef.records)]
+    return [*nodes, *map(held, plan.leaves)]
 
 
-def _same(old: list[Any], new: list[Any]) -> bool:
-    return len(old) == len(new) and all(map(operator.is_, old, new))
+def _content(x: Any) -> tuple[list[Any], list[Any]]:
+    """The keys and children of a node, or the arrays of a Variable."""
+    if is_variable(x):
+        return [], jax.tree.leaves(value_of(x))
+    items = handler_of(x).items(x)
+    return list(map(static_key, items)), list(items.values())
 
 
-def _held(x: Any) -> tuple[list[Any], list[Any]]:
-    """All arrays, and the raw ones in tuples, which ``update`` cannot write."""
-    graphdef, state = split(x)
-    values = state.values_list()
-    fixed = [values[k] for k in sorted(rigid_leaves(graphdef))]
-    return jax.tree.leaves(values), fixed
+def _same(before: tuple[list[Any], list[Any]], x: Any) -> bool:
+    keys, values = _content(x)
+    return keys == before[0] and all(map(operator.is_, values, before[1]))
 
 
 def _or_as_values(transform: Any, again: Callable[..., Any]) -> Any:
