@@ -14,7 +14,7 @@ from .world import World
 
 NAMES = ("a", "b", "c", "d")
 NAMED = ("'b'", "'a'", "'x'", "'a b'", "'10'")
-KEYS = ("'x'", "'y'", "'a b'", "0", "7", "('t', 1)")
+KEYS = ("'x'", "'y'", "'a b'", "0", "False", "7", "('t', 1)", "('t', True)")
 _DEEPEST = 6
 
 
