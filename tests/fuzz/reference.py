@@ -549,6 +549,9 @@ class Variable:
     def __getitem__(self, index: Any) -> Any:
         return lift(self._value)[index]
 
+    def __iter__(self) -> Any:
+        raise TypeError if is_array(self._value) else Left
+
     def __setitem__(self, index: Any, value: Any) -> None:
         raise IndexError if is_array(self._value) else Left  # all arrays are scalars
 
@@ -1511,8 +1514,9 @@ def _restorer(walk: Walk) -> Callable[[], None]:
             )
         elif isinstance(x, list):
             undo.append(lambda x=x, d=list(x): x.__setitem__(slice(None), d))
-        elif isinstance(x, dict):
-            undo.append(lambda x=x, d=dict(x): (x.clear(), x.update(d)))
+        elif isinstance(x, (dict, functools.partial)):
+            held = x if isinstance(x, dict) else x.keywords
+            undo.append(lambda x=held, d=dict(held): (x.clear(), x.update(d)))
         elif isinstance(x, State):
             whole = x.whole()[0]
             undo.append(lambda x=whole, d=dict(whole.items): put(x, "items", d))
