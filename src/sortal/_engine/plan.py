@@ -22,6 +22,7 @@ from sortal._engine.jax_compat import current_trace
 from sortal._engine.leaves import Foreign, Leaves, Slot, held
 from sortal._engine.nodes import (
     LEAF,
+    STATIC,
     Node,
     get_dict,
     handler_of,
@@ -208,7 +209,9 @@ class Plan:
             if isinstance(x, (type, types.ModuleType)):
                 continue
             seen.add(id(x))
-            if isinstance(x, types.FunctionType):
+            if isinstance(x, GraphDef):
+                stack += x.memo("held", lambda x=x: _held_by(x))
+            elif isinstance(x, types.FunctionType):
                 stack += [x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__]
             else:
                 stack += gc.get_referents(x)
@@ -243,6 +246,16 @@ class Plan:
         if few and all(to_filter(x).structural for x in literals):
             self._picked[literals] = (found, parts)
         return found, parts
+
+
+def _held_by(graphdef: GraphDef) -> list[Any]:
+    """What is not the structure's own: keys, statics and metadata."""
+    records, schema = graphdef.records, graphdef.schema
+    entries = [graphdef.root, *(e for r in records for e in r.entries)]
+    found = [*schema.metadata, *(r.spec.value for r in records)]
+    found += [e.key for e in entries]
+    found += [e.ref.value for e in entries if e.what is STATIC]
+    return [x for x in found if gc.is_tracked(x)]
 
 
 _sides: dict[int, tuple[Any, tuple[Plan, ...]]] = {}
