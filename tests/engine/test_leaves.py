@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 import sortal
+import sortal.nnx  # whose names of Variables it adds
 from models import Linear, portrait
 from sortal._engine.handlers import Handler
 from sortal._engine.leaves import Foreign, Leaves, Slot, held, identity, own, store_all
@@ -70,6 +74,70 @@ def test_snapshots_own_their_numpy_arrays() -> None:
     assert not np.any(kept)
     same = [jnp.ones(1)]
     assert own(same) is same
+
+
+def _again(m: Any, x: Any) -> None:
+    m.a.__init__(x)
+
+
+def _uncompiled(m: Any, x: Any) -> None:
+    with jax.disable_jit():
+        sortal.jit(lambda m: m.a.set_value(x))(m)
+
+
+def _merged(m: Any, x: Any) -> None:
+    m.a = sortal.merge(sortal.graphdef(m), sortal.State({"a": x, "b": x})).a
+
+
+def _mapped(m: Any, x: Any) -> None:
+    m.a = jax.tree.map(lambda _: x, m).a
+
+
+WRITERS: dict[str, Callable[[Any, Any], Any]] = {
+    "set_value": lambda m, x: m.a.set_value(x),
+    "value": lambda m, x: setattr(m.a, "value", x),
+    "set_raw_value": lambda m, x: m.a.set_raw_value(x),
+    "init": lambda m, x: setattr(m, "a", sortal.Param(x)),
+    "init again": _again,
+    "create_value": lambda m, x: setattr(m, "a", Created(x)),
+    "update": lambda m, x: sortal.update(m, sortal.State({"a": x, "b": x})),
+    "update one": lambda m, x: sortal.update(m, {"a": x}),
+    "merge": _merged,
+    "tree.map": _mapped,
+    "jit": _uncompiled,
+    "deepcopy": lambda m, x: setattr(m, "a", copy.deepcopy(sortal.Param(x))),
+    "pickle": lambda m, x: setattr(m, "a", pickle.loads(pickle.dumps(sortal.Param(x)))),
+    "from_metadata": lambda m, x: setattr(m, "a", sortal.Param.from_metadata(x, {})),
+    "copy_from": lambda m, x: m.a.copy_from(sortal.Param(x)),
+    "replace": lambda m, x: setattr(m, "a", m.a.replace(x)),
+}
+
+
+class Created(sortal.Param):
+    def create_value(self, value: Any) -> Any:
+        return np.asarray(value)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_numpy_array_is_copied_into_snapshots_however_it_was_written(
+    writer: str,
+) -> None:
+    class Two(sortal.Module):
+        def __init__(self) -> None:
+            self.a = sortal.Param(jnp.zeros(2))
+            self.b = sortal.Param(jnp.zeros(2))
+
+    m = Two()
+    sortal.state(m)
+    WRITERS[writer](m, np.ones(2, np.float32))
+    assert type(m.a.get_value()) is np.ndarray
+    for _ in range(2):
+        snapshot = sortal.state(m)
+        m.a.get_value()[0] += 1
+        np.testing.assert_array_equal(snapshot["a"], m.a.get_value() - [1, 0])
+    np.testing.assert_array_equal(sortal.jit(lambda m: m.a * 2)(m), [6, 2])
+    m.a.set_value(jnp.zeros(2))
+    np.testing.assert_array_equal(sortal.state(m)["a"], np.zeros(2))
 
 
 def test_live_objects_of_another_trace_cannot_be_stored_to() -> None:

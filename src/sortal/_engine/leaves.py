@@ -12,7 +12,7 @@ from sortal._engine.foreign import VariableHandler
 from sortal._engine.handlers import Handler
 from sortal._engine.jax_compat import current_trace
 from sortal._engine.paths import Path
-from sortal._engine.variable import Variable, check_writable, write
+from sortal._engine.variable import Variable, cell_of, check_writable, write
 
 
 class Slot:
@@ -110,7 +110,10 @@ class Leaves(list[Any]):
     def values(self) -> list[Any]:
         """The values of all, in order."""
         if self._cells is not None:
-            return [value for (value,) in self._cells]
+            try:
+                return [value for (value,) in self._cells]
+            except ValueError:  # there is a longer one
+                return [cell[0] for cell in self._cells]
         if self._theirs is not None:
             return self[0].handler.values(self._theirs)
         return [x._value for x in self]
@@ -121,10 +124,12 @@ class Leaves(list[Any]):
 
     def snapshot(self) -> list[Any]:
         """The values, with copies of NumPy arrays, which others could write to."""
-        if self._cells is None:
-            return own(self.values())
-        kind = np.ndarray
-        return [v.copy() if v.__class__ is kind else v for (v,) in self._cells]
+        if self._cells is not None:
+            try:
+                return [value for (value,) in self._cells]
+            except ValueError:  # there is a longer one: an array of NumPy, or was
+                pass
+        return own(self.values())
 
     def ours(self) -> bool:
         """Whether all are known to belong to the current trace."""
@@ -133,8 +138,12 @@ class Leaves(list[Any]):
     def put(self, values: Iterator[Any]) -> None:
         """Writes one value into each, without asking which trace owns it."""
         if self._cells is not None:
+            numpy = np.ndarray
             for cell, value in zip(self._cells, values, strict=False):
-                cell[0] = value
+                if value.__class__ is numpy:
+                    cell[:] = cell_of(value)
+                else:
+                    cell[0] = value
             return
         for leaf, value in zip(self, values, strict=False):
             write(leaf, value) if isinstance(leaf, Variable) else leaf.write(value)

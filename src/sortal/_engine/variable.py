@@ -148,7 +148,7 @@ class Variable(ArrayOperators, Generic[A]):
                 f"{type(value).__name__}. Write variable.value = other.value."
             )
         self._check_writable()
-        self._cell[0] = value
+        write(self, value)
 
     @property
     def _place(self) -> tuple[Any, paths.Path, str]:
@@ -358,16 +358,25 @@ def _refuse_ref(kind: type) -> NoReturn:
     )
 
 
+def cell_of(value: Any) -> list[Any]:
+    """What the cell of a Variable holds: the value, and one item more for NumPy's.
+
+    So what reads all values at once sees, by the length alone, an array that others
+    could write to.
+    """
+    return [value, None] if value.__class__ is np.ndarray else [value]
+
+
 def _set_first_value(variable: Variable[Any], value: Any) -> None:
     try:
-        variable._cell[0] = value  # `__init__` called again: plans may hold the cell
+        write(variable, value)  # `__init__` called again: plans may hold the cell
     except AttributeError:
-        _init_cell(variable, [value])
+        _init_cell(variable, cell_of(value))
 
 
 def write(variable: Variable[Any], value: Any) -> None:
     """Sets a value without a check of the trace that owns the Variable."""
-    variable._cell[0] = value
+    variable._cell[:] = cell_of(value)
 
 
 def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
@@ -378,7 +387,7 @@ def make(kind: type, value: Any, metadata: Metadata, trace: Any = None) -> Any:
     if not issubclass(kind, Variable):
         return _handler(kind).make(kind, value, metadata)
     variable = object.__new__(kind)
-    _init_cell(variable, [value])
+    _init_cell(variable, cell_of(value))
     _init_metadata(variable, metadata)
     _init_trace(variable, current_trace() if trace is None else trace)
     return variable
@@ -396,7 +405,7 @@ def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[
             made.append(_handler(kind).make(kind, value, meta))
             continue
         made.append(variable := new(kind))
-        _init_cell(variable, [value])
+        _init_cell(variable, cell_of(value))
         _init_metadata(variable, meta)
         _init_trace(variable, trace)
     return made

@@ -15,7 +15,7 @@ from typing import Any
 
 from sortal._engine.foreign import watch_classes
 from sortal._engine.statics import EMPTY
-from sortal._engine.variable import Variable, make
+from sortal._engine.variable import Variable, make, write
 from sortal.errors import VariableError
 from sortal.nnx import annotated as annotated
 from sortal.nnx.added import add_members
@@ -51,7 +51,7 @@ class OldNames:
           TraceError: this Variable belongs to another trace than the current one.
         """
         self._check_writable()
-        self._cell[0] = value
+        write(self, value)
 
     def copy_from(self: Any, other: Any) -> None:
         """Takes over the value and the metadata of a Variable of the same kind.
@@ -173,7 +173,7 @@ def _creates(cls: Any) -> None:
     @functools.wraps(first)
     def init(self: Any, *args: Any, **metadata: Any) -> None:
         first(self, *args, **metadata)
-        self._cell[0] = placed(self.create_value(self._value), self._metadata)
+        write(self, placed(self.create_value(self._value), self._metadata))
 
     cls.__init__ = init
 
