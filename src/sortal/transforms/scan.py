@@ -143,6 +143,7 @@ def _steps(functions: Sequence[Any], settings: Any) -> Callable[..., Any]:
     def steps(*args: Any) -> Any:
         given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
         call = _Scan(fn, Operands(args), given, out_axes, metadata)
+        call.check_carried(held)
         call.check_lengths(options["length"], held)
         carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
         return call.finish(carry, ys)
@@ -183,6 +184,35 @@ class _Scan:
         self.effects: Effects = Effects((), (), None)
         self.written: set[int] = set()
 
+    def _plain_rows(self, held: int) -> list[tuple[int, str, Any, Any]]:
+        """For each plain leaf its argument, path, value and role."""
+        each = zip(
+            self.operands.plain_paths(), self.operands.plain, self.plain, strict=True
+        )
+        return [
+            (path[0].idx, f"argument {path[0].idx - held}{jtu.keystr(path[1:])}", *rest)
+            for path, *rest in each
+        ]
+
+    def check_carried(self, held: int) -> None:
+        """Refuses to carry leaves of a State that is no carry: no step returns them.
+
+        Args:
+          held: how many arguments come before those that the user wrote.
+        """
+        bad = [
+            f"{where}: {describe(x)}"
+            for i, where, x, role in self._plain_rows(held)
+            if role is Carry and i != self.at
+        ]
+        if bad:
+            raise ArgumentError(
+                "scan carries leaves of a model by kind, but a State only as a whole, "
+                "for it is a value that a step returns; found Carry for leaves of a "
+                f"State:\n{listing(bad)}\nGive the whole argument Carry, or these None "
+                "or an axis; or pass the model, such as merge(graphdef, state)."
+            )
+
     def check_lengths(self, length: int | None, held: int) -> None:
         """Refuses what is sliced into different numbers of steps, or into none.
 
@@ -195,11 +225,9 @@ class _Scan:
             for k in self.mapped
             for x in jax.tree.leaves(self.operands.values[k])
         ]
-        paths = self.operands.plain_paths()
-        each = zip(paths, self.operands.plain, self.plain, strict=True)
         rows += [
-            (f"argument {path[0].idx - held}{jtu.keystr(path[1:])}", x, role)
-            for path, x, role in each
+            (where, x, role)
+            for _, where, x, role in self._plain_rows(held)
             if isinstance(role, int)
         ]
         rows = [(where, np.shape(x), describe(x), axis) for where, x, axis in rows]
