@@ -430,10 +430,12 @@ def given_for_objects(prefix: Any, out: Any) -> dict[int, Any]:
                 found[x.k] = given
             elif by_kind(given) and isinstance(x, State):
                 rows = listing(map(x.schema.describe, range(len(x.schema))))
+                some = "P('x')" if given.column == "spec" else 0
+                answers = f"State({{'w': {some}, 'b': None}})"
                 raise AxisError(
                     f"{given!r} says what to do by kind, but stands for a State that "
                     f"is returned, of which JAX sees no kinds:\n{rows}\nGive it a "
-                    "State with an answer for each leaf: State({'w': 0, 'b': None})."
+                    f"State with an answer for each leaf: {answers}."
                 )
             elif by_kind(given):
                 raise AxisError(
