@@ -538,6 +538,19 @@ def test_a_pure_state_is_sliced_by_kind_too() -> None:
     same(sortal.scan(step, in_axes=(axes,), out_axes=0)(state), XS * 2)
 
 
+def test_a_state_is_stacked_along_an_axis_for_each_of_its_keys() -> None:
+    layers = [Param(XS), {"b": Cache(XS)}]
+    state = sortal.state(Holder(w=Param(XS), layers=layers))
+    axes = sortal.State({"w": 0, "layers": 1})
+    out = sortal.scan(lambda s: s, in_axes=(0,), out_axes=axes)(state)
+    turned = {path: x.value.T for path, x in state["layers"].flat_state()}
+    assert out["layers"].paths() == tuple(turned)
+    assert [x.value.tolist() for x in out["layers"].leaves()] == [
+        x.tolist() for x in turned.values()
+    ]
+    same(out["w"].value, XS)
+
+
 def test_leaves_of_a_state_cannot_be_carried_by_kind() -> None:
     """Nobody would see what the last step left in them."""
     m = Holder(w=Param(XS), c=Cache(jnp.array(2.0)), n=Count(jnp.array(1)))

@@ -33,12 +33,21 @@ from sortal.transforms._adapter.prefixes import (
     Spread,
     given_for_objects,
     is_answer,
+    of_each,
+    per_argument,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axes import check_ranks, without
-from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
+from sortal.transforms.axis_names import (
+    NOTHING,
+    as_parts,
+    from_front,
+    named,
+    states_as_parts,
+    states_as_wholes,
+)
 from sortal.transforms.eager import kept
-from sortal.transforms.mapping import per_argument, refuse_keywords
+from sortal.transforms.mapping import refuse_keywords
 from sortal.transforms.shardings import as_declared
 
 _RAW = (
@@ -282,12 +291,14 @@ class _Scan:
         for k, value in zip([*self.carried, *self.mapped], given, strict=True):
             values[k] = value
         args = self.operands.rebuild(plain, values)
+        args, of_wholes = states_as_parts(args, self.spread.args, self.names)
         args, self.parts = as_parts(args, self.roles.__getitem__, self.names)
-        with mapped_over(self.parts.of_wholes):
+        with mapped_over(self.parts.of_wholes or of_wholes):
             result = run(self.fn, args, {})
         result.effects = self.parts.restored(result.effects, self.names)
         out, stacked = self._divide(result.out, result.effects)
         self._check(result, out, tree, values)
+        stacked = states_as_wholes(stacked, self._stacked_axes(), self.names)
         self.effects = result.effects
         # Under jax.disable_jit each step is run, and they may write different leaves.
         self.written.update(result.effects.written)
@@ -434,11 +445,8 @@ class _Scan:
         values = [last[k] for k in written]
         fresh = [_from_front(x, a) for x, a in zip(fresh, self.new, strict=True)]
         effects = named(effects, self.new, self.names)
-        stacked = jtu.tree_map(
-            lambda axis, x: _from_front(x, axis if isinstance(axis, int) else 0),
-            self._stacked_axes(),
-            stacked,
-            is_leaf=is_answer,
+        stacked = jax.tree.map(
+            _from_front, stacked, of_each(self._stacked_axes(), stacked)
         )
         bound = self.operands.bound
         result = Result(effects, (stacked, values, fresh))
