@@ -379,6 +379,27 @@ def test_states_that_come_out_of_a_map_are_those_of_the_whole(
     assert set(seen) == {(P("b"), P("b")) if axis == 0 else (P("a"), P("a"))}
 
 
+def test_a_state_that_is_carried_by_a_loop_inside_a_map_keeps_its_specs() -> None:
+    model = sortal.Module()
+    model.w = Param(jnp.ones((4, 3)), spec=P("a", "b"))
+    model.of_kind = Stat(jnp.ones((4, 3)))
+    whole = sortal.state(model)
+
+    def loop(m: Any, s: Any) -> Any:
+        axes = {"in_axes": (sortal.Carry, sortal.StateAxes({...: None}), 0)}
+        carry, first = sortal.scan(lambda c, m, x: (c, c), **axes)(s, m, jnp.ones(2))
+        last, _ = sortal.scan(lambda c, m, x: (sortal.state(m), x), **axes)(
+            s, m, jnp.ones(2)
+        )
+        return carry, last, jax.tree.map(lambda x: x[0], first)
+
+    carry, last, first = sortal.vmap(loop)(model, whole)
+    assert carry == last == whole
+    assert first.w.shape == (4, 3)
+    said = sortal.State({"w": Stat(jnp.ones(3), spec=P("a", "b"))})
+    assert sortal.scan(lambda c, x: (c, x))(said, jnp.ones(2))[0] == said
+
+
 def test_answers_for_each_leaf_of_a_state_say_where_its_names_go() -> None:
     model = stacked(sortal)
     axes = sortal.State({"w": 1, "n": None})

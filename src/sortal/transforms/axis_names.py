@@ -339,9 +339,9 @@ def _whole(
 ) -> Metadata:
     """The metadata of a leaf that comes out stacked along an axis, or None."""
     kind, metadata = schema.kinds[i], schema.metadata[i]
-    if axis is not None:
-        metadata = _with_kind(kind, metadata)
-    new = _with_axis(metadata, axis, names, entry)
+    if axis is None:
+        return Metadata.of(_with_axis(metadata, None, names, entry))
+    new = _with_axis(_with_kind(kind, metadata), axis, names, entry)
     if new.get("spec") is not None and new["spec"] == _spec_of(kind):
         del new["spec"]  # what the kind says itself, as before the map
     return Metadata.of(new)

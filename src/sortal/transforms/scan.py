@@ -297,6 +297,7 @@ class _Scan:
             result = run(self.fn, args, {})
         result.effects = self.parts.restored(result.effects, self.names)
         out, stacked = self._divide(result.out, result.effects)
+        out = states_as_wholes(out, None, self.names)
         self._check(result, out, tree, values)
         stacked = states_as_wholes(stacked, self._stacked_axes(), self.names)
         self.effects = result.effects
