@@ -25,6 +25,7 @@ from sortal._engine.schema import (
 )
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
+    deep_copy,
     describe,
     foreign_write,
     is_variable,
@@ -314,7 +315,7 @@ class State(MutableMapping[Any, Any]):
 
     def __deepcopy__(self, memo: Any) -> State:
         if self._stored.boxed:
-            return _of_leaves(self.schema, copy.deepcopy(self.leaves(), memo))
+            return _of_leaves(self.schema, [deep_copy(x, memo) for x in self.leaves()])
         values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
         return snapshot(self.schema, values)
 
