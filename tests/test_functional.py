@@ -504,6 +504,33 @@ def test_variables_are_the_live_ones() -> None:
     assert model.layers[0].bias[0] == 1
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, s: sortal.jit(f)(s),
+        lambda f, s: sortal.remat(f)(s),
+        lambda f, s: sortal.vmap(f)(s),
+        lambda f, s: sortal.cond(True, f, f, s),
+        lambda f, s: sortal.scan(f, in_axes=(0,), out_axes=0)(s),
+        lambda f, s: sortal.fori_loop(0, 2, lambda i, s: (f(s), s)[1], s),
+        lambda f, s: sortal.grad(lambda s: f(s) or s["w"].sum())(s),
+    ],
+)
+def test_to_transforms_a_state_of_live_variables_is_a_value(call: Any) -> None:
+    model = Holder(w=Param(jnp.ones(3)), layers=[Param(jnp.ones(3))])
+
+    def write(state: Any) -> None:
+        state["w"][...] = 5.0
+        state.layers[0] = jnp.zeros_like(state.layers[0].value)
+
+    call(write, sortal.variables(model))
+    assert model.w.value.tolist() == model.layers[0].value.tolist() == [1, 1, 1]
+    sortal.jit(lambda variables: [v.set_value(v + 1) for v in variables] and None)(
+        sortal.variables(model).leaves()
+    )
+    assert model.w.value.tolist() == model.layers[0].value.tolist() == [2, 2, 2]
+
+
 def test_iter_graph_gives_each_object_once_children_first() -> None:
     shared = Linear(1, 1)
     model = Holder(b=[shared], a=shared, raw=jnp.ones(1), size=3)

@@ -404,6 +404,9 @@ def clone(
 def variables(node: Any, *filters: Any, **_unknown: Never) -> Any:
     """The live Variables themselves, by path: writing to one writes to the model.
 
+    To a transform every State is a value, and what a function writes to one that it is
+    given is not written outside: pass the model, or a list of its Variables.
+
     Args:
       node: a Module, or a container of Modules and Variables.
       *filters: as for ``state``.

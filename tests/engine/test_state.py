@@ -689,6 +689,16 @@ def test_pure_dicts_with_integers_as_strings_are_understood(state):
     assert other == state
 
 
+def test_a_variable_of_nested_dicts_is_replaced_whole():
+    state = State({"p": {0: Param({"a": jnp.ones(2), "b": {"c": jnp.ones(1)}})}})
+    other = copy.deepcopy(state)
+    other.p[0].value = {}
+    other.replace_by_pure_dict(state.to_pure_dict())
+    assert other == state
+    with pytest.raises(PathError, match=r"  table\.a\n"):
+        small().replace_by_pure_dict({"table": {"a": 1}})
+
+
 def test_functions_may_extract_and_replace():
     state = small()
     assert state.to_pure_dict(type)["layers"][0]["bias"] is Param
@@ -744,6 +754,14 @@ def test_a_map_over_whole_variables_works_as_nnx_code_has_it(state):
     assert set(cached.schema.kinds) <= {sortal.Cache}
     same = jax.tree.map(lambda v: v.replace(v.value), state, is_leaf=is_variable)
     assert same == state
+
+
+def test_a_lone_leaf_and_a_leaf_named_none_are_two_trees():
+    lone, named = State.from_flat_path({(): 1.0}), State({None: 2.0})
+    assert jax.tree.structure(lone) != jax.tree.structure(named)
+    kept = jax.jit(lambda s: s)
+    assert [kept(s).paths() for s in (lone, named)] == [((),), ((None,),)]
+    assert kept(lone).values_list() == [1.0]
 
 
 @given(states(variables()))

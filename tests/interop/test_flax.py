@@ -197,6 +197,16 @@ def test_kinds_of_one_library_may_be_written_from_the_other():
     np.testing.assert_array_equal(bits(theirs.kernel), bits(ours.kernel))
 
 
+def test_a_deep_copy_of_a_state_has_the_variables_of_flax_read_or_not():
+    variable = nnx.Param(jnp.ones(2), note="n")
+    state = sortal.State({"a": variable, "b": {"c": variable}})
+    other, same = copy.deepcopy((state, state))
+    assert other is same
+    assert other == state
+    assert type(other["a"]) is nnx.Param
+    assert other["a"] is other["b"]["c"] is not variable
+
+
 def test_clone_pop_and_variables():
     model = Net(nnx.Rngs(0))
     copied = sortal.clone(model)

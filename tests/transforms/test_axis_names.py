@@ -103,7 +103,7 @@ def placed(mesh: Any = AUTO, *spec: Any) -> Param:
     return sortal.shard(Param(jnp.ones((8, 4, 4))), mesh, {Param: rule})
 
 
-def mapped(how: str, f: Any, w: Any, axis: int = 0, **options: Any) -> None:
+def mapped(how: str, f: Any, w: Any, axis: Any = 0, **options: Any) -> Any:
     if how == "vmap":
         return sortal.vmap(f, in_axes=axis, out_axes=axis, **options)(w)
     return sortal.scan(f, in_axes=axis, out_axes=axis, **options)(w)
@@ -302,3 +302,120 @@ def test_names_of_a_whole_are_not_applied_to_its_parts() -> None:
     assert "speak of whole arrays" in str(e.value)
     assert "PARTITION_NAME" in str(e.value)
     np.testing.assert_array_equal(w.value, 2)
+
+
+# -------------------------------------------------------------------------- States
+def stacked(nnx: Any) -> Any:
+    class Layers(nnx.Module):
+        def __init__(self) -> None:
+            names = {"eager_sharding": False}
+            self.w = nnx.Param(
+                jnp.ones((4, 2, 3)), out_sharding=("layers", "a", "b"), **names
+            )
+            self.n = nnx.BatchStat(jnp.ones((4, 3)))
+
+    return Layers()
+
+
+STATES = {
+    "of the model": lambda nnx, d, m, s: nnx.state(m),
+    "given": lambda nnx, d, m, s: jax.tree.map(lambda x: x + 1, s),
+    "split": lambda nnx, d, m, s: nnx.split(m)[1],
+    "merged": lambda nnx, d, m, s: nnx.state(nnx.merge(d, s)),
+    "new model": lambda nnx, d, m, s: nnx.merge(d, s),
+    "new": lambda nnx, d, m, s: nnx.state(
+        [nnx.Param(m.w[...], out_sharding=("a", "b"), eager_sharding=False)]
+    ),
+    "gradient": lambda nnx, d, m, s: nnx.grad(lambda m: m.w[...].sum())(m),
+}
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+@pytest.mark.parametrize("what", STATES)
+def test_states_inside_and_after_a_map_have_the_names_that_flax_gives_them(
+    what: str, how: str, axis: int
+) -> None:
+    def names(nnx: Any) -> Any:
+        model, seen = stacked(nnx), []
+        definition, state = nnx.split(model)
+
+        def look(m: Any, s: Any) -> Any:
+            seen.append(s["w"].get_metadata().get("out_sharding"))
+            return STATES[what](nnx, definition, m, s)
+
+        transform = {"vmap": nnx.vmap, "scan": nnx.scan}[how]
+        options = {"in_axes": (0, 0), "transform_metadata": LAYERS}
+        options["out_axes"] = axis if what == "new" else 0
+        out = transform(look, **options)(model, state)
+        pairs = jax.tree.leaves(out, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        kept = model.w.get_metadata().get("out_sharding")
+        return kept, set(seen), [x.get_metadata().get("out_sharding") for x in pairs]
+
+    assert names(sortal.nnx) == names(flax_nnx)
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_states_that_come_out_of_a_map_are_those_of_the_whole(
+    how: str, axis: int
+) -> None:
+    model = sortal.Module()
+    model.w = Param(jnp.ones((4, 4, 3)), spec=P("a", "b"), tag="t")
+    model.stats = [Stat(jnp.ones((4, 4))), jnp.ones((4, 4))]
+    definition, whole = sortal.split(model)
+    part = mapped(how, lambda s: s, whole, axis)
+    assert part == whole
+    assert mapped(how, sortal.state, model, axis) == whole
+    assert mapped(how, lambda s: mapped(how, lambda s: s, s), whole, axis) == whole
+    made = mapped(how, lambda s: sortal.state(sortal.merge(definition, s)), whole, axis)
+    assert sortal.graphdef(sortal.merge(definition, made)) is definition
+    by_key = sortal.State({"w": axis, "stats": axis})
+    assert mapped(how, lambda s: s, whole, by_key) == whole
+    given = mapped(how, sortal.grad(lambda m: m.w.sum()), model, axis)
+    assert given.schema is sortal.state(model, Param).schema
+    seen: list[Any] = []
+    mapped(how, lambda s: seen.append((spec_of(s.w), spec_of(s.stats[0]))), whole, axis)
+    assert set(seen) == {(P("b"), P("b")) if axis == 0 else (P("a"), P("a"))}
+
+
+def test_a_state_that_is_carried_by_a_loop_inside_a_map_keeps_its_specs() -> None:
+    model = sortal.Module()
+    model.w = Param(jnp.ones((4, 3)), spec=P("a", "b"))
+    model.of_kind = Stat(jnp.ones((4, 3)))
+    whole = sortal.state(model)
+
+    def loop(m: Any, s: Any) -> Any:
+        axes = {"in_axes": (sortal.Carry, sortal.StateAxes({...: None}), 0)}
+        carry, first = sortal.scan(lambda c, m, x: (c, c), **axes)(s, m, jnp.ones(2))
+        last, _ = sortal.scan(lambda c, m, x: (sortal.state(m), x), **axes)(
+            s, m, jnp.ones(2)
+        )
+        return carry, last, jax.tree.map(lambda x: x[0], first)
+
+    carry, last, first = sortal.vmap(loop)(model, whole)
+    assert carry == last == whole
+    assert first.w.shape == (4, 3)
+    said = sortal.State({"w": Stat(jnp.ones(3), spec=P("a", "b"))})
+    assert sortal.scan(lambda c, x: (c, x))(said, jnp.ones(2))[0] == said
+
+
+def test_answers_for_each_leaf_of_a_state_say_where_its_names_go() -> None:
+    model = stacked(sortal)
+    axes = sortal.State({"w": 1, "n": None})
+    out = sortal.vmap(
+        lambda s: s,
+        in_axes=sortal.StateAxes({Param: 0, ...: None}),
+        out_axes=axes,
+        transform_metadata=LAYERS,
+    )(sortal.state(model))
+    assert out.w.get_metadata("out_sharding") == ("a", "layers", "b")
+    assert out.w.value.shape == (2, 4, 3)
+    assert out.n.value.shape == (4, 3)
+
+
+def test_another_name_at_the_place_of_the_axis_of_a_state_is_refused() -> None:
+    state = sortal.state(stacked(sortal))
+    with pytest.raises(ArgumentError) as e:
+        sortal.vmap(lambda s: None, transform_metadata={PARTITION_NAME: "z"})(state)
+    assert "w (Param): ('layers', 'a', 'b') has 'layers' at axis 0" in str(e.value)

@@ -538,6 +538,36 @@ def test_a_pure_state_is_sliced_by_kind_too() -> None:
     same(sortal.scan(step, in_axes=(axes,), out_axes=0)(state), XS * 2)
 
 
+def test_a_state_is_stacked_along_an_axis_for_each_of_its_keys() -> None:
+    layers = [Param(XS), {"b": Cache(XS)}]
+    state = sortal.state(Holder(w=Param(XS), layers=layers))
+    axes = sortal.State({"w": 0, "layers": 1})
+    out = sortal.scan(lambda s: s, in_axes=(0,), out_axes=axes)(state)
+    turned = {path: x.value.T for path, x in state["layers"].flat_state()}
+    assert out["layers"].paths() == tuple(turned)
+    assert [x.value.tolist() for x in out["layers"].leaves()] == [
+        x.tolist() for x in turned.values()
+    ]
+    same(out["w"].value, XS)
+
+
+def test_leaves_of_a_state_cannot_be_carried_by_kind() -> None:
+    """Nobody would see what the last step left in them."""
+    m = Holder(w=Param(XS), c=Cache(jnp.array(2.0)), n=Count(jnp.array(1)))
+    state, axes = sortal.state(m), StateAxes({Param: 0, ...: Carry})
+
+    def step(s: Any, carry: Any) -> Any:
+        return s["w"].value * s["c"].value, (carry[1], carry[0])
+
+    scan = sortal.scan(step, in_axes=(axes, Carry), out_axes=(0, Carry))
+    with pytest.raises(ArgumentError) as e:
+        scan(state, (jnp.array(3.0), jnp.array(4.0)))
+    assert "\n  argument 0['c'].value: float32[]\n" in str(e.value)
+    assert "\n  argument 0['n'].value: int32[]\n" in str(e.value)
+    with pytest.raises(ArgumentError, match=r"argument 0\['c'\]"):
+        sortal.scan(lambda s: s["w"].value, in_axes=(axes,), out_axes=0)(state)
+
+
 def test_weak_types_are_promoted_as_in_jax() -> None:
     m = Holder(c=Cache(0.0), n=Count(0))
 

@@ -25,6 +25,7 @@ from sortal._engine.schema import (
 )
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
+    deep_copy,
     describe,
     foreign_write,
     is_variable,
@@ -314,7 +315,7 @@ class State(MutableMapping[Any, Any]):
 
     def __deepcopy__(self, memo: Any) -> State:
         if self._stored.boxed:
-            return _of_leaves(self.schema, copy.deepcopy(self.leaves(), memo))
+            return _of_leaves(self.schema, [deep_copy(x, memo) for x in self.leaves()])
         values = [jax.tree.map(lambda x: own([x])[0], v) for v in self.values_list()]
         return snapshot(self.schema, values)
 
@@ -420,7 +421,8 @@ class State(MutableMapping[Any, Any]):
         leaves = dict(self.flat_state())
         by_text = {tuple(map(str, path)): path for path in leaves}
         found, unknown = {}, []
-        for path, value in _walk(pure):
+        dicts = {p for p, x in leaves.items() if isinstance(value_of(x), Mapping)}
+        for path, value in _walk(pure, dicts):
             known = path if path in leaves else by_text.get(tuple(map(str, path)))
             if known is None:
                 unknown.append(show(path))
@@ -535,9 +537,9 @@ def _shown(x: Any) -> str:
     return repr(x) if x is None else f"a {type(x).__name__}"
 
 
-def _walk(mapping: Mapping[Any, Any]) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a nested mapping; of a State in it, copies of the leaves."""
-    for path, leaf in flatten(mapping, lambda _, x: isinstance(x, State)):
+def _walk(mapping: Mapping, whole: Any = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves, copies of those of a State; a dict at a path in ``whole`` is one."""
+    for path, leaf in flatten(mapping, lambda p, x: isinstance(x, State) or p in whole):
         if isinstance(leaf, State):
             copied = copy.copy(leaf).flat_state()
             yield from (((*path, *p), x) for p, x in copied)

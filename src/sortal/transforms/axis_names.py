@@ -1,10 +1,10 @@
 """Specs and names of axes inside a map, whose leaves are parts, and after it.
 
 A part has the specs of the whole without the entry of the axis that it is a part along,
-and gets it back on the way out, as does what has its metadata, such as a moment.
-So do names in ``out_sharding`` where ``transform_metadata`` names the axis, as in Flax.
-Where it does not, nobody can tell whether names were meant for the whole or for its
-parts, and nothing acts on them inside.
+and gets it back on the way out, as does what has its metadata, such as a moment, and as
+do leaves of States. So do names in ``out_sharding`` where ``transform_metadata`` names
+the axis, as in Flax. Where it does not, nobody can tell whether names were meant for
+the whole or for its parts, and nothing acts on them inside.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sortal._engine.annotations import PARTITION_NAME
 from sortal._engine.graphdef import GraphDef
 from sortal._engine.schema import Schema
+from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT, Metadata
 from sortal.errors import ArgumentError, listing
 from sortal.sharding.resolution import SPECS
 from sortal.transforms._adapter.effects import Effects
+from sortal.transforms._adapter.prefixes import is_answer, of_each
 from sortal.transforms._adapter.tracing import (
     FlatModule,
     find_flat_modules,
@@ -141,8 +144,17 @@ def _speaks(schema: Schema) -> bool:
 
 
 def _parts(graphdef: GraphDef, axes: Sequence[Any], names: Mapping[str, Any]) -> Parts:
-    schema, bad, of_wholes = graphdef.schema, [], False
-    metadata = list(schema.metadata)
+    schema = graphdef.schema
+    inside, of_wholes = _schema_of_parts(schema, axes, names)
+    of_parts = GraphDef.of(graphdef.root, graphdef.records, inside)
+    return Parts(schema.metadata, of_parts, tuple(axes), of_wholes)
+
+
+def _schema_of_parts(
+    schema: Schema, axes: Sequence[Any], names: Mapping[str, Any]
+) -> tuple[Schema, bool]:
+    """The leaves as parts, and whether there are names that may speak of wholes."""
+    bad, of_wholes, metadata = [], False, list(schema.metadata)
     for i, axis in enumerate(axes):
         new, taken = dict(metadata[i]), []
         if axis is not None:
@@ -165,8 +177,7 @@ def _parts(graphdef: GraphDef, axes: Sequence[Any], names: Mapping[str, Any]) ->
             f"there:\n{listing(bad)}\nGive them the axis of that name, or name it as "
             "they do."
         )
-    inside = _with_metadata(graphdef, metadata)
-    return Parts(schema.metadata, inside, tuple(axes), of_wholes)
+    return Schema.of(schema.paths, schema.kinds, metadata), of_wholes
 
 
 def named(
@@ -190,12 +201,8 @@ def named(
     new, schema = iter(axes), edits.graphdef.schema
     metadata = list(schema.metadata)
     for i, leaf in enumerate(edits.leaves):
-        axis = next(new) if leaf.origin is None else None
         if leaf.origin is None:
-            whole = metadata[i]
-            if axis is not None:
-                whole = _with_kind(schema.kinds[i], whole)
-            metadata[i] = Metadata.of(_with_axis(whole, axis, names, entry))
+            metadata[i] = _whole(schema, i, next(new), names, entry)
     edits = edits._replace(graphdef=_with_metadata(edits.graphdef, metadata))
     return Effects(effects.written, effects.outputs, edits)
 
@@ -204,6 +211,84 @@ def _with_metadata(graphdef: GraphDef, metadata: Sequence[Metadata]) -> GraphDef
     schema = graphdef.schema
     schema = Schema.of(schema.paths, schema.kinds, metadata)
     return GraphDef.of(graphdef.root, graphdef.records, schema)
+
+
+# ---------------------------------------------------- States, which are values to JAX
+def states_as_parts(
+    given: Any, axes: Any, names: Mapping[str, Any]
+) -> tuple[Any, bool]:
+    """Arguments inside of a map, with the metadata of parts in their States.
+
+    Args:
+      given: the arguments.
+      axes: a prefix tree of their axes; what is no int is whole.
+      names: ``transform_metadata``.
+
+    Returns:
+      The arguments, and whether there are names that may speak of whole arrays.
+
+    Raises:
+      ArgumentError: as ``as_parts``.
+    """
+    found = [False]
+
+    def part(schema: Schema, axes: Sequence[Any]) -> Schema:
+        known = names if PARTITION_NAME in names else NOTHING
+        inside, of_wholes = _schema_of_parts(schema, axes, known)
+        found[0] |= of_wholes
+        return inside
+
+    return _map_states(part, given, axes), found[0]
+
+
+def states_as_wholes(
+    out: Any, axes: Any, names: Mapping[str, Any], entry: Any = None
+) -> Any:
+    """What a call returned, with the metadata of wholes in its States.
+
+    Args:
+      out: the output.
+      axes: a prefix tree of the axes along which it comes out stacked, or None.
+      names: ``transform_metadata``.
+      entry: as for ``named``.
+
+    Returns:
+      The same but for the metadata.
+    """
+
+    def whole(schema: Schema, axes: Sequence[Any]) -> Schema:
+        each = [_whole(schema, i, axis, names, entry) for i, axis in enumerate(axes)]
+        return Schema.of(schema.paths, schema.kinds, each)
+
+    return _map_states(whole, out, axes)
+
+
+def _map_states(f: Callable[..., Schema], tree: Any, axes: Any) -> Any:
+    """A tree whose States have the Schema that ``f`` makes of theirs and their axes."""
+    parts, treedef = jtu.tree_flatten(tree, is_leaf=_is_state)
+    if not any(map(_is_state, parts)):
+        return tree
+
+    def mapped(x: Any, axes: Any) -> Any:
+        if not _is_state(x):
+            return x
+        values = x.values_list()
+        pairs = zip(map(_first, axes.values_list()), values, strict=True)
+        at = [from_front(a, v) if isinstance(a, int) else None for a, v in pairs]
+        return snapshot(f(x.schema, at), values)
+
+    return treedef.unflatten(
+        map(mapped, parts, treedef.flatten_up_to(of_each(axes, tree)))
+    )
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, State)
+
+
+def _first(axes: Any) -> Any:
+    """The axis of a value, which has it for each of its arrays."""
+    return next(iter(jtu.tree_leaves(axes, is_leaf=is_answer)), None)
 
 
 # ---------------------------------------------------------------- one leaf's metadata
@@ -220,9 +305,13 @@ def _with_kind(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata with the kind's spec, where nothing in it comes before."""
     found = dict(metadata)
     if metadata.get("spec") is None and not metadata.get(_NAMES):
-        spec = getattr(kind, "options", {}).get("spec")
+        spec = _spec_of(kind)
         found |= {"spec": spec} if isinstance(spec, _AXES) else {}
     return found
+
+
+def _spec_of(kind: Any) -> Any:
+    return getattr(kind, "options", {}).get("spec")
 
 
 _AXES = (PartitionSpec, NamedSharding)
@@ -243,6 +332,19 @@ def _keys(
         for pair in named
         if metadata[pair[0]] and isinstance(metadata[pair[0]], several)
     ]
+
+
+def _whole(
+    schema: Schema, i: int, axis: int | None, names: Mapping[str, Any], entry: Any
+) -> Metadata:
+    """The metadata of a leaf that comes out stacked along an axis, or None."""
+    kind, metadata = schema.kinds[i], schema.metadata[i]
+    if axis is None:
+        return Metadata.of(_with_axis(metadata, None, names, entry))
+    new = _with_axis(_with_kind(kind, metadata), axis, names, entry)
+    if new.get("spec") is not None and new["spec"] == _spec_of(kind):
+        del new["spec"]  # what the kind says itself, as before the map
+    return Metadata.of(new)
 
 
 def _with_axis(

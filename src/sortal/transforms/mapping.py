@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, Never
 
 import jax
@@ -34,6 +34,7 @@ from sortal.transforms._adapter.prefixes import (
     by_kind,
     given_for_objects,
     is_answer,
+    per_argument,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axes import (
@@ -42,7 +43,15 @@ from sortal.transforms.axes import (
     refuse_moved,
     without,
 )
-from sortal.transforms.axis_names import NOTHING, Parts, as_parts, from_front, named
+from sortal.transforms.axis_names import (
+    NOTHING,
+    Parts,
+    as_parts,
+    from_front,
+    named,
+    states_as_parts,
+    states_as_wholes,
+)
 from sortal.transforms.shardings import as_declared, declares
 from sortal.transforms.sizes import refuse_sizes
 
@@ -239,30 +248,6 @@ def refuse_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def per_argument(name: str, given: Any, args: Sequence[Any]) -> tuple[Any, ...]:
-    """One answer, or tree of answers, for each positional argument.
-
-    Args:
-      name: what the user calls them, for the message.
-      given: one answer for all arguments, or a tuple or list with one for each.
-      args: the arguments.
-
-    Returns:
-      As many as there are arguments.
-
-    Raises:
-      ArgumentError: there are more or fewer.
-    """
-    if not isinstance(given, (tuple, list)) or is_answer(given):
-        return (given,) * len(args)
-    if len(given) != len(args):
-        raise ArgumentError(
-            f"{name} has {len(given)} entries, but the function was called with "
-            f"{len(args)} positional arguments. Give one entry for each."
-        )
-    return tuple(given)
-
-
 def _spec(answer: Any) -> Any:
     if answer is None:
         return PartitionSpec()
@@ -407,10 +392,15 @@ class _Call:
             for x in fresh
         ]
         result.effects = named(result.effects, new, self.names, self.entry)
+        result.out = self.outside(result.out)
         return self.lanes.sort(result, sent)
 
     def check_returned(self, result: Result) -> None:
         """Refuses answers for objects that were passed in, where they would move."""
+
+    def outside(self, out: Any) -> Any:
+        """What is returned, as it is outside."""
+        return out
 
     def _written(self, result: Result) -> Iterator[_Leaf]:
         spread = self.spread
@@ -446,11 +436,16 @@ class _Vmapped(_Call):
         return answer is None or type(answer) is int
 
     def inside(self, given: Any) -> tuple[Any, Parts, bool]:
+        axes = self.spread.args, self.spread.kwargs
+        given, of_wholes = states_as_parts(given, axes, self.names)
         given, parts = as_parts(given, self.spread.of_leaf, self.names)
-        return given, parts, parts.of_wholes
+        return given, parts, parts.of_wholes or of_wholes
 
     def check_returned(self, result: Result) -> None:
         refuse_moved(self.spread, self.out_given, result)
+
+    def outside(self, out: Any) -> Any:
+        return states_as_wholes(out, self.out_given, self.names, self.entry)
 
     def send(self, leaf: _Leaf, refused: _Refused) -> Sent:
         value, axis = leaf.value, leaf.answer

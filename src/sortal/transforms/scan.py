@@ -33,12 +33,21 @@ from sortal.transforms._adapter.prefixes import (
     Spread,
     given_for_objects,
     is_answer,
+    of_each,
+    per_argument,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
 from sortal.transforms.axes import check_ranks, without
-from sortal.transforms.axis_names import NOTHING, as_parts, from_front, named
+from sortal.transforms.axis_names import (
+    NOTHING,
+    as_parts,
+    from_front,
+    named,
+    states_as_parts,
+    states_as_wholes,
+)
 from sortal.transforms.eager import kept
-from sortal.transforms.mapping import per_argument, refuse_keywords
+from sortal.transforms.mapping import refuse_keywords
 from sortal.transforms.shardings import as_declared
 
 _RAW = (
@@ -143,6 +152,7 @@ def _steps(functions: Sequence[Any], settings: Any) -> Callable[..., Any]:
     def steps(*args: Any) -> Any:
         given = (*[None] * held, *per_argument("in_axes", in_axes, args[held:]))
         call = _Scan(fn, Operands(args), given, out_axes, metadata)
+        call.check_carried(held)
         call.check_lengths(options["length"], held)
         carry, ys = jax.lax.scan(call.step, call.start(), call.slices(), **options)
         return call.finish(carry, ys)
@@ -183,6 +193,35 @@ class _Scan:
         self.effects: Effects = Effects((), (), None)
         self.written: set[int] = set()
 
+    def _plain_rows(self, held: int) -> list[tuple[int, str, Any, Any]]:
+        """For each plain leaf its argument, path, value and role."""
+        each = zip(
+            self.operands.plain_paths(), self.operands.plain, self.plain, strict=True
+        )
+        return [
+            (path[0].idx, f"argument {path[0].idx - held}{jtu.keystr(path[1:])}", *rest)
+            for path, *rest in each
+        ]
+
+    def check_carried(self, held: int) -> None:
+        """Refuses to carry leaves of a State that is no carry: no step returns them.
+
+        Args:
+          held: how many arguments come before those that the user wrote.
+        """
+        bad = [
+            f"{where}: {describe(x)}"
+            for i, where, x, role in self._plain_rows(held)
+            if role is Carry and i != self.at
+        ]
+        if bad:
+            raise ArgumentError(
+                "scan carries leaves of a model by kind, but a State only as a whole, "
+                "for it is a value that a step returns; found Carry for leaves of a "
+                f"State:\n{listing(bad)}\nGive the whole argument Carry, or these None "
+                "or an axis; or pass the model, such as merge(graphdef, state)."
+            )
+
     def check_lengths(self, length: int | None, held: int) -> None:
         """Refuses what is sliced into different numbers of steps, or into none.
 
@@ -195,11 +234,9 @@ class _Scan:
             for k in self.mapped
             for x in jax.tree.leaves(self.operands.values[k])
         ]
-        paths = self.operands.plain_paths()
-        each = zip(paths, self.operands.plain, self.plain, strict=True)
         rows += [
-            (f"argument {path[0].idx - held}{jtu.keystr(path[1:])}", x, role)
-            for path, x, role in each
+            (where, x, role)
+            for _, where, x, role in self._plain_rows(held)
             if isinstance(role, int)
         ]
         rows = [(where, np.shape(x), describe(x), axis) for where, x, axis in rows]
@@ -254,12 +291,15 @@ class _Scan:
         for k, value in zip([*self.carried, *self.mapped], given, strict=True):
             values[k] = value
         args = self.operands.rebuild(plain, values)
+        args, of_wholes = states_as_parts(args, self.spread.args, self.names)
         args, self.parts = as_parts(args, self.roles.__getitem__, self.names)
-        with mapped_over(self.parts.of_wholes):
+        with mapped_over(self.parts.of_wholes or of_wholes):
             result = run(self.fn, args, {})
         result.effects = self.parts.restored(result.effects, self.names)
         out, stacked = self._divide(result.out, result.effects)
+        out = states_as_wholes(out, None, self.names)
         self._check(result, out, tree, values)
+        stacked = states_as_wholes(stacked, self._stacked_axes(), self.names)
         self.effects = result.effects
         # Under jax.disable_jit each step is run, and they may write different leaves.
         self.written.update(result.effects.written)
@@ -406,11 +446,8 @@ class _Scan:
         values = [last[k] for k in written]
         fresh = [_from_front(x, a) for x, a in zip(fresh, self.new, strict=True)]
         effects = named(effects, self.new, self.names)
-        stacked = jtu.tree_map(
-            lambda axis, x: _from_front(x, axis if isinstance(axis, int) else 0),
-            self._stacked_axes(),
-            stacked,
-            is_leaf=is_answer,
+        stacked = jax.tree.map(
+            _from_front, stacked, of_each(self._stacked_axes(), stacked)
         )
         bound = self.operands.bound
         result = Result(effects, (stacked, values, fresh))

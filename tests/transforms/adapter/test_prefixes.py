@@ -272,6 +272,11 @@ def test_answers_by_kind_for_a_state_that_is_returned_are_refused() -> None:
     answers = sortal.State({"w": 0, "b": None})
     same = sortal.vmap(lambda x: x, in_axes=axes, out_axes=answers)(state)
     assert sortal.graphdef(same) is sortal.graphdef(state)
+    specs = sortal.StateSharding({...: P()})
+    mesh = jax.make_mesh((1,), ("x",))
+    with pytest.raises(AxisError) as e:
+        sortal.shard_map(lambda x: x, mesh=mesh, in_specs=specs, out_specs=specs)(state)
+    assert "for each leaf: State({'w': P('x'), 'b': None})." in str(e.value)
 
 
 def test_an_output_of_another_build_than_its_prefix_is_refused() -> None:

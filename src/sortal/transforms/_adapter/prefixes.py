@@ -142,6 +142,49 @@ def by_kind(x: Any) -> bool:
     return isinstance(x, (ByKind, Policy))
 
 
+def per_argument(name: str, given: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """One answer, or tree of answers, for each positional argument.
+
+    Args:
+      name: what the user calls them, for the message.
+      given: one answer for all arguments, or a tuple or list with one for each.
+      args: the arguments.
+
+    Returns:
+      As many as there are arguments.
+
+    Raises:
+      ArgumentError: there are more or fewer.
+    """
+    if not isinstance(given, (tuple, list)) or is_answer(given):
+        return (given,) * len(args)
+    if len(given) != len(args):
+        raise ArgumentError(
+            f"{name} has {len(given)} entries, but the function was called with "
+            f"{len(args)} positional arguments. Give one entry for each."
+        )
+    return tuple(given)
+
+
+def of_each(prefix: Any, tree: Any) -> Any:
+    """A tree of answers with one in the place of each leaf.
+
+    What ``tree_map`` makes of a prefix has its structure, in which a State has a leaf
+    in the place of a whole part.
+
+    Args:
+      prefix: a prefix tree of answers.
+      tree: what they are about.
+
+    Returns:
+      The answers, in the structure of ``tree``.
+    """
+    given, top = jtu.tree_flatten(prefix, is_leaf=is_answer)
+    pairs = zip(given, top.flatten_up_to(tree), strict=True)
+    each = [answer for answer, part in pairs for _ in jtu.tree_leaves(part)]
+    return jtu.tree_structure(tree).unflatten(each)
+
+
 def is_structural(given: Any) -> bool:
     """Whether structure alone decides what is answered."""
     if isinstance(given, Policy):
@@ -430,10 +473,12 @@ def given_for_objects(prefix: Any, out: Any) -> dict[int, Any]:
                 found[x.k] = given
             elif by_kind(given) and isinstance(x, State):
                 rows = listing(map(x.schema.describe, range(len(x.schema))))
+                some = "P('x')" if given.column == "spec" else 0
+                answers = f"State({{'w': {some}, 'b': None}})"
                 raise AxisError(
                     f"{given!r} says what to do by kind, but stands for a State that "
                     f"is returned, of which JAX sees no kinds:\n{rows}\nGive it a "
-                    "State with an answer for each leaf: State({'w': 0, 'b': None})."
+                    f"State with an answer for each leaf: {answers}."
                 )
             elif by_kind(given):
                 raise AxisError(
