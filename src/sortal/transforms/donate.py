@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.core import Tracer
 
 from sortal._engine.jax_compat import outside_traces
 from sortal._engine.leaves import picker
 from sortal._engine.paths import Path
 from sortal._engine.schema import Kind
 from sortal._engine.stale import note_donor
+from sortal._engine.variable import check_writable
 from sortal.errors import FilterError, listing
 from sortal.filters import Filter, leaf_filter
 from sortal.policy.policy import Policy
@@ -117,21 +117,17 @@ class Donation:
         It runs an empty program, which JAX keeps by all that could change the answer.
         """
 
-    def is_differentiated(self, bound: BoundArguments) -> bool:
-        """Whether a leaf that a filter or position donates is traced.
+    def acts(self, bound: BoundArguments) -> bool:
+        """Whether a call gives buffers away; inside of another transform none does.
 
-        Its value may be one that somebody outside differentiates by, who keeps it;
-        JAX would give its buffer away all the same.
+        JAX would, of a model that is there as it is outside. But what was returned in
+        their place may not be written to that model, or is needed for a derivative.
         """
-        if self._overwritten or not bound.roots or outside_traces():
-            return False
-        traced = [
-            k
-            for c in bound.flat_modules
-            for k, value in zip(c.definition.leaves, c.values, strict=True)
-            if isinstance(value, Tracer)
-        ]
-        return bool(traced) and not self._chosen(bound, self.find).isdisjoint(traced)
+        if outside_traces() or not bound.roots:
+            return True
+        if self.filter is not None:
+            self._chosen(bound)  # refuses a filter that takes nothing
+        return False
 
     def forget(self) -> None:
         """Forgets what was found out by tracing."""
@@ -145,19 +141,20 @@ class Donation:
                     yield from find_flat_modules(x)
 
     def lend(
-        self, bound: BoundArguments, find: Callable[..., Overwritten]
+        self, bound: BoundArguments, *, runs: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with what is donated taken out, and put into a first one.
 
         Args:
           bound: the arguments.
-          find: ``self.find``, or its ``eval_shape`` where arguments may be abstract.
+          runs: whether they are for a call; if not, they may be abstract.
 
         Returns:
           Positional and keyword arguments.
 
         Raises:
           FilterError: the filter takes no leaf.
+          TraceError: what is returned for a leaf could not be written to it.
         """
         lent: dict[int, FlatModule] = {}
         kept: dict[int, FlatModule] = {}
@@ -166,7 +163,9 @@ class Donation:
                 f"donate={self.filter!r}: there is no Module or Variable among the "
                 "arguments. Arrays are donated with donate_argnums."
             )
-        chosen = self._chosen(bound, find) if bound.roots else frozenset()
+        chosen = self._chosen(bound, runs) if bound.roots else frozenset()
+        if runs and not all(plan.leaves.ours() for plan in bound.plans):
+            check_writable(map(bound.live_leaf, chosen))
         parts = division(bound.alias_map, chosen) if bound.roots else []
         for i, part in enumerate(parts):
             if part is not None:
@@ -188,12 +187,13 @@ class Donation:
             first = tuple(mirror(x, lent) for i, x in dynamic if i not in self._static)
         return (first, *args), kwargs
 
-    def _chosen(self, bound: BoundArguments, find: Any) -> frozenset[int]:
+    def _chosen(self, bound: BoundArguments, runs: bool = True) -> frozenset[int]:
         """Numbers of the leaves to donate."""
         roots = self._whole(bound.args, bound.kwargs)
         whole = frozenset(c.definition.number for c in roots)
         graphdef = bound.alias_map.graphdef
         if self._overwritten:
+            find = self.find if runs else self.find.eval_shape
             taken = find(*bound.args, **bound.kwargs).leaves
             return taken.union(*(bound.alias_map.definitions[i].leaves for i in whole))
         if self.filter is None or self.filter.structural:
