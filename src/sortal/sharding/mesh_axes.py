@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sortal._engine.jax_compat import ArrayImpl
 from sortal._engine.statics import PLACEMENT
 from sortal.errors import ArgumentError, listing
 
@@ -176,6 +178,38 @@ def put(value: Any, sharding: NamedSharding) -> Any:
     if mesh.are_all_axes_explicit:
         return jax.sharding.reshard(value, sharding)
     return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def put_apart(
+    values: Sequence[Any], shardings: Sequence[Any], stays: Any = False
+) -> list[Any]:
+    """Copies of values elsewhere, which share no memory with them.
+
+    An array that shares a buffer is deleted with the one that a call donates; and a
+    call on several devices that donates one buffer twice ends the process.
+
+    Args:
+      values: arrays, or small pytrees of them.
+      shardings: one for each.
+      stays: which of them are not copied, for they are there.
+
+    Returns:
+      The copies.
+    """
+    pairs = zip(values, shardings, strict=True)
+    apart = [jax.tree.map(lambda x, s=s: _apart(x, s), value) for value, s in pairs]
+    return jax.device_put(apart, list(shardings), may_alias=stays)
+
+
+def _apart(x: Any, sharding: Any) -> Any:
+    """A copy where `may_alias=False` makes none: of what more, or fewer, devices get."""
+    if not isinstance(x, ArrayImpl):
+        return x
+    here, there = x.sharding.device_set, sharding.device_set
+    if here == there or here.isdisjoint(there):
+        return x
+    same = x.sharding.shard_shape(x.shape) == sharding.shard_shape(x.shape)
+    return jnp.copy(x) if same else x
 
 
 def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:

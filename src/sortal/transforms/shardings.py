@@ -19,7 +19,7 @@ from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import describe
 from sortal.errors import AxisError, PolicyError, ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import declared_sharding, in_force, put
+from sortal.sharding.mesh_axes import declared_sharding, in_force, put, put_apart
 from sortal.sharding.resolution import (
     check_specs,
     placement,
@@ -285,7 +285,7 @@ class _Answers:
 
     def place(self, bound: BoundArguments, effects: Effects) -> None:
         """Leaves live Variables that were only read where the program had them."""
-        moved = {}
+        where = {}
         graphdef = bound.alias_map.graphdef
         fixed = rigid_leaves(graphdef).union(effects.written)
         if effects.edits is not None:  # something else may be where an array was
@@ -297,10 +297,12 @@ class _Answers:
             x, there = bound.live_leaf(k)._value, _on_mesh(answer)
             free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
             if free and there not in (None, x.sharding) and not x.is_deleted():
-                moved[k] = jax.device_put(x, there)
-        if moved:
-            effects = Effects(tuple(moved), (), None)
-            write_back(bound, Result(effects, (None, [*moved.values()], [])))
+                where[k] = there
+        if where:
+            values = [bound.live_leaf(k)._value for k in where]
+            moved = put_apart(values, list(where.values()))
+            effects = Effects(tuple(where), (), None)
+            write_back(bound, Result(effects, (None, moved, [])))
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
         def leaf(x: Any) -> Any:
