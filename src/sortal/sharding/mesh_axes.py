@@ -202,7 +202,7 @@ def put_apart(
 
 
 def _apart(x: Any, sharding: Any) -> Any:
-    """A copy where `may_alias=False` makes none: of what more, or fewer, devices get."""
+    """A copy where `may_alias` makes none: of what comes to more or fewer devices."""
     if not isinstance(x, ArrayImpl):
         return x
     here, there = x.sharding.device_set, sharding.device_set
