@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sortal._engine.jax_compat import ArrayImpl
+from sortal._engine.jax_compat import ArrayImpl, outside_traces
 from sortal._engine.statics import PLACEMENT
 from sortal.errors import ArgumentError, listing
 
@@ -140,18 +140,19 @@ def own_spec(metadata: Mapping[str, Any]) -> Any:
     return spec_of(names, metadata.get("sharding_rules") or ())
 
 
-def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
-    """The sharding that a leaf is to keep when a compiled function writes it.
+def declared(kind: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """The mesh and the spec that a leaf is to keep when a compiled function writes it.
 
     It is where ``shard`` put the leaf, or else what its metadata or kind declares, on
     the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh,
-    and for parts of leaves inside of ``mapped_over(True)``.
+    and for parts of leaves inside of ``mapped_over(True)``. Whether the mesh has the
+    spec's axes is not looked at.
     """
     if _mapped.value:
         return None
     put_there = metadata.get(PLACEMENT)
     if put_there is not None:
-        return NamedSharding(put_there.mesh, short(put_there.spec))
+        return put_there.mesh, short(put_there.spec)
     spec = own_spec(metadata)
     if spec is None:
         spec = getattr(kind, "options", {}).get("spec")
@@ -160,8 +161,13 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
         return None
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
-    on_it: Any = getattr(spec, "spec", spec)
-    return None if mesh.empty else NamedSharding(mesh, on_it)
+    return None if mesh.empty else (mesh, getattr(spec, "spec", spec))
+
+
+def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
+    """The sharding that is made of what a leaf has ``declared``."""
+    found = declared(kind, metadata)
+    return found and NamedSharding(*found)
 
 
 def short(spec: Any) -> PartitionSpec:
@@ -268,7 +274,9 @@ def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
     if isinstance(names, Format):
         return jax.lax.with_sharding_constraint(value, names)
     mesh: Any = metadata.get("mesh") or getattr(names, "mesh", None)
-    if mesh is None:
+    if mesh is None and outside_traces():
+        mesh = jax.sharding.get_mesh()  # with devices, to which JAX moves any value
+    if mesh is None or mesh.empty:
         mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _concrete(value):
         return value
