@@ -257,6 +257,21 @@ def test_a_buffer_that_also_stays_survives(donate: Any) -> None:
 
 
 # ----------------------------------------------------------------------- overwritten
+def test_an_array_that_is_donated_and_in_a_model_too_is_copied() -> None:
+    def add(m: Any, x: Any, *, state: Any) -> Any:
+        m.bias[...] = m.bias + x + state["bias"][...]
+        return x * 2, state
+
+    m = Linear(2, 2)
+    for donate in (None, True, Param):
+        m.bias.value = jnp.ones(2)
+        x, state = m.bias.value, sortal.state(m)
+        f = sortal.jit(add, donate=donate, donate_argnames=("x", "state"))
+        np.testing.assert_array_equal(f(m, x, state=state)[0], [2, 2])
+        np.testing.assert_array_equal(m.bias.value, [3, 3])
+        assert not gone(buffers(m))
+
+
 def test_true_donates_what_is_overwritten_and_returns_no_more() -> None:
     net, x = Net(), jnp.ones((2, 3))
     f = sortal.jit(lambda m, x: m(x), donate=True)

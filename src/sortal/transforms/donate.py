@@ -180,7 +180,13 @@ class Donation:
 
         args = [halve(i, x) for i, x in enumerate(bound.args)]
         kwargs = {k: halve(k, x) for k, x in bound.kwargs.items()}
-        make_distinct(list(lent.values()), (args, kwargs))
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        whole = {k: named.pop(k) for k in self._donated & named.keys()}
+        for k, x in make_distinct(list(lent.values()), whole, named).items():
+            if k in kwargs:
+                kwargs[k] = x
+            else:
+                args[k] = x
         first: Any = list(lent.values())
         if self._mirrored:
             dynamic = enumerate(bound.args)
@@ -280,20 +286,27 @@ def mirror(tree: Any, lent: dict[int, FlatModule]) -> Any:
     )
 
 
-def make_distinct(lent: list[FlatModule], others: Any) -> None:
-    """Copies lent arrays that occur elsewhere in the call, or twice.
+def make_distinct(
+    lent: list[FlatModule], whole: dict[Any, Any], others: dict[Any, Any]
+) -> dict[Any, Any]:
+    """Copies donated arrays that occur elsewhere in the call, or twice.
 
-    One buffer cannot be donated twice, and one that also stays must survive.
+    One buffer cannot be donated twice, and one that also stays must survive. On several
+    devices XLA does not refuse such a call, it ends the process.
 
     Args:
       lent: the FlatModules of lent values, which are changed.
+      whole: arguments that JAX is to donate.
       others: what else is passed to the call.
+
+    Returns:
+      The arguments of ``whole``; none where nothing occurs twice.
     """
     given = [c.values for c in lent]
-    every = jtu.tree_leaves((given, others))
+    every = jtu.tree_leaves((given, list(whole.values()), list(others.values())))
     if len(set(map(id, every))) == len(every):
-        return
-    seen = set(map(id, jtu.tree_leaves(others)))
+        return {}
+    seen = set(map(id, jtu.tree_leaves(list(others.values()))))
 
     def once(value: Any) -> Any:
         if id(value) in seen and isinstance(value, jax.Array):
@@ -303,6 +316,7 @@ def make_distinct(lent: list[FlatModule], others: Any) -> None:
 
     for flat_module in lent:
         flat_module.values = jtu.tree_map(once, flat_module.values)
+    return {k: jtu.tree_map(once, x) for k, x in whole.items()}
 
 
 def with_first(
