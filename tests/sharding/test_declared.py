@@ -137,6 +137,35 @@ def test_a_model_that_is_built_on_a_mesh_is_refused_by_path(verb, make, rules, f
         verb(make, AB, rules=rules)
 
 
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (("no", None), "the mesh has no axis 'no'"),
+        (("a", "a"), "the axis 'a' stands there twice"),
+    ],
+)
+@pytest.mark.parametrize("kind", [AUTO, AxisType.Explicit])
+def test_what_a_compiled_function_writes_is_refused_by_path(kind, names, fault):
+    model = Holder()
+    model.w = nnx.Param(jnp.ones((8, 8)), out_sharding=names, eager_sharding=False)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ShardingError, match=f"w \\(Param\\) \\[8, 8\\]: .*{fault}"),
+    ):
+        nnx.jit(lambda m: m.w.set_value(2 * m.w))(model)
+    assert (model.w.value == 1).all()
+
+
+@pytest.mark.parametrize("kind", [AUTO, AxisType.Explicit])
+def test_a_value_from_outside_of_the_block_is_put_on_its_mesh(kind):
+    value = jnp.ones((8, 8))
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        w = nnx.Param(value, out_sharding=("a", "b"))
+    assert w.value.sharding == NamedSharding(mesh, P("a", "b"))
+
+
 def test_rules_that_are_an_argument_hold_while_the_model_is_built():
     model = sortal.init_sharded(named("x", None), AB, rules=[("x", "a")])
     assert model.kernel.value.sharding.spec == P("a", None)

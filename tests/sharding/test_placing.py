@@ -238,6 +238,52 @@ def test_shard_puts_each_leaf_where_it_belongs_and_keeps_the_numbers():
     same_numbers(model, same)
 
 
+def pieces(*models):
+    """Where the parts of all arrays lie in memory."""
+    arrays = jax.tree.leaves(list(map(sortal.state, models)))
+    shards = [shard for x in arrays for shard in x.addressable_shards]
+    return [shard.data.unsafe_buffer_pointer() for shard in shards]
+
+
+def moved_by_jit(*models):
+    everywhere = NamedSharding(MESH, P())
+    sortal.jit(lambda *models: None, in_shardings=everywhere)(*models)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda a, b: sortal.shard((a, b), MESH),
+        lambda a, b: (sortal.shard(a, MESH), sortal.shard(b, MESH)),
+        moved_by_jit,
+    ],
+    ids=["together", "one by one", "by jit"],
+)
+def test_what_shared_an_array_shares_no_memory_on_a_mesh(move):
+    """Else a call that donates both would end the process, on several devices."""
+    online = sortal.Linear(8, 8, rngs=sortal.Rngs(0))
+    target, first = sortal.clone(online), sortal.clone(online)
+    move(online, target)
+    found = pieces(online, target, first)
+    assert len(set(found)) == len(found)
+
+    @sortal.jit(donate=sortal.Param)
+    def add(a, b):
+        a.kernel[...] = a.kernel + b.kernel
+
+    add(online, target)
+    np.testing.assert_array_equal(online.kernel.value, 2 * first.kernel.value)
+    np.testing.assert_array_equal(target.kernel.value, first.kernel.value)
+
+
+def test_what_lies_where_it_belongs_is_not_copied():
+    model = sortal.shard(Net(), MESH, ROWS)
+    before = [leaf.value for _, leaf in sortal.state(model).flat_state()]
+    sortal.shard(model, MESH, ROWS)
+    after = [leaf.value for _, leaf in sortal.state(model).flat_state()]
+    assert all(x is y for x, y in zip(before, after, strict=True))
+
+
 def test_another_policy_moves_a_model_again():
     model = sortal.shard(Net(), MESH, ROWS)
     columns = {sortal.At("**.kernel"): sortal.Rule(spec=P(None, "d"))}

@@ -149,6 +149,17 @@ def test_a_trainer_that_donates_leaves_the_generator_alone():
         np.testing.assert_array_equal(x, due[path])
 
 
+@pytest.mark.parametrize("there", [TRAINERS, ALL], ids=["fewer", "more"])
+@pytest.mark.parametrize("here", [None, TRAINERS, ALL], ids=["one", "few", "all"])
+def test_arrays_that_are_whole_everywhere_are_copied_too(here, there):
+    source, other = Decoder(1), Decoder(2)
+    if here is not None:
+        sortal.shard(source, here)
+    sortal.shard(other, there)
+    sortal.transfer(source, other)
+    assert not set(buffers(source)) & set(buffers(other))
+
+
 @pytest.mark.parametrize("where", ["uncommitted", "one device", "host"])
 def test_a_model_on_no_mesh_keeps_what_its_values_are(where):
     source, other = trainer(), Decoder(2)

@@ -814,3 +814,48 @@ def test_a_model_that_is_dropped_after_a_call_is_freed_at_once(how: str) -> None
         assert kernel() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("loop", "where"),
+    [
+        (
+            lambda f, m: sortal.fori_loop(0, 2, lambda i, m: f(m), m),
+            "body of fori_loop",
+        ),
+        (lambda f, m: sortal.while_loop(lambda m: False, f, m), "body of while_loop"),
+        (
+            lambda f, m: sortal.scan(
+                lambda m, x: (f(m), x),
+                in_axes=(sortal.Carry, 0),
+                out_axes=(sortal.Carry, 0),
+            )(m, jnp.ones(2)),
+            "step of scan",
+        ),
+    ],
+    ids=["fori", "while", "scan"],
+)
+def test_a_step_that_moves_an_array_on_an_explicit_mesh_is_told_by_path(
+    loop: Any, where: str
+) -> None:
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+
+    def step(m: Any) -> Any:
+        m.w[...] = jax.sharding.reshard(m.w[...], jax.P("a"))
+        return m
+
+    with jax.set_mesh(mesh):
+        m = Holder(w=Param(jnp.ones((8, 4))))
+        with pytest.raises(LoopError) as e:
+            loop(step, m)
+        assert str(e.value).startswith(
+            f"the {where} must keep where on the mesh lies what it hands on; it "
+            "changed:\n"
+            "  w (Param): float32[8,4], P(None, None) -> P('a', None)\n"
+            "Put it there before the loop, or write jax.sharding.reshard(x, spec) with "
+            "the spec that it has."
+        )
+        m.w.value = jax.sharding.reshard(m.w.value, jax.P("a"))
+        loop(step, m)
+        assert m.w.value.sharding.spec == jax.P("a", None)

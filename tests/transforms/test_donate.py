@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import sortal
 from models import Count, Holder, Linear, Net, Norm, has_tracer, portrait
 from sortal import At, BatchStat, Cache, Dtyped, OptState, Param, Variable
-from sortal.errors import FilterError, StaleBufferError
+from sortal.errors import FilterError, StaleBufferError, TraceError
 
 
 def buffers(m: Any) -> dict[str, jax.Array]:
@@ -257,6 +257,21 @@ def test_a_buffer_that_also_stays_survives(donate: Any) -> None:
 
 
 # ----------------------------------------------------------------------- overwritten
+def test_an_array_that_is_donated_and_in_a_model_too_is_copied() -> None:
+    def add(m: Any, x: Any, *, state: Any) -> Any:
+        m.bias[...] = m.bias + x + state["bias"][...]
+        return x * 2, state
+
+    m = Linear(2, 2)
+    for donate in (None, True, Param):
+        m.bias.value = jnp.ones(2)
+        x, state = m.bias.value, sortal.state(m)
+        f = sortal.jit(add, donate=donate, donate_argnames=("x", "state"))
+        np.testing.assert_array_equal(f(m, x, state=state)[0], [2, 2])
+        np.testing.assert_array_equal(m.bias.value, [3, 3])
+        assert not gone(buffers(m))
+
+
 def test_true_donates_what_is_overwritten_and_returns_no_more() -> None:
     net, x = Net(), jnp.ones((2, 3))
     f = sortal.jit(lambda m, x: m(x), donate=True)
@@ -476,6 +491,72 @@ def test_a_call_that_is_differentiated_gives_no_buffer_away(options: Any) -> Non
         assert jnp.allclose(grads["scale"].value, slope, atol=1e-5)
 
 
+GIVEN = [{"donate_argnums": 0}, {"donate": Param}, {"donate": True}]
+
+
+def read(m: Any, x: Any) -> Any:
+    return (x * m.kernel).sum() + m.bias.sum()
+
+
+def write(m: Any, x: Any) -> Any:
+    m.bias[...] = m.bias + 1
+    return read(m, x)
+
+
+@pytest.mark.parametrize("options", GIVEN)
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda f, m, x: jax.vmap(lambda x: f(m, x))(x),
+        lambda f, m, x: jax.grad(lambda x: f(m, x))(x),
+        lambda f, m, x: jax.jvp(lambda x: f(m, x), (x,), (x,)),
+        lambda f, m, x: jax.jit(lambda x: f(m, x))(x),
+        lambda f, m, x: sortal.grad(f, argnums=1)(m, x),
+    ],
+    ids=["vmap", "grad", "jvp", "jit", "as an argument"],
+)
+def test_inside_another_transform_a_model_keeps_its_buffers(
+    within: Any, options: Any
+) -> None:
+    """JAX donates there too, though no write comes back, or it returns what is gone."""
+    m, x = Linear(2, 2), jnp.ones((2, 2))
+    old = buffers(m)
+    found = within(sortal.jit(read, **options), m, x)
+    assert not gone(old | buffers(m))
+    expected = within(read, Linear(2, 2), x)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
+
+    m = Linear(2, 2)
+    old = buffers(m)
+    try:
+        within(sortal.jit(write, **options), m, x)
+    except TraceError:
+        assert all(buffers(m)[path] is x for path, x in old.items())
+    assert not gone(old | buffers(m))
+
+
+def test_inside_another_transform_a_filter_that_takes_nothing_is_refused() -> None:
+    m, f = Linear(1, 1), sortal.jit(read, donate=Cache)
+    with pytest.raises(FilterError, match="takes no leaf"):
+        jax.vmap(lambda x: f(m, x))(jnp.ones((1, 1, 1)))
+
+
+def test_calls_inside_of_another_transform_are_no_retrace_of_those_outside() -> None:
+    m, x = Linear(2, 2), jnp.ones((2, 2))
+    f = sortal.jit(read, donate=Param, on_retrace="raise")
+    for _ in range(2):
+        f(m, x)
+        jax.grad(lambda x: f(m, x))(x)
+
+
+def test_a_compiled_program_gives_nothing_away_that_it_cannot_write() -> None:
+    m, x = Linear(2, 2), jnp.ones((2, 2))
+    program = sortal.jit(write, donate=Param).lower(m, x).compile()
+    with pytest.raises(TraceError, match=r"bias \(Param\)"):
+        jax.vmap(lambda _: program(m, x))(x)
+    assert not gone(buffers(m))
+
+
 def test_an_error_of_the_donated_call_itself_is_not_told_as_a_stale_buffer() -> None:
     def fail(_: Any) -> Any:
         raise RuntimeError("the disk is full")
@@ -489,6 +570,54 @@ def test_an_error_of_the_donated_call_itself_is_not_told_as_a_stale_buffer() -> 
         sortal.jit(f, donate=True)(m)
     with pytest.raises(StaleBufferError, match=r"m: bias \(Param\)"):
         sortal.jit(f, donate=True)(m)
+
+
+LOST = (
+    "the call failed, and left no values where buffers were donated:\n"
+    "  m: bias (Param): float32[1]\n"
+    "  x: float32[2]\n"
+    "Restore these, or call without donation what may fail."
+)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_call_that_fails_when_it_runs_says_what_is_lost(ahead: bool) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("the disk is full")
+
+    def f(m: Any, x: Any) -> Any:
+        found = jax.pure_callback(fail, jax.ShapeDtypeStruct((), "float32"), m.bias)
+        m.bias[...] = m.bias + found
+        return x + 1
+
+    m, x = Linear(1, 1), jnp.ones(2)
+    call: Any = sortal.jit(f, donate=True, donate_argnames="x")
+    if ahead:
+        call = call.lower(m, x=x).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the disk is full") as e:
+        call(m, x=x)
+    assert LOST in e.value.__notes__
+    assert gone(buffers(m)) == {"bias"}
+
+
+def test_a_nan_that_is_found_after_a_call_says_what_is_lost() -> None:
+    def f(m: Any, x: Any) -> None:
+        m.bias[...] = m.bias + jnp.log(x)
+
+    m, call = Linear(1, 1), sortal.jit(f, donate=True)
+    call(m, 1.0)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as e:
+        call(m, -1.0)
+    assert LOST.replace("  x: float32[2]\n", "") in e.value.__notes__
+
+
+def test_a_call_that_fails_before_it_runs_has_lost_nothing() -> None:
+    def f(m: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as e:
+        sortal.jit(f, donate=Param)(Linear(1, 1))
+    assert not any("donated" in note for note in e.value.__notes__)
 
 
 @pytest.mark.parametrize(

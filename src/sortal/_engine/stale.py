@@ -39,7 +39,7 @@ def any_gone(values: Sequence[Any]) -> bool:
         return any(map(is_gone, values))
 
 
-def refuse_leaves(rows: Sequence[str], cause: Exception | None = None) -> None:
+def refuse_leaves(rows: Sequence[str], cause: BaseException | None = None) -> None:
     """Raises the error that lists leaves whose buffers are gone, if there are any."""
     if not rows:
         return

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sortal._engine.jax_compat import ArrayImpl, outside_traces
 from sortal._engine.statics import PLACEMENT
 from sortal.errors import ArgumentError, listing
 
@@ -138,18 +140,19 @@ def own_spec(metadata: Mapping[str, Any]) -> Any:
     return spec_of(names, metadata.get("sharding_rules") or ())
 
 
-def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
-    """The sharding that a leaf is to keep when a compiled function writes it.
+def declared(kind: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """The mesh and the spec that a leaf is to keep when a compiled function writes it.
 
     It is where ``shard`` put the leaf, or else what its metadata or kind declares, on
     the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh,
-    and for parts of leaves inside of ``mapped_over(True)``.
+    and for parts of leaves inside of ``mapped_over(True)``. Whether the mesh has the
+    spec's axes is not looked at.
     """
     if _mapped.value:
         return None
     put_there = metadata.get(PLACEMENT)
     if put_there is not None:
-        return NamedSharding(put_there.mesh, short(put_there.spec))
+        return put_there.mesh, short(put_there.spec)
     spec = own_spec(metadata)
     if spec is None:
         spec = getattr(kind, "options", {}).get("spec")
@@ -158,8 +161,13 @@ def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding |
         return None
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
-    on_it: Any = getattr(spec, "spec", spec)
-    return None if mesh.empty else NamedSharding(mesh, on_it)
+    return None if mesh.empty else (mesh, getattr(spec, "spec", spec))
+
+
+def declared_sharding(kind: Any, metadata: Mapping[str, Any]) -> NamedSharding | None:
+    """The sharding that is made of what a leaf has ``declared``."""
+    found = declared(kind, metadata)
+    return found and NamedSharding(*found)
 
 
 def short(spec: Any) -> PartitionSpec:
@@ -176,6 +184,38 @@ def put(value: Any, sharding: NamedSharding) -> Any:
     if mesh.are_all_axes_explicit:
         return jax.sharding.reshard(value, sharding)
     return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def put_apart(
+    values: Sequence[Any], shardings: Sequence[Any], stays: Any = False
+) -> list[Any]:
+    """Copies of values elsewhere, which share no memory with them.
+
+    An array that shares a buffer is deleted with the one that a call donates; and a
+    call on several devices that donates one buffer twice ends the process.
+
+    Args:
+      values: arrays, or small pytrees of them.
+      shardings: one for each.
+      stays: which of them are not copied, for they are there.
+
+    Returns:
+      The copies.
+    """
+    pairs = zip(values, shardings, strict=True)
+    apart = [jax.tree.map(lambda x, s=s: _apart(x, s), value) for value, s in pairs]
+    return jax.device_put(apart, list(shardings), may_alias=stays)
+
+
+def _apart(x: Any, sharding: Any) -> Any:
+    """A copy where `may_alias` makes none: of what comes to more or fewer devices."""
+    if not isinstance(x, ArrayImpl):
+        return x
+    here, there = x.sharding.device_set, sharding.device_set
+    if here == there or here.isdisjoint(there):
+        return x
+    same = x.sharding.shard_shape(x.shape) == sharding.shard_shape(x.shape)
+    return jnp.copy(x) if same else x
 
 
 def _on_mesh(name: Any, rules: Mapping[str, Any]) -> Any:
@@ -234,7 +274,9 @@ def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
     if isinstance(names, Format):
         return jax.lax.with_sharding_constraint(value, names)
     mesh: Any = metadata.get("mesh") or getattr(names, "mesh", None)
-    if mesh is None:
+    if mesh is None and outside_traces():
+        mesh = jax.sharding.get_mesh()  # with devices, to which JAX moves any value
+    if mesh is None or mesh.empty:
         mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _concrete(value):
         return value

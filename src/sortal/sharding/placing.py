@@ -19,7 +19,7 @@ from sortal._engine.variable import check_writable, describe
 from sortal.errors import ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import in_mapped, put, use_eager_sharding
+from sortal.sharding.mesh_axes import in_mapped, put, put_apart, use_eager_sharding
 from sortal.sharding.resolution import (
     UNRULED,
     Resolved,
@@ -217,7 +217,7 @@ def shard(
 
 
 def _placed(values: Sequence[Any], shardings: list[NamedSharding]) -> list[Any]:
-    """The values where they belong.
+    """The values where they belong; what lies there already is not copied.
 
     Across processes JAX places NumPy's arrays, and refuses those that differ between
     processes. It refuses keys, though, and what it makes of a process's own array
@@ -225,9 +225,14 @@ def _placed(values: Sequence[Any], shardings: list[NamedSharding]) -> list[Any]:
     """
     given = list(values)
     if all(s.is_fully_addressable for s in shardings):
-        return jax.device_put(given, shardings)
+        stays = [_lies_at(x, s) for x, s in zip(given, shardings, strict=True)]
+        return put_apart(given, shardings, stays)
     placed = jax.device_put(jax.tree.map(_on_host, given), shardings)
     return jax.tree.map(_as_keys, placed, given)
+
+
+def _lies_at(x: Any, sharding: NamedSharding) -> bool:
+    return isinstance(x, jax.Array) and x.committed and x.sharding == sharding
 
 
 def _on_host(x: Any) -> Any:

@@ -18,6 +18,7 @@ from sortal._engine.schema import kind_name, select
 from sortal._engine.variable import Param
 from sortal.errors import FilterError, TraceError, UpdateError, listing
 from sortal.filters import to_filter
+from sortal.sharding.mesh_axes import put_apart
 
 
 class Transferred(NamedTuple):
@@ -176,13 +177,8 @@ def _copied(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     # Only words of keys have all that an array has.
     whole = [(_words(x), _words(y)) for x, y in zip(values, like, strict=True)]
     moving = [(x, y) for x, y in whole if isinstance(y, jax.Array)]
-    # An array that shares a buffer is deleted with the one that a call donates.
     placed = iter(
-        jax.device_put(
-            [_unshared(x) for x, _ in moving],
-            [y.sharding for _, y in moving],
-            may_alias=False,
-        )
+        put_apart([_unshared(x) for x, _ in moving], [y.sharding for _, y in moving])
     )
     new: list[Any] = [
         _as(next(placed), y) if isinstance(y, jax.Array) else np.array(x)

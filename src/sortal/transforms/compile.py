@@ -28,11 +28,13 @@ from sortal.transforms._adapter.tracing import (
 )
 from sortal.transforms.ahead import Lowered
 from sortal.transforms.donate import Donation, rejoin, with_first
-from sortal.transforms.refusals import explain_failure, refuse_stale
+from sortal.transforms.refusals import explain_failure, note_lost, refuse_stale
 from sortal.transforms.retrace import History
 from sortal.transforms.shardings import Sharded, as_declared
 
 _OF_JAX = frozenset(inspect.signature(jax.jit).parameters)
+_OF_ARGUMENTS = (TypeError, ValueError)
+"""What JAX raises where it refuses arguments for what they are."""
 _WAYS = ("in", "out")
 
 
@@ -64,8 +66,11 @@ class Jitted:
             mirrored = isinstance(options.get("in_shardings"), (tuple, list))
             self._donation = Donation(self._fn, donate, donated, self._static, mirrored)
         kept = {k: x for k, x in options.items() if not k.startswith("donate")}
-        traced = _traced(self._fn, self._history)
-        self._plain: Any = _compiled(traced, kept)
+        self._inner = self._history
+        if self._donation is not None:
+            # Inside of other transforms it is another program, so this is no retrace.
+            self._inner = History(self._fn, self._static, on_retrace)
+        self._plain: Any = _compiled(_traced(self._fn, self._inner), kept)
         self._jit = self._plain
         if self._donation is not None:
             traced = _donating(self._fn, self._history)
@@ -83,12 +88,15 @@ class Jitted:
         bound = BoundArguments((*first, *args) if first else args, kwargs, self._static)
         given, named, call = bound.args, bound.kwargs, self._plain
         try:
-            if donation is not None and not donation.is_differentiated(bound):
-                given, named = donation.lend(bound, donation.find)
+            if donation is not None and donation.acts(bound):
+                given, named = donation.lend(bound)
                 call = self._jit
             result = call(*given, **named)
-        except (RuntimeError, TypeError, ValueError) as e:
-            explain_failure(self._fn, bound, self._static, e)
+        except BaseException as e:
+            if isinstance(e, (RuntimeError, *_OF_ARGUMENTS)):
+                explain_failure(self._fn, bound, self._static, e)
+            if donation is not None:
+                note_lost(self._fn, bound, e)
             raise
         out = write_back(bound, result)
         if type(call) is Sharded:
@@ -103,7 +111,7 @@ class Jitted:
         bound = BoundArguments((*self._first, *args), kwargs, self._static)
         if self._donation is None:
             return function(*bound.args, **bound.kwargs)
-        args, kwargs = self._donation.lend(bound, self._donation.find.eval_shape)
+        args, kwargs = self._donation.lend(bound, runs=False)
         return function(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -132,15 +140,16 @@ class Jitted:
         lent: list[Any] = []
         given, kwargs = bound.args, bound.kwargs
         if self._donation is not None:
-            (first, *given), kwargs = self._donation.lend(bound, self._donation.find)
+            (first, *given), kwargs = self._donation.lend(bound)
             lent = [first]
         dynamic = [x for i, x in enumerate(given) if i not in self._static]
         kwargs = {k: x for k, x in kwargs.items() if k not in self._static}
         try:
             result = program(*lent, *dynamic, **kwargs)
-        except (RuntimeError, TypeError, ValueError) as e:
+        except BaseException as e:
             refuse_stale(self._fn, bound, e)
-            if isinstance(e, RuntimeError) or "transformations" in str(e):
+            note_lost(self._fn, bound, e)
+            if not isinstance(e, _OF_ARGUMENTS) or "transformations" in str(e):
                 raise
             said, *rows = (x.strip(" *") for x in str(e).strip().splitlines())
             rows = [
@@ -173,6 +182,7 @@ class Jitted:
         self._jit.clear_cache()
         self._plain.clear_cache()
         self._history.forget()
+        self._inner.forget()
         if self._donation is not None:
             self._donation.forget()
 
@@ -287,8 +297,8 @@ def jit(
         it takes, of all Modules and Variables among the arguments, give their buffers
         to the call and get new ones back. True
         donates the leaves that the function overwrites; to find them, the first call
-        of a structure traces twice. Where the call is being differentiated by a leaf
-        that a filter takes, nothing is donated.
+        of a structure traces twice. Inside of another transform no Module or Variable
+        gives anything away.
       on_retrace: ``"warn"`` gives a RetraceWarning and ``"raise"`` a RetraceError, with
         the text of ``explain_retrace``, whenever it is traced again.
       **options: all of ``jax.jit``'s: ``static_argnums``, ``static_argnames``,

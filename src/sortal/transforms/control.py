@@ -428,7 +428,7 @@ class _Branches:
                 (self.operands.describe(k), self.operands.values[k], new)
                 for k, new in zip(result.effects.written, result.values, strict=True)
             ]
-            check_types(where, rows)
+            check_types(where, rows, stays=False)
         first = self.seen[0]
         for where, result in zip(self.where[1:], self.seen[1:], strict=True):
             same = jax.tree.structure(result.out) == jax.tree.structure(first.out)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.core import Tracer
 
 from sortal._engine.jax_compat import outside_traces
 from sortal._engine.leaves import picker
 from sortal._engine.paths import Path
 from sortal._engine.schema import Kind
 from sortal._engine.stale import note_donor
+from sortal._engine.variable import check_writable
 from sortal.errors import FilterError, listing
 from sortal.filters import Filter, leaf_filter
 from sortal.policy.policy import Policy
@@ -117,21 +117,17 @@ class Donation:
         It runs an empty program, which JAX keeps by all that could change the answer.
         """
 
-    def is_differentiated(self, bound: BoundArguments) -> bool:
-        """Whether a leaf that a filter or position donates is traced.
+    def acts(self, bound: BoundArguments) -> bool:
+        """Whether a call gives buffers away; inside of another transform none does.
 
-        Its value may be one that somebody outside differentiates by, who keeps it;
-        JAX would give its buffer away all the same.
+        JAX would, of a model that is there as it is outside. But what was returned in
+        their place may not be written to that model, or is needed for a derivative.
         """
-        if self._overwritten or not bound.roots or outside_traces():
-            return False
-        traced = [
-            k
-            for c in bound.flat_modules
-            for k, value in zip(c.definition.leaves, c.values, strict=True)
-            if isinstance(value, Tracer)
-        ]
-        return bool(traced) and not self._chosen(bound, self.find).isdisjoint(traced)
+        if outside_traces() or not bound.roots:
+            return True
+        if self.filter is not None:
+            self._chosen(bound)  # refuses a filter that takes nothing
+        return False
 
     def forget(self) -> None:
         """Forgets what was found out by tracing."""
@@ -145,19 +141,20 @@ class Donation:
                     yield from find_flat_modules(x)
 
     def lend(
-        self, bound: BoundArguments, find: Callable[..., Overwritten]
+        self, bound: BoundArguments, *, runs: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with what is donated taken out, and put into a first one.
 
         Args:
           bound: the arguments.
-          find: ``self.find``, or its ``eval_shape`` where arguments may be abstract.
+          runs: whether they are for a call; if not, they may be abstract.
 
         Returns:
           Positional and keyword arguments.
 
         Raises:
           FilterError: the filter takes no leaf.
+          TraceError: what is returned for a leaf could not be written to it.
         """
         lent: dict[int, FlatModule] = {}
         kept: dict[int, FlatModule] = {}
@@ -166,7 +163,9 @@ class Donation:
                 f"donate={self.filter!r}: there is no Module or Variable among the "
                 "arguments. Arrays are donated with donate_argnums."
             )
-        chosen = self._chosen(bound, find) if bound.roots else frozenset()
+        chosen = self._chosen(bound, runs) if bound.roots else frozenset()
+        if runs and not all(plan.leaves.ours() for plan in bound.plans):
+            check_writable(map(bound.live_leaf, chosen))
         parts = division(bound.alias_map, chosen) if bound.roots else []
         for i, part in enumerate(parts):
             if part is not None:
@@ -181,19 +180,26 @@ class Donation:
 
         args = [halve(i, x) for i, x in enumerate(bound.args)]
         kwargs = {k: halve(k, x) for k, x in bound.kwargs.items()}
-        make_distinct(list(lent.values()), (args, kwargs))
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        whole = {k: named.pop(k) for k in self._donated & named.keys()}
+        for k, x in make_distinct(list(lent.values()), whole, named).items():
+            if k in kwargs:
+                kwargs[k] = x
+            else:
+                args[k] = x
         first: Any = list(lent.values())
         if self._mirrored:
             dynamic = enumerate(bound.args)
             first = tuple(mirror(x, lent) for i, x in dynamic if i not in self._static)
         return (first, *args), kwargs
 
-    def _chosen(self, bound: BoundArguments, find: Any) -> frozenset[int]:
+    def _chosen(self, bound: BoundArguments, runs: bool = True) -> frozenset[int]:
         """Numbers of the leaves to donate."""
         roots = self._whole(bound.args, bound.kwargs)
         whole = frozenset(c.definition.number for c in roots)
         graphdef = bound.alias_map.graphdef
         if self._overwritten:
+            find = self.find if runs else self.find.eval_shape
             taken = find(*bound.args, **bound.kwargs).leaves
             return taken.union(*(bound.alias_map.definitions[i].leaves for i in whole))
         if self.filter is None or self.filter.structural:
@@ -280,20 +286,27 @@ def mirror(tree: Any, lent: dict[int, FlatModule]) -> Any:
     )
 
 
-def make_distinct(lent: list[FlatModule], others: Any) -> None:
-    """Copies lent arrays that occur elsewhere in the call, or twice.
+def make_distinct(
+    lent: list[FlatModule], whole: dict[Any, Any], others: dict[Any, Any]
+) -> dict[Any, Any]:
+    """Copies donated arrays that occur elsewhere in the call, or twice.
 
-    One buffer cannot be donated twice, and one that also stays must survive.
+    One buffer cannot be donated twice, and one that also stays must survive. On several
+    devices XLA does not refuse such a call, it ends the process.
 
     Args:
       lent: the FlatModules of lent values, which are changed.
+      whole: arguments that JAX is to donate.
       others: what else is passed to the call.
+
+    Returns:
+      The arguments of ``whole``; none where nothing occurs twice.
     """
     given = [c.values for c in lent]
-    every = jtu.tree_leaves((given, others))
+    every = jtu.tree_leaves((given, list(whole.values()), list(others.values())))
     if len(set(map(id, every))) == len(every):
-        return
-    seen = set(map(id, jtu.tree_leaves(others)))
+        return {}
+    seen = set(map(id, jtu.tree_leaves(list(others.values()))))
 
     def once(value: Any) -> Any:
         if id(value) in seen and isinstance(value, jax.Array):
@@ -303,6 +316,7 @@ def make_distinct(lent: list[FlatModule], others: Any) -> None:
 
     for flat_module in lent:
         flat_module.values = jtu.tree_map(once, flat_module.values)
+    return {k: jtu.tree_map(once, x) for k, x in whole.items()}
 
 
 def with_first(

@@ -48,7 +48,7 @@ def explain_failure(
     refuse_devices(fn, bound, static, cause)
 
 
-def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
+def refuse_stale(fn: Any, bound: BoundArguments, cause: BaseException) -> None:
     """Says which leaves hold buffers that are gone, where that is why JAX refused.
 
     After any other error in a call that donates, its own buffers are gone too.
@@ -64,13 +64,33 @@ def refuse_stale(fn: Any, bound: BoundArguments, cause: Exception) -> None:
     said = str(cause).partition("\n")[0]  # tracebacks of callbacks may follow
     if "deleted" not in said and "donat" not in said.lower():
         return
-    rows = [
+    refuse_leaves(_gone(fn, bound), cause)
+
+
+def note_lost(fn: Any, bound: BoundArguments, failure: BaseException) -> None:
+    """Adds to what a call that donates has raised which arrays are gone with it.
+
+    Args:
+      fn: the user's function.
+      bound: the arguments of the call.
+      failure: what it raised.
+    """
+    rows = _gone(fn, bound)
+    if rows:
+        failure.add_note(
+            "the call failed, and left no values where buffers were donated:\n"
+            f"{listing(rows)}\nRestore these, or call without donation what may fail."
+        )
+
+
+def _gone(fn: Any, bound: BoundArguments) -> list[str]:
+    """The arrays of a call whose buffers are gone, by argument, path and kind."""
+    return [
         f"{where}: {describe(value)}"
         for _, name, x in named_arguments(fn, bound)
         for where, value in _arrays(name, x)
         if is_gone(value)
     ]
-    refuse_leaves(rows, cause)
 
 
 def _arrays(name: str, argument: Any) -> Iterator[tuple[str, Any]]:

@@ -176,7 +176,8 @@ def explain_retrace(f: Any) -> RetraceReport:
     static, kind, shape or dtype of which path changed, which node was added or
     removed, which other argument has another shape, dtype, static value or structure.
     The last 16 compiles are kept. Those that JAX makes without tracing anew, such as
-    for another device, are not seen.
+    for another device, are not seen, nor those of a function that donates inside of
+    other transforms.
 
     Args:
       f: what ``jit`` returned.

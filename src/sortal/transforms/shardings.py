@@ -19,7 +19,7 @@ from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import describe
 from sortal.errors import AxisError, PolicyError, ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import declared_sharding, in_force, put
+from sortal.sharding.mesh_axes import declared, in_force, put, put_apart
 from sortal.sharding.resolution import (
     check_specs,
     placement,
@@ -83,32 +83,31 @@ def declares(given: Any) -> bool:
 
 
 def _declared(schema: Schema) -> list[Any]:
-    """The declared sharding of each leaf.
+    """The declared mesh and spec of each leaf.
 
-    It follows from the leaves, the mesh and the settings in force, by which it is kept.
+    They follow from the leaves, the mesh and the settings in force, by which they are
+    kept.
     """
     key = "declared", jax.sharding.get_abstract_mesh(), in_force()
-    return schema.memo(
-        key, lambda: list(map(declared_sharding, schema.kinds, schema.metadata))
-    )
+    return schema.memo(key, lambda: list(map(declared, schema.kinds, schema.metadata)))
 
 
 def _as_declared(schema: Schema, values: Sequence[Any]) -> list[Any]:
     found = list(_declared(schema))
-    for i, (x, sharding) in enumerate(zip(values, found, strict=True)):
-        if sharding is not None:
+    for i, (x, given) in enumerate(zip(values, found, strict=True)):
+        if given is not None:
             n = min((jnp.ndim(a) for a in jax.tree.leaves(x)), default=0)
             part = PLACEMENT in schema.metadata[i] and not placement(
                 x, schema.metadata[i]
             )
-            found[i] = None if part or n < len(sharding.spec) else sharding
-    meshes = {sharding.mesh for sharding in found if sharding is not None}
-    for mesh in meshes:
-        mine = [s.spec if s is not None and s.mesh == mesh else None for s in found]
+            found[i] = None if part or n < len(given[1]) else given
+    for mesh in {given[0] for given in found if given is not None}:
+        mine = [x[1] if x is not None and x[0] == mesh else None for x in found]
         check_specs(schema, values, mine, mesh)
+    made = [None if given is None else NamedSharding(*given) for given in found]
     return [
         x if sharding is None else jax.tree.map(lambda a, s=sharding: put(a, s), x)
-        for x, sharding in zip(values, found, strict=True)
+        for x, sharding in zip(values, made, strict=True)
     ]
 
 
@@ -285,7 +284,7 @@ class _Answers:
 
     def place(self, bound: BoundArguments, effects: Effects) -> None:
         """Leaves live Variables that were only read where the program had them."""
-        moved = {}
+        where = {}
         graphdef = bound.alias_map.graphdef
         fixed = rigid_leaves(graphdef).union(effects.written)
         if effects.edits is not None:  # something else may be where an array was
@@ -297,10 +296,12 @@ class _Answers:
             x, there = bound.live_leaf(k)._value, _on_mesh(answer)
             free = isinstance(x, jax.Array) and not isinstance(x, Tracer)
             if free and there not in (None, x.sharding) and not x.is_deleted():
-                moved[k] = jax.device_put(x, there)
-        if moved:
-            effects = Effects(tuple(moved), (), None)
-            write_back(bound, Result(effects, (None, [*moved.values()], [])))
+                where[k] = there
+        if where:
+            values = [bound.live_leaf(k)._value for k in where]
+            moved = put_apart(values, list(where.values()))
+            effects = Effects(tuple(where), (), None)
+            write_back(bound, Result(effects, (None, moved, [])))
 
     def _subtree(self, given: Any, subtree: Any) -> Any:
         def leaf(x: Any) -> Any:

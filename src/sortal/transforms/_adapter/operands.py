@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -232,12 +232,15 @@ def moved(operands: Operands, effects: Effects, *, new: bool = True) -> list[str
     return rows
 
 
-def check_types(where: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
+def check_types(
+    where: str, rows: Sequence[tuple[str, Any, Any]], *, stays: bool = True
+) -> None:
     """Refuses values of another structure, shape or dtype than before.
 
     Args:
       where: which step or branch, for the message.
       rows: for each value what it is called, the old and the new one.
+      stays: whether on an explicit mesh each must lie where it lay, as in loops.
 
     Raises:
       LoopError: some differ; all are listed.
@@ -253,15 +256,29 @@ def check_types(where: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
             f"{listing(bad)}\nCast or reshape what is written, as in "
             "variable[...] = x.astype(variable.dtype)."
         )
+    moved = [
+        f"{name}: {describe(a)}, {a.sharding.spec} -> {b.sharding.spec}"
+        for name, old, new in rows
+        for a, b in _types(old, new)
+        if a.sharding.spec != b.sharding.spec and a.sharding.mesh == b.sharding.mesh
+    ]
+    if moved and stays:
+        raise LoopError(
+            f"{where} must keep where on the mesh lies what it hands on; it changed:\n"
+            f"{listing(moved)}\nPut it there before the loop, or write "
+            "jax.sharding.reshard(x, spec) with the spec that it has."
+        )
+
+
+def _types(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
+    leaves = (map(jax.typeof, jax.tree.leaves(x)) for x in (old, new))
+    return zip(*leaves, strict=True)
 
 
 def _alike(old: Any, new: Any) -> bool:
-    olds, before = jax.tree.flatten(old)
-    news, after = jax.tree.flatten(new)
-    if before != after:
+    if jax.tree.structure(old) != jax.tree.structure(new):
         return False
-    types = zip(map(jax.typeof, olds), map(jax.typeof, news), strict=True)
-    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in types)
+    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in _types(old, new))
 
 
 def _shown(value: Any) -> str:
