@@ -12,6 +12,7 @@ from jax.core import Tracer
 from sortal._engine.leaves import store_all
 from sortal._engine.marks import static
 from sortal._engine.plan import bind
+from sortal._engine.promotion import mixing, wide
 from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
 from sortal._engine.variable import describe
@@ -108,6 +109,7 @@ class EMA(Pytree):
                 means[i] = mean
         decay = self.decay
 
+        @mixing
         def average(old: Any, new: Any) -> Any:
             mean = decay * old + (1.0 - decay) * jnp.asarray(new, old.dtype)
             return mean if mean.dtype == old.dtype else mean.astype(old.dtype)
@@ -187,7 +189,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _widened(x: Any) -> Any:
-    return jnp.asarray(x, jnp.promote_types(dtype(x), jnp.float32))
+    return jnp.asarray(x, wide(dtype(x)))
 
 
 def _rounded(mean: Any, old: Any) -> Any:
