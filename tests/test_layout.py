@@ -32,6 +32,7 @@ ORDER = (
     "sortal._late",
     "sortal._nnx_names",
     "sortal._engine.host",
+    "sortal._engine.promotion",
     "sortal._engine.jax_compat",
     "sortal._engine.bounded",
     "sortal._engine.tables",

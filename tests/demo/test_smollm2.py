@@ -50,8 +50,9 @@ def tensors(rng, tied):
     return {n: rng.normal(size=s).astype(np.float32) for n, s in found.items()}
 
 
-def write(path, arrays, architecture="llama"):
-    writer = gguf.GGUFWriter(path, architecture)
+def write(path, arrays, architecture="llama", *, big=False, quantised=True):
+    order = gguf.GGUFEndian.BIG if big else gguf.GGUFEndian.LITTLE
+    writer = gguf.GGUFWriter(path, architecture, endianess=order)
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(FEATURES)
@@ -67,11 +68,11 @@ def write(path, arrays, architecture="llama"):
     writer.add_token_types([3, 1, 1, 1, 1, 1])
     writer.add_eos_token_id(0)
     for name, array in arrays.items():
-        if name == "blk.0.ffn_up.weight":  # one of them quantised
+        if name == "blk.0.ffn_up.weight" and quantised:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(name, array)
+            writer.add_tensor(name, array.copy())  # swapped in place
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -101,6 +102,22 @@ def test_each_tensor_comes_to_its_place(tmp_path) -> None:
     assert tokenizer.encode("ab1<|im_end|> a") == [3, 5, 0, 4, 1]
     assert tokenizer.decode([3, 5, -1, 0, 4, 1]) == "ab1 a"
     assert tokenizer.stop == (0,)
+
+
+def test_big_endian_numbers_are_read_as_those_numbers(tmp_path) -> None:
+    arrays = tensors(np.random.default_rng(0), tied=True)
+    small, big = (
+        smollm2.load(
+            write(tmp_path / f"{order}.gguf", arrays, big=order, quantised=False)
+        )[0]
+        for order in (False, True)
+    )
+    for a, b in zip(
+        *(jax.tree.leaves(nnx.state(m)) for m in (small, big)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ArgumentError, match=r"(?s)big-endian.*ffn_up.weight: q8_0"):
+        smollm2.load(write(tmp_path / "c.gguf", arrays, big=True))
 
 
 def test_what_is_no_llama_or_not_whole_is_refused(tmp_path) -> None:

@@ -168,7 +168,7 @@ def _decoded(x: Any) -> Any:
 
 
 def _causal(x: Any) -> Any:
-    heads, mask = x[:, :, None], jnp.ones((2, 1, 3, 3), bool)
+    heads, mask = x[:, :, None], jnp.ones((3, 3), bool)
     return nnx.dot_product_attention_weights(heads, heads, mask=mask, is_causal=True)
 
 
@@ -192,3 +192,83 @@ def test_no_layer_leaves_it_to_jax_to_add_axes(call: Any) -> None:
     with jax.numpy_rank_promotion("raise"):
         strict = call(x)
     np.testing.assert_array_equal(strict, call(x))
+
+
+_SEEN = jnp.array([True, False, True])
+
+
+def _of(name: str, *args: Any, **options: Any) -> Any:
+    return getattr(nnx, name)(*args, rngs=nnx.Rngs(0), **options)
+
+
+def _half(name: str, *args: Any, **options: Any) -> Any:
+    return _of(name, *args, param_dtype=jnp.bfloat16, **options)
+
+
+def _recurrent(cell: Any, **options: Any) -> Any:
+    return nnx.RNN(cell, reverse=True, keep_order=True, **options)
+
+
+def _averaged(x: Any) -> Any:
+    metrics = nnx.metrics.Average(), nnx.metrics.Welford()
+    for metric in metrics:
+        metric.update(values=x)
+    metrics[0].update(values=x, mask=_SEEN[:, None])
+    return metrics[0].compute(), metrics[1].compute()
+
+
+def _right(x: Any) -> Any:
+    accuracy = nnx.metrics.Accuracy()
+    accuracy.update(logits=x, labels=jnp.zeros((2, 3), jnp.int32))
+    return accuracy.compute()
+
+
+def _moving(x: Any) -> Any:
+    model = _half("Linear", 4, 4)
+    ema = nnx.EMA(model, jnp.float32(0.5))
+    ema.update(model)
+    return ema.apply_to(model)(x)
+
+
+_OF_ONE_DTYPE: list[Any] = [
+    lambda x: _of("BatchNorm", 4)(x, mask=_SEEN[:, None]),
+    lambda x: _of("RMSNorm", 4)(x, mask=_SEEN[:, None]),
+    lambda x: nnx.RoPE()(x, jnp.array([0, 2, 1])),
+    lambda x: _recurrent(_of("GRUCell", 4, 4))(x, seq_lengths=jnp.array([1, 3])),
+    lambda x: _of("Conv", 4, 4, 1, mask=jnp.ones((1, 4, 4), bool))(x),
+    _averaged,
+    _right,
+]
+_IN_HALF: list[Any] = [
+    lambda x: _half("LayerNorm", 4)(x),
+    lambda x: _half("GroupNorm", 4, 2)(x),
+    lambda x: nnx.RoPE()(x),
+    lambda x: _half("DecoderAttention", 4, 2)(x),
+    lambda x: _half("MultiHeadAttention", 2, 4, decode=False)(x),
+    lambda x: _recurrent(_half("GRUCell", 4, 4))(x),
+    lambda x: _recurrent(_of("LSTMCell", 4, 4, dtype=jnp.bfloat16))(x),
+    lambda x: _of("SpectralNorm", _half("Linear", 4, 4))(x),
+    lambda x: _of("WeightNorm", _half("Linear", 4, 4), dtype=jnp.bfloat16)(x),
+    lambda x: nnx.avg_pool(x, (2,)),
+    lambda x: nnx.decoding.sample(x, jax.random.key(0), temperature=1.0, top_p=0.5),
+    _averaged,
+    _moving,
+]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [
+        *((call, jnp.float32) for call in _OF_ONE_DTYPE),
+        *((call, jnp.bfloat16) for call in _IN_HALF),
+    ],
+)
+def test_what_a_layer_mixes_inside_is_no_mixture_of_the_program(
+    call: Any, dtype: Any, x64: bool
+) -> None:
+    with jax.enable_x64(x64):
+        x = jax.ShapeDtypeStruct((2, 3, 4), dtype)
+        with jax.numpy_dtype_promotion("strict"):
+            strict = jax.eval_shape(call, x)
+        assert strict == jax.eval_shape(call, x)

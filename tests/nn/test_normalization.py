@@ -327,3 +327,15 @@ def test_members_of_an_axis_count_by_how_much_of_them_is_in_sight(
     close(y.reshape(8, 3), whole(x, mask=mask))
     close(parts.mean[...], whole.mean[...])
     close(parts.var[...], whole.var[...])
+
+
+def test_a_complex_mean_over_a_mapped_axis_leaves_the_variance_real() -> None:
+    parts = np.random.default_rng(0).normal(size=(2, 4, 3, 2)).astype(np.float32)
+    x = parts[0] + 1j * parts[1]
+    layer = nnx.BatchNorm(2, axis_name="batch", rngs=nnx.Rngs(0))
+    layer.mean.value = layer.mean.value.astype(jnp.complex64)
+    found = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0), axis_name="batch")(layer, x)
+    centred = x - x.mean((0, 1))
+    expected = centred / np.sqrt((abs(centred) ** 2).mean((0, 1)) + 1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert layer.var.dtype == np.float32

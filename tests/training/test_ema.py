@@ -225,6 +225,43 @@ def test_a_shared_parameter_is_averaged_once_and_stays_shared():
     assert ema.params.paths() == (("a",),)
 
 
+def test_without_a_filter_keys_and_counts_are_the_model_s_own():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+            self.seen = nnx.Variable(jnp.array(0))
+
+        def __call__(self, x):
+            self.seen[...] += 1
+            return self.drop(self.norm(self.layer(x)))
+
+    def average(model, **options):
+        ema = nnx.EMA(model, 0.5, **options)
+        for _ in range(2):
+            nnx.jit(lambda m, e: (m(jnp.ones((3, 2))), e.update(m)))(model, ema)
+        return ema
+
+    chosen = average(Net(), only=(nnx.Param, nnx.BatchStat))
+    model = Net()
+    ema = average(model)
+    equal(ema.params, chosen.params)
+    new = ema.apply_to(model)
+    assert int(new.seen.value) == int(new.drop.rngs.count.value) == 2
+    x = jnp.ones((3, 2))
+    assert bool(((new(x) == 0) == (model(x) == 0)).all())
+
+
+def test_without_a_filter_a_raw_array_that_could_be_averaged_is_refused():
+    model = make(nnx)
+    model.raw, model.places = jnp.ones(2), jnp.arange(2)
+    with pytest.raises(FilterError, match=r"only=\.\.\. takes leaves") as caught:
+        nnx.EMA(model, 0.9)
+    assert "raw (unlabelled array): float32[2]" in str(caught.value)
+    assert "places" not in str(caught.value)
+
+
 # ------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan"), 99])
 def test_a_decay_outside_its_range_is_refused(decay):
@@ -244,7 +281,7 @@ def test_leaves_without_an_average_are_all_listed():
     model.raw = jnp.ones(2)
     model.number = nnx.Variable(3)
     with pytest.raises(FilterError) as caught:
-        nnx.EMA(model, 0.9)
+        nnx.EMA(model, 0.9, only=nnx.Everything())
     text = str(caught.value)
     assert text.startswith("only=... takes leaves")
     for row in (

@@ -81,10 +81,10 @@ def sample(
             "logits are floating-point numbers of shape (..., vocabulary); found "
             f"{describe(logits)}."
         )
-    likeliest = jnp.argmax(logits, axis=-1)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     bad = jnp.isnan(logits).any(axis=-1) | jnp.isinf(logits.max(axis=-1))
     if temperature is None:
-        return jnp.where(bad, NO_TOKEN, likeliest).astype(jnp.int32)
+        return jnp.where(bad, NO_TOKEN, likeliest)
     if key is None:
         raise ArgumentError(
             "sample(temperature=...) draws, and needs a key: sample(logits, "
@@ -112,8 +112,8 @@ def sample(
         chosen = jnp.take_along_axis(order, place[..., None], axis=-1)[..., 0]
     else:
         chosen = jax.random.categorical(key, scaled)
-    chosen = jnp.where(heat > 0, chosen, likeliest)
-    return jnp.where(bad, NO_TOKEN, chosen).astype(jnp.int32)
+    chosen = jnp.where(heat > 0, chosen.astype(jnp.int32), likeliest)
+    return jnp.where(bad, NO_TOKEN, chosen)
 
 
 def checked_options(

@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 
 import sortal as nnx
 from sortal.demo.llama import Config, Llama
+from sortal.interop.files.entries import dotted
+from sortal.interop.files.gguf import is_quantised, read
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MISSING = (
@@ -64,12 +66,22 @@ class Weights:
     def __init__(self, path: Path | str):
         import gguf
 
-        self._gguf = gguf
+        self._dequantize = gguf.dequantize
+        self._kinds = gguf.GGMLQuantizationType
+        self._tensors = read(Path(path)).entries
         self._reader = gguf.GGUFReader(path)
         found = self.field("general.architecture")
         if found != "llama":
             raise nnx.errors.ArgumentError(
                 f"{path} is of the architecture {found!r}; only 'llama' is supported."
+            )
+        odd = [
+            f"{dotted(e.name)}: {e.dtype}" for e in filter(is_quantised, self._tensors)
+        ]
+        if odd and self._reader.byte_order == "S":
+            raise nnx.errors.ArgumentError(
+                f"{path} is big-endian, of which gguf dequantises nothing:\n"
+                f"{nnx.errors.listing(odd)}"
             )
 
     def field(self, name: str, default: Any = None) -> Any:
@@ -80,7 +92,7 @@ class Weights:
     def config(self) -> Config:
         """The sizes of the model."""
         heads = self.field("llama.attention.head_count")
-        names = {tensor.name for tensor in self._reader.tensors}
+        names = {dotted(e.name) for e in self._tensors}
         return Config(
             vocabulary=len(self.field("tokenizer.ggml.tokens")),
             features=self.field("llama.embedding_length"),
@@ -95,12 +107,14 @@ class Weights:
         )
 
     def arrays(self) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
-        """Pairs of the path in the model and the tensor, dequantised to float32."""
+        """Pairs of the path in the model and the tensor, quantised ones as float32."""
         config = self.config()
         heads = {"attn_q": config.heads, "attn_k": config.key_value_heads}
-        for tensor in self._reader.tensors:
-            array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-            path, name = _path(tensor.name)
+        for e in self._tensors:
+            array = e.read()
+            if is_quantised(e):
+                array = self._dequantize(array, self._kinds[e.dtype.upper()])
+            path, name = _path(dotted(e.name))
             if name in heads:
                 array = halves(array, heads[name])
             yield path, array.T if path[-1] == "kernel" else array

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.promotion import mixing
 from sortal._engine.variable import Intermediate, Variable, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
@@ -175,7 +176,7 @@ def _check_operands(query: Any, key: Any, value: Any = None) -> None:
 
 
 def _check_weights(x: Any, query: Any, key: Any) -> Any:
-    """A mask or bias that broadcasts to the weights."""
+    """A mask or bias that broadcasts to the weights, of their rank."""
     if x is None:
         return None
     x = dtypes.as_array("attention", x)
@@ -186,7 +187,7 @@ def _check_weights(x: Any, query: Any, key: Any) -> Any:
             "attention: masks and biases must broadcast to (*batch, heads, queries, "
             f"keys), here {shape}; found {describe(x)}."
         )
-    return x
+    return dtypes.lifted(x, query)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -288,10 +289,7 @@ def _fused(
         return jnp.reshape(x, (math.prod(batch), *x.shape[-tail:]))
 
     def spread(x: Any) -> Any:
-        if x is None:
-            return None
-        x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
-        if len(batch) > 1:
+        if x is not None and len(batch) > 1:
             x = flat(jnp.broadcast_to(x, (*batch, *x.shape[-3:])))
         return x
 
@@ -300,7 +298,7 @@ def _fused(
         mask = mask.astype(bool)
     if len(batch) > 1:
         query, key, value = flat(query), flat(key), flat(value)
-    out = jax.nn.dot_product_attention(
+    out = mixing(jax.nn.dot_product_attention)(
         query, key, value, bias, mask, is_causal=is_causal
     )
     return jnp.reshape(out, (*batch, *out.shape[-3:])) if len(batch) > 1 else out
@@ -449,6 +447,7 @@ class RoPE(Module):
             sin, cos = self._angles(embedding_size, jnp.arange(float(max_seq_len)))
             self.cached_sin, self.cached_cos = Variable(sin), Variable(cos)
 
+    @mixing
     def _angles(self, depth: int, positions: Any) -> tuple[jax.Array, jax.Array]:
         if depth <= 0 or depth % 2:
             raise ArgumentError(
@@ -481,13 +480,7 @@ class RoPE(Module):
             raise ArgumentError(
                 f"RoPE takes arrays (..., length, depth); found {describe(x)}."
             )
-        sin, cos = self._at(x, input_positions)
-        sin, cos = (
-            dtypes.lifted(jnp.concatenate([t, t], axis=-1), x) for t in (sin, cos)
-        )
-        half = x.shape[-1] // 2
-        turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-        return x * cos + turned * sin
+        return _rotated(x, *self._at(x, input_positions))
 
     def _at(self, x: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
         """Sine and cosine for the positions of ``x``, each (..., length, depth / 2)."""
@@ -514,6 +507,14 @@ class RoPE(Module):
         if positions is not None:
             return self._angles(depth, positions)  # they may be beyond the tables
         return sin[:length], cos[:length]
+
+
+@mixing
+def _rotated(x: Any, sin: Any, cos: Any) -> jax.Array:
+    sin, cos = (dtypes.lifted(jnp.concatenate([t, t], axis=-1), x) for t in (sin, cos))
+    half = x.shape[-1] // 2
+    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return x * cos + turned * sin
 
 
 def dot_product_attention_with_rope(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.promotion import mixing
 from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
@@ -130,6 +131,7 @@ class _Conv(Module):
             x = jnp.reshape(x, (math.prod(batch), *x.shape[n_batch:]))
         return x, batch
 
+    @mixing
     def _masked(self) -> jax.Array:
         kernel = self.kernel[...]
         return kernel if self.mask is None else kernel * self.mask

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from sortal._engine.paths import show
+from sortal._engine.promotion import mixing
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError, CacheError, listing
 from sortal.module import Module, iter_modules
@@ -162,7 +163,7 @@ class DecoderAttention(Module):
             query = rotary(query, positions, base=self.rotary_base)
             key = rotary(key, positions, base=self.rotary_base)
         if self.cache is None:
-            mixed = jax.nn.dot_product_attention(
+            mixed = mixing(jax.nn.dot_product_attention)(
                 query, key, value, is_causal=True, local_window_size=self._before()
             )
         else:
@@ -195,7 +196,7 @@ class DecoderAttention(Module):
             seen &= there > here - window
         # With this function, XLA writes the new tokens into the donated cache without a
         # copy; with plain products it copies.
-        mixed = jax.nn.dot_product_attention(
+        mixed = mixing(jax.nn.dot_product_attention)(
             query,
             held.keys.swapaxes(1, 2).astype(query.dtype),
             held.values.swapaxes(1, 2).astype(query.dtype),

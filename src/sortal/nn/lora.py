@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.promotion import wide
 from sortal._engine.variable import Param, Variable, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
@@ -241,9 +242,9 @@ class LoRALinear(Linear):
           (('bias',), ('kernel',))
         """
         old: Any = self.kernel[...]
-        wide = jnp.promote_types(old.dtype, jnp.float32)
-        a, b = (jnp.asarray(x[...], wide) for x in (self.lora.lora_a, self.lora.lora_b))
-        new = old.astype(wide) + jnp.matmul(a, b, precision="highest")
+        to = wide(old.dtype)
+        a, b = (jnp.asarray(x[...], to) for x in (self.lora.lora_a, self.lora.lora_b))
+        new = old.astype(to) + jnp.matmul(a, b, precision="highest")
         own = {
             "kernel": self.kernel.replace(new.astype(old.dtype)),
             "bias": None if self.bias is None else self.bias.replace(),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from sortal._engine.promotion import mixing, wide
 from sortal._engine.variable import Param, describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
@@ -76,6 +77,7 @@ class Norm(Module):
             )
         return tuple(sorted({a % x.ndim for a in given}))
 
+    @mixing
     def _statistics(
         self,
         x: Any,
@@ -103,7 +105,7 @@ class Norm(Module):
 
     def _moments(self, x: Any, means: Any, centred: bool) -> tuple[Any, Any]:
         dtype = jnp.result_type(x) if self.dtype is None else self.dtype
-        x = dtypes.cast(x, jnp.promote_types(dtype, jnp.float32))
+        x = dtypes.cast(x, wide(dtype))
         if not centred:
             return None, *means(_squared(x))
         if not self.use_fast_variance:
@@ -117,10 +119,12 @@ class Norm(Module):
         means = tuple(jnp.mean(a, axes, keepdims=True) for a in arrays)
         if self.axis_name is None:
             return means
+        over = {"axis_name": self.axis_name}
+        over["axis_index_groups"] = self.axis_index_groups
+        if len({x.dtype for x in means}) > 1:  # a complex mean, and a real square
+            return lax.pmean(means, **over)
         # One collective for all means.
-        stacked = lax.pmean(
-            jnp.stack(means), self.axis_name, axis_index_groups=self.axis_index_groups
-        )
+        stacked = lax.pmean(jnp.stack(means), **over)
         return tuple(stacked[i] for i in range(len(means)))
 
     def _masked_means(
@@ -148,6 +152,7 @@ class Norm(Module):
             f"{describe(x)}, and be of booleans; found {describe(mask)}."
         )
 
+    @mixing
     def _normalized(
         self,
         x: Any,

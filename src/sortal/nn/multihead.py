@@ -323,7 +323,7 @@ class MultiHeadAttention(Module):
         full: Any = False
         if decode:
             key, value, place, full = self._appended(key, value)
-            there = jnp.arange(key.shape[-3]) <= place
+            there = jnp.arange(key.shape[-3], dtype=place.dtype) <= place
             shape = (*key.shape[:-3], 1, 1, key.shape[-3])
             mask = combine_masks(mask, jnp.broadcast_to(there, shape))
             if not options and _takes_positions(self.attention_fn):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.promotion import mixing
 from sortal._engine.variable import BatchStat, describe
 from sortal.errors import ArgumentError
 from sortal.nn import dtypes
@@ -140,10 +141,8 @@ class BatchNorm(Norm):
             self._refuse_complex(x)
             before = (self.mean[...].reshape(shape), self.var[...].reshape(shape))
             mean, var = self._statistics(x, axes, mask, unseen=before)
-            keep = self.momentum
             for kept, new in ((self.mean, mean), (self.var, var)):
-                moved = keep * kept[...] + (1 - keep) * dtypes.reshape(new, kept.shape)
-                kept[...] = moved.astype(kept.dtype)  # inputs may be float64
+                kept[...] = _moved(self.momentum, kept[...], new)
         return self._normalized(x, mean, var, features, *affine)
 
     def _refuse_complex(self, x: jax.Array) -> None:
@@ -163,6 +162,12 @@ class BatchNorm(Norm):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+@mixing
+def _moved(keep: float, kept: jax.Array, new: jax.Array) -> jax.Array:
+    moved = keep * kept + (1 - keep) * dtypes.reshape(new, kept.shape)
+    return moved.astype(kept.dtype)  # inputs may be float64
 
 
 class LayerNorm(Norm):

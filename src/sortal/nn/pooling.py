@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sortal._engine.promotion import wide
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.nn import dtypes
@@ -142,8 +143,8 @@ def avg_pool(
     """
     x = dtypes.as_array("pooling", inputs)
     # Half precision and small integers cannot hold the sum of a large window.
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    total = pool(wide, 0.0, lax.add, window_shape, strides, padding)
+    summed = x.astype(wide(x.dtype))
+    total = pool(summed, 0.0, lax.add, window_shape, strides, padding)
     if count_include_pad:
         mean = total / math.prod(window_shape)
         return mean.astype(dtypes.canonicalize_dtype(x))

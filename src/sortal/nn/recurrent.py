@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sortal._engine.promotion import mixing, wide
 from sortal._engine.variable import describe
 from sortal.errors import ArgumentError
 from sortal.module import Module
@@ -48,8 +50,7 @@ def modified_orthogonal(
 
 def _orthogonal(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
     """``orthogonal``, also in half precision, which JAX lacks."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return orthogonal()(key, shape, wide).astype(dtype)
+    return orthogonal()(key, shape, wide(dtype)).astype(dtype)
 
 
 class RNNBase(Protocol):
@@ -229,13 +230,19 @@ class _LSTM(_Cell):
         memory, h = carry
         i, f, g, o = self._gates(inputs, h)
         i, f, o = self.gate_fn(i), self.gate_fn(f), self.gate_fn(o)
-        memory = f * memory + i * self.activation_fn(g)
-        h = o * self.activation_fn(memory)
+        memory = _gated(f, memory, i, self.activation_fn(g))
+        h = _gated(o, self.activation_fn(memory))
         return (memory, h), h
 
     def _gates(self, inputs: Any, h: Any) -> Any:
         """The inputs of the gates i, f, g and o."""
         raise NotImplementedError
+
+
+@mixing
+def _gated(gate: Any, x: Any, other_gate: Any = None, other: Any = None) -> Any:
+    """What gates let through; the carry may have another dtype than the gates."""
+    return gate * x if other is None else gate * x + other_gate * other
 
 
 class LSTMCell(_LSTM):
@@ -471,7 +478,7 @@ class SimpleCell(_Cell):
         """
         new = self.dense_i(inputs) + self.dense_h(carry)
         if self.residual:
-            new = new + carry
+            new = mixing(operator.add)(new, carry)
         new = self.activation_fn(new)
         return new, new
 
@@ -561,5 +568,5 @@ class GRUCell(_Cell):
         hr, hz, hn = jnp.split(self.dense_h(carry), 3, axis=-1)
         r, z = self.gate_fn(r + hr), self.gate_fn(z + hz)
         n = self.activation_fn(n + r * hn)
-        h = (1.0 - z) * n + z * carry
+        h = _gated(1.0 - z, n, z, carry)
         return h, h

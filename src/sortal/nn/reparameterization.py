@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from sortal._engine.paths import Path, show
+from sortal._engine.promotion import mixing, wide
 from sortal._engine.variable import (
     BatchStat,
     Param,
@@ -126,7 +127,7 @@ class WeightNorm(Module):
                     scale_init(
                         _own_key(rngs, path),
                         self._lengths(weight),
-                        jnp.promote_types(weight.dtype, jnp.float32),
+                        wide(weight.dtype),
                     )
                 )
                 for path, weight in taken
@@ -164,6 +165,7 @@ class WeightNorm(Module):
                 self._normalize(path, weight)
         return self.layer_instance(x, *args, **kwargs)  # type: ignore[operator]
 
+    @mixing
     def _normalize(self, path: Path, weight: Variable) -> None:
         value = weight[...]
         features = self._axes(weight)
@@ -291,6 +293,7 @@ class SpectralNorm(Module):
             self._normalize(path, weight, update_stats)
         return self.layer_instance(x)  # type: ignore[operator]
 
+    @mixing
     def _normalize(self, path: Path, weight: Variable, update_stats: bool) -> None:
         value = weight[...]
         matrix = jnp.reshape(value, (-1, value.shape[-1]))

@@ -243,7 +243,7 @@ def flip_sequences(
     seq_lengths = dtypes.checked_lengths(name, seq_lengths, batch, steps)
     if not steps:
         return jnp.asarray(inputs)
-    backwards = jnp.arange(steps - 1, -1, -1)
+    backwards = jnp.arange(steps - 1, -1, -1, dtype=seq_lengths.dtype)
     places = backwards.reshape(
         [-1 if i == axis else 1 for i in range(num_batch_dims + 1)]
     )

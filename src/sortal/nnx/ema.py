@@ -13,7 +13,8 @@ class EMA(ema.EMA):
     Args:
       model: a Module, a container of Modules and Variables, or a State.
       decay: the share of the old average that is kept, from 0 to 1.
-      only: which leaves to track: Variables of floating or complex dtype.
+      only: which leaves to track: Variables of floating or complex dtype; all of them
+        if absent.
       graph: ignored; for NNX compatibility.
 
     Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Never, TypeVar
 
 import jax
@@ -11,13 +12,15 @@ from jax.core import Tracer
 
 from sortal._engine.leaves import store_all
 from sortal._engine.marks import static
+from sortal._engine.paths import Path
 from sortal._engine.plan import bind
-from sortal._engine.schema import Schema
+from sortal._engine.promotion import mixing, wide
+from sortal._engine.schema import Kind, Schema
 from sortal._engine.state import State, snapshot
-from sortal._engine.variable import describe
+from sortal._engine.variable import describe, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
-from sortal.filters import to_filter
+from sortal.filters import Filter, to_filter
 from sortal.module import Pytree
 from sortal.training.fitting import dtype
 
@@ -36,11 +39,13 @@ class EMA(Pytree):
     Args:
       model: a Module, a container of Modules and Variables, or a State.
       decay: the share of the old average that is kept, from 0 to 1.
-      only: which leaves to track: Variables of floating or complex dtype.
+      only: which leaves to track: Variables of floating or complex dtype; all of them
+        if absent, so that keys, counts and other integers are the model's own.
 
     Raises:
       ArgumentError: ``decay`` is not from 0 to 1.
       FilterError: ``only`` takes nothing, or leaves that have no average; all listed.
+        Without it, a raw array of such a dtype is refused too.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +72,7 @@ class EMA(Pytree):
                 "keep all but a thousandth of the old average at each step."
             )
         only = tuple(only) if isinstance(only, list) else only
+        only = _Averaged() if only is ... else only
         found = _tracked_leaves(model, only)
         _check_averages(found, only)
         self.decay = decay
@@ -108,6 +114,7 @@ class EMA(Pytree):
                 means[i] = mean
         decay = self.decay
 
+        @mixing
         def average(old: Any, new: Any) -> Any:
             mean = decay * old + (1.0 - decay) * jnp.asarray(new, old.dtype)
             return mean if mean.dtype == old.dtype else mean.astype(old.dtype)
@@ -145,6 +152,18 @@ class EMA(Pytree):
         for i, variable in zip(where, kept.view(), strict=True):
             leaves[i] = variable
         return graphdef.build(leaves)[0]
+
+
+class _Averaged(Filter):
+    """Takes what has an average, if it is in a Variable."""
+
+    structural = False
+
+    def test(self, path: Path, kind: Kind, metadata: Mapping, leaf: Any) -> bool:
+        return any(map(_is_inexact, jax.tree.leaves(value_of(leaf))))
+
+    def __repr__(self) -> str:
+        return "..."
 
 
 def _is_share(decay: Any) -> bool:
@@ -187,7 +206,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _widened(x: Any) -> Any:
-    return jnp.asarray(x, jnp.promote_types(dtype(x), jnp.float32))
+    return jnp.asarray(x, wide(dtype(x)))
 
 
 def _rounded(mean: Any, old: Any) -> Any:

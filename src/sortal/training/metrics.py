@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.leaves import store_all
 from sortal._engine.plan import bind
+from sortal._engine.promotion import mixing, wide
 from sortal._engine.variable import Variable, describe, value_of
 from sortal.errors import ArgumentError, listing
 from sortal.functional import split
@@ -124,6 +125,7 @@ class Average(Metric):
         self.count.value = jnp.array(0, jnp.int32)
         self.fraction.value = jnp.array(0, jnp.float32)
 
+    @mixing
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
         """Adds values.
 
@@ -160,6 +162,7 @@ class Average(Metric):
             lost = _add(self.count, whole + more.astype(jnp.int32))
             self.fraction.value = (rest - more).astype(jnp.float32) + lost
 
+    @mixing
     def compute(self) -> jax.Array:
         """The average.
 
@@ -180,7 +183,7 @@ def _add(count: MetricState, more: Any) -> jax.Array:
 def _floating(values: Any) -> jax.Array:
     """In float32 or wider, in which sums are exact enough."""
     values = jnp.asarray(values)
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(wide(values.dtype))
 
 
 def _sum(values: jax.Array) -> jax.Array:
@@ -277,6 +280,7 @@ class Welford(Metric):
         self.mean.value = jnp.array(0, jnp.float32)
         self.m2.value = jnp.array(0, jnp.float32)
 
+    @mixing
     def update(self, **kwargs: Any) -> None:
         """Adds values.
 
@@ -310,6 +314,7 @@ class Welford(Metric):
         between = delta * delta * count * before / self.count.value
         self.m2[...] += variance * count + between + lost
 
+    @mixing
     def compute(self) -> Statistics:
         """The statistics of all values.
 
@@ -358,6 +363,7 @@ class Accuracy(Average):
         self.threshold = threshold
         super().__init__(*args, **kwargs)
 
+    @mixing
     def update(  # type: ignore[override]
         self, mask: jax.Array | None = None, **kwargs: Any
     ) -> None:

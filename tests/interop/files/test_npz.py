@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sortal.errors import DamagedError, SaveError
+from sortal.errors import DamagedError, RestoreError, SaveError
 from sortal.interop.files.exchange import export, load_arrays, open_arrays
 
 
@@ -133,3 +133,17 @@ def test_every_mutation_is_refused_or_read_right(tmp_path):
             for (name, *_), x in found.items():
                 if name in value:
                     assert x.tobytes() == value[name].tobytes()
+
+
+def test_names_that_no_state_has_together_are_refused_with_the_file(tmp_path):
+    path, content = tmp_path / "crafted.npz", io.BytesIO()
+    np.save(content, np.ones(2))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a", "a.npy"):  # of one array, once the suffix is gone
+            archive.writestr(name, content.getvalue())
+    with pytest.raises(DamagedError, match=r"crafted\.npz.*one name"):
+        load_arrays(path)
+    np.savez(path, **{"a": np.ones(2), "a.b": np.ones(2)})
+    with pytest.raises(RestoreError, match=r"(?s)crafted\.npz: .*\n  a\.b\n.*names="):
+        load_arrays(path)
+    assert load_arrays(path, names={"c": "a"}).paths() == (("a", "b"), ("c",))

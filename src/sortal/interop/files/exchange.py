@@ -45,6 +45,7 @@ from sortal.checkpoint.verifying import open_step
 from sortal.errors import (
     ArgumentError,
     NoCheckpointError,
+    PathError,
     RestoreError,
     SaveError,
     SortalError,
@@ -133,7 +134,7 @@ def load_arrays(
       NoCheckpointError: there is nothing of a known format.
       DamagedError: it is damaged.
       RestoreError: ``only`` takes nothing, looks at values, or takes arrays that are
-        quantised.
+        quantised; or no State has paths like those of the arrays.
 
     Example:
       >>> import tempfile, numpy as np
@@ -155,9 +156,11 @@ def load_arrays(
             "Leave them out with only=."
         )
     values = _values(opened, chosen, names)
-    return State.from_flat_path(
-        (renamed[i].name, x) for i, x in zip(chosen, values, strict=True)
-    )
+    pairs = [(renamed[i].name, x) for i, x in zip(chosen, values, strict=True)]
+    try:
+        return State.from_flat_path(pairs)
+    except PathError as e:
+        raise RestoreError(f"{path}: {e}\nGive others with names=.") from None
 
 
 def _taken(only: Any, entries: Sequence[Entry], where: str) -> list[int]:

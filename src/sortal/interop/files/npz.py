@@ -44,10 +44,9 @@ def read(path: Path) -> Opened:
     # NumPy evaluates headers as Python, so that noise raises what Python raises.
     except Exception as e:
         raise DamagedError(f"{path} is no archive of arrays, or damaged: {e}") from e
-    names = [info.filename for info in infos]
-    if len(set(names)) < len(names):
-        raise DamagedError(f"{path} is damaged: two of its arrays have one name")
     by_entry = dict(zip((e.name for e in entries), infos, strict=True))
+    if len(by_entry) < len(entries):
+        raise DamagedError(f"{path} is damaged: two of its arrays have one name")
 
     def together(chosen: Sequence[Entry]) -> list[np.ndarray]:
         return _read(path, [by_entry[e.name] for e in chosen])
