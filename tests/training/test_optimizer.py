@@ -1298,3 +1298,16 @@ def test_complex_gradients_of_real_parameters_are_refused():
     with pytest.raises(OptimizerError, match=r"kernel .*its gradient complex64\[2,3\]"):
         optimizer.update(model, grads)
     assert optimizer.step == 0
+
+
+def test_a_model_without_leaves_says_how_it_came_to_have_none() -> None:
+    class Base(sortal.Module):
+        def __init__(self):
+            self.w = sortal.Param(jnp.ones(2))
+
+    class Forgot(Base):
+        def __init__(self):
+            pass
+
+    with pytest.raises(OptimizerError, match=r"a Forgot, has no leaves.*super\(\)"):
+        sortal.Optimizer(Forgot(), optax.sgd(0.1))

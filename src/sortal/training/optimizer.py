@@ -279,6 +279,12 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
     schema = params.schema
     if not leaves:
         every = bind(model).graphdef.schema
+        if not len(every):
+            raise OptimizerError(
+                f"the model, a {type(model).__name__}, has no leaves, so there is "
+                "nothing to train. Pass the object that holds the Variables; a class "
+                "that defines __init__ has those of its base by super().__init__(...)."
+            )
         raise OptimizerError(
             f"wrt={to_filter(wrt)!r} takes none of the {len(every)} leaves of the "
             "model, so there is nothing to train; it has:\n"
