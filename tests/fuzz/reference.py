@@ -553,7 +553,9 @@ class Variable:
         raise TypeError if is_array(self._value) else Left
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise IndexError if is_array(self._value) else Left  # all arrays are scalars
+        if not is_array(self._value) or type(index) not in (str, int):
+            raise Left
+        raise TypeError if isinstance(index, str) else IndexError  # all are scalars
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "value":
