@@ -7,6 +7,7 @@ then nothing of it is imported, and this file costs one look-up by type.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -151,6 +152,18 @@ def handler_of_kind(kind: type) -> VariableHandler | None:
         known = (_handlers[b] for b in kind.__mro__ if b in _handlers)
         found = _found[kind] = next(known, None)
         return found
+
+
+def deep_copy(leaf: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy``, by which a Flax Variable would turn into its value."""
+    kind, handler = type(leaf), handler_of_kind(type(leaf))
+    if handler is None:
+        return copy.deepcopy(leaf, memo)
+    if id(leaf) not in memo:
+        value = copy.deepcopy(handler.values([leaf])[0], memo)
+        metadata = Metadata.of(handler.entries([leaf])[0])
+        memo[id(leaf)] = handler.make(kind, value, metadata)
+    return memo[id(leaf)]
 
 
 def pair(ours: type, theirs: type) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sortal._engine.foreign import note_class
+from sortal._engine.foreign import deep_copy, note_class
 from sortal._engine.handlers import Handler
 from sortal._engine.jax_compat import current_trace, register_pytree
 from sortal._engine.leaves import own
@@ -25,7 +25,6 @@ from sortal._engine.schema import (
 )
 from sortal._engine.statics import EMPTY, Metadata, edits
 from sortal._engine.variable import (
-    deep_copy,
     describe,
     foreign_write,
     is_variable,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
@@ -410,16 +409,6 @@ def make_all(kinds: Any, values: Any, metadata: Any, trace: Any = None) -> list[
         _init_metadata(variable, meta)
         _init_trace(variable, trace)
     return made
-
-
-def deep_copy(leaf: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``, by which a Flax Variable would turn into its value."""
-    if isinstance(leaf, Variable) or not is_variable(leaf):
-        return copy.deepcopy(leaf, memo)
-    if id(leaf) not in memo:
-        value = copy.deepcopy(value_of(leaf), memo)
-        memo[id(leaf)] = make(type(leaf), value, metadata_of(leaf))
-    return memo[id(leaf)]
 
 
 def is_variable(x: Any) -> bool:
