@@ -417,7 +417,9 @@ class Drawn:
             return f"{found.text}.{name} = {root}" if theirs and data else None
         # Where there was None or the root, more often than chance would have it.
         known = [
-            k for k, v in found.obj.__dict__.items() if v is None or v is found.obj
+            k
+            for k, v in found.obj.__dict__.items()
+            if (v is None or v is found.obj) and k.isidentifier()
         ]
         name = self.random.choice(known) if known else name
         old = found.obj.__dict__.get(name)

@@ -1789,9 +1789,12 @@ def scan(f: Any, *, length: int) -> Any:
             for i in range(length):
                 leaves = Walk(tuple(_roots(carry))).leaves
                 keys = [x.var for x in leaves if x.kind and is_key(x.value)]
+                arrays = [x for x in leaves if x.kind and isinstance(x.value, Arr)]
+                shapes = [x.value.shape for x in arrays]
                 carry, y = f(carry, xs[i])
-                # All other values have one shape and dtype.
                 if not all(is_key(x._value) for x in keys):
+                    raise LoopError
+                if [np.shape(lift(x.value).val) for x in arrays] != shapes:
                     raise LoopError
                 ys.append(y)
         return _released(carry, _traces.now), stack(ys)
