@@ -150,6 +150,12 @@ def written_before_it_is_replaced(i: Any, m: Any) -> Any:
     return m
 
 
+def filled_before_it_is_replaced(i: Any, m: Any) -> Any:
+    m.empty.set_value(m.w[...] * 1)
+    m.empty = nnx.Cache(None)
+    return m
+
+
 def with_a_list_changed_before_it_is_replaced(i: Any, m: Any) -> Any:
     m.items[0] = nnx.Param(m.items[0][...])
     m.items = list(m.items)
@@ -161,6 +167,7 @@ def with_a_list_changed_before_it_is_replaced(i: Any, m: Any) -> Any:
     [
         that_moves,
         written_before_it_is_replaced,
+        filled_before_it_is_replaced,
         with_a_list_changed_before_it_is_replaced,
         written_and_replaced,
         of_another_structure,
@@ -172,6 +179,7 @@ def with_a_list_changed_before_it_is_replaced(i: Any, m: Any) -> Any:
 def test_what_is_no_next_value_is_refused_as_ever(body: Any) -> None:
     model = small(nnx)
     model.items = [nnx.Param(jnp.ones(3)), nnx.Param(jnp.ones(3))]
+    model.empty = nnx.Cache(None)
     items = model.items
     with pytest.raises(LoopError, match=r"the body of fori_loop must"):
         nnx.fori_loop(0, 3, body, model)

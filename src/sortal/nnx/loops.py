@@ -188,9 +188,10 @@ def _parts(root: Any) -> list[Any]:
 
 
 def _content(x: Any) -> tuple[list[Any], list[Any]]:
-    """The keys and children of a node, or the arrays of a Variable."""
+    """The keys and children of a node, or the structure and arrays of a Variable."""
     if is_variable(x):
-        return [], jax.tree.leaves(value_of(x))
+        arrays, treedef = jax.tree.flatten(value_of(x))
+        return [treedef], arrays
     items = handler_of(x).items(x)
     return list(map(static_key, items)), list(items.values())
 
