@@ -1165,3 +1165,24 @@ def comparable(x):
 def test_a_verb_does_to_a_model_of_flax_what_it_does_to_ours(name):
     theirs, ours = VERBS[name](mixed(nnx, nnx)), VERBS[name](mixed(sortal, sortal))
     assert comparable(theirs) == comparable(ours)
+
+
+def test_a_filter_that_holds_a_flax_model_does_not_keep_it():
+    class Holding(sortal.Filter):
+        structural = True
+
+        def __init__(self, model):
+            self.model = model
+
+        def test(self, path, kind, metadata, leaf):
+            return True
+
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model.only_here = nnx.Param(0.0)  # what other models share keeps filters too
+    sortal.state(model)
+    sortal.state(model, Holding(model))
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    gc.collect()
+    assert held() is None

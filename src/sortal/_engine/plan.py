@@ -210,7 +210,8 @@ class Plan:
                 continue
             seen.add(id(x))
             if isinstance(x, GraphDef):
-                stack += x.memo("held", lambda x=x: _held_by(x))
+                # By the memos a filter that was used may lead there.
+                stack += [*x.memo("held", lambda x=x: _held_by(x)), x.schema, x._memo]
             elif isinstance(x, types.FunctionType):
                 stack += [x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__]
             else:
@@ -249,11 +250,10 @@ class Plan:
 
 
 def _held_by(graphdef: GraphDef) -> list[Any]:
-    """What is not the structure's own: keys, statics and metadata."""
-    records, schema = graphdef.records, graphdef.schema
+    """What its records lead to: keys and statics."""
+    records = graphdef.records
     entries = [graphdef.root, *(e for r in records for e in r.entries)]
-    found = [*schema.metadata, *(r.spec.value for r in records)]
-    found += [e.key for e in entries]
+    found = [r.spec.value for r in records] + [e.key for e in entries]
     found += [e.ref.value for e in entries if e.what is STATIC]
     return [x for x in found if gc.is_tracked(x)]
 
