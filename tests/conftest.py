@@ -21,6 +21,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# A program runs once or twice here, so that it costs more to compile than to run, and
+# the way that loops are compiled by default takes three times as long as the one before
+# it. XLA ignores the first of these names where it is gone, as in jaxlib 0.12.
+# Workers are given what the first process has set.
+if "new_fusion_emitters" not in (_flags := os.environ.get("XLA_FLAGS", "")):
+    _flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_parallel_codegen_split_count=1"
+
 import hypothesis
 import jax
 import pytest
@@ -31,7 +39,6 @@ collect_ignore_glob = ["data/*"]
 # Meshes and replicas need several devices, also where there is one.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# A program runs once or twice here, so that it costs more to compile than to run.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # The first call of anything compiles, so no example has a typical duration. A failure
