@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal as nnx
-from sortal.errors import ArgumentError
+from sortal.errors import ArgumentError, ShardingError
 from sortal.sharding.mesh_axes import spec_of
 
 
@@ -94,3 +94,23 @@ def test_a_mesh_of_two_ways_is_refused() -> None:
         ArgumentError, match=r"all Explicit or all Auto; found .*Pass ea"
     ):
         nnx.Param(jnp.ones(2), out_sharding=("x",), mesh=both)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_new_variable_that_the_mesh_cannot_divide_is_refused(kind: AxisType) -> None:
+    def refused(names: Any) -> str:
+        with pytest.raises(ShardingError) as e:
+            nnx.Param(jnp.ones((3, 2)), out_sharding=names)
+        return str(e.value)
+
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(kind,))):
+        assert refused(("embed", None)) == (
+            "a new Variable of shape [3, 2] has the names of axes ('embed', None), by "
+            "which it is to be divided over the mesh ('x': 2) as P('embed', None), but "
+            "the mesh has no axis 'embed'. Give each name a rule with "
+            "logical_axis_rules or sharding_rules=, or the Variable another shape, or "
+            "eager_sharding=False."
+        )
+        assert "but dimension 0, 3, cannot be divided by 2." in refused(("x",))
+        assert "but the axis 'x' stands there twice." in refused(("x", "x"))
+        assert "3 entries for 2 dimensions." in refused((None, None, "x"))

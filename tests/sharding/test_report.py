@@ -49,6 +49,17 @@ def test_leaves_that_lie_elsewhere_are_named():
     assert not sortal.sharding_report(model, MESH, ROWS).elsewhere
 
 
+def test_a_mesh_axis_of_one_device_moves_nothing_elsewhere():
+    """XLA may leave such an axis out of the sharding of what a program returns."""
+    types = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((8, 1), ("d", "one"), axis_types=types)
+    rows = {sortal.At("kernel"): sortal.Rule(spec=P("one", "d"))}
+    model = sortal.shard(linear(), mesh, rows)
+    there = jax.sharding.NamedSharding(mesh, P(None, "d"))
+    model.kernel.value = jax.device_put(model.kernel.value, there)
+    assert not sortal.sharding_report(model, mesh, rows).elsewhere
+
+
 def test_text_and_html_have_each_kind_and_leaf():
     report = sortal.sharding_report(linear(), MESH, ROWS)
     lines = str(report).splitlines()

@@ -18,7 +18,7 @@ from sortal._engine.paths import show
 from sortal.distributed.meeting import TIMEOUT, exchange, processes
 from sortal.errors import ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.resolution import axes_of, spec_fault
+from sortal.sharding.mesh_axes import axes_of, spec_fault
 
 _known: set[Any] = set()
 """Forms of batches that all processes have given together."""

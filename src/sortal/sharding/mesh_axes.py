@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sortal._engine.jax_compat import ArrayImpl, outside_traces
 from sortal._engine.statics import PLACEMENT
-from sortal.errors import ArgumentError, listing
+from sortal.errors import ArgumentError, ShardingError, listing
 
 Rules = tuple[tuple[str, Any], ...]
 
@@ -178,6 +179,35 @@ def short(spec: Any) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def axes_of(spec: PartitionSpec) -> Iterator[tuple[int, str]]:
+    """Pairs of dimension and mesh axis."""
+    for dimension, entry in enumerate(spec):
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            if isinstance(axis, str):
+                yield dimension, axis
+
+
+def spec_fault(
+    shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]
+) -> str:
+    """Why an array of ``shape`` cannot have ``spec``; empty where it can."""
+    axes = list(axes_of(spec))
+    unknown = [axis for _, axis in axes if axis not in sizes]
+    if unknown:
+        return f"the mesh has no axis {', '.join(map(repr, dict.fromkeys(unknown)))}"
+    names = [axis for _, axis in axes]
+    twice = sorted({axis for axis in names if names.count(axis) > 1})
+    if twice:
+        return f"the axis {', '.join(map(repr, twice))} stands there twice"
+    if len(spec) > len(shape):
+        return f"the spec has {len(spec)} entries for {len(shape)} dimensions"
+    for dimension, n in enumerate(shape):
+        parts = math.prod(sizes[axis] for d, axis in axes if d == dimension)
+        if n % parts:
+            return f"dimension {dimension}, {n}, cannot be divided by {parts}"
+    return ""
+
+
 def put(value: Any, sharding: NamedSharding) -> Any:
     """``value`` with a sharding, inside of a trace or outside."""
     mesh = sharding.mesh
@@ -286,6 +316,17 @@ def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
             "a Variable can be put on a mesh whose axes are all Explicit or all Auto; "
             f"found {mesh.axis_types}. Pass eager_sharding=False and place it yourself."
         )
+    sizes = dict(mesh.shape)
+    for x in jax.tree.leaves(value):
+        if fault := spec_fault(jnp.shape(x), spec, sizes):
+            known = ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
+            raise ShardingError(
+                f"a new Variable of shape {list(jnp.shape(x))} has the names of axes "
+                f"{tuple(getattr(names, 'spec', names))!r}, by which it is to be "
+                f"divided over the mesh ({known}) as {spec}, but {fault}. Give each "
+                "name a rule with logical_axis_rules or sharding_rules=, or the "
+                "Variable another shape, or eager_sharding=False."
+            )
     return put(value, NamedSharding(mesh, spec))
 
 

@@ -19,7 +19,8 @@ from sortal.errors import ShardingError
 from sortal.filters import At
 from sortal.policy.policy import Policy
 from sortal.policy.rule import Rule
-from sortal.sharding.resolution import WHOLE, axes_of
+from sortal.sharding.mesh_axes import axes_of
+from sortal.sharding.resolution import WHOLE
 
 _SMALL = 2**11
 """Arrays of fewer elements are replicated: dividing them costs more than it saves."""

@@ -17,9 +17,9 @@ from sortal._engine.tables import Report, Table, nbytes, size
 from sortal._engine.variable import Param
 from sortal.errors import PathError, ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import short
+from sortal.sharding.mesh_axes import axes_of, short
 from sortal.sharding.placing import on_mesh
-from sortal.sharding.resolution import UNRULED, axes_of
+from sortal.sharding.resolution import UNRULED
 
 _SHOWN = 40
 
@@ -60,9 +60,14 @@ class ShardingReport(Report):
         self.total = sum(r.bytes for r in self.rows)
         self.on_device = sum(r.on_device for r in self.rows)
         self.unruled = sum(r.bytes for r in self.rows if r.by == UNRULED)
-        self.elsewhere = tuple(
-            r for r in self.rows if r.lies is not None and r.lies != short(r.spec)
-        )
+        self.elsewhere = tuple(r for r in self.rows if not self._there(r))
+
+    def _there(self, row: ShardingRow) -> bool:
+        """Whether a leaf lies as declared; axes of size 1 divide nothing."""
+        if row.lies is None:
+            return True
+        lies, due = (NamedSharding(self.mesh, spec) for spec in (row.lies, row.spec))
+        return lies.is_equivalent_to(due, len(row.shape))
 
     def draw(self, path: Path | str) -> None:
         """Prints which device has which part of one leaf, drawn by ``jax.debug``.

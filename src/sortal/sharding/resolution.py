@@ -8,8 +8,7 @@ unless a row takes it that does not take the parameter.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from sortal._engine.variable import OptState
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
-from sortal.sharding.mesh_axes import more_rules, put, short
+from sortal.sharding.mesh_axes import more_rules, put, short, spec_fault
 
 WHOLE = PartitionSpec()
 UNRULED = "no rule"
@@ -287,35 +286,6 @@ def with_spec_like(
 
 
 # ------------------------------------------------------------------------ what fits
-def axes_of(spec: PartitionSpec) -> Iterator[tuple[int, str]]:
-    """Pairs of dimension and mesh axis."""
-    for dimension, entry in enumerate(spec):
-        for axis in entry if isinstance(entry, tuple) else (entry,):
-            if isinstance(axis, str):
-                yield dimension, axis
-
-
-def spec_fault(
-    shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]
-) -> str:
-    """Why an array of ``shape`` cannot have ``spec``; empty where it can."""
-    axes = list(axes_of(spec))
-    unknown = [axis for _, axis in axes if axis not in sizes]
-    if unknown:
-        return f"the mesh has no axis {', '.join(map(repr, dict.fromkeys(unknown)))}"
-    names = [axis for _, axis in axes]
-    twice = sorted({axis for axis in names if names.count(axis) > 1})
-    if twice:
-        return f"the axis {', '.join(map(repr, twice))} stands there twice"
-    if len(spec) > len(shape):
-        return f"the spec has {len(spec)} entries for {len(shape)} dimensions"
-    for dimension, n in enumerate(shape):
-        parts = math.prod(sizes[axis] for d, axis in axes if d == dimension)
-        if n % parts:
-            return f"dimension {dimension}, {n}, cannot be divided by {parts}"
-    return ""
-
-
 def check_specs(
     schema: Schema, values: Sequence[Any], specs: Iterable[Any], mesh: Any
 ) -> None:
