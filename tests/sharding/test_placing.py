@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal
-from sortal.errors import ArgumentError, PolicyError, ShardingError
+from models import untouched
+from sortal.errors import ArgumentError, PolicyError, ShardingError, TraceError
 from sortal.sharding.placing import making, on_mesh
 
 
@@ -360,6 +361,49 @@ def test_a_sharded_model_can_be_pickled_and_comes_back_on_no_mesh():
     same_numbers(back, model)
     assert "placement" not in back.linear.kernel.get_metadata()
     assert back.linear.kernel.value.sharding.device_set == {jax.devices()[0]}
+
+
+def test_a_constraint_to_an_explicit_mesh_asks_for_the_mesh_or_the_model_on_it():
+    mesh = mesh_of(AxisType.Explicit, d=8)
+
+    @sortal.jit
+    def step(x, model):
+        sortal.constrain(model, ROWS, mesh=mesh)
+
+    model = sortal.Linear(8, 8, rngs=sortal.Rngs(0))
+    with untouched(model), pytest.raises(ShardingError) as e:
+        step(1.0, model)
+    assert str(e.value) == (
+        "the function puts arrays on a mesh of Explicit axes, was called outside of "
+        "jax.set_mesh(mesh), and uses none that lies there:\n"
+        "  model: bias (Param): device 0\n"
+        "  model: kernel (Param): device 0\n"
+        "Call it within jax.set_mesh(mesh), or put the model there before: "
+        "shard(model, mesh, policy)."
+    )
+    with jax.set_mesh(mesh):
+        step(1.0, model)
+    assert model.kernel.value.sharding.spec == P("d", None)
+    step(1.0, model)  # which lies there now
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shard_is_refused_inside_a_transform(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    model = Net()
+
+    def step(model):
+        sortal.shard(model, mesh, ROWS)
+
+    for wrap in (sortal.jit, sortal.grad, sortal.eval_shape):
+        with untouched(model), pytest.raises(TraceError) as e:
+            wrap(step, model) if wrap is sortal.eval_shape else wrap(step)(model)
+        assert str(e.value).startswith(
+            "shard inside a transform has no arrays yet to put on devices. Write "
+            "constrain(model, policy, mesh=mesh) there, or shard(model, mesh, policy) "
+            "before the call; a model is built on a mesh by init_sharded(fn, mesh, "
+            "policy)."
+        )
 
 
 def test_constrain_acts_inside_a_compiled_function():

@@ -16,7 +16,7 @@ from sortal._engine.plan import Plan, bind
 from sortal._engine.state import State, snapshot
 from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import check_writable, describe
-from sortal.errors import ShardingError, listing
+from sortal.errors import ShardingError, TraceError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import in_mapped, put, put_apart, use_eager_sharding
@@ -195,7 +195,7 @@ def shard(
       ShardingError: there is no mesh, specs do not fit their leaves or the mesh, raw
         arrays cannot be written, or rows of the Policy have specs and none takes a
         leaf; all are listed and nothing is moved.
-      TraceError: the model belongs to another trace than the current one.
+      TraceError: it is called inside a transform.
 
     Example:
       >>> import jax
@@ -208,6 +208,13 @@ def shard(
       >>> list(model.kernel.sharding.spec)
       [None, 'data']
     """
+    if not outside_traces():
+        raise TraceError(
+            "shard inside a transform has no arrays yet to put on devices. Write "
+            "constrain(model, policy, mesh=mesh) there, or shard(model, mesh, policy) "
+            "before the call; a model is built on a mesh by init_sharded(fn, mesh, "
+            "policy)."
+        )
     found = on_mesh(model, _given_devices(mesh), policy, rules)
     _check_takes(found, policy)
     _check_places(found.plan)

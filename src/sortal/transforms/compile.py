@@ -315,7 +315,8 @@ def jit(
         to it.
       FilterError: at a call: ``donate`` takes no leaf of any argument.
       StaleBufferError: at a call: a leaf holds a buffer that was donated before.
-      ShardingError: at a call: arrays are bound to different devices.
+      ShardingError: at a call: arrays are bound to different devices, or go to an
+        Explicit mesh on which none lies, outside of ``jax.set_mesh``.
       RetraceError: at a call: it traces again, and ``on_retrace`` is ``"raise"``.
 
     Example:

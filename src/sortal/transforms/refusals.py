@@ -41,11 +41,13 @@ def explain_failure(
     Raises:
       StaleBufferError: a leaf holds a buffer that is gone.
       ArgumentError: an argument is nothing that JAX can take.
-      ShardingError: arrays are bound to different devices.
+      ShardingError: arrays are bound to different devices, or go to an Explicit mesh
+        on which no argument lies.
     """
     refuse_stale(fn, bound, cause)
     refuse_arguments(fn, bound, static, cause, option=option)
     refuse_devices(fn, bound, static, cause)
+    _refuse_meshless(fn, bound, static, cause)
 
 
 def refuse_stale(fn: Any, bound: BoundArguments, cause: BaseException) -> None:
@@ -195,17 +197,38 @@ def refuse_devices(
         return
     most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
     rows = [
-        f"{where}: {_devices(devices)}"
+        f"{where}: {named_devices(devices)}"
         for devices, names in at.items()
         if devices != most
         for where in names
     ]
     raise ShardingError(
         f"a compiled function needs all arrays on the same devices; "
-        f"{len(at[most])} arrays lie on {_devices(most)}, and these on others:\n"
+        f"{len(at[most])} arrays lie on {named_devices(most)}, and these on others:\n"
         f"{listing(rows)}\n"
         "Put models there by shard(model, mesh, policy), and other arrays by "
         "jax.device_put(x, NamedSharding(mesh, P()))."
+    ) from cause
+
+
+def _refuse_meshless(
+    fn: Any, bound: BoundArguments, static: Collection[Any], cause: Exception
+) -> None:
+    """Says so where arrays go to an Explicit mesh on which no argument lies."""
+    if "Please enter your `jit` into a mesh context" not in str(cause):
+        return
+    rows = [
+        f"{where}: {named_devices(x.sharding.device_set)}"
+        for key, name, argument in named_arguments(fn, bound)
+        if key not in static
+        for where, x in _arrays(name, argument)
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    ]
+    raise ShardingError(
+        "the function puts arrays on a mesh of Explicit axes, was called outside of "
+        f"jax.set_mesh(mesh), and uses none that lies there:\n{listing(rows)}\nCall it "
+        "within jax.set_mesh(mesh), or put the model there before: shard(model, mesh, "
+        "policy)."
     ) from cause
 
 
@@ -218,7 +241,8 @@ def named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, 
         yield name, name, x
 
 
-def _devices(devices: Any) -> str:
+def named_devices(devices: Any) -> str:
+    """Several devices as their number, one by its own."""
     numbers = sorted(device.id for device in devices)
     return f"device {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} devices"
 
