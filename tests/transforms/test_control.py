@@ -859,3 +859,37 @@ def test_a_step_that_moves_an_array_on_an_explicit_mesh_is_told_by_path(
         m.w.value = jax.sharding.reshard(m.w.value, jax.P("a"))
         loop(step, m)
         assert m.w.value.sharding.spec == jax.P("a", None)
+
+
+def test_branches_that_leave_values_at_other_places_are_told_by_path() -> None:
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+
+    def moves(spec: Any) -> Any:
+        def branch(m: Any) -> Any:
+            m.w[...] = jax.sharding.reshard(m.w[...], spec)
+            return {"y": jax.sharding.reshard(m.w[...], jax.P()), "w": m.w[...]}
+
+        return branch
+
+    def stays(m: Any) -> Any:
+        return {"y": m.w[...], "w": jax.sharding.reshard(m.w[...], jax.P("a"))}
+
+    with jax.set_mesh(mesh):
+        m = Holder(w=Param(jnp.ones((8, 4))))
+        for wrap in (sortal.jit, lambda f: f):
+            with untouched(m), pytest.raises(LoopError) as e:
+                wrap(lambda m: sortal.cond(True, moves(jax.P("a")), stays, m))(m)
+            assert str(e.value) == (
+                "all branches must leave at one place of the mesh what any of them "
+                "writes or returns; it lies at:\n"
+                "  w (Param): P('a', None) by the true branch of cond, P(None, None) "
+                "by the false branch of cond\n"
+                "Write jax.sharding.reshard(x, spec) with one spec in all of them."
+            )
+        with pytest.raises(
+            LoopError, match=r"output\['w'\]: P\('a', None\) by branch 0"
+        ):
+            sortal.switch(0, [moves(jax.P("a")), moves(jax.P(None, "b"))], m)
+        sortal.switch(1, [moves(jax.P("a")), moves(jax.P("a"))], m)
+        assert m.w.value.sharding.spec == jax.P("a", None)

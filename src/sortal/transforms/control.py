@@ -13,6 +13,7 @@ from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, LoopError, listing
+from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import write_back
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.functions import unbind
@@ -273,7 +274,8 @@ def cond(
 
     Raises:
       LoopError: a branch changes structure, or the branches write or return values of
-        different shapes, dtypes or objects; the message says which.
+        different shapes, dtypes, objects or, on an explicit mesh, places; the message
+        says which.
 
     Example:
       >>> import jax.numpy as jnp
@@ -315,7 +317,8 @@ def switch(
     Raises:
       ArgumentError: there are no branches.
       LoopError: a branch changes structure, or the branches write or return values of
-        different shapes, dtypes or objects; the message says which.
+        different shapes, dtypes, objects or, on an explicit mesh, places; the message
+        says which.
 
     Example:
       >>> import jax.numpy as jnp
@@ -441,21 +444,52 @@ class _Branches:
                     f"{outline(result.out, result.effects)}."
                 )
         self._check_outputs()
+        self._check_places()
+
+    def _outputs(self) -> list[tuple[str, list[Any]]]:
+        """For each array of the output its name, and what each branch returns there."""
+        outs = [jtu.tree_leaves_with_path(result.out) for result in self.seen]
+        return [
+            (f"output{jtu.keystr(same[0][0])}", [x for _, x in same])
+            for same in zip(*outs, strict=True)
+        ]
+
+    def _by(self, name: str, found: Sequence[str]) -> str:
+        pairs = zip(found, self.where, strict=True)
+        return f"{name}: {', '.join(f'{text} by {where}' for text, where in pairs)}"
 
     def _check_outputs(self) -> None:
-        rows = []
-        outs = [jax.tree.leaves(result.out) for result in self.seen]
-        paths = [path for path, _ in jtu.tree_leaves_with_path(self.seen[0].out)]
-        for i, path in enumerate(paths):
-            types = [(out[i].shape, out[i].dtype) for out in outs]
-            if len(set(types)) > 1:
-                each = zip(self.where, outs, strict=True)
-                found = ", ".join(f"{describe(out[i])} by {name}" for name, out in each)
-                rows.append(f"output{jtu.keystr(path)}: {found}")
+        rows = [
+            self._by(name, list(map(describe, each)))
+            for name, each in self._outputs()
+            if len({(x.shape, x.dtype) for x in each}) > 1
+        ]
         if rows:
             raise LoopError(
                 "all branches must return the same shapes and dtypes; they returned:\n"
                 f"{listing(rows)}\nCast or reshape what is returned."
+            )
+
+    def _check_places(self) -> None:
+        """On an explicit mesh all branches must leave each value at one place."""
+        after = [
+            self.operands.written(result.effects, self.operands.values, result.values)
+            for result in self.seen
+        ]
+        written = sorted({k for r in self.seen for k in r.effects.written})
+        values = [(self.operands.describe(k), [x[k] for x in after]) for k in written]
+        rows = []
+        for name, each in (*values, *self._outputs()):
+            for same in zip(*map(jax.tree.leaves, each), strict=True):
+                specs = [jax.typeof(x).sharding.spec for x in same]
+                if len(set(specs)) > 1:
+                    found = [format_answer("spec", spec) for spec in specs]
+                    rows.append(self._by(name, found))
+        if rows:
+            raise LoopError(
+                "all branches must leave at one place of the mesh what any of them "
+                f"writes or returns; it lies at:\n{listing(rows)}\nWrite "
+                "jax.sharding.reshard(x, spec) with one spec in all of them."
             )
 
     def finish(self, call: Callable[..., Any]) -> Any:
