@@ -90,6 +90,7 @@ ORDER = (
     "sortal.transforms.derivatives",
     "sortal.transforms.custom",
     "sortal.transforms.sizes",
+    "sortal.transforms.dividing",
     "sortal.transforms.mapping",
     "sortal.transforms._adapter.operands",
     "sortal.transforms._adapter",

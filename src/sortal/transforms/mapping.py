@@ -52,6 +52,7 @@ from sortal.transforms.axis_names import (
     states_as_parts,
     states_as_wholes,
 )
+from sortal.transforms.dividing import refuse_specs
 from sortal.transforms.shardings import as_declared, declares
 from sortal.transforms.sizes import refuse_sizes
 
@@ -190,6 +191,9 @@ def shard_map(
         integers is declared, or arguments that share a Variable give it two specs. All
         are listed and nothing is changed.
       PolicyError: at a call: a leaf has no answer.
+      ShardingError: at a call: there is no mesh, specs do not fit their arrays or the
+        mesh, arrays are bound to other devices, or on a mesh of Explicit axes they lie
+        otherwise. All are listed.
 
     Example:
       >>> import jax
@@ -226,8 +230,12 @@ def shard_map(
             out_specs=call.out_prefix,
             **options,
         )
-        result = unsorted(*mapped(bound.args, {}))
-        return write_back(bound, as_declared(result, bound.args))
+        try:
+            sorted_out = mapped(bound.args, {})
+        except ValueError as error:
+            refuse_specs(spread, mesh, options.get("axis_names"), error)
+            raise
+        return write_back(bound, as_declared(unsorted(*sorted_out), bound.args))
 
     return wrapper
 

@@ -1,0 +1,134 @@
+"""Why arguments cannot be divided over devices: their specs do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
+
+from sortal.errors import ShardingError, listing
+from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import axes_of, short, spec_fault
+from sortal.transforms._adapter.prefixes import Spread
+from sortal.transforms._adapter.tracing import is_flat_module
+from sortal.transforms.refusals import named_devices
+
+_Row = tuple[str, Any, PartitionSpec]
+"""What an array is called, the array, and its spec in ``in_specs``."""
+
+
+def refuse_specs(
+    spread: Spread, mesh: Any, manual: Collection[Any] | None, cause: Exception
+) -> None:
+    """Says so where it is why JAX refused a call; looked at only after it has.
+
+    Args:
+      spread: the specs of the arguments.
+      mesh: the mesh that was given, or None.
+      manual: the axes over which is mapped; all if None or empty.
+      cause: what JAX raised.
+
+    Raises:
+      ShardingError: there is no mesh, it has other devices than arrays, or specs do not
+        fit the arrays or the mesh; all are listed.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ShardingError(
+            "shard_map has no mesh. Pass mesh=, or call it within jax.set_mesh(mesh)."
+        ) from cause
+    rows = [*_of_models(spread), *_of_others(spread)]
+    sizes = dict(mesh.shape)
+    bad = [
+        f"{name} {list(np.shape(x))}: {format_answer('spec', spec)}, but {fault}"
+        for name, x, spec in rows
+        if (fault := _fault(np.shape(x), spec, sizes, manual))
+    ]
+    if bad:
+        known = ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
+        raise ShardingError(
+            f"shard_map cannot divide these over the mesh ({known}) by their "
+            f"in_specs:\n{listing(bad)}\nGive them another spec there, or another "
+            "shape, such as a batch that is padded to a multiple."
+        ) from cause
+    _refuse_layouts(rows, cause)
+    _refuse_devices(rows, mesh, cause)
+
+
+def _fault(shape: Any, spec: Any, sizes: Any, manual: Any) -> str:
+    """Why an array cannot be divided by a spec; empty where it can."""
+    beyond = {axis for _, axis in axes_of(spec)} - set(manual or sizes)
+    inside = ", ".join(map(repr, sorted(beyond & sizes.keys())))
+    fault = spec_fault(shape, spec, sizes)
+    return fault or (f"{inside} is not in axis_names" if inside else "")
+
+
+def _refuse_layouts(rows: list[_Row], cause: Exception) -> None:
+    """On an Explicit mesh each array must lie as its spec says."""
+    if "does not match the specs of the input" not in str(cause):
+        return
+    bad = []
+    for name, x, spec in rows:
+        pair = short(jax.typeof(x).sharding.spec), short(spec)
+        if len(set(pair)) > 1:
+            here, due = (format_answer("spec", one) for one in pair)
+            bad.append(f"{name}: {here}; in_specs: {due}")
+    if bad:
+        raise ShardingError(
+            "on a mesh of Explicit axes shard_map takes arrays that lie as in_specs "
+            f"says; these lie otherwise:\n{listing(bad)}\nWrite in in_specs how they "
+            "lie, or put models there by shard(model, mesh, policy), and other arrays "
+            "by jax.sharding.reshard(x, spec)."
+        ) from cause
+
+
+def _refuse_devices(rows: list[_Row], mesh: Any, cause: Exception) -> None:
+    """What is bound to devices must be bound to those of the mesh."""
+    if "incompatible devices" not in str(cause):
+        return
+    mine = set(mesh.devices.flat) if isinstance(mesh, Mesh) else set()
+    bad = [
+        f"{name}: {named_devices(x.sharding.device_set)}"
+        for name, x, _ in rows
+        if not isinstance(x, Tracer)
+        and getattr(x, "committed", False)
+        and x.sharding.device_set != mine
+    ]
+    if bad and mine:
+        raise ShardingError(
+            f"the mesh of shard_map has {named_devices(mine)}, and these arrays are "
+            f"bound to others:\n{listing(bad)}\nPut models there by shard(model, "
+            "mesh), and other arrays by jax.device_put(x, NamedSharding(mesh, P()))."
+        ) from cause
+
+
+def _of_models(spread: Spread) -> Iterator[_Row]:
+    for plan, specs in zip(spread.bound.plans, spread.roots, strict=True):
+        schema = plan.graphdef.schema
+        for i, (spec, value) in enumerate(zip(specs, plan.values(), strict=True)):
+            for x in jax.tree.leaves(value):
+                yield schema.describe(i), x, spec
+
+
+def _of_others(spread: Spread) -> Iterator[_Row]:
+    for i, (prefix, arg) in enumerate(zip(spread.args, spread.bound.args, strict=True)):
+        rows: list[_Row] = []
+
+        def note(path: Any, spec: Any, part: Any, i: int = i, rows: Any = rows) -> None:
+            if not is_flat_module(spec):
+                for below, x in jtu.tree_leaves_with_path(part):
+                    at = jtu.keystr((*path, *below))
+                    rows.append((f"argument {i}{at}", x, spec))
+
+        jtu.tree_map_with_path(
+            note,
+            prefix,
+            arg,
+            is_leaf=lambda x: isinstance(x, PartitionSpec) or is_flat_module(x),
+        )
+        yield from rows
