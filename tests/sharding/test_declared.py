@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sortal
@@ -222,3 +222,12 @@ def test_an_error_of_the_function_itself_is_passed_on():
 
     with pytest.raises(ValueError, match="of the user"):
         nnx.jit(fails)(sortal.shard(Holder(), D8), jnp.ones(8))
+
+
+def test_arguments_on_the_same_devices_in_another_order_are_named_by_path():
+    model = sortal.shard(sortal.Linear(8, 8, rngs=sortal.Rngs(0)), D8)
+    mesh = Mesh(D8.devices[::-1], ("d",))
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P()))
+    with pytest.raises(ShardingError) as e:
+        sortal.jit(lambda model, x: model(x))(model, x)
+    assert str(e.value).splitlines()[1] == "  x: 8 devices, the same in another order"

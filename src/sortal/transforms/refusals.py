@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from sortal._engine.paths import show
 from sortal._engine.schema import kind_name
@@ -192,12 +193,13 @@ def refuse_devices(
             # What is bound to no device goes where the others are.
             if not isinstance(leaf, Tracer) and getattr(leaf, "committed", False):
                 where = f"{name}{jax.tree_util.keystr(path)}"
-                at.setdefault(frozenset(leaf.sharding.device_set), []).append(where)
+                at.setdefault(_in_order(leaf.sharding), []).append(where)
     if len(at) < 2:
         return
     most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
     rows = [
         f"{where}: {named_devices(devices)}"
+        + ", the same in another order" * (set(devices) == set(most))
         for devices, names in at.items()
         if devices != most
         for where in names
@@ -209,6 +211,13 @@ def refuse_devices(
         "Put models there by shard(model, mesh, policy), and other arrays by "
         "jax.device_put(x, NamedSharding(mesh, P()))."
     ) from cause
+
+
+def _in_order(sharding: Any) -> tuple[Any, ...]:
+    """The devices of a sharding, in the order that a program takes them in."""
+    if isinstance(sharding, NamedSharding):
+        return tuple(sharding.mesh.devices.flat)
+    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
 
 
 def _refuse_meshless(
