@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +14,7 @@ import sortal
 from models import Holder, untouched
 from sortal import Cache, Param, StateSharding
 from sortal.errors import ShardingError
+from sortal.sharding import presets
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -70,6 +72,33 @@ def test_specs_that_do_not_fit_are_all_listed(wrap, specs, x, rows):
         f"in_specs:{rows}\nGive them another spec there, or another shape, such as a "
         "batch that is padded to a multiple."
     )
+
+
+@pytest.mark.parametrize("by", [presets.fsdp("data", min_size=0), StateSharding({})])
+def test_what_shard_divided_by_shape_is_divided_so_with_its_moments(by):
+    """FSDP by hand, against one device; a preset speaks of no optimizer state."""
+    policy = presets.fsdp("data", min_size=0)
+    x, w = jnp.arange(16.0).reshape(8, 2) / 9, jnp.ones((2, 8))
+    m, tx = Holder(w=Param(w)), optax.sgd(0.1, momentum=0.9)
+    both = sortal.shard((m, sortal.Optimizer(m, tx, wrt=Param)), MESH, policy)
+
+    def loss(m, x):
+        w = jax.lax.all_gather(m.w.value, "data", axis=1, tiled=True)
+        return jax.lax.pmean((x @ w).mean(), "data") ** 2
+
+    def step(m, optimizer, x):
+        optimizer.update(m, sortal.grad(loss)(m, x))
+
+    specs = (by, by, P("data"))
+    f = sortal.jit(sortal.shard_map(step, mesh=MESH, in_specs=specs, out_specs=P()))
+    state = tx.init(w)
+    for _ in range(2):
+        f(*both, x)
+        updates, state = tx.update(jax.grad(lambda w: (x @ w).mean() ** 2)(w), state)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(m.w.value, w, rtol=1e-6)
+    assert m.w.value.sharding.spec == P(None, "data")
+    assert both[1].opt_state[0].trace["w"].value.sharding.spec == P(None, "data")
 
 
 def test_an_axis_that_is_not_mapped_over_is_named():

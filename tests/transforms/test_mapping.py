@@ -1044,7 +1044,7 @@ def test_messages_of_jax_call_the_function_by_its_name() -> None:
         return m.s.value
 
     with pytest.raises(ValueError, match="out_specs which require replication") as e:
-        sharded(forward, P("data"), P())(Holder(s=Cache(jnp.ones(8))))
+        sortal.jit(sharded(forward, P("data"), P()))(Holder(s=Cache(jnp.ones(8))))
     assert "forward'" in str(e.value)
     assert "_Sharded" not in str(e.value)
 

@@ -1,25 +1,48 @@
-"""Why arguments cannot be divided over devices: their specs do not fit."""
+"""The specs by which arguments are divided over devices, and why they do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from sortal.errors import ShardingError, listing
 from sortal.policy.rule import format_answer
 from sortal.sharding.mesh_axes import axes_of, short, spec_fault
+from sortal.sharding.resolution import spec_for
 from sortal.transforms._adapter.prefixes import Spread
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.refusals import named_devices
 
 _Row = tuple[str, Any, PartitionSpec]
 """What an array is called, the array, and its spec in ``in_specs``."""
+
+
+def spec_on(mesh: Any) -> Callable[..., Any]:
+    """How ``shard_map`` reads answers: as specs, functions of shape and mesh called.
+
+    Args:
+      mesh: the mesh that was given, or None.
+
+    Returns:
+      A function of an answer, and of the value of the leaf where that is known.
+    """
+
+    def spec(answer: Any, value: Any = None) -> Any:
+        found = getattr(answer, "spec", answer)
+        if isinstance(answer, Sharding) and isinstance(found, PartitionSpec):
+            return short(found)
+        depends = callable(answer) and value is not None
+        if answer is None or depends:
+            return spec_for(answer, value, mesh, lambda: "in_specs")
+        return answer
+
+    return spec
 
 
 def refuse_specs(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.sharding import PartitionSpec, Sharding
+from jax.sharding import PartitionSpec
 
 from sortal._engine.foreign import to_native
 from sortal._engine.jax_compat import differs_in_vmap, varying_axes
@@ -52,7 +52,7 @@ from sortal.transforms.axis_names import (
     states_as_parts,
     states_as_wholes,
 )
-from sortal.transforms.dividing import refuse_specs
+from sortal.transforms.dividing import refuse_specs, spec_on
 from sortal.transforms.shardings import as_declared, declares
 from sortal.transforms.sizes import refuse_sizes
 
@@ -174,7 +174,9 @@ def shard_map(
       f: the function of one shard; without it a decorator is returned.
       mesh: the mesh; the one of the context if absent.
       in_specs: a ``PartitionSpec``, ``StateSharding``, ``Policy``, or a tuple with one
-        of these, or a tree of these, for each positional argument.
+        of these, or a tree of these, for each positional argument. Specs by kind may be
+        functions of a leaf's shape and the mesh; leaves that nothing speaks of lie
+        where ``shard`` put them.
       out_specs: likewise for what is returned. A module that was passed in comes back
         as itself, whatever stands here.
       **options: ``axis_names`` and ``check_vma`` of ``jax.shard_map``. With
@@ -220,7 +222,7 @@ def shard_map(
         bound = BoundArguments((*first, *args), {})
         given = per_argument("in_specs", in_specs, args)
         prefixes = (*(PartitionSpec() for _ in first), *given)
-        spread = Spread(bound, prefixes, {}, "spec", _spec)
+        spread = Spread(bound, prefixes, {}, "spec", spec_on(mesh))
         call = _Sharded(fn, spread, out_specs)
         call.checked = options.get("check_vma", True)
         mapped = jax.shard_map(
@@ -254,12 +256,6 @@ def refuse_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
         raise ArgumentError(
             f"{name} takes arguments by position; found {', '.join(kwargs)}."
         )
-
-
-def _spec(answer: Any) -> Any:
-    if answer is None:
-        return PartitionSpec()
-    return getattr(answer, "spec", answer) if isinstance(answer, Sharding) else answer
 
 
 class _Leaf(NamedTuple):

@@ -216,7 +216,8 @@ def refuse_devices(
 def _in_order(sharding: Any) -> tuple[Any, ...]:
     """The devices of a sharding, in the order that a program takes them in."""
     if isinstance(sharding, NamedSharding):
-        return tuple(sharding.mesh.devices.flat)
+        mesh: Any = sharding.mesh
+        return tuple(mesh.devices.flat)
     return tuple(sorted(sharding.device_set, key=lambda device: device.id))
 
 

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.schema import Schema
 from sortal._engine.state import State, snapshot
+from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import describe, make, value_of
 from sortal.errors import ArgumentError, AxisError, PolicyError, listing
 from sortal.filters import Filter, PathIn, leaf_filter
@@ -230,7 +231,11 @@ def leaf_answers(
     if not by_kind(given):
         return [given] * len(schema)
     if isinstance(given, Policy):
-        return answers(name, schema, given, view)
+        found = _declared(name, schema, given, view)
+        left = [i for i, answer in enumerate(found) if answer is _NONE]
+        if left:
+            answers(name, schema.pick(left), given, lambda: [view()[i] for i in left])
+        return found
     if given.column != name:
         raise AxisError(
             f"{given!r} holds values for {given.column!r}; here {name!r} is asked for. "
@@ -251,7 +256,7 @@ def _match(given: ByKind, schema: Schema, leaves: Any) -> list[Any]:
         if hit is _NONE:
             left.append(i)
     if left:
-        declared = answers(given.column, schema.pick(left), default=_NONE)
+        declared = _declared(given.column, schema.pick(left))
         for i, answer in zip(left, declared, strict=True):
             found[i] = answer
         still = [i for i in left if found[i] is _NONE]
@@ -266,6 +271,17 @@ def _match(given: ByKind, schema: Schema, leaves: Any) -> list[Any]:
     return found
 
 
+def _declared(
+    name: str, schema: Schema, given: Policy | None = None, view: Any = None
+) -> list[Any]:
+    """What a Policy, metadata and kinds say; else where ``shard`` put a leaf."""
+    found = answers(name, schema, given, view, _NONE)
+    if name != "spec":
+        return found
+    pairs = zip(found, schema.metadata, strict=True)
+    return [m.get(PLACEMENT, _NONE) if x is _NONE else x for x, m in pairs]
+
+
 _NONE: Any = object()
 
 
@@ -277,7 +293,8 @@ class Spread:
       prefixes: one prefix tree of answers for each positional argument.
       named: likewise for keyword arguments.
       name: the column to read from Policies and kinds.
-      read: from an answer as users write it to one as JAX takes it.
+      read: from an answer as users write it, and a leaf's value, to one as JAX takes
+        it; without a value, answers that depend on it are left as they are.
 
     Raises:
       ArgumentError: a prefix is built differently from its argument.
@@ -292,7 +309,7 @@ class Spread:
         prefixes: Sequence[Any],
         named: Mapping[str, Any],
         name: str,
-        read: Callable[[Any], Any] = lambda answer: answer,
+        read: Callable[..., Any] = lambda answer, value=None: answer,
     ):
         self.bound, self.name, self.read = bound, name, read
         self.given: list[Any] = [None] * len(bound.roots)
@@ -331,7 +348,7 @@ class Spread:
         i = self._at[id(flat_module)]
         plan = self.bound.plans[i]
         found = leaf_answers(given, self.name, plan.graphdef.schema, plan.view)
-        found = list(map(self.read, found))
+        found = list(map(self.read, found, plan.values()))
         self.given[i], self.roots[i] = given, found
         pick = self.bound.alias_map.picks[i]
         mine = found if pick is None else [found[j] for j in pick]
