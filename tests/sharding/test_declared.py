@@ -231,3 +231,41 @@ def test_arguments_on_the_same_devices_in_another_order_are_named_by_path():
     with pytest.raises(ShardingError) as e:
         sortal.jit(lambda model, x: model(x))(model, x)
     assert str(e.value).splitlines()[1] == "  x: 8 devices, the same in another order"
+
+
+class Sum(nnx.Module):
+    """Adds what is divided to what is to stay whole."""
+
+    def __init__(self):
+        self.whole = nnx.Param(jnp.ones(8))
+        self.divided = nnx.Variable(jnp.arange(8.0))
+
+    def add(self):
+        self.whole[...] = self.whole + self.divided
+
+
+@pytest.mark.parametrize("how", ["fori", "while", "cond", "switch", "remat"])
+def test_loops_and_branches_called_eagerly_leave_what_they_write_where_it_was(how):
+    """XLA would leave the sum where the greater part of it lies."""
+    rows = {nnx.Param: sortal.Rule(spec=P()), ...: sortal.Rule(spec=P("d"))}
+    m = sortal.shard(Sum(), D8, rows)
+    one = jnp.ones(())  # closed over, so that the loop does not stay compiled
+
+    def body(m):
+        m.whole[...] = m.whole * one
+        m.add()
+        return m
+
+    calls = {
+        "fori": lambda: sortal.fori_loop(0, 1, lambda i, m: body(m), m),
+        "while": lambda: sortal.while_loop(
+            lambda v: v[1] < 1, lambda v: (body(v[0]), v[1] + 1), (m, 0)
+        ),
+        "cond": lambda: sortal.cond(jnp.array(True), Sum.add, lambda m: None, m),
+        "switch": lambda: sortal.switch(1, [lambda m: None, Sum.add], m),
+        "remat": lambda: sortal.remat(Sum.add)(m),
+    }
+    for n in (1, 2):
+        calls[how]()
+        assert m.whole.value.tolist() == [1.0 + n * i for i in range(8)]
+        assert m.whole.value.sharding.is_fully_replicated

@@ -21,6 +21,7 @@ from sortal.transforms._adapter.operands import Operands, check_types, steady
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.eager import kept
 from sortal.transforms.refusals import refuse_arguments
+from sortal.transforms.shardings import as_declared
 
 
 def while_loop(
@@ -495,4 +496,5 @@ class _Branches:
     def finish(self, call: Callable[..., Any]) -> Any:
         """Runs the branches and brings what they wrote to the live objects."""
         out, values = call(*self.start)
-        return write_back(self.operands.bound, Result(self.effects, (out, values, [])))
+        result, bound = Result(self.effects, (out, values, [])), self.operands.bound
+        return write_back(bound, as_declared(result, bound.args))

@@ -15,6 +15,7 @@ from sortal.transforms._adapter.functions import named_positions, unbind
 from sortal.transforms._adapter.tracing import run
 from sortal.transforms.eager import kept
 from sortal.transforms.refusals import refuse_arguments
+from sortal.transforms.shardings import as_declared
 
 
 @as_decorator
@@ -88,6 +89,8 @@ def _rematted(functions: Sequence[Any], options: Any) -> Callable[..., Any]:
             policy=policy,
             static_argnums=static,
         )
-        return write_back(bound, rematted(*bound.args, **bound.kwargs))
+        given = bound.args, bound.kwargs
+        result = rematted(*bound.args, **bound.kwargs)
+        return write_back(bound, as_declared(result, given))
 
     return call

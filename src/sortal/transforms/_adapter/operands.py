@@ -23,6 +23,7 @@ from sortal.transforms._adapter.effects import (
     rigid_leaves,
 )
 from sortal.transforms._adapter.tracing import FlatModule, is_flat_module, run
+from sortal.transforms.shardings import as_declared
 
 
 class Operands:
@@ -144,7 +145,8 @@ class Operands:
     def write_back(self, effects: Effects, values: Sequence[Any], tree: Any) -> Any:
         """Writes the values of the leaves that were written to the live objects."""
         mine = [values[k] for k in effects.written]
-        write_back(self.bound, Result(effects, (None, mine, [])))
+        result = Result(effects, (None, mine, []))
+        write_back(self.bound, as_declared(result, self.bound.args))
         return resolve(tree, self.bound.roots)
 
 
