@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import linen
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -269,3 +270,43 @@ def test_loops_and_branches_called_eagerly_leave_what_they_write_where_it_was(ho
         calls[how]()
         assert m.whole.value.tolist() == [1.0 + n * i for i in range(8)]
         assert m.whole.value.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("mapped", [sortal.shard_map, jax.shard_map])
+def test_inside_shard_map_no_part_is_put_where_the_whole_was(mapped):
+    """Nor are moments that are made there."""
+    model = sortal.shard(sortal.Linear(8, 8, rngs=sortal.Rngs(0)), D8)
+    graphdef, state = sortal.split(model)
+
+    def f(state):
+        model = sortal.merge(graphdef, state)
+        double(model.kernel)
+        optimizer = sortal.Optimizer(model, optax.sgd(1.0, momentum=0.5))
+        optimizer.update(model, sortal.grad(lambda m: m.kernel.sum())(model))
+        return model.kernel.value
+
+    out = jax.jit(mapped(f, mesh=D8, in_specs=P(), out_specs=P()))(state)
+    expected = 2 * model.kernel.value - 1
+    assert out.tolist() == expected.tolist()
+
+
+def test_values_of_another_mesh_are_named_where_a_function_would_move_them_back():
+    few = Mesh(D8.devices[:4], ("d",))
+    source, model = (
+        sortal.shard(sortal.Linear(8, 8, rngs=sortal.Rngs(i)), mesh)
+        for i, mesh in enumerate((few, D8))
+    )
+    sortal.update(model, sortal.state(source))
+    with pytest.raises(ShardingError) as e:
+        nnx.jit(lambda m: double(m.kernel))(model)
+    assert str(e.value) == (
+        "these lie on other devices than shard put them on, where a compiled function "
+        "is to leave them:\n"
+        "  bias (Param): 4 devices; shard put it on 8 devices\n"
+        "  kernel (Param): 4 devices; shard put it on 8 devices\n"
+        "Copy values from one mesh to another by transfer(source, model), or call "
+        "shard(model, mesh) again."
+    )
+    sortal.shard(model, D8)
+    nnx.jit(lambda m: double(m.kernel))(model)
+    assert model.kernel.value.tolist() == (2 * source.kernel.value).tolist()

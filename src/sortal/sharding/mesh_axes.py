@@ -69,6 +69,11 @@ def mapped_over(declared: bool) -> Any:
     return _mapped(_mapped.value or declared)
 
 
+def on_one_device() -> bool:
+    """Whether arrays are the parts that devices have inside of ``jax.shard_map``."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def in_mapped() -> bool:
     """Whether specs may speak of arrays of which only parts are here."""
     return _mapped.value
@@ -146,10 +151,10 @@ def declared(kind: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any] | None:
 
     It is where ``shard`` put the leaf, or else what its metadata or kind declares, on
     the mesh of its metadata or of ``jax.set_mesh``; None where there is no such mesh,
-    and for parts of leaves inside of ``mapped_over(True)``. Whether the mesh has the
-    spec's axes is not looked at.
+    and for parts of leaves, inside of ``mapped_over(True)`` and ``shard_map``. Whether
+    the mesh has the spec's axes is not looked at.
     """
-    if _mapped.value:
+    if _mapped.value or on_one_device():
         return None
     put_there = metadata.get(PLACEMENT)
     if put_there is not None:

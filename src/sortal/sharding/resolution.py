@@ -23,7 +23,7 @@ from sortal._engine.variable import OptState
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
-from sortal.sharding.mesh_axes import more_rules, put, short, spec_fault
+from sortal.sharding.mesh_axes import more_rules, on_one_device, put, short, spec_fault
 
 WHOLE = PartitionSpec()
 UNRULED = "no rule"
@@ -165,7 +165,7 @@ def at_full_rank(sharding: NamedSharding, value: Any) -> NamedSharding:
 def at_placement(value: Any, metadata: Mapping[str, Any]) -> Any:
     """A new value where the metadata says that ``shard`` put the like of it."""
     sharding = placement(value, metadata)
-    if sharding is None or not isinstance(value, jax.Array):
+    if sharding is None or not isinstance(value, jax.Array) or on_one_device():
         return value
     return put(value, NamedSharding(sharding.mesh, short(sharding.spec)))
 

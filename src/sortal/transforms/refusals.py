@@ -10,11 +10,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from sortal._engine.jax_compat import ArrayImpl
 from sortal._engine.paths import show
 from sortal._engine.schema import kind_name
 from sortal._engine.stale import is_gone, refuse_leaves
 from sortal._engine.state import State
-from sortal._engine.statics import is_hashable
+from sortal._engine.statics import PLACEMENT, is_hashable
 from sortal._engine.variable import describe, is_variable, value_of
 from sortal.errors import ArgumentError, ShardingError, listing
 from sortal.transforms._adapter.binding import BoundArguments
@@ -42,13 +43,14 @@ def explain_failure(
     Raises:
       StaleBufferError: a leaf holds a buffer that is gone.
       ArgumentError: an argument is nothing that JAX can take.
-      ShardingError: arrays are bound to different devices, or go to an Explicit mesh
-        on which no argument lies.
+      ShardingError: arrays are bound to different devices, or to others than ``shard``
+        put them on, or go to an Explicit mesh on which no argument lies.
     """
     refuse_stale(fn, bound, cause)
     refuse_arguments(fn, bound, static, cause, option=option)
     refuse_devices(fn, bound, static, cause)
     _refuse_meshless(fn, bound, static, cause)
+    _refuse_displaced(bound, cause)
 
 
 def refuse_stale(fn: Any, bound: BoundArguments, cause: BaseException) -> None:
@@ -240,6 +242,29 @@ def _refuse_meshless(
         "within jax.set_mesh(mesh), or put the model there before: shard(model, mesh, "
         "policy)."
     ) from cause
+
+
+def _refuse_displaced(bound: BoundArguments, cause: Exception) -> None:
+    """Says so where leaves lie on other devices than ``shard`` put them on."""
+    if "incompatible devices" not in str(cause):
+        return
+    rows = []
+    for plan in bound.plans:
+        schema = plan.graphdef.schema
+        for i, (x, metadata) in enumerate(
+            zip(plan.values(), schema.metadata, strict=True)
+        ):
+            there = metadata.get(PLACEMENT)
+            bound_there = isinstance(x, ArrayImpl) and x.committed and there is not None
+            if bound_there and _in_order(x.sharding) != _in_order(there):
+                here, due = (named_devices(s.device_set) for s in (x.sharding, there))
+                rows.append(f"{schema.describe(i)}: {here}; shard put it on {due}")
+    if rows:
+        raise ShardingError(
+            "these lie on other devices than shard put them on, where a compiled "
+            f"function is to leave them:\n{listing(rows)}\nCopy values from one mesh "
+            "to another by transfer(source, model), or call shard(model, mesh) again."
+        ) from cause
 
 
 def named_arguments(fn: Any, bound: BoundArguments) -> Iterator[tuple[Any, str, Any]]:
