@@ -209,3 +209,13 @@ def test_sequences_longer_than_they_are_cannot_be_flipped(time_major: bool) -> N
     x = x.T if time_major else x
     with pytest.raises(ArgumentError, match=r"from 0 to 3 .* found sequence 0 has 9"):
         nnx.flip_sequences(x, jnp.array([9, 1]), 1, time_major)
+
+
+def test_each_device_goes_through_its_part_of_the_batch():
+    layer = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (4, 5, 3))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=auto)
+    specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P("data")}
+    out = nnx.jit(nnx.shard_map(lambda m, x: m(x), mesh=mesh, **specs))(layer, x)
+    np.testing.assert_allclose(out, layer(x), atol=1e-6)

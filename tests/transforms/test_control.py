@@ -893,3 +893,79 @@ def test_branches_that_leave_values_at_other_places_are_told_by_path() -> None:
             sortal.switch(0, [moves(jax.P("a")), moves(jax.P(None, "b"))], m)
         sortal.switch(1, [moves(jax.P("a")), moves(jax.P("a"))], m)
         assert m.w.value.sharding.spec == jax.P("a", None)
+
+
+DEVICES = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+class Mean(sortal.Variable, reduce="mean"):
+    """A kind whose replicas are averaged."""
+
+
+def on_devices(f: Any) -> Any:
+    spec = jax.P("d")
+    specs = sortal.StateSharding({...: jax.P()}), spec
+    mapped = sortal.shard_map(f, mesh=DEVICES, in_specs=specs, out_specs=spec)
+    return sortal.jit(mapped)
+
+
+@pytest.mark.parametrize("which", ["cond", "switch"])
+def test_a_branch_may_write_what_then_differs_between_devices(which: str) -> None:
+    """The other branch leaves there what all devices share; against each by itself."""
+    x = jnp.array([1.0, -2.0, 3.0, -4.0])
+
+    def add(m: Any, x: Any) -> Any:
+        m.w[...] += x[0]
+        return x
+
+    def leave(m: Any, x: Any) -> Any:
+        return m.w[...] * jnp.zeros(1)
+
+    def step(m: Any, x: Any) -> Any:
+        if which == "cond":
+            return sortal.cond(x[0] > 0, add, leave, m, x)
+        return sortal.switch(jnp.where(x[0] > 0, 1, 0), [leave, add], m, x)
+
+    m = Holder(w=Mean(jnp.array(8.0)))
+    assert on_devices(step)(m, x).tolist() == [1.0, 0.0, 3.0, 0.0]
+    assert float(m.w.value) == np.mean([9.0, 8.0, 11.0, 8.0])
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori", "while"])
+def test_a_step_whose_carry_comes_to_differ_between_devices_is_told_by_path(
+    loop: str,
+) -> None:
+    def step(m: Any, x: Any) -> Any:
+        m.w[...] += x[0]
+        return m
+
+    def run(m: Any, x: Any) -> Any:
+        if loop == "scan":
+            sortal.scan(step, in_axes=(sortal.Carry, 0), out_axes=sortal.Carry)(
+                m, x[None]
+            )
+        elif loop == "fori":
+            sortal.fori_loop(0, 1, lambda i, m: step(m, x), m)
+        else:
+            sortal.while_loop(lambda m: m.w < 1, lambda m: step(m, x), m)
+        return x
+
+    x, m = jnp.arange(4.0), Holder(w=Mean(jnp.array(0.0)))
+    with untouched(m), pytest.raises(LoopError) as e:
+        on_devices(run)(m, x)
+    _, _, text = str(e.value).partition(" hands on ")
+    assert text.startswith(
+        "what differs between devices and is the same on all before the loop:\n"
+        "  w (Mean): float32[] differs along d\n"
+        "Write before it x = jax.lax.pcast(x, ('d',), to='varying'), of a Variable "
+        "variable[...] = jax.lax.pcast(variable[...], ('d',), to='varying')."
+    )
+    if loop == "while":
+        return  # it would not end on the first device
+
+    def as_told(m: Any, x: Any) -> Any:
+        m.w[...] = jax.lax.pcast(m.w[...], ("d",), to="varying")
+        return run(m, x)
+
+    on_devices(as_told)(m, x)
+    assert float(m.w.value) == x.mean()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sortal._engine.jax_compat import varying_axes
 from sortal._engine.variable import RngState, describe
 from sortal.errors import ArgumentError
 from sortal.filters import All
@@ -16,6 +17,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.recurrent import RNNBase, RNNCellBase
 from sortal.random import Rngs, RngStream, is_rngs, is_stream, split_rngs
+from sortal.transforms._adapter.operands import varying_along
 from sortal.transforms._adapter.prefixes import Carry, StateAxes
 from sortal.transforms.scan import scan
 
@@ -138,6 +140,9 @@ class RNN(Module):
             rngs = self.rngs if rngs is None else rngs
             stream = rngs.carry.fork() if is_rngs(rngs) else rngs
             carry = self.cell.initialize_carry(step_shape, stream)
+            # Inside of shard_map the state of each device is its own after a step.
+            own = functools.partial(varying_along, varying_axes(x))
+            carry = jax.tree.map(own, carry)
         keep_all = seq_lengths is not None and return_carry
         last, outputs = self._scanned(carry, flip(x) if reverse else x, axis, keep_all)
         if keep_all:

@@ -9,6 +9,7 @@ from typing import Any, Never
 import jax
 import jax.tree_util as jtu
 
+from sortal._engine.jax_compat import varying_axes
 from sortal._engine.nodes import is_root
 from sortal._engine.variable import describe, value_of
 from sortal._nnx_names import refuse_unknown
@@ -17,7 +18,12 @@ from sortal.policy.rule import format_answer
 from sortal.transforms._adapter.binding import write_back
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.functions import unbind
-from sortal.transforms._adapter.operands import Operands, check_types, steady
+from sortal.transforms._adapter.operands import (
+    Operands,
+    check_types,
+    steady,
+    varying_along,
+)
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.eager import kept
 from sortal.transforms.refusals import refuse_arguments
@@ -404,6 +410,11 @@ class _Branches:
         all_effects = [result.effects for result in self.seen]
         written = tuple(sorted({k for effects in all_effects for k in effects.written}))
         self.effects = Effects(written, all_effects[0].outputs, None)
+        self._check_places()
+        # What one branch leaves alone may differ between devices after another one.
+        self.varying = [
+            frozenset[Any]().union(*map(varying_axes, each)) for _, each in self._each()
+        ]
 
     def _run(self, b: int, plain: Any, values: Any) -> Result:
         fn, first = self.calls[b]
@@ -422,7 +433,9 @@ class _Branches:
         def branch(plain: Any, values: Any) -> Any:
             result = self.runs[b](plain, values)
             now = self.operands.written(result.effects, values, result.values)
-            return result.out, [now[k] for k in self.effects.written]
+            leaves = result.out, [now[k] for k in self.effects.written]
+            leaves, treedef = jax.tree.flatten(leaves)
+            return treedef.unflatten(map(varying_along, self.varying, leaves))
 
         return branch
 
@@ -445,7 +458,6 @@ class _Branches:
                     f"{outline(result.out, result.effects)}."
                 )
         self._check_outputs()
-        self._check_places()
 
     def _outputs(self) -> list[tuple[str, list[Any]]]:
         """For each array of the output its name, and what each branch returns there."""
@@ -471,21 +483,27 @@ class _Branches:
                 f"{listing(rows)}\nCast or reshape what is returned."
             )
 
-    def _check_places(self) -> None:
-        """On an explicit mesh all branches must leave each value at one place."""
+    def _each(self) -> list[tuple[str, list[Any]]]:
+        """For each array that leaves a branch its name, and what each branch has."""
         after = [
             self.operands.written(result.effects, self.operands.values, result.values)
             for result in self.seen
         ]
-        written = sorted({k for r in self.seen for k in r.effects.written})
-        values = [(self.operands.describe(k), [x[k] for x in after]) for k in written]
+        values = [
+            (self.operands.describe(k), same)
+            for k in self.effects.written
+            for same in zip(*(jax.tree.leaves(x[k]) for x in after), strict=True)
+        ]
+        return [*self._outputs(), *((name, list(same)) for name, same in values)]
+
+    def _check_places(self) -> None:
+        """On an explicit mesh all branches must leave each value at one place."""
         rows = []
-        for name, each in (*values, *self._outputs()):
-            for same in zip(*map(jax.tree.leaves, each), strict=True):
-                specs = [jax.typeof(x).sharding.spec for x in same]
-                if len(set(specs)) > 1:
-                    found = [format_answer("spec", spec) for spec in specs]
-                    rows.append(self._by(name, found))
+        for name, each in self._each():
+            specs = [jax.typeof(x).sharding.spec for x in each]
+            if len(set(specs)) > 1:
+                found = [format_answer("spec", spec) for spec in specs]
+                rows.append(self._by(name, found))
         if rows:
             raise LoopError(
                 "all branches must leave at one place of the mesh what any of them "

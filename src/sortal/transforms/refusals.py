@@ -251,13 +251,14 @@ def _refuse_displaced(bound: BoundArguments, cause: Exception) -> None:
     rows = []
     for plan in bound.plans:
         schema = plan.graphdef.schema
-        for i, (x, metadata) in enumerate(
-            zip(plan.values(), schema.metadata, strict=True)
-        ):
+        leaves = zip(plan.values(), schema.metadata, strict=True)
+        for i, (x, metadata) in enumerate(leaves):
             there = metadata.get(PLACEMENT)
-            bound_there = isinstance(x, ArrayImpl) and x.committed and there is not None
-            if bound_there and _in_order(x.sharding) != _in_order(there):
-                here, due = (named_devices(s.device_set) for s in (x.sharding, there))
+            if there is None or not (isinstance(x, ArrayImpl) and x.committed):
+                continue
+            if _in_order(x.sharding) != _in_order(there):
+                here = named_devices(x.sharding.device_set)
+                due = named_devices(there.device_set)
                 rows.append(f"{schema.describe(i)}: {here}; shard put it on {due}")
     if rows:
         raise ShardingError(

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 
 from sortal._engine.difference import ABSENT
 from sortal._engine.graphdef import Entry
+from sortal._engine.jax_compat import varying_axes
 from sortal._engine.nodes import LEAF, NODE
 from sortal._engine.paths import show
 from sortal._engine.variable import describe
@@ -242,7 +243,8 @@ def check_types(
     Args:
       where: which step or branch, for the message.
       rows: for each value what it is called, the old and the new one.
-      stays: whether on an explicit mesh each must lie where it lay, as in loops.
+      stays: whether on an explicit mesh each must lie where it lay, and differ between
+        devices where it differed, as in loops.
 
     Raises:
       LoopError: some differ; all are listed.
@@ -270,6 +272,32 @@ def check_types(
             f"{listing(moved)}\nPut it there before the loop, or write "
             "jax.sharding.reshard(x, spec) with the spec that it has."
         )
+    if stays:
+        _check_varying(where, rows)
+
+
+def _check_varying(where: str, rows: Sequence[tuple[str, Any, Any]]) -> None:
+    """Inside of shard_map, what a step hands on differs where it differed before."""
+    found = {
+        f"{name}: {describe(a)}": tuple(sorted(varying_axes(b) - varying_axes(a)))
+        for name, old, new in rows
+        for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True)
+    }
+    bad = [f"{row} differs along {', '.join(x)}" for row, x in found.items() if x]
+    if bad:
+        axes = tuple(sorted({axis for x in found.values() for axis in x}))
+        raise LoopError(
+            f"{where} hands on what differs between devices and is the same on all "
+            f"before the loop:\n{listing(bad)}\nWrite before it x = jax.lax.pcast(x, "
+            f"{axes!r}, to='varying'), of a Variable variable[...] = jax.lax.pcast("
+            f"variable[...], {axes!r}, to='varying')."
+        )
+
+
+def varying_along(axes: frozenset[Any], x: Any) -> Any:
+    """A value inside of shard_map, which may differ along more mesh axes."""
+    more = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, more, to="varying") if more else x
 
 
 def _types(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
