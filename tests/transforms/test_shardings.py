@@ -345,6 +345,20 @@ def test_a_model_that_an_outer_function_closes_over_is_read_and_not_moved():
     assert model.linear.kernel.value is kernel
 
 
+@pytest.mark.skipif(N == 1, reason="one device divides everything")
+@pytest.mark.parametrize("rows", [ROWS, P("d")], ids=["sharding", "spec"])
+def test_a_batch_that_the_mesh_cannot_divide_is_refused(rows):
+    call = nnx.jit(lambda m, x: m(x), in_shardings=(BY_KIND, rows))
+    with jax.set_mesh(MESH), pytest.raises(ShardingError) as found:
+        call(Net(), jnp.ones((N + 1, 3)))
+    assert str(found.value) == (
+        "these arguments cannot be divided as in_shardings says:\n"
+        f"  float32[{N + 1},3]: P('d'), but dimension 0, {N + 1}, cannot be divided by "
+        f"{N}\nGive them another spec, or another shape, such as a batch that is "
+        "padded to a multiple."
+    )
+
+
 @pytest.mark.skipif(N == 1, reason="one device has one place for everything")
 def test_arrays_bound_elsewhere_than_in_shardings_are_all_named():
     model = nnx.shard(Net(), MESH)

@@ -19,7 +19,13 @@ from sortal._engine.statics import PLACEMENT
 from sortal._engine.variable import describe
 from sortal.errors import AxisError, PolicyError, ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import declared, in_force, put, put_apart
+from sortal.sharding.mesh_axes import (
+    declared,
+    in_force,
+    put,
+    put_apart,
+    spec_fault,
+)
 from sortal.sharding.resolution import (
     check_specs,
     placement,
@@ -158,6 +164,7 @@ class Sharded:
         except ValueError as error:
             dynamic = self._dynamic(args, kwargs)
             given, _ = self._answers(*dynamic)  # refuses what does not fit
+            _refuse_undivided(given, dynamic[0], error)
             _refuse_elsewhere(given, dynamic[0], error)
             raise
 
@@ -365,6 +372,31 @@ def _on_mesh(answer: Any) -> Any:
     if isinstance(answer, jax.sharding.PartitionSpec):
         return NamedSharding(jax.sharding.get_mesh(), answer)
     return answer
+
+
+def _refuse_undivided(given: Any, args: Any, cause: Exception) -> None:
+    """Says which arrays of no model cannot be divided as in_shardings says."""
+    if "is partitioned" not in str(cause) or not outside_traces():
+        return
+    rows: list[str] = []
+
+    def note(answer: Any, part: Any) -> None:
+        sharding = None if isinstance(answer, (FlatModule, State)) else _on_mesh(answer)
+        if isinstance(sharding, NamedSharding):
+            sizes = dict(sharding.mesh.shape)
+            for x in jax.tree.leaves(part):
+                if fault := spec_fault(jnp.shape(x), sharding.spec, sizes):
+                    shown = format_answer("spec", sharding.spec)
+                    rows.append(f"{describe(x)}: {shown}, but {fault}")
+
+    ends = (FlatModule, State, type(None))
+    jtu.tree_map(note, given, tuple(args), is_leaf=lambda x: isinstance(x, ends))
+    if rows:
+        raise ShardingError(
+            "these arguments cannot be divided as in_shardings says:\n"
+            f"{listing(rows)}\nGive them another spec, or another shape, such as a "
+            "batch that is padded to a multiple."
+        ) from cause
 
 
 def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
