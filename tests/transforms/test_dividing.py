@@ -150,6 +150,23 @@ def test_arrays_that_are_bound_to_other_devices_are_named():
     )
 
 
+def test_the_same_devices_in_another_order_are_named_in_jit_and_outside():
+    mesh = Mesh(MESH.devices[::-1], MESH.axis_names)
+    m = sortal.shard(model(), mesh)
+    with pytest.raises(ShardingError, match="8 devices, the same in another order"):
+        mapped(P())(m, X)
+    with pytest.raises(ShardingError) as e:
+        sortal.jit(mapped(P()))(m, X)
+    assert str(e.value) == (
+        "a mesh inside the function, as of a shard_map or constraint, has other "
+        "devices, or in another order, than the 8 devices of these:\n"
+        "  model['c']\n"
+        "  model['w']\n"
+        "Put models there by shard(model, mesh, policy), and other arrays by "
+        "jax.device_put(x, NamedSharding(mesh, P()))."
+    )
+
+
 def test_an_error_of_the_function_is_passed_on():
     def wrong(m, x):
         raise ValueError("a fault of its own")

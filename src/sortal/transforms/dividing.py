@@ -17,7 +17,7 @@ from sortal.sharding.mesh_axes import axes_of, short, spec_fault
 from sortal.sharding.resolution import spec_for
 from sortal.transforms._adapter.prefixes import Spread
 from sortal.transforms._adapter.tracing import is_flat_module
-from sortal.transforms.refusals import named_devices
+from sortal.transforms.refusals import in_order, named_devices
 
 _Row = tuple[str, Any, PartitionSpec]
 """What an array is called, the array, and its spec in ``in_specs``."""
@@ -114,13 +114,14 @@ def _refuse_devices(rows: list[_Row], mesh: Any, cause: Exception) -> None:
     """What is bound to devices must be bound to those of the mesh."""
     if "incompatible devices" not in str(cause):
         return
-    mine = set(mesh.devices.flat) if isinstance(mesh, Mesh) else set()
+    mine = tuple(mesh.devices.flat) if isinstance(mesh, Mesh) else ()
     bad = [
         f"{name}: {named_devices(x.sharding.device_set)}"
+        + ", the same in another order" * (x.sharding.device_set == set(mine))
         for name, x, _ in rows
         if not isinstance(x, Tracer)
         and getattr(x, "committed", False)
-        and x.sharding.device_set != mine
+        and in_order(x.sharding) != mine
     ]
     if bad and mine:
         raise ShardingError(

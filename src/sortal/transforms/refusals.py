@@ -48,9 +48,9 @@ def explain_failure(
     """
     refuse_stale(fn, bound, cause)
     refuse_arguments(fn, bound, static, cause, option=option)
-    refuse_devices(fn, bound, static, cause)
     _refuse_meshless(fn, bound, static, cause)
     _refuse_displaced(bound, cause)
+    refuse_devices(fn, bound, static, cause)
 
 
 def refuse_stale(fn: Any, bound: BoundArguments, cause: BaseException) -> None:
@@ -185,7 +185,8 @@ def refuse_devices(
       cause: what JAX raised.
 
     Raises:
-      ShardingError: arrays are bound to several sets of devices; all are listed.
+      ShardingError: arrays are bound to several sets of devices, or to others than a
+        mesh inside has; all are listed.
     """
     at: dict[Any, list[str]] = {}
     for key, name, x in named_arguments(fn, bound):
@@ -195,7 +196,14 @@ def refuse_devices(
             # What is bound to no device goes where the others are.
             if not isinstance(leaf, Tracer) and getattr(leaf, "committed", False):
                 where = f"{name}{jax.tree_util.keystr(path)}"
-                at.setdefault(_in_order(leaf.sharding), []).append(where)
+                at.setdefault(in_order(leaf.sharding), []).append(where)
+    if len(at) == 1 and "incompatible devices" in str(cause):
+        ((devices, names),) = at.items()
+        raise ShardingError(
+            "a mesh inside the function, as of a shard_map or constraint, has other "
+            f"devices, or in another order, than the {named_devices(devices)} of these:"
+            f"\n{listing(names)}\n{_PUT}"
+        ) from cause
     if len(at) < 2:
         return
     most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
@@ -209,13 +217,17 @@ def refuse_devices(
     raise ShardingError(
         f"a compiled function needs all arrays on the same devices; "
         f"{len(at[most])} arrays lie on {named_devices(most)}, and these on others:\n"
-        f"{listing(rows)}\n"
-        "Put models there by shard(model, mesh, policy), and other arrays by "
-        "jax.device_put(x, NamedSharding(mesh, P()))."
+        f"{listing(rows)}\n{_PUT}"
     ) from cause
 
 
-def _in_order(sharding: Any) -> tuple[Any, ...]:
+_PUT = (
+    "Put models there by shard(model, mesh, policy), and other arrays by "
+    "jax.device_put(x, NamedSharding(mesh, P()))."
+)
+
+
+def in_order(sharding: Any) -> tuple[Any, ...]:
     """The devices of a sharding, in the order that a program takes them in."""
     if isinstance(sharding, NamedSharding):
         mesh: Any = sharding.mesh
@@ -256,7 +268,7 @@ def _refuse_displaced(bound: BoundArguments, cause: Exception) -> None:
             there = metadata.get(PLACEMENT)
             if there is None or not (isinstance(x, ArrayImpl) and x.committed):
                 continue
-            if _in_order(x.sharding) != _in_order(there):
+            if in_order(x.sharding) != in_order(there):
                 here = named_devices(x.sharding.device_set)
                 due = named_devices(there.device_set)
                 rows.append(f"{schema.describe(i)}: {here}; shard put it on {due}")
