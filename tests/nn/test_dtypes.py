@@ -124,6 +124,17 @@ def test_a_stack_of_layers_is_called_by_vmap_alone(
         np.testing.assert_allclose(all_layers[2], one, rtol=1e-5)
 
 
+def test_a_kernel_that_the_layer_s_own_promotion_makes_an_array_is_no_stack() -> None:
+    def dequantized(arrays: Any, **options: Any) -> Any:
+        x, kernel, bias = arrays
+        return dtypes.promote_dtype((x, kernel["q"] * kernel["scale"], bias), **options)
+
+    layer = nnx.Linear(4, 3, promote_dtype=dequantized, rngs=nnx.Rngs(0))
+    kernel = np.arange(12, dtype=np.int8).reshape(4, 3)
+    layer.kernel = nnx.Param({"q": jnp.asarray(kernel), "scale": jnp.float32(0.5)})
+    np.testing.assert_allclose(layer(X4), X4 @ (kernel * 0.5))
+
+
 def test_a_layer_promotes_with_the_function_it_was_given() -> None:
     def keep(values: Any, *, dtype: Any) -> Any:
         return tuple(v if v is None else v.astype(jnp.float16) for v in values)

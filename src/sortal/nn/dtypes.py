@@ -173,7 +173,8 @@ def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
 def check_single(owner: Any, name: str, ndim: int) -> None:
     """Refuses a parameter of more axes than one layer has: that of a stack of them."""
     value = value_of(getattr(owner, name, None))
-    if value is not None and len(value.shape) > ndim:
+    # What is no array, the layer's own promotion makes one.
+    if len(getattr(value, "shape", ())) > ndim:
         raise ArgumentError(
             f"{name_of(owner)}.{name} is {describe(value)}, and has {ndim} "
             f"{'axis' if ndim == 1 else 'axes'} in one layer. Give a stack to vmap or "
