@@ -149,6 +149,12 @@ def test_a_filter_that_takes_nothing_is_refused(tmp_path):
         nnx.save(tmp_path, nnx.Linear(1, 1, rngs=nnx.Rngs(0)), step=0, only=nnx.Cache)
 
 
+def test_a_path_given_as_a_string_earns_a_hint(tmp_path):
+    model = {"head": nnx.Linear(1, 1, rngs=nnx.Rngs(0))}
+    with pytest.raises(SaveError, match=r"for the path write Under\('head'\)\."):
+        nnx.save(tmp_path, model, step=0, only="head")
+
+
 def test_a_key_whose_text_holds_its_address_is_refused(tmp_path):
     class Key:
         pass

@@ -158,6 +158,13 @@ def test_reset_forgets_a_nan_and_compiles_nothing_again() -> None:
     assert cache.keys.value.dtype == jnp.bfloat16
 
 
+def test_tokens_before_heads_are_answered_with_how_to_swap_them() -> None:
+    cache, keys = nnx.KVCache(1, 4, 2, 8), jnp.ones((1, 3, 2, 8))
+    with pytest.raises(ArgumentError, match=r"as keys\.swapaxes\(1, 2\); or make"):
+        cache.append(keys, keys)
+    cache.append(keys.swapaxes(1, 2), keys.swapaxes(1, 2))
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     cache = nnx.KVCache(2, 4, 3, 8)
     good = jnp.ones((2, 3, 1, 8))

@@ -16,6 +16,7 @@ import sortal as nnx
 from sortal.errors import ArgumentError
 from sortal.nn import dtypes
 
+RNGS = nnx.OfType(nnx.RngState)
 VALUES: list[tuple[Any, ...]] = [
     (jnp.zeros(2, jnp.bfloat16), 1.0),
     (jnp.zeros(2, jnp.bfloat16), jnp.zeros(2)),
@@ -71,6 +72,67 @@ def test_a_wrong_number_of_features_is_named_with_its_axis() -> None:
         layer(jnp.ones((4, 3)))
     with pytest.raises(ArgumentError, match=r"float32\[\]"):
         layer(jnp.float32(1))
+
+
+def attend(layer: Any, x: Any) -> Any:
+    return layer.attend(x)
+
+
+def call(layer: Any, x: Any) -> Any:
+    return layer(x)
+
+
+def unroll(cell: Any, x: Any) -> Any:
+    return cell((x, x), x)
+
+
+X4 = np.ones((5, 4), np.float32)
+# As many layers as features, so that the first axis of the stack fits the input.
+STACKS: list[tuple[Any, Any, Any, str]] = [
+    (lambda r: nnx.Linear(4, 3, rngs=r), call, X4, "Linear.kernel is float32[4,4,3]"),
+    (lambda r: nnx.LinearGeneral(4, (3, 2), rngs=r), call, X4, "LinearGeneral.kernel"),
+    (lambda r: nnx.Einsum("ab,bc->ac", (4, 3), rngs=r), call, X4, "Einsum.kernel"),
+    (lambda r: nnx.Embed(4, 3, rngs=r), call, np.zeros(5, int), "Embed.embedding"),
+    (lambda r: nnx.Embed(3, 4, rngs=r), attend, X4, "Embed.embedding"),
+    (lambda r: nnx.Conv(4, 3, (1,), rngs=r), call, X4[None], "Conv.kernel"),
+    (lambda r: nnx.ConvTranspose(4, 3, 1, rngs=r), call, X4[None], "ConvTranspose.ker"),
+    (lambda r: nnx.LoRA(4, 2, 3, rngs=r), call, X4, "LoRA.lora_a is float32[4,4,2]"),
+    (lambda r: nnx.LayerNorm(4, rngs=r), call, X4, "LayerNorm.scale is float32[4,4]"),
+    (lambda r: nnx.GroupNorm(4, 2, rngs=r), call, X4, "GroupNorm.scale"),
+    (lambda r: nnx.BatchNorm(4, rngs=r), call, X4, "BatchNorm.mean is float32[4,4]"),
+    (lambda r: nnx.OptimizedLSTMCell(4, 4, rngs=r), unroll, X4, "Linear.kernel"),
+]
+
+
+@pytest.mark.parametrize(("make", "use", "x", "what"), STACKS)
+def test_a_stack_of_layers_is_called_by_vmap_alone(
+    make: Any, use: Any, x: Any, what: str
+) -> None:
+    layer = make(nnx.Rngs(0))
+    stack = nnx.clone(layer)
+    several = jax.tree.map(lambda x: jnp.stack([x] * 4), nnx.state(layer, ~RNGS))
+    nnx.update(stack, several, strict=False)
+    with pytest.raises(ArgumentError) as e:
+        use(stack, x)
+    assert what in str(e.value)
+    assert "a stack to vmap or scan, as in vmap(lambda layer, x:" in str(e.value)
+    axes = nnx.StateAxes({RNGS: None, ...: 0})
+    out = nnx.vmap(use, in_axes=(axes, None))(stack, x)
+    for all_layers, one in zip(
+        jax.tree.leaves(out), jax.tree.leaves(use(layer, x)), strict=True
+    ):
+        np.testing.assert_allclose(all_layers[2], one, rtol=1e-5)
+
+
+def test_a_kernel_that_the_layer_s_own_promotion_makes_an_array_is_no_stack() -> None:
+    def dequantized(arrays: Any, **options: Any) -> Any:
+        x, kernel, bias = arrays
+        return dtypes.promote_dtype((x, kernel["q"] * kernel["scale"], bias), **options)
+
+    layer = nnx.Linear(4, 3, promote_dtype=dequantized, rngs=nnx.Rngs(0))
+    kernel = np.arange(12, dtype=np.int8).reshape(4, 3)
+    layer.kernel = nnx.Param({"q": jnp.asarray(kernel), "scale": jnp.float32(0.5)})
+    np.testing.assert_allclose(layer(X4), X4 @ (kernel * 0.5))
 
 
 def test_a_layer_promotes_with_the_function_it_was_given() -> None:

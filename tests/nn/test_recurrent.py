@@ -89,6 +89,29 @@ def test_sizes_and_inputs_that_do_not_fit_are_refused() -> None:
         cell("GRUCell")(jnp.zeros(4), jnp.ones(5))
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_a_carry_of_another_batch_is_refused(name: str) -> None:
+    layer = cell(name)
+    carry = layer.initialize_carry((3, 3), nnx.Rngs(0))
+    with pytest.raises(ArgumentError, match=r"carry .*float32\[3,4\].* batch of") as e:
+        layer(carry, jnp.ones((2, 3)))
+    assert f"{name}: " in str(e.value)
+    assert "float32[2,3]. Write initialize_carry(inputs.shape, rngs)" in str(e.value)
+    one = layer.initialize_carry((1, 3), nnx.Rngs(0))
+    assert layer(one, jnp.ones((2, 3)))[1].shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "OptimizedLSTMCell"])
+def test_rows_of_one_array_are_no_carry_of_two(name: str) -> None:
+    """An input in the place of the carry has as many rows as its batch."""
+    layer = getattr(nnx, name)(4, 4, rngs=nnx.Rngs(0))
+    carry, x = (jnp.zeros((2, 4)), jnp.ones((2, 4))), jnp.ones((2, 4))
+    for wrong in (x, (*carry, x)):
+        with pytest.raises(ArgumentError, match=r"carry, given first, is a pair"):
+            layer(wrong, x)
+    np.testing.assert_array_equal(layer(list(carry), x)[1], layer(carry, x)[1])
+
+
 def test_a_cell_of_ones_own_is_told_what_it_lacks() -> None:
     class Empty(nnx.RNNCellBase):
         pass

@@ -256,7 +256,7 @@ def test_without_a_filter_keys_and_counts_are_the_model_s_own():
 def test_without_a_filter_a_raw_array_that_could_be_averaged_is_refused():
     model = make(nnx)
     model.raw, model.places = jnp.ones(2), jnp.arange(2)
-    with pytest.raises(FilterError, match=r"only=\.\.\. takes leaves") as caught:
+    with pytest.raises(FilterError, match=r"only=Dtyped\(inexact\) takes") as caught:
         nnx.EMA(model, 0.9)
     assert "raw (unlabelled array): float32[2]" in str(caught.value)
     assert "places" not in str(caught.value)
@@ -272,6 +272,15 @@ def test_a_decay_outside_its_range_is_refused(decay):
 def test_a_filter_that_takes_nothing_is_refused():
     with pytest.raises(FilterError, match=r"only=Cache takes no leaf.*only=Param"):
         nnx.EMA(make(nnx), 0.9, only=nnx.Cache)
+
+
+def test_a_path_given_as_a_string_earns_a_hint():
+    with pytest.raises(FilterError, match=r"for the path write Under\('head'\)\."):
+        nnx.EMA({"head": make(nnx)}, 0.9, only="head")
+
+
+def test_what_is_averaged_without_a_filter_can_be_read():
+    assert repr(nnx.EMA(make(nnx), 0.9).filter) == "Dtyped(inexact)"
 
 
 def test_leaves_without_an_average_are_all_listed():

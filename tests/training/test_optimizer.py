@@ -23,6 +23,7 @@ from sortal.errors import (
     PolicyError,
     TraceError,
 )
+from sortal.policy.policy import UNSET
 from sortal.training.optimizer import Hyperparam
 
 rng = np.random.default_rng(0)
@@ -613,6 +614,23 @@ def test_a_group_without_leaves_is_refused():
     groups = {nnx.At("haed.**"): optax.sgd(0.1), ...: optax.sgd(0.2)}
     with pytest.raises(OptimizerError, match=r"in the group At\('haed\.\*\*'\)"):
         nnx.Optimizer(make(nnx), groups, wrt=nnx.Param)
+
+
+@pytest.mark.parametrize(
+    ("groups", "wrt"),
+    [
+        ({"head": optax.sgd(0.1), ...: optax.sgd(0.2)}, nnx.Param),
+        ({"head": optax.sgd(0.1), nnx.At("layers.**"): optax.sgd(0.2)}, nnx.Param),
+        ({"head": optax.sgd(0.1), "layers.0": optax.sgd(0.2)}, UNSET),
+        (optax.sgd(0.1), "head"),
+    ],
+)
+def test_a_path_given_as_a_string_earns_a_hint_that_works(groups, wrt):
+    with pytest.raises(OptimizerError) as caught:
+        nnx.Optimizer(make(nnx), groups, wrt=wrt)
+    hint = "'head' is read as a tag; for the path write Under('head')."
+    assert str(caught.value).count(hint) == 1
+    nnx.Optimizer(make(nnx), optax.sgd(0.1), wrt=nnx.Under("head"))
 
 
 def test_a_dict_without_groups_is_refused():

@@ -320,6 +320,14 @@ def test_wrt_that_takes_nothing_lists_what_there_is() -> None:
     assert "norm.mean (BatchStat)" in text
 
 
+def test_a_path_given_as_a_string_earns_a_hint_once() -> None:
+    nets = {"a": Net(), "b": Net()}
+    with untouched(nets["a"]), pytest.raises(FilterError) as e:
+        sortal.grad(lambda nets: loss(nets["a"], X), wrt="a.norm")(nets)
+    hint = "'a.norm' is read as a tag; for the path write Under('a.norm')."
+    assert str(e.value).count(hint) == 1
+
+
 def test_an_integer_leaf_is_refused_by_path_and_kind_unless_allowed() -> None:
     m = Holder(w=Param(jnp.ones(1)), n=Param(jnp.array([2])), u=Param(jnp.array(True)))
     f = lambda m: (m.w * m.n).sum()  # noqa: E731

@@ -780,6 +780,17 @@ def test_an_object_that_a_branch_makes_is_refused() -> None:
     )
 
 
+def test_of_what_is_replaced_as_a_whole_one_row_is_shown() -> None:
+    def sync(agent: Any) -> None:
+        agent.target, agent.more = agent.net, Linear(D, D)
+
+    refused(
+        "it changed:\n  target: Linear -> alias of net\n  more: absent -> Linear\nMake",
+        lambda a: sortal.cond(True, sync, lambda a: None, a),
+        Holder(net=Linear(D, D), target=Linear(D, D)),
+    )
+
+
 def test_switch_needs_a_branch() -> None:
     with pytest.raises(ArgumentError, match=r"^switch needs at least one branch\.$"):
         sortal.switch(0, [], 1)

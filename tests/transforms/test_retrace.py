@@ -153,6 +153,25 @@ def test_another_batch_and_another_dtype() -> None:
     ]
 
 
+def test_a_number_of_python_that_an_optimizer_changes_is_told_to_have_a_dtype() -> None:
+    def train(start: jax.Array) -> str:
+        model = sortal.Param(start)
+        optimizer = sortal.Optimizer(model, optax.sgd(0.5))
+
+        @sortal.jit
+        def step(model: Any, optimizer: Any) -> None:
+            optimizer.update(model, sortal.grad(lambda w: w**2)(model))
+
+        step(model, optimizer)
+        step(model, optimizer)
+        return str(sortal.explain_retrace(step))
+
+    text = train(jnp.array(0.5))
+    assert "  model (Param): float32[] (weakly typed) -> float32[]\n" in text
+    assert text.endswith("give it a dtype, as in jnp.array(0.5, jnp.float32).")
+    assert train(jnp.array(0.5, jnp.float32)).endswith("was compiled once.")
+
+
 def test_the_structure_of_a_pytree() -> None:
     f, x = sortal.jit(lambda batch, mask=None: None), jnp.ones(2)
     f({"a": x})

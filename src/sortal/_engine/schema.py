@@ -21,6 +21,7 @@ from sortal.filters import (
     Nothing,
     OfType,
     Under,
+    WithTag,
     leaf_filter,
     parts,
     to_filter,
@@ -283,18 +284,30 @@ def check_exhaustive(schema: Schema, literals: tuple[Any, ...], rest: Any) -> No
     if not rest:
         return
     filters = [to_filter(x) for x in literals]
-    tags = {metadata.get("tag") for metadata in schema.metadata}
-    texts = [".".join(map(str, path)) + "." for path in schema.paths]
-    hints = [
-        f"\n{literal!r} is read as a tag; for the path write Under({literal!r})."
-        for literal in literals
-        if isinstance(literal, str) and literal not in tags
-        if any(text.startswith(f"{literal}.") for text in texts)
-    ]
     raise FilterError(
         f"Non-exhaustive filters: {', '.join(map(repr, filters))} leave {len(rest)} "
         f"{'leaf' if len(rest) == 1 else 'leaves'} over:\n"
         + listing(schema.describe(i) for i in rest)
         + "\nAdd a filter for them, or ... as the last one."
-        + "".join(hints)
+        + path_hints(schema, filters)
+    )
+
+
+def path_hints(schema: Schema, filters: Iterable[Filter]) -> str:
+    """What to write for strings in filters that are paths, and no tags, of leaves.
+
+    Args:
+      schema: the leaves.
+      filters: the filters.
+
+    Returns:
+      A line for each such string, after a line break; or nothing.
+    """
+    tags = {metadata.get("tag") for metadata in schema.metadata}
+    texts = [".".join(map(str, path)) + "." for path in schema.paths]
+    found = (f.tag for f in parts(filters) if isinstance(f, WithTag))
+    return "".join(
+        f"\n{tag!r} is read as a tag; for the path write Under({tag!r})."
+        for tag in dict.fromkeys(found)
+        if tag not in tags and any(text.startswith(f"{tag}.") for text in texts)
     )

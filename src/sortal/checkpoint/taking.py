@@ -16,7 +16,7 @@ from sortal._engine.graphdef import GraphDef
 from sortal._engine.host import is_near, to_host
 from sortal._engine.paths import show
 from sortal._engine.plan import bind
-from sortal._engine.schema import Schema, select
+from sortal._engine.schema import Schema, path_hints, select
 from sortal.checkpoint.manifest import Path, encode_path, encoded_paths
 from sortal.checkpoint.store import ALIGN, SMALL, Piece
 from sortal.checkpoint.values import (
@@ -91,6 +91,7 @@ def take(root: Any, only: Any, policy: Policy | None, pin: bool) -> Taken:
         raise SaveError(
             f"nothing to save: {what} takes none of the {len(schema)} "
             f"leaves:\n{listing(map(schema.describe, range(len(schema))))}"
+            + path_hints(schema, (to_filter(only),))
         )
     if encoded_paths(schema) is not schema.paths:
         paths = [schema.paths[i] for i in chosen]

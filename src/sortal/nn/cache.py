@@ -203,8 +203,9 @@ class KVCache(Module):
             raise ArgumentError(
                 f"this KVCache holds keys and values ({batch}, {heads}, tokens, "
                 f"{features}) of (batch, heads, tokens, features); found keys "
-                f"{describe(keys)} and values {describe(values)}. Make caches for "
-                "another batch with init_cache(model, batch, length)."
+                f"{describe(keys)} and values {describe(values)}. Bring heads before "
+                "tokens, as keys.swapaxes(1, 2); or make caches for another batch with "
+                "init_cache(model, batch, length)."
             )
 
 

@@ -133,6 +133,7 @@ class _Conv(Module):
 
     @mixing
     def _masked(self) -> jax.Array:
+        dtypes.check_single(self, "kernel", len(self.kernel_shape))
         kernel = self.kernel[...]
         return kernel if self.mask is None else kernel * self.mask
 
@@ -293,7 +294,8 @@ class Conv(_Conv):
           strides make them.
 
         Raises:
-          ArgumentError: the input has too few axes, or another number of features.
+          ArgumentError: the input has too few axes, or another number of features; or
+            this is a stack of layers.
         """
         x, batch = self._flattened(inputs)
         kernel = self._masked()
@@ -440,7 +442,8 @@ class ConvTranspose(_Conv):
           strides make them.
 
         Raises:
-          ArgumentError: the input has too few axes, or another number of features.
+          ArgumentError: the input has too few axes, or another number of features; or
+            this is a stack of layers.
         """
         x, batch = self._flattened(inputs)
         kernel = self._masked()

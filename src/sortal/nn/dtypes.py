@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from sortal._engine.variable import describe, is_variable
+from sortal._engine.variable import describe, is_variable, value_of
 from sortal.errors import ArgumentError
 
 PromoteDtype = Callable[..., Any]
@@ -167,6 +167,18 @@ def check_axis(owner: Any, inputs: Any, size: int, axis: int = -1) -> None:
             f"{name_of(owner)} has parameters for {size} features on axis {axis} of "
             f"its input; found an input {describe(inputs)}. Build the layer for the "
             "size of that axis, or bring the features there."
+        )
+
+
+def check_single(owner: Any, name: str, ndim: int) -> None:
+    """Refuses a parameter of more axes than one layer has: that of a stack of them."""
+    value = value_of(getattr(owner, name, None))
+    # What is no array, the layer's own promotion makes one.
+    if len(getattr(value, "shape", ())) > ndim:
+        raise ArgumentError(
+            f"{name_of(owner)}.{name} is {describe(value)}, and has {ndim} "
+            f"{'axis' if ndim == 1 else 'axes'} in one layer. Give a stack to vmap or "
+            "scan, as in vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)."
         )
 
 

@@ -89,7 +89,8 @@ class Embed(Module):
           Array (*inputs.shape, features).
 
         Raises:
-          ArgumentError: the input's dtype is not an integer dtype.
+          ArgumentError: the input's dtype is not an integer dtype; or this is a stack
+            of layers.
         """
         inputs = dtypes.as_array(self, inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -97,6 +98,7 @@ class Embed(Module):
                 f"Embed looks up by integers; found {describe(inputs)}. Write "
                 "inputs.astype(jnp.int32) if these are indices."
             )
+        dtypes.check_single(self, "embedding", 2)
         (table,) = self.promote_dtype(
             (self.embedding[...],), dtype=self.dtype, inexact=False
         )
@@ -117,9 +119,10 @@ class Embed(Module):
           Array (..., num_embeddings).
 
         Raises:
-          ArgumentError: the last axis has another size.
+          ArgumentError: the last axis has another size; or this is a stack of layers.
         """
         x, table = dtypes.promote(self, query, self.embedding)
+        dtypes.check_single(self, "embedding", 2)
         dtypes.check_axis(self, x, table.shape[1])
         to = None if dtypes.is_automatic(out_sharding) else out_sharding
         y = jnp.dot(x, table.T, out_sharding=to)

@@ -115,9 +115,10 @@ class Linear(Module):
           Array (..., out_features).
 
         Raises:
-          ArgumentError: the last axis has another size.
+          ArgumentError: the last axis has another size; or this is a stack of layers.
         """
         x, kernel, bias = dtypes.promote(self, inputs, self.kernel, self.bias)
+        dtypes.check_single(self, "kernel", 2)
         # Inside a shard, the kernel's size is not `in_features`.
         dtypes.check_axis(self, x, kernel.shape[0])
         y = self.dot_general(
@@ -251,10 +252,12 @@ class LinearGeneral(Module):
           Array (*batch, *other axes, *out_features).
 
         Raises:
-          ArgumentError: a contracted axis is not there or has another size.
+          ArgumentError: a contracted axis is not there or has another size; or this is
+            a stack of layers.
         """
         x, kernel, bias = dtypes.promote(self, inputs, self.kernel, self.bias)
         n_batch, n_in = len(self.batch_axis), len(self.axis)
+        dtypes.check_single(self, "kernel", n_batch + n_in + len(self.out_features))
         axis = tuple(sorted(a + x.ndim if a < 0 else a for a in self.axis))
         batch = tuple(range(n_batch))
         if len({*batch, *axis}) < n_batch + n_in:
@@ -368,10 +371,12 @@ class Einsum(Module):
           The result of the equation, plus the bias.
 
         Raises:
-          ArgumentError: the equation is malformed, or the bias does not fit it.
+          ArgumentError: the equation is malformed, or the bias does not fit it; or this
+            is a stack of layers.
         """
         equation = self.einsum_str if einsum_str is None else _checked(einsum_str)
         x, kernel, bias = dtypes.promote(self, inputs, self.kernel, self.bias)
+        dtypes.check_single(self, "kernel", len(self.kernel_shape))
         y = self.einsum_op(
             equation,
             x,

@@ -137,9 +137,10 @@ class LoRA(Module):
           Array (..., out_features).
 
         Raises:
-          ArgumentError: the last axis has another size.
+          ArgumentError: the last axis has another size; or this is a stack of layers.
         """
         x, lora_a, lora_b = dtypes.promote(self, x, self.lora_a, self.lora_b)
+        dtypes.check_single(self, "lora_a", 2)
         dtypes.check_axis(self, x, lora_a.shape[0])
         out = x @ lora_a @ lora_b
         return out if self.base_module is None else out + self.base_module(x, **kwargs)

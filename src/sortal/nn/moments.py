@@ -57,6 +57,8 @@ class Norm(Module):
         found = math.prod(x.shape[a] for a in axes)
         for array in arrays:
             if array is not None and array.size != found:
+                for name in ("mean", "scale", "bias"):
+                    dtypes.check_single(self, name, 1)
                 raise ArgumentError(
                     f"{dtypes.name_of(self)} has parameters for {array.size} features "
                     f"on axes {features} of its input; found an input {describe(x)}."

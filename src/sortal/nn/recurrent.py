@@ -203,6 +203,22 @@ class _Cell(RNNCellBase):
         )
         return carry if self._arrays > 1 else carry[0]
 
+    def _check(self, carry: Any, inputs: Any) -> None:
+        """Refuses a carry that is no pair where one is due, or of another batch."""
+        name, arrays = type(self).__name__, (carry,) if self._arrays == 1 else carry
+        if not isinstance(arrays, (tuple, list)) or len(arrays) != self._arrays:
+            raise ArgumentError(
+                f"{name}: the carry, given first, is a pair, found {describe(carry)}."
+            )
+        try:
+            jnp.broadcast_shapes(*(jnp.shape(x)[:-1] for x in (*arrays, inputs)))
+        except ValueError:
+            found = ", ".join(map(describe, arrays))
+            raise ArgumentError(
+                f"{name}: the carry {found} is not of the batch of the inputs "
+                f"{describe(inputs)}. Write initialize_carry(inputs.shape, rngs)."
+            ) from None
+
     @property
     def num_feature_axes(self) -> int:
         return 1
@@ -226,7 +242,11 @@ class _LSTM(_Cell):
 
         Returns:
           The carry, and the output (*batch, hidden_features).
+
+        Raises:
+          ArgumentError: the carry is no pair, or of another batch than the inputs.
         """
+        self._check(carry, inputs)
         memory, h = carry
         i, f, g, o = self._gates(inputs, h)
         i, f, o = self.gate_fn(i), self.gate_fn(f), self.gate_fn(o)
@@ -475,7 +495,11 @@ class SimpleCell(_Cell):
 
         Returns:
           The carry, and the output, which are one array (*batch, hidden_features).
+
+        Raises:
+          ArgumentError: the carry is of another batch than the inputs.
         """
+        self._check(carry, inputs)
         new = self.dense_i(inputs) + self.dense_h(carry)
         if self.residual:
             new = mixing(operator.add)(new, carry)
@@ -563,7 +587,11 @@ class GRUCell(_Cell):
 
         Returns:
           The carry, and the output, which are one array (*batch, hidden_features).
+
+        Raises:
+          ArgumentError: the carry is of another batch than the inputs.
         """
+        self._check(carry, inputs)
         r, z, n = jnp.split(self.dense_i(inputs), 3, axis=-1)
         hr, hz, hn = jnp.split(self.dense_h(carry), 3, axis=-1)
         r, z = self.gate_fn(r + hr), self.gate_fn(z + hz)

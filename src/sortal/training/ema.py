@@ -15,12 +15,12 @@ from sortal._engine.marks import static
 from sortal._engine.paths import Path
 from sortal._engine.plan import bind
 from sortal._engine.promotion import mixing, wide
-from sortal._engine.schema import Kind, Schema
+from sortal._engine.schema import Kind, Schema, path_hints
 from sortal._engine.state import State, snapshot
 from sortal._engine.variable import describe, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, FilterError, UpdateError, listing
-from sortal.filters import Filter, to_filter
+from sortal.filters import Dtyped, Filter, to_filter
 from sortal.module import Pytree
 from sortal.training.fitting import dtype
 
@@ -74,7 +74,7 @@ class EMA(Pytree):
         only = tuple(only) if isinstance(only, list) else only
         only = _Averaged() if only is ... else only
         found = _tracked_leaves(model, only)
-        _check_averages(found, only)
+        _check_averages(model, found, only)
         self.decay = decay
         self.filter = static(only)
         values = [jax.tree.map(jnp.copy, v) for v in found.values_list()]
@@ -163,7 +163,7 @@ class _Averaged(Filter):
         return any(map(_is_inexact, jax.tree.leaves(value_of(leaf))))
 
     def __repr__(self) -> str:
-        return "..."
+        return repr(Dtyped(jnp.inexact))
 
 
 def _is_share(decay: Any) -> bool:
@@ -180,12 +180,14 @@ def _tracked_leaves(model: Any, only: Any) -> State:
     return snapshot(schema, leaves.snapshot())
 
 
-def _check_averages(found: State, only: Any) -> None:
+def _check_averages(model: Any, found: State, only: Any) -> None:
     schema = found.schema
     if not len(schema):
+        whole = _tracked_leaves(model, ...).schema
         raise FilterError(
             f"only={to_filter(only)!r} takes no leaf of the model, so there is nothing "
             "to average. Write a kind that the model has, such as only=Param."
+            + path_hints(whole, (to_filter(only),))
         )
     bad = [
         f"{schema.describe(i)}: {describe(value)}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sortal._engine.paths import Path
-from sortal._engine.schema import Schema, taken
+from sortal._engine.schema import Schema, path_hints, taken
 from sortal._engine.state import State, snapshot
 from sortal.errors import OptimizerError, listing
 from sortal.filters import Everything, Filter
@@ -55,7 +55,7 @@ def _assign(
             "each trained leaf must be in exactly one of the groups "
             f"{', '.join(map(repr, filters))}; found:\n{listing(bad)}\n"
             "Narrow the filters with & and ~, narrow wrt, or add a last group `...` "
-            "for the rest."
+            f"for the rest.{path_hints(schema, filters)}"
         )
     groups: list[list[int]] = [[] for _ in filters]
     for i, (g,) in enumerate(takers):
@@ -66,6 +66,7 @@ def _assign(
         raise OptimizerError(
             f"no trained leaf is in the group {', '.join(empty)}; there are:\n"
             + listing(map(schema.describe, range(len(schema))))
+            + path_hints(schema, filters)
         )
     return parts
 

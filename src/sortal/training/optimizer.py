@@ -16,7 +16,7 @@ from sortal._engine.marks import static
 from sortal._engine.nodes import is_object
 from sortal._engine.paths import Path
 from sortal._engine.plan import bind
-from sortal._engine.schema import Kind, Schema
+from sortal._engine.schema import Kind, Schema, path_hints
 from sortal._engine.state import FlatState, State, as_state, snapshot
 from sortal._engine.statics import EMPTY, Metadata
 from sortal._engine.variable import (
@@ -289,6 +289,7 @@ def _trainable(model: Any, wrt: Any) -> tuple[list[Any], State]:
             f"wrt={to_filter(wrt)!r} takes none of the {len(every)} leaves of the "
             "model, so there is nothing to train; it has:\n"
             + listing(map(every.describe, range(len(every))))
+            + path_hints(every, (to_filter(wrt),))
         )
     bad = [
         f"{schema.describe(i)}: {describe(value)}"

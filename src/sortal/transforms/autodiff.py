@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from sortal._engine.foreign import to_native
 from sortal._engine.paths import PathKey
 from sortal._engine.plan import Plan
-from sortal._engine.schema import Schema, select
+from sortal._engine.schema import Schema, path_hints, select
 from sortal._engine.state import snapshot
 from sortal._engine.variable import Param, describe, is_variable
 from sortal._nnx_names import refuse_unknown
@@ -380,17 +380,19 @@ class FlatCall:
         if not without or (taking and not each):
             return
         diff, _ = without[0]
+        those = [(d, s) for d, s in without if not each or d.argnum == diff.argnum]
         rows = {
             f"{d.argnum}: {schema.describe(i)}": schema.describe(i)
-            for d, schema in without
-            if not each or d.argnum == diff.argnum
+            for d, schema in those
             for i in range(len(schema))
         }
+        hints = dict.fromkeys(path_hints(schema, (d.filter,)) for d, schema in those)
         of = f"argument {diff.argnum}" if each else "the modules among the primals"
         raise FilterError(
             f"wrt={diff.filter!r} takes none of the {len(rows)} leaves of {of}, so "
             f"there is no {'gradient' if each else 'derivative'}; it has:\n"
             + listing(rows.values() if each else rows)
+            + "".join(hints)
         )
 
     def run(

@@ -28,6 +28,11 @@ _KEPT = 16
 _LONGEST, _KEPT_TEXT = 200, 2_000
 _ABSENT = "absent"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_ONLY_WEAK = re.compile(r": (.+)( \(weakly typed\) -> \1| -> \1 \(weakly typed\))$")
+_GIVE_DTYPE = (
+    "\nAn array of a Python number is weakly typed, and what is computed from it may "
+    "not be: give it a dtype, as in jnp.array(0.5, jnp.float32)."
+)
 _OURS = (str(File(jax.__file__).parent), str(File(__file__).parents[1]))
 _UNSEEN = (
     "nothing that was recorded: JAX also traces anew in another mesh or configuration "
@@ -68,6 +73,7 @@ class Retrace(NamedTuple):
         return (
             f"compile {self.number}, compared with compile {self.closest}:\n"
             f"{listing(self.reasons)}"
+            f"{_GIVE_DTYPE if any(map(_ONLY_WEAK.search, self.reasons)) else ''}"
         )
 
 

@@ -99,7 +99,9 @@ def scan(
 
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
-      last carry, and everything else stacked.
+      last carry, and everything else stacked. A module or Variable that was passed in
+      comes back as itself, as it is after the last step: of what goes from step to
+      step, return ``variable[...]`` for its value at each.
 
     Raises:
       ArgumentError: an unknown keyword; or, at a call, keyword arguments, axes that do

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from sortal._engine.difference import ABSENT
+from sortal._engine.difference import ABSENT, Fact
 from sortal._engine.graphdef import Entry
 from sortal._engine.jax_compat import varying_axes
 from sortal._engine.nodes import LEAF, NODE
@@ -179,7 +179,10 @@ def edited(where: str, operands: Operands, effects: Effects) -> str:
     edits = effects.edits
     if edits is not None and edits.roots is not None:
         before = operands.bound.alias_map.graphdef
-        rows = [str(d) for d in before.diff(edits.roots)]
+        found = before.diff(edits.roots)
+        whole = {d.path for d in found if not (_is_there(d.old) and _is_there(d.new))}
+        # Of what came, went or moved as a whole, its parts say nothing more.
+        rows = [str(d) for d in found if not d.path or d.path[:-1] not in whole]
     rows = rows or moved(operands, effects)
     rows = rows or ["an object that is returned was made inside"]
     return (
@@ -187,6 +190,11 @@ def edited(where: str, operands: Operands, effects: Effects) -> str:
         f"steps; it changed:\n{listing(rows)}\nMake attributes, modules and Variables "
         "before, and write only values inside."
     )
+
+
+def _is_there(x: Any) -> bool:
+    """Whether something is at a path by itself, and not absent or elsewhere."""
+    return not isinstance(x, Fact) or x.cls is not None
 
 
 def only_added(operands: Operands, effects: Effects) -> bool:
