@@ -490,21 +490,48 @@ def test_a_step_that_returns_nothing_is_fine_without_a_carry() -> None:
 
 
 def test_parts_of_modules_that_are_returned_are_the_live_ones() -> None:
-    m = Holder(inner=Holder(c=Count(jnp.array(0)), w=Param(jnp.ones(D))))
+    inner = Holder(c=Count(jnp.array(0)), w=Param(jnp.ones(D)))
+    m = Holder(inner=inner, frozen=Holder(w=Param(jnp.ones(D))))
 
     def step(m: Any, x: Any) -> Any:
         m.inner.c[...] += 1
-        return x, (m.inner, m.inner.w, x)
+        return x, (m.frozen, m.inner.w, x)
 
-    last, (inner, w, ys) = sortal.scan(
+    last, (frozen, w, ys) = sortal.scan(
         lambda x, m, y: step(m, x + y),
         in_axes=(Carry, StateAxes({Count: Carry, ...: None}), 0),
     )(jnp.zeros(D), m, XS)
-    assert inner is m.inner
+    assert frozen is m.frozen
     assert w is m.inner.w
     assert int(m.inner.c.value) == T
     same(last, XS[0] + XS[1] + XS[2] + XS[3])
     assert ys.shape == XS.shape
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_is_carried_is_not_what_the_steps_return_to_be_stacked(jit: bool) -> None:
+    def history(m: Any, x: Any) -> Any:
+        m.inner.c[...] += 1
+        return m, {"count": m.inner.c, "same": m.inner, "x": x}
+
+    m = Holder(inner=Holder(c=Count(jnp.array(0))))
+    scanned = sortal.scan(history)
+    with untouched(m), pytest.raises(AxisError) as caught:
+        (sortal.jit(scanned) if jit else scanned)(m, XS)
+    assert str(caught.value) == (
+        "scan: what goes from step to step comes back once, as it is after the last "
+        "step, and is not stacked; besides the carry the step returned:\n"
+        "  inner.c (Count)\nReturn there its value at each step, variable[...], or a "
+        "copy, clone(model)."
+    )
+
+    def values(m: Any, x: Any) -> Any:
+        m.inner.c[...] += 1
+        return m, (m.inner.c[...], sortal.clone(m.inner))
+
+    again, (counts, copies) = sortal.scan(values)(m, XS)
+    assert again is m
+    assert counts.tolist() == copies.c[...].tolist() == list(range(1, T + 1))
 
 
 def test_a_method_or_a_callable_module_is_a_step_whose_module_is_shared() -> None:
@@ -637,12 +664,12 @@ def test_sowing_beside_a_module_in_the_carry() -> None:
         (carried, total) = carry
         carried.z.c[...] += 1
         carried.a[...] += m(x)
-        return (carried, total + 1), (m.inner, x)
+        return (carried, total + 1), (m.w, x)
 
     out = sortal.scan(step, in_axes=(Carry, SOWN, 0))((carried, 0), m, XS)
-    (again, total), (inner, xs) = out
+    (again, total), (w, xs) = out
     assert again is carried
-    assert inner is m.inner
+    assert w is m.w
     assert int(total) == int(carried.z.c.value) == T
     same(xs, XS)
     same(m.hidden.value[0], XS * 2)

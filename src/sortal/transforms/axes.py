@@ -125,7 +125,7 @@ def refuse_moved(spread: Spread, out_given: Any, result: Result) -> None:
         f"{schema.describe(k)}: {spread.of_leaf(k)} in, {out} out"
         for n, out in given_for_objects(out_given, result.out).items()
         if out is None or type(out) is int
-        for k in _came_in(bound, effects, n)
+        for k in came_in(bound, effects, n)
         if _moves(spread, k, out)
     ]
     if rows:
@@ -136,8 +136,17 @@ def refuse_moved(spread: Spread, out_given: Any, result: Result) -> None:
         )
 
 
-def _came_in(bound: BoundArguments, effects: Effects, n: int) -> Iterator[int]:
-    """The leaves of output ``n`` that were passed in, by their number on entry."""
+def came_in(bound: BoundArguments, effects: Effects, n: int) -> Iterator[int]:
+    """The leaves of an object that is returned and were passed in, by number on entry.
+
+    Args:
+      bound: the arguments.
+      effects: what the function did.
+      n: the number of the object's Ref.
+
+    Yields:
+      The number of each leaf in the joint GraphDef.
+    """
     edits = effects.edits
     graphdef = bound.alias_map.graphdef if edits is None else edits.graphdef
     for k in graphdef.leaves_below(effects.outputs[n]).values():

@@ -37,7 +37,7 @@ from sortal.transforms._adapter.prefixes import (
     per_argument,
 )
 from sortal.transforms._adapter.tracing import is_flat_module, run
-from sortal.transforms.axes import check_ranks, without
+from sortal.transforms.axes import came_in, check_ranks, without
 from sortal.transforms.axis_names import (
     NOTHING,
     as_parts,
@@ -100,14 +100,13 @@ def scan(
     Returns:
       The function, or the decorator. The function returns what ``f`` does, with the
       last carry, and everything else stacked. A module or Variable that was passed in
-      comes back as itself, as it is after the last step: of what goes from step to
-      step, return ``variable[...]`` for its value at each.
+      comes back as itself.
 
     Raises:
       ArgumentError: an unknown keyword; or, at a call, keyword arguments, axes that do
         not fit the arguments or the output, or no length.
-      AxisError: at a call: a leaf of axis None is written, or a leaf or an output has
-        no such axis.
+      AxisError: at a call: a leaf of axis None is written, a leaf or an output has no
+        such axis, or a step returns a Variable that is carried besides the carry.
       LoopError: at a call: a step changes structure, or the shape or dtype of what is
         carried. In all these cases the live objects are left as they were.
 
@@ -301,6 +300,7 @@ class _Scan:
         out, stacked = self._divide(result.out, result.effects)
         out = states_as_wholes(out, None, self.names)
         self._check(result, out, tree, values)
+        self._refuse_unstacked(stacked, result.effects)
         stacked = states_as_wholes(stacked, self._stacked_axes(), self.names)
         self.effects = result.effects
         # Under jax.disable_jit each step is run, and they may write different leaves.
@@ -371,6 +371,22 @@ class _Scan:
             for (path, old), new in zip(olds, news, strict=True)
         ]
         check_types("the step of scan", rows)
+
+    def _refuse_unstacked(self, stacked: Any, effects: Effects) -> None:
+        """Refuses what is carried where the user wrote what is to be stacked."""
+        rows = [
+            self.operands.describe(k)
+            for n in given_for_objects(self._stacked_axes(), stacked)
+            for k in came_in(self.operands.bound, effects, n)
+            if self.roles[k] is Carry
+        ]
+        if rows:
+            raise AxisError(
+                "scan: what goes from step to step comes back once, as it is after the "
+                "last step, and is not stacked; besides the carry the step returned:\n"
+                f"{listing(dict.fromkeys(rows))}\nReturn there its value at each step, "
+                "variable[...], or a copy, clone(model)."
+            )
 
     def _counts(self, k: int) -> bool:
         """Whether a leaf says how many keys a stream has given out."""
