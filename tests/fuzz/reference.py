@@ -1790,7 +1790,7 @@ def scan(f: Any, *, length: int) -> Any:
                 leaves = Walk(tuple(_roots(carry))).leaves
                 keys = [x.var for x in leaves if x.kind and is_key(x.value)]
                 arrays = [x for x in leaves if x.kind and isinstance(x.value, Arr)]
-                shapes = [x.value.shape for x in arrays]
+                shapes = [x.value.val.shape for x in arrays]
                 carry, y = f(carry, xs[i])
                 if not all(is_key(x._value) for x in keys):
                     raise LoopError
