@@ -18,7 +18,7 @@ from sortal._engine.paths import show
 from sortal.distributed.meeting import TIMEOUT, exchange, processes
 from sortal.errors import ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import axes_of, spec_fault
+from sortal.sharding.mesh_axes import axes_of, show_sizes, spec_fault
 
 _known: set[Any] = set()
 """Forms of batches that all processes have given together."""
@@ -76,7 +76,7 @@ def shard_batch(
             bad.append(f"{path} {list(np.shape(x))}: {shown}, but {fault}")
         made.append((x, NamedSharding(mesh, entry) if not fault else None, found))
     if bad:
-        known = ", ".join(f"{axis!r}: {n}" for axis, n in dict(mesh.shape).items())
+        known = show_sizes(mesh.shape)
         raise ShardingError(
             f"this batch of process {jax.process_index()} cannot be divided over the "
             f"mesh ({known}):\n{listing(bad)}\nEach process gives NumPy arrays with "

@@ -17,7 +17,7 @@ from sortal.module import Module
 from sortal.nn import dtypes
 from sortal.nn.recurrent import RNNBase, RNNCellBase
 from sortal.random import Rngs, RngStream, is_rngs, is_stream, split_rngs
-from sortal.transforms._adapter.operands import varying_along
+from sortal.sharding.mesh_axes import varying_along
 from sortal.transforms._adapter.prefixes import Carry, StateAxes
 from sortal.transforms.scan import scan
 

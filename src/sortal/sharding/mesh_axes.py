@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sortal._engine.jax_compat import ArrayImpl, outside_traces
+from sortal._engine.jax_compat import ArrayImpl, outside_traces, varying_axes
 from sortal._engine.statics import PLACEMENT
 from sortal.errors import ArgumentError, ShardingError, listing
 
@@ -69,9 +69,15 @@ def mapped_over(declared: bool) -> Any:
     return _mapped(_mapped.value or declared)
 
 
-def on_one_device() -> bool:
+def in_shard_map() -> bool:
     """Whether arrays are the parts that devices have inside of ``jax.shard_map``."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying_along(axes: frozenset[Any], x: Any) -> Any:
+    """A value inside of shard_map, which may differ along more mesh axes."""
+    more = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, more, to="varying") if more else x
 
 
 def in_mapped() -> bool:
@@ -154,7 +160,7 @@ def declared(kind: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any] | None:
     and for parts of leaves, inside of ``mapped_over(True)`` and ``shard_map``. Whether
     the mesh has the spec's axes is not looked at.
     """
-    if _mapped.value or on_one_device():
+    if _mapped.value or in_shard_map():
         return None
     put_there = metadata.get(PLACEMENT)
     if put_there is not None:
@@ -211,6 +217,11 @@ def spec_fault(
         if n % parts:
             return f"dimension {dimension}, {n}, cannot be divided by {parts}"
     return ""
+
+
+def show_sizes(sizes: Mapping[Any, int]) -> str:
+    """The axes of a mesh with their sizes, for messages."""
+    return ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
 
 
 def put(value: Any, sharding: NamedSharding) -> Any:
@@ -324,13 +335,13 @@ def placed(value: Any, metadata: Mapping[str, Any]) -> Any:
     sizes = dict(mesh.shape)
     for x in jax.tree.leaves(value):
         if fault := spec_fault(jnp.shape(x), spec, sizes):
-            known = ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
             raise ShardingError(
                 f"a new Variable of shape {list(jnp.shape(x))} has the names of axes "
                 f"{tuple(getattr(names, 'spec', names))!r}, by which it is to be "
-                f"divided over the mesh ({known}) as {spec}, but {fault}. Give each "
-                "name a rule with logical_axis_rules or sharding_rules=, or the "
-                "Variable another shape, or eager_sharding=False."
+                f"divided over the mesh ({show_sizes(sizes)}) as {spec}, but "
+                f"{fault}. Give each name a rule with logical_axis_rules or "
+                "sharding_rules=, or the Variable another shape, or eager_sharding="
+                "False."
             )
     return put(value, NamedSharding(mesh, spec))
 

@@ -23,7 +23,14 @@ from sortal._engine.variable import OptState
 from sortal.errors import PolicyError, ShardingError, listing
 from sortal.policy.policy import Policy
 from sortal.policy.rule import UNSET, format_answer
-from sortal.sharding.mesh_axes import more_rules, on_one_device, put, short, spec_fault
+from sortal.sharding.mesh_axes import (
+    in_shard_map,
+    more_rules,
+    put,
+    short,
+    show_sizes,
+    spec_fault,
+)
 
 WHOLE = PartitionSpec()
 UNRULED = "no rule"
@@ -165,7 +172,7 @@ def at_full_rank(sharding: NamedSharding, value: Any) -> NamedSharding:
 def at_placement(value: Any, metadata: Mapping[str, Any]) -> Any:
     """A new value where the metadata says that ``shard`` put the like of it."""
     sharding = placement(value, metadata)
-    if sharding is None or not isinstance(value, jax.Array) or on_one_device():
+    if sharding is None or not isinstance(value, jax.Array) or in_shard_map():
         return value
     return put(value, NamedSharding(sharding.mesh, short(sharding.spec)))
 
@@ -312,11 +319,11 @@ def check_specs(
                 row = f"{schema.describe(i)} {list(np.shape(x))}: {shown}, but {fault}"
                 bad.append(row)
     if bad:
-        known = ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
         raise ShardingError(
-            f"these specs cannot act on the mesh ({known}):\n{listing(bad)}\nNothing "
-            "was moved. Give a name of an axis a rule with logical_axis_rules or "
-            "rules=, an array another shape or spec, or the Policy an earlier row."
+            f"these specs cannot act on the mesh ({show_sizes(sizes)}):\n"
+            f"{listing(bad)}\nNothing was moved. Give a name of an axis a rule with "
+            "logical_axis_rules or rules=, an array another shape or spec, or the "
+            "Policy an earlier row."
         )
 
 

@@ -15,15 +15,11 @@ from sortal._engine.variable import describe, value_of
 from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, LoopError, listing
 from sortal.policy.rule import format_answer
+from sortal.sharding.mesh_axes import varying_along
 from sortal.transforms._adapter.binding import write_back
 from sortal.transforms._adapter.effects import Effects, Result
 from sortal.transforms._adapter.functions import unbind
-from sortal.transforms._adapter.operands import (
-    Operands,
-    check_types,
-    steady,
-    varying_along,
-)
+from sortal.transforms._adapter.operands import Operands, check_types, steady
 from sortal.transforms._adapter.tracing import is_flat_module
 from sortal.transforms.eager import kept
 from sortal.transforms.refusals import refuse_arguments
@@ -410,10 +406,11 @@ class _Branches:
         all_effects = [result.effects for result in self.seen]
         written = tuple(sorted({k for effects in all_effects for k in effects.written}))
         self.effects = Effects(written, all_effects[0].outputs, None)
-        self._check_places()
+        rows = self._each()
+        self._check_places(rows)
         # What one branch leaves alone may differ between devices after another one.
         self.varying = [
-            frozenset[Any]().union(*map(varying_axes, each)) for _, each in self._each()
+            frozenset[Any]().union(*map(varying_axes, each)) for _, each in rows
         ]
 
     def _run(self, b: int, plain: Any, values: Any) -> Result:
@@ -496,10 +493,10 @@ class _Branches:
         ]
         return [*self._outputs(), *((name, list(same)) for name, same in values)]
 
-    def _check_places(self) -> None:
+    def _check_places(self, values: Sequence[tuple[str, list[Any]]]) -> None:
         """On an explicit mesh all branches must leave each value at one place."""
         rows = []
-        for name, each in self._each():
+        for name, each in values:
             specs = [jax.typeof(x).sharding.spec for x in each]
             if len(set(specs)) > 1:
                 found = [format_answer("spec", spec) for spec in specs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -13,11 +14,11 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from sortal.errors import ShardingError, listing
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import axes_of, short, spec_fault
+from sortal.sharding.mesh_axes import axes_of, short, show_sizes, spec_fault
 from sortal.sharding.resolution import spec_for
 from sortal.transforms._adapter.prefixes import Spread
 from sortal.transforms._adapter.tracing import is_flat_module
-from sortal.transforms.refusals import in_order, named_devices
+from sortal.transforms.refusals import in_order, named_devices, other_devices
 
 _Row = tuple[str, Any, PartitionSpec]
 """What an array is called, the array, and its spec in ``in_specs``."""
@@ -73,11 +74,10 @@ def refuse_specs(
         if (fault := _fault(np.shape(x), spec, sizes, manual))
     ]
     if bad:
-        known = ", ".join(f"{axis!r}: {n}" for axis, n in sizes.items())
         raise ShardingError(
-            f"shard_map cannot divide these over the mesh ({known}) by their "
-            f"in_specs:\n{listing(bad)}\nGive them another spec there, or another "
-            "shape, such as a batch that is padded to a multiple."
+            f"shard_map cannot divide these over the mesh ({show_sizes(sizes)}) by "
+            f"their in_specs:\n{listing(bad)}\nGive them another spec there, or "
+            "another shape, such as a batch that is padded to a multiple."
         ) from cause
     _refuse_layouts(rows, cause)
     _refuse_devices(rows, mesh, cause)
@@ -116,8 +116,7 @@ def _refuse_devices(rows: list[_Row], mesh: Any, cause: Exception) -> None:
         return
     mine = tuple(mesh.devices.flat) if isinstance(mesh, Mesh) else ()
     bad = [
-        f"{name}: {named_devices(x.sharding.device_set)}"
-        + ", the same in another order" * (x.sharding.device_set == set(mine))
+        f"{name}: {other_devices(x.sharding.device_set, mine)}"
         for name, x, _ in rows
         if not isinstance(x, Tracer)
         and getattr(x, "committed", False)
@@ -139,20 +138,19 @@ def _of_models(spread: Spread) -> Iterator[_Row]:
                 yield schema.describe(i), x, spec
 
 
-def _of_others(spread: Spread) -> Iterator[_Row]:
+def _of_others(spread: Spread) -> list[_Row]:
+    rows: list[_Row] = []
+
+    def note(name: str, path: Any, spec: Any, part: Any) -> None:
+        if not is_flat_module(spec):
+            for below, x in jtu.tree_leaves_with_path(part):
+                rows.append((f"{name}{jtu.keystr((*path, *below))}", x, spec))
+
     for i, (prefix, arg) in enumerate(zip(spread.args, spread.bound.args, strict=True)):
-        rows: list[_Row] = []
-
-        def note(path: Any, spec: Any, part: Any, i: int = i, rows: Any = rows) -> None:
-            if not is_flat_module(spec):
-                for below, x in jtu.tree_leaves_with_path(part):
-                    at = jtu.keystr((*path, *below))
-                    rows.append((f"argument {i}{at}", x, spec))
-
         jtu.tree_map_with_path(
-            note,
+            functools.partial(note, f"argument {i}"),
             prefix,
             arg,
             is_leaf=lambda x: isinstance(x, PartitionSpec) or is_flat_module(x),
         )
-        yield from rows
+    return rows

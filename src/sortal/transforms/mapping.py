@@ -21,7 +21,7 @@ from sortal._nnx_names import refuse_unknown
 from sortal.errors import ArgumentError, AxisError, listing
 from sortal.policy.policy import Policy, answers
 from sortal.policy.rule import format_answer
-from sortal.sharding.mesh_axes import mapped_over
+from sortal.sharding.mesh_axes import mapped_over, varying_along
 from sortal.transforms._adapter.binding import BoundArguments, write_back
 from sortal.transforms._adapter.decorator import NO_FUNCTION, as_decorator
 from sortal.transforms._adapter.effects import Result
@@ -578,8 +578,7 @@ def _mentioned(spec: Any) -> frozenset[Any]:
 
 
 def _collect(how: Any, axes: tuple[str, ...], value: Any) -> Any:
-    alike = tuple(axis for axis in axes if axis not in varying_axes(value))
-    value = jax.lax.pcast(value, alike, to="varying") if alike else value
+    value = varying_along(frozenset(axes), value)
     if callable(how):
         # All devices compute the same; the maximum, which complex numbers do not have
         # on every platform, only tells JAX so.

@@ -208,8 +208,7 @@ def refuse_devices(
         return
     most = max(at, key=lambda devices: (len(at[devices]), len(devices)))
     rows = [
-        f"{where}: {named_devices(devices)}"
-        + ", the same in another order" * (set(devices) == set(most))
+        f"{where}: {other_devices(devices, most)}"
         for devices, names in at.items()
         if devices != most
         for where in names
@@ -293,6 +292,12 @@ def named_devices(devices: Any) -> str:
     """Several devices as their number, one by its own."""
     numbers = sorted(device.id for device in devices)
     return f"device {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} devices"
+
+
+def other_devices(found: Collection[Any], due: Collection[Any]) -> str:
+    """The same of devices that are not those due, or not in their order."""
+    again = ", the same in another order" if set(found) == set(due) else ""
+    return named_devices(found) + again
 
 
 def _goes_in(x: Any) -> bool:

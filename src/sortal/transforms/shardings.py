@@ -375,22 +375,18 @@ def _on_mesh(answer: Any) -> Any:
 
 
 def _refuse_undivided(given: Any, args: Any, cause: Exception) -> None:
-    """Says which arrays of no model cannot be divided as in_shardings says."""
+    """Says which arrays cannot be divided as in_shardings says."""
     if "is partitioned" not in str(cause) or not outside_traces():
         return
-    rows: list[str] = []
-
-    def note(answer: Any, part: Any) -> None:
-        sharding = None if isinstance(answer, (FlatModule, State)) else _on_mesh(answer)
+    rows = []
+    for name, answer, x in _placed(given, args):
+        sharding = _on_mesh(answer)
         if isinstance(sharding, NamedSharding):
             sizes = dict(sharding.mesh.shape)
-            for x in jax.tree.leaves(part):
-                if fault := spec_fault(jnp.shape(x), sharding.spec, sizes):
-                    shown = format_answer("spec", sharding.spec)
-                    rows.append(f"{describe(x)}: {shown}, but {fault}")
-
-    ends = (FlatModule, State, type(None))
-    jtu.tree_map(note, given, tuple(args), is_leaf=lambda x: isinstance(x, ends))
+            if fault := spec_fault(jnp.shape(x), sharding.spec, sizes):
+                rows.append(
+                    f"{name}: {format_answer('spec', sharding.spec)}, but {fault}"
+                )
     if rows:
         raise ShardingError(
             "these arguments cannot be divided as in_shardings says:\n"
@@ -405,14 +401,27 @@ def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
     known = "does not match the sharding on the respective arg" in str(cause)
     if not (known and outside_traces()):
         return
-    bad: list[str] = []
+    bad = []
+    for name, answer, x in _placed(given, args):
+        bound = getattr(x, "committed", False) and not isinstance(x, Tracer)
+        if bound and not x.sharding.is_equivalent_to(_on_mesh(answer), x.ndim):
+            where, due = (format_answer("spec", s) for s in (x.sharding, answer))
+            bad.append(f"{name}: {where}; in_shardings: {due}")
+    if bad:
+        raise ShardingError(
+            "these arrays are bound to another place than in_shardings gives them:\n"
+            f"{listing(bad)}\nPut models there by shard(model, mesh, policy), and "
+            "other arrays by jax.device_put(x, sharding)."
+        ) from cause
+
+
+def _placed(given: Any, args: Any) -> list[tuple[str, Any, Any]]:
+    """Each array with an answer in ``given``: what it is called, the answer, it."""
+    found: list[tuple[str, Any, Any]] = []
 
     def note(name: str, answer: Any, value: Any) -> None:
-        for x in jax.tree.leaves(value) if answer is not None else ():
-            bound = getattr(x, "committed", False) and not isinstance(x, Tracer)
-            if bound and not x.sharding.is_equivalent_to(_on_mesh(answer), x.ndim):
-                where, due = (format_answer("spec", s) for s in (x.sharding, answer))
-                bad.append(f"{name or describe(x)}: {where}; in_shardings: {due}")
+        leaves = jax.tree.leaves(value) if answer is not None else ()
+        found.extend((name or describe(x), answer, x) for x in leaves)
 
     def visit(answer: Any, x: Any) -> None:
         if not isinstance(answer, (FlatModule, State)):
@@ -429,12 +438,7 @@ def _refuse_elsewhere(given: Any, args: Any, cause: Exception) -> None:
 
     ends = (FlatModule, State, type(None))
     jtu.tree_map(visit, given, tuple(args), is_leaf=lambda x: isinstance(x, ends))
-    if bad:
-        raise ShardingError(
-            "these arrays are bound to another place than in_shardings gives them:\n"
-            f"{listing(bad)}\nPut models there by shard(model, mesh, policy), and "
-            "other arrays by jax.device_put(x, sharding)."
-        ) from cause
+    return found
 
 
 def _check(schema: Schema, values: Sequence[Any], found: Sequence[Any]) -> None:

@@ -302,12 +302,6 @@ def _check_varying(where: str, rows: Sequence[tuple[str, Any, Any]]) -> None:
         )
 
 
-def varying_along(axes: frozenset[Any], x: Any) -> Any:
-    """A value inside of shard_map, which may differ along more mesh axes."""
-    more = tuple(sorted(axes - varying_axes(x)))
-    return jax.lax.pcast(x, more, to="varying") if more else x
-
-
 def _types(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
     leaves = (map(jax.typeof, jax.tree.leaves(x)) for x in (old, new))
     return zip(*leaves, strict=True)
